@@ -1,0 +1,168 @@
+"""Budget split: from a token budget to the settings of both stages (paper, "adaptive compression decomposition").
+
+Integers and floats only: a plan needs neither torch nor a model.
+
+Letters: S sequence length, t token budget, c compression ratio S/t, D head dim, P page size, r channels, k tokens read.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# StreamingLLM (arXiv 2309.17453, section 3.2): four initial tokens are enough to hold the attention sink.
+STREAMING_SINKS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetSplit:
+    """What each stage may store and read, per KV head.
+
+    Attributes:
+        token_budget: t, tokens of K and V that a decode step may read, scores included. A row that stores no more
+            than this attends to all of them.
+        kept_tokens: prompt tokens that stage 1 keeps, or None where nothing is evicted.
+        page_size: P, consecutive stored tokens that share one min/max entry of the index.
+        channels: r, channels that a decode step scores, or None where nothing is scored.
+        top_k: k, tokens that a decode step attends to, or None for all that are stored.
+        sinks: None where tokens are ranked by attention; else they are ranked by position, and the first `sinks` and
+            the most recent ones win, in both stages.
+
+    Raises:
+        ValueError: a count is not positive, or `channels` and `top_k` do not go together.
+    """
+
+    token_budget: int
+    kept_tokens: int | None = None
+    page_size: int = 1
+    channels: int | None = None
+    top_k: int | None = None
+    sinks: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("token_budget", "kept_tokens", "page_size", "channels", "top_k", "sinks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 (or None where allowed), got {value}")
+        if self.channels is not None and (self.top_k is None or self.sinks is not None):
+            raise ValueError("channels are scored to choose top_k tokens by attention: set top_k and leave sinks None")
+        if self.top_k is not None and self.channels is None and self.sinks is None:
+            raise ValueError("top_k needs a ranking: set channels (by attention) or sinks (by position)")
+
+    @property
+    def rolling(self) -> bool:
+        """True where a generated token pushes the oldest one out that is not a sink."""
+        return self.sinks is not None
+
+
+def compression_ratio(sequence_length: int, token_budget: int) -> float:
+    """Return c = max(1, S/t)."""
+    return max(1.0, sequence_length / token_budget)
+
+
+def rocketkv_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
+    """Split a budget over both stages as the paper does (adaptive compression decomposition).
+
+    Stage 1 takes c^alpha of the compression c, stage 2 the rest, halved between the scores and the attention.
+
+    Args:
+        prompt_length: tokens of the longest row's prompt.
+        token_budget: t.
+        head_dim: D.
+        decode_reserve: generated tokens that the sequence length counts in.
+
+    Returns:
+        The split; `kept_tokens` is at least `min(decode_reserve, prompt_length)`.
+    """
+    sequence_length = prompt_length + decode_reserve
+    ratio = compression_ratio(sequence_length, token_budget)
+    alpha = min(0.2 + 0.06 * math.log2(ratio), 0.8)
+    capacity = max(math.floor(sequence_length / ratio**alpha), min(2 * decode_reserve, sequence_length))
+    remaining_ratio = max(1.0, capacity / token_budget)
+    page_size = math.ceil(math.sqrt(remaining_ratio))
+    if page_size > remaining_ratio:
+        page_size = 1
+    return BudgetSplit(
+        token_budget=token_budget,
+        kept_tokens=max(1, capacity - decode_reserve),
+        page_size=page_size,
+        channels=max(1, math.floor(head_dim * page_size / remaining_ratio)),
+        top_k=max(1, token_budget // 2),
+    )
+
+
+def full_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
+    """Keep and read everything: the baseline, through our own code path."""
+    return BudgetSplit(token_budget=token_budget)
+
+
+def snapkv_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
+    """Evict to t tokens and read all that is stored (after SnapKV, arXiv 2404.14469)."""
+    return BudgetSplit(token_budget=token_budget, kept_tokens=token_budget)
+
+
+def quest_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
+    """Keep everything, score pages of ceil(c) tokens on all channels (after Quest, arXiv 2406.10774)."""
+    ratio = compression_ratio(prompt_length + decode_reserve, token_budget)
+    return BudgetSplit(
+        token_budget=token_budget, page_size=math.ceil(ratio), channels=head_dim, top_k=max(1, token_budget // 2)
+    )
+
+
+def sparq_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
+    """Keep everything, score every token on floor(D/c) channels (after SparQ, arXiv 2312.04985)."""
+    ratio = compression_ratio(prompt_length + decode_reserve, token_budget)
+    return BudgetSplit(
+        token_budget=token_budget, channels=max(1, math.floor(head_dim / ratio)), top_k=max(1, token_budget // 2)
+    )
+
+
+def streaming_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
+    """Keep four sinks and the most recent t - 4 tokens, rolling (after StreamingLLM, arXiv 2309.17453)."""
+    return BudgetSplit(
+        token_budget=token_budget,
+        kept_tokens=token_budget,
+        top_k=token_budget,
+        sinks=min(STREAMING_SINKS, token_budget),
+    )
+
+
+def exact_topk_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
+    """Keep everything, read the t tokens of largest true weight: an oracle, whose scores are not counted."""
+    return BudgetSplit(token_budget=token_budget, channels=head_dim, top_k=token_budget)
+
+
+def stored_topk_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
+    """Evict as `rocketkv` does, then choose its k tokens by their true weight: the oracle of the selection."""
+    evicted = rocketkv_split(prompt_length, token_budget, head_dim, decode_reserve)
+    return BudgetSplit(
+        token_budget=token_budget, kept_tokens=evicted.kept_tokens, channels=head_dim, top_k=max(1, token_budget // 2)
+    )
+
+
+SplitFunction = Callable[[int, int, int, int], BudgetSplit]
+
+METHODS: dict[str, SplitFunction] = {
+    "full": full_split,
+    "rocketkv": rocketkv_split,
+    "snapkv": snapkv_split,
+    "quest": quest_split,
+    "sparq": sparq_split,
+    "streaming": streaming_split,
+    "exact-topk": exact_topk_split,
+    "stored-topk": stored_topk_split,
+}
+"""Every method by name: a function of (prompt_length, token_budget, head_dim, decode_reserve)."""
+
+
+def least_token_budget(method: str, window_size: int, decode_reserve: int) -> int:
+    """Return the smallest token budget with which `method` can keep its window and attend to one token."""
+    if method == "full":
+        return 1
+    if method == "snapkv":
+        return window_size + 1
+    if method == "streaming":
+        return STREAMING_SINKS + 1
+    if method in ("rocketkv", "stored-topk") and decode_reserve <= window_size:
+        # Stage 1 keeps at least max(t, 2 * reserve) - reserve tokens, and the window must be fewer than those.
+        return window_size + decode_reserve + 1
+    return 2

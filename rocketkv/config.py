@@ -1,0 +1,82 @@
+"""Settings of one patched model or one cache."""
+
+import difflib
+from dataclasses import dataclass
+
+from .budget import METHODS, BudgetSplit, least_token_budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class RocketKVConfig:
+    """What to compress with, and how far.
+
+    Attributes:
+        method: name of the method; `rocketkv.METHODS` lists them.
+        token_budget: t, in tokens per KV head and decode step: how much K and V, in 16 bits, one step may read, scores
+            included (paper, "token budget").
+        decode_reserve: generated tokens that the budget split counts into the sequence length. Never taken from
+            `max_new_tokens`: the first token must not depend on how many may follow. To reproduce the paper, set it to
+            the number of tokens that will be generated.
+        window_size: W, queries at the end of the prompt whose attention ranks the prompt's tokens; their own tokens are
+            always kept (paper and SnapKV section 3: 32).
+        kernel_size: odd width, in tokens, of the max-pooling of those ranks (paper: 63).
+        split: a budget split of your own, used for every prompt length; None derives one from the prompt.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field has an impossible value, or the budget is below the least that works.
+    """
+
+    method: str = "rocketkv"
+    token_budget: int = 512
+    decode_reserve: int = 128
+    window_size: int = 32
+    kernel_size: int = 63
+    split: BudgetSplit | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            near = difflib.get_close_matches(str(self.method), METHODS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}.{hint}")
+        for name in ("token_budget", "decode_reserve", "window_size", "kernel_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int (tokens), got {value!r} of type {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.kernel_size % 2 == 0:
+            raise ValueError(
+                f"kernel_size must be odd, so that a token lies in the middle of its pool; got {self.kernel_size}. "
+                f"Use {self.kernel_size - 1} or {self.kernel_size + 1}."
+            )
+        if self.split is not None:
+            if not isinstance(self.split, BudgetSplit):
+                raise TypeError(f"split must be a BudgetSplit or None, got {type(self.split).__name__}")
+            kept, by_attention = self.split.kept_tokens, self.split.sinks is None
+            if kept is not None and by_attention and kept < self.window_size:
+                raise ValueError(
+                    f"split.kept_tokens must be at least window_size={self.window_size}, the tokens that are always "
+                    f"kept; got {kept}. Raise it or lower window_size."
+                )
+            return
+        least = least_token_budget(self.method, self.window_size, self.decode_reserve)
+        if self.token_budget < least:
+            raise ValueError(
+                f"token_budget must be at least {least} for method {self.method!r} with window_size={self.window_size} "
+                f"and decode_reserve={self.decode_reserve}; got {self.token_budget}. Use {least} or more."
+            )
+
+    def split_for(self, prompt_length: int, head_dim: int) -> BudgetSplit:
+        """Return the split for a prompt whose longest row has `prompt_length` tokens (an integer, in tokens).
+
+        Raises:
+            ValueError: `split` asks for more channels than `head_dim` has.
+        """
+        if self.split is None:
+            return METHODS[self.method](prompt_length, self.token_budget, head_dim, self.decode_reserve)
+        if self.split.channels is not None and self.split.channels > head_dim:
+            raise ValueError(
+                f"split.channels must be at most head_dim={head_dim}, got {self.split.channels}. Lower it."
+            )
+        return self.split
