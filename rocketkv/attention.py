@@ -1,0 +1,255 @@
+"""Stage 2, hybrid sparse attention of one decode step, in three parts (paper, section "hybrid attention").
+
+`score` estimates each page's logits from few channels, `select` chooses tokens by the estimate, `attend` is exact over
+them. This is the readable reference: scores, softmax and sums in float32, whatever the dtype of keys and values.
+
+Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, N stored tokens, P page size, U = ceil(N/P) pages,
+r channels, k tokens.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .eviction import select_top
+from .index import TILE_PAGES, gather_tokens, page_bounds, page_count
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def score(
+    query: Tensor,
+    index: Tensor,
+    keys: Tensor,
+    *,
+    stored: int,
+    lengths: Tensor | None,
+    page_size: int,
+    channels: int,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Estimate the logits of every page from its bounds in the r channels where the group's queries are largest.
+
+    For each channel the page's maximum where the group's sum of q is positive, else its minimum; the temperature
+    sqrt(|q_r|_1 / |q|_1) makes up for the channels left out (SparQ, arXiv 2312.04985, section 3).
+
+    Args:
+        query: [B, H, D].
+        index: [B, Hkv, T, rows, 128], the bounds of closed pages.
+        keys: [B, Hkv, capacity, D], the buffer of stored keys, from which the open page is derived.
+        stored: N, tokens of the longest row.
+        lengths: [B, Hkv] int32, tokens of each row, or None where every row has N.
+        page_size: P.
+        channels: r.
+        scaling: factor of the true logits.
+        softcap: c of `c * tanh(logit / c)`, or None.
+
+    Returns:
+        [B, H, U] float32; arbitrary at pages beyond a row's length.
+    """
+    batch, heads, head_dim = query.shape
+    kv_heads, tiles, rows = index.shape[1:4]
+    grouped = query.float().view(batch, kv_heads, heads // kv_heads, head_dim)
+    magnitude = grouped.abs()
+    chosen = select_top(magnitude.sum(2), channels)
+    over_group = chosen[:, :, None].expand(-1, -1, grouped.shape[2], -1)
+    scored = grouped.gather(-1, over_group)
+    share = scored.abs().sum(-1, keepdim=True) / magnitude.sum(-1, keepdim=True).clamp(min=_TINY)
+    scored = scored * (scaling * share.clamp(min=_TINY).rsqrt())
+    if rows > head_dim:
+        chosen = chosen + head_dim * (grouped.sum(2).gather(-1, chosen) <= 0)
+
+    # Only the tiles in use are read: [B * Hkv, used, r] rows of 128 pages each.
+    pages = page_count(stored, page_size)
+    used = -(-pages // TILE_PAGES)
+    first_row = torch.arange(0, batch * kv_heads * tiles * rows, rows, device=index.device).view(-1, tiles)[:, :used]
+    row = first_row[..., None] + chosen.view(-1, 1, channels)
+    bounds = index.view(-1, TILE_PAGES).index_select(0, row.view(-1)).float()
+    # [B * Hkv, used, G, 128] to [B, Hkv, G, pages]
+    estimate = torch.matmul(scored.view(batch * kv_heads, 1, -1, channels), bounds.view(-1, used, channels, TILE_PAGES))
+    estimate = estimate.transpose(1, 2).reshape(batch, kv_heads, -1, used * TILE_PAGES)
+
+    if lengths is None and stored % page_size:
+        open_bounds = page_bounds(keys[:, :, (pages - 1) * page_size : stored], page_size).float()
+        estimate[..., pages - 1] = torch.matmul(scored, open_bounds.gather(-1, chosen)[..., None])[..., 0]
+    elif lengths is not None and page_size > 1:
+        page = lengths.long() // page_size
+        token = page[..., None] * page_size + torch.arange(page_size, device=keys.device)
+        # Repeating the page's first token leaves its bounds alone.
+        token = torch.where(token < lengths[..., None], token, token[..., :1]).clamp(max=keys.shape[2] - 1)
+        open_bounds = page_bounds(gather_tokens(keys, token), page_size).float()
+        open_page = torch.matmul(scored, open_bounds.gather(-1, chosen)[..., None])
+        here = torch.arange(used * TILE_PAGES, device=keys.device) == page[..., None, None]
+        estimate = torch.where(here, open_page, estimate)
+    logits = estimate[..., :pages].reshape(batch, heads, pages)
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def select(
+    logits: Tensor,
+    k: int,
+    *,
+    stored: int,
+    lengths: Tensor | None,
+    kv_heads: int,
+    unit_size: int,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Choose the k stored tokens of largest estimated weight for each KV head.
+
+    The weights are a softmax over stored tokens, each of a page with the page's logit, averaged over the group.
+
+    Args:
+        logits: [B, H, U] float32, one a unit (a page of tokens, or a single token).
+        k: tokens to choose, at most N.
+        stored: N, tokens of the longest row.
+        lengths: [B, Hkv] int32, tokens of each row, or None where every row has N.
+        kv_heads: Hkv.
+        unit_size: tokens a unit stands for.
+        sinks: [H], one learned logit a head that joins the softmax's denominator, or None.
+
+    Returns:
+        Positions [B, Hkv, k] int64, ascending (a row with fewer tokens than k has others make up the number), and the
+        estimated attention mass of the chosen tokens [B, H] float32.
+    """
+    batch, heads, units = logits.shape
+    group = heads // kv_heads
+    count = _unit_tokens(units, unit_size, stored, lengths, logits.device)
+    over_heads = count if lengths is None else count.repeat_interleave(group, dim=1)
+    if lengths is not None:
+        logits = logits.masked_fill(over_heads == 0, -torch.inf)
+    peak = logits.amax(-1, keepdim=True)
+    if sinks is not None:
+        peak = torch.maximum(peak, sinks.float()[:, None])
+    weight = torch.exp(logits - peak)
+    total = torch.matmul(weight, count.float()) if lengths is None else (weight * over_heads).sum(-1)
+    if sinks is not None:
+        total = total + torch.exp(sinks.float() - peak[..., 0])
+    weight = weight / total[..., None]
+    shared = weight.view(batch, kv_heads, group, units).mean(2)
+    positions, taken = select_units(shared, count.expand_as(shared), k, unit_size)
+    mass = torch.matmul(weight.view(batch, kv_heads, group, units), taken.float()[..., None])
+    return positions, mass.view(batch, heads)
+
+
+def _unit_tokens(units: int, unit_size: int, stored: int, lengths: Tensor | None, device: torch.device) -> Tensor:
+    """Return how many tokens each unit holds: [U], or [B, Hkv, U] where rows differ in length."""
+    start = torch.arange(0, units * unit_size, unit_size, device=device)
+    if lengths is None:
+        return (stored - start).clamp(max=unit_size)
+    return (lengths[..., None] - start).clamp(min=0, max=unit_size)
+
+
+def select_units(weight: Tensor, count: Tensor, k: int, unit_size: int) -> tuple[Tensor, Tensor]:
+    """Apply the rule of `select_top` to tokens, given one weight a unit and how many tokens each unit holds.
+
+    Equal to `select_top` of the weights repeated for every token, without making them.
+
+    Args:
+        weight: [..., U] float; NaN ranks with minus infinity.
+        count: [..., U] integers from 0 to `unit_size`, the tokens of each unit.
+        k: tokens to choose.
+        unit_size: tokens of a full unit; unit u starts at token `u * unit_size`.
+
+    Returns:
+        Positions [..., k] int64, ascending (where there are fewer than k tokens, those that follow the last one make up
+        the number), and how many of each unit's tokens are among them, [..., U].
+    """
+    weight = torch.where(count > 0, weight.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), -torch.inf)
+    units = weight.shape[-1]
+    # Only one unit, the last, is partial: one more than would do if all were full covers k tokens.
+    largest, unit = weight.topk(min(units, page_count(k, unit_size) + 1), dim=-1)
+    before = (count.gather(-1, unit).cumsum(-1) < k).sum(-1, keepdim=True)
+    threshold = largest.gather(-1, before.clamp(max=largest.shape[-1] - 1))
+    above = torch.where(weight > threshold, count, 0)
+    tied = torch.where(weight == threshold, count, 0)
+    missing = k - above.sum(-1, keepdim=True)
+    taken = above + torch.minimum((missing - tied.cumsum(-1) + tied).clamp(min=0), tied)
+    end = taken.cumsum(-1)
+    number = torch.arange(1, k + 1, device=weight.device).expand(*weight.shape[:-1], k).contiguous()
+    unit = torch.searchsorted(end, number).clamp(max=units - 1)
+    return unit * unit_size + number - 1 - (end - taken).gather(-1, unit), taken
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attend exactly from one query to chosen tokens.
+
+    Args:
+        query: [B, H, D].
+        keys: [B, Hkv, N, D].
+        values: [B, Hkv, N, Dv].
+        positions: [B, Hkv, k] (an integer dtype), the tokens to attend to, or None for all N.
+        mask: [B, Hkv, k or N] bool, False at tokens to leave out, or None. A row with none left gives zeros.
+        scaling: factor of the logits.
+        softcap: c of `c * tanh(logit / c)`, or None.
+        sinks: [H], one learned logit a head that joins the softmax's denominator, or None.
+
+    Returns:
+        [B, H, Dv] in the query's dtype.
+    """
+    batch, heads, _ = query.shape
+    kv_heads = keys.shape[1]
+    if positions is not None:
+        keys, values = gather_tokens(keys, positions), gather_tokens(values, positions)
+    rows = query.view(batch, kv_heads, heads // kv_heads, -1)
+    over_group = None if mask is None else mask[:, :, None].expand(-1, -1, rows.shape[2], -1)
+    if softcap is None and sinks is None:
+        out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=over_group, scale=scaling)
+    else:
+        per_row = None if sinks is None else sinks.view(1, kv_heads, -1)
+        out = softmax_attention(rows, keys, values, scaling=scaling, mask=over_group, softcap=softcap, sinks=per_row)
+    if mask is not None:
+        out = out.masked_fill(~mask.any(-1)[:, :, None, None], 0)
+    return out.reshape(batch, heads, -1)
+
+
+def softmax_attention(
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scaling: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention in float32 with a soft-cap (Gemma 2) or learned sinks (GPT-OSS), which PyTorch's own does not have.
+
+    Args:
+        rows: [B, Hkv, R, D], queries, those of a group as rows.
+        keys: [B, Hkv, N, D].
+        values: [B, Hkv, N, Dv].
+        scaling: factor of the logits.
+        mask: broadcastable to [B, Hkv, R, N] bool, False at pairs to leave out, or None.
+        softcap: c of `c * tanh(logit / c)`, or None.
+        sinks: broadcastable to [B, Hkv, R], the sink's logit of each row, or None.
+        dropout: probability of dropping a weight.
+
+    Returns:
+        [B, Hkv, R, Dv] in the rows' dtype.
+    """
+    logits = torch.matmul(rows.float() * scaling, keys.float().transpose(-1, -2))
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        column = sinks.float()[..., None].expand(*logits.shape[:-1], 1)
+        weight = torch.cat((logits, column), dim=-1).softmax(-1)[..., :-1]
+    else:
+        weight = logits.softmax(-1)
+    if dropout:
+        weight = F.dropout(weight, dropout)
+    return torch.matmul(weight, values.float()).to(rows.dtype)

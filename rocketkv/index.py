@@ -1,0 +1,120 @@
+"""Stage 2's index: the per-channel maximum and minimum of the keys of each page (paper, section "hybrid attention").
+
+Closed pages are immutable and stored; the open page, the last partial one, is derived from its few keys when it is
+scored. So crop, fork and reorder are a matter of lengths, and padding pollutes nothing.
+
+Layout: `[B, Hkv, tile, rows, 128 pages]`, rows = 2D (the maxima, then the minima), or D where a page is one token and
+both are the key itself. A channel of a tile is contiguous, so scoring r channels reads r rows a tile; growth adds
+tiles.
+
+Letters: B batch, Hkv KV heads, D head dim, P page size, N stored tokens, T tiles.
+"""
+
+import torch
+from torch import Tensor
+
+TILE_PAGES = 128
+
+
+def page_count(tokens: int, page_size: int) -> int:
+    """Return how many pages hold `tokens` tokens, the open one included."""
+    return -(-tokens // page_size)
+
+
+def tile_count(tokens: int, page_size: int) -> int:
+    """Return how many tiles the index of `tokens` tokens has."""
+    return -(-page_count(tokens, page_size) // TILE_PAGES)
+
+
+def index_rows(head_dim: int, page_size: int) -> int:
+    """Return the rows of a tile: maxima and minima of D channels, or the key's own D channels for single tokens."""
+    return head_dim if page_size == 1 else 2 * head_dim
+
+
+def page_bounds(keys: Tensor, page_size: int) -> Tensor:
+    """Return the maxima and minima of pages, whole or partial, given as [..., <= P, D].
+
+    Returns:
+        [..., 2D], or [..., D] where a page is one token and both are the key itself.
+    """
+    if page_size == 1:
+        return keys[..., 0, :]
+    return torch.cat((keys.amax(-2), keys.amin(-2)), dim=-1)
+
+
+def build_index(keys: Tensor, tokens: int, page_size: int) -> Tensor:
+    """Build the index of all pages that are full within the first `tokens` tokens, with room for the whole buffer.
+
+    Args:
+        keys: [B, Hkv, N, D], the buffer of stored keys.
+        tokens: how many of the N are filled, in the longest row.
+        page_size: P, tokens a page.
+
+    Returns:
+        [B, Hkv, T, rows, 128] in the keys' dtype; entries of pages that are not full are zero.
+    """
+    batch, kv_heads, capacity, head_dim = keys.shape
+    rows = index_rows(head_dim, page_size)
+    tiles = tile_count(capacity, page_size)
+    index = keys.new_zeros(batch, kv_heads, tiles, rows, TILE_PAGES)
+    full = tokens // page_size
+    if full:
+        pages = keys[:, :, : full * page_size].reshape(batch, kv_heads, full, page_size, head_dim)
+        bounds = page_bounds(pages, page_size)
+        whole, rest = divmod(full, TILE_PAGES)
+        split = whole * TILE_PAGES
+        index[:, :, :whole] = bounds[:, :, :split].reshape(batch, kv_heads, whole, TILE_PAGES, rows).transpose(-1, -2)
+        if rest:
+            index[:, :, whole, :, :rest] = bounds[:, :, split:].transpose(-1, -2)
+    return index
+
+
+def grow_index(index: Tensor, capacity: int, page_size: int) -> Tensor:
+    """Return the index with enough tiles for a buffer of `capacity` tokens."""
+    missing = tile_count(capacity, page_size) - index.shape[2]
+    if missing <= 0:
+        return index
+    return torch.cat((index, index.new_zeros(*index.shape[:2], missing, *index.shape[3:])), dim=2)
+
+
+def close_page(index: Tensor, keys: Tensor, page: int, page_size: int) -> None:
+    """Write the bounds of page number `page`, just filled in every row, into `index` in place.
+
+    Args:
+        index: [B, Hkv, T, rows, 128].
+        keys: [B, Hkv, N, D], the buffer of stored keys.
+        page: number of the page.
+        page_size: P, tokens a page.
+    """
+    tile, column = divmod(page, TILE_PAGES)
+    index[:, :, tile, :, column] = page_bounds(keys[:, :, page * page_size : (page + 1) * page_size], page_size)
+
+
+def close_pages(index: Tensor, keys: Tensor, lengths: Tensor, page_size: int) -> None:
+    """Write the bounds of each row's last page where it has just been filled, in place and without a host sync.
+
+    Args:
+        index: [B, Hkv, T, rows, 128].
+        keys: [B, Hkv, N, D], the buffer of stored keys.
+        lengths: [B, Hkv] int32, tokens of each row.
+        page_size: P, tokens a page.
+    """
+    batch, kv_heads, tiles, rows, _ = index.shape
+    page = (lengths.long() - 1).clamp(min=0) // page_size
+    tokens = page[..., None] * page_size + torch.arange(page_size, device=keys.device)
+    bounds = page_bounds(gather_tokens(keys, tokens.clamp(max=keys.shape[2] - 1)), page_size)
+    full = (lengths > 0) & (lengths % page_size == 0)
+    row = torch.arange(rows, device=keys.device)
+    entry = ((page // TILE_PAGES)[..., None] * rows + row) * TILE_PAGES + (page % TILE_PAGES)[..., None]
+    flat = index.view(batch, kv_heads, tiles * rows * TILE_PAGES)
+    flat.scatter_(2, entry, torch.where(full[..., None], bounds, flat.gather(2, entry)))
+
+
+def gather_tokens(tensor: Tensor, positions: Tensor) -> Tensor:
+    """Gather whole tokens, [B, Hkv, N, D] at [B, Hkv, k] (an integer dtype) to [B, Hkv, k, D], row by row."""
+    batch, kv_heads, size, width = tensor.shape
+    if not tensor.is_contiguous():
+        return tensor.gather(2, positions.long()[..., None].expand(-1, -1, -1, width))
+    start = torch.arange(0, batch * kv_heads * size, size, device=tensor.device).view(batch, kv_heads, 1)
+    rows = tensor.view(batch * kv_heads * size, width).index_select(0, (positions + start).view(-1))
+    return rows.view(batch, kv_heads, positions.shape[2], width)
