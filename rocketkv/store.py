@@ -1,0 +1,372 @@
+"""The keys, values and index of one layer, of all sequences of a batch, and what is known of their tokens.
+
+A store is in one of two phases. In a *prompt*, tokens lie as they came, padding among them, and all of them are there
+to be attended to. `close_prompt` runs stage 1, drops padding and lays the survivors out for *decoding*: row by row from
+slot 0, with room for what will be generated, and an index beside them. Another prompt may follow.
+
+Letters: B batch, H query heads, Hkv KV heads, D head dim, N slots in use, W observation window, P page size.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .budget import BudgetSplit
+from .eviction import prompt_positions, recent_positions
+from .index import build_index, close_page, close_pages, gather_tokens, grow_index
+
+TENSORS = ("keys", "values", "index", "positions", "lengths", "window")
+
+
+class KVStore:
+    """Keys, values, index, positions, lengths and window queries of one layer.
+
+    Attributes:
+        keys: [B, Hkv, capacity, D], or None before the first token.
+        values: [B, Hkv, capacity, Dv], or None.
+        index: [B, Hkv, tile, rows, 128], stage 2's index, or None where nothing is scored.
+        positions: [B, Hkv, capacity] int32, each slot's position in the sequence, -1 for padding; None in a first
+            prompt without padding, where slot and position are the same.
+        lengths: [B, Hkv] int32, slots in use of each row while decoding; None before.
+        window: [B, H, <= W, D], the queries of the prompt's last tokens, while they are needed.
+        split: what stage 1 and 2 may store and read, from the last prompt on.
+        seen: tokens of the sequence so far, padding and evicted ones included.
+        stored: N, slots in use of the longest row. Known to the host, like `shortest`: a decode step asks no device.
+        shortest: slots in use of the shortest row.
+        real: tokens of the longest row so far, evicted ones included, padding not.
+        closed: whether the prompt is over.
+        aligned: whether slot and position in the sequence are the same for every token.
+    """
+
+    keys: Tensor | None
+    values: Tensor | None
+    index: Tensor | None
+    positions: Tensor | None
+    lengths: Tensor | None
+    window: Tensor | None
+    split: BudgetSplit | None
+    seen: int
+    stored: int
+    shortest: int
+    real: int
+    closed: bool
+    aligned: bool
+    _holes: bool  # whether slots of a prompt may hold no token
+    _prompt_start: int  # slot of the prompt's first token
+    _complete: bool  # whether every token seen is still stored
+    _restorable: int  # tokens seen at the last eviction: a crop to fewer would need what was evicted
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = self.index = self.positions = self.lengths = self.window = None
+        self.split = None
+        self.seen = self.stored = self.shortest = self.real = 0
+        self.closed = self._holes = False
+        self.aligned = self._complete = True
+        self._prompt_start = self._restorable = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor that lives in this store, by name: the one walk for counting, copying and moving."""
+        return {name: tensor for name in TENSORS if (tensor := getattr(self, name)) is not None}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor by a function of it, for instance to reorder rows (their first dimension)."""
+        for name, tensor in self.tensors().items():
+            setattr(self, name, function(tensor))
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every row has the same number of tokens."""
+        return self.shortest == self.stored
+
+    @property
+    def capacity(self) -> int:
+        """Slots that there is room for."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def valid(self) -> Tensor | None:
+        """Return [B, 1 or Hkv, N] bool, True at slots of a prompt that hold a token, or None where all do."""
+        if self.positions is None or not self._holes:
+            return None
+        return self.positions[:, :, : self.stored] >= 0
+
+    def extend(self, key: Tensor, value: Tensor, valid: Tensor | None = None, *, expected: int = 0) -> None:
+        """Append tokens of a prompt as they come.
+
+        Args:
+            key: [B, Hkv, n, D].
+            value: [B, Hkv, n, Dv].
+            valid: [B, n] bool, False at padding, or None.
+            expected: tokens that the sequence will have when the prompt ends, where that is known: the room to make.
+        """
+        key, value = key.detach(), value.detach()
+        if self.closed:
+            self._reopen()
+        start, stop = self.stored, self.stored + key.shape[2]
+        if self.keys is None or self.values is None:
+            # Held as they are: an unchunked prompt is never copied before stage 1 has made it small.
+            self.keys, self.values = key, value
+        else:
+            if stop > self.capacity:
+                self._reserve(max(stop, start + expected - self.seen if expected else 2 * start))
+            self.keys[:, :, start:stop] = key
+            self.values[:, :, start:stop] = value
+        if valid is not None or self.positions is not None:
+            self._extend_positions(start, stop, valid)
+        self._holes |= valid is not None
+        self.seen += stop - start
+        self.stored = self.shortest = stop
+
+    def _reopen(self) -> None:
+        """Turn from decoding to a prompt: slots beyond a row's length hold no token."""
+        self.closed = False
+        self._prompt_start = self.stored
+        self._holes = not self.uniform
+        if self._holes and self.positions is not None and self.lengths is not None:
+            slot = torch.arange(self.capacity, device=self.positions.device)
+            self.positions = torch.where(slot < self.lengths[..., None], self.positions, -1)
+        self.index = self.lengths = None
+
+    def _extend_positions(self, start: int, stop: int, valid: Tensor | None) -> None:
+        if self.keys is None:
+            raise ValueError("positions follow keys")
+        batch, device = self.keys.shape[0], self.keys.device
+        if self.positions is None:
+            self.positions = torch.arange(self.capacity, dtype=torch.int32, device=device).repeat(batch, 1, 1)
+        if self.positions.shape[2] < self.capacity:
+            missing = self.capacity - self.positions.shape[2]
+            self.positions = torch.nn.functional.pad(self.positions, (0, missing), value=-1)
+        new = torch.arange(self.seen, self.seen + stop - start, dtype=torch.int32, device=device)
+        self.positions[:, :, start:stop] = new if valid is None else torch.where(valid, new, -1)[:, None]
+
+    def remember_queries(self, query: Tensor, window_size: int) -> None:
+        """Keep the queries [B, H, n, D] of the last W tokens of the prompt so far."""
+        recent = query[:, :, -window_size:].detach()
+        if self.window is not None and recent.shape[2] < window_size:
+            recent = torch.cat((self.window, recent), dim=2)[:, :, -window_size:]
+        # A copy: a slice would keep the queries of the whole prompt alive.
+        self.window = recent.clone() if recent.shape[2] < query.shape[2] else recent
+
+    def close_prompt(
+        self,
+        split: BudgetSplit,
+        *,
+        decode_reserve: int,
+        kernel_size: int,
+        scaling: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        """End the prompt: evict by stage 1 where a row exceeds its share, drop padding, build the index.
+
+        Args:
+            split: what to keep and how to index it.
+            decode_reserve: slots to make room for beyond the survivors.
+            kernel_size: width of stage 1's max-pooling.
+            scaling: factor of the logits.
+            softcap: the model's soft-cap of the logits, or None.
+            sinks: [H], the model's learned sinks, or None.
+
+        Raises:
+            ValueError: there is no prompt.
+        """
+        if self.keys is None or self.values is None or self.window is None:
+            raise ValueError("close_prompt ends a prompt: extend the store and remember its queries first")
+        keys, values = self.keys[:, :, : self.stored], self.values[:, :, : self.stored]
+        valid = self.valid()
+        longest = shortest = self.stored
+        if valid is not None:
+            counts = valid.sum(-1)
+            shortest, longest = (int(count) for count in torch.stack((counts.min(), counts.max())).tolist())
+        self.split = split
+        slots: Tensor | None = None
+        if split.kept_tokens is not None and longest > split.kept_tokens:
+            if split.sinks is None:
+                slots = prompt_positions(
+                    self.window,
+                    keys,
+                    split.kept_tokens,
+                    kernel_size=kernel_size,
+                    scaling=scaling,
+                    softcap=softcap,
+                    sinks=sinks,
+                    valid=valid,
+                )
+            else:
+                slots = recent_positions(self._all_valid(valid), split.kept_tokens, split.sinks)
+            longest, shortest = split.kept_tokens, min(shortest, split.kept_tokens)
+            self._complete = False
+        elif valid is not None:
+            slots = torch.arange(self.stored, device=keys.device).expand(*keys.shape[:3])
+        self.window = None
+        self.aligned = self.aligned and slots is None
+        self._lay_out(keys, values, slots, valid, longest, longest + decode_reserve)
+        self.stored, self.shortest, self.closed, self._holes = longest, shortest, True, False
+        self._restorable = self.seen
+        if split.channels is not None:
+            self.index = build_index(self.keys, longest, split.page_size)
+
+    def prompt_tokens(self) -> int:
+        """Return the tokens of the longest row up to the end of this prompt, evicted ones included, padding not."""
+        valid = self.valid()
+        if valid is None:
+            return self.real + self.stored - self._prompt_start
+        return self.real + int(valid[:, :, self._prompt_start :].sum(-1).max())
+
+    def _all_valid(self, valid: Tensor | None) -> Tensor:
+        if self.keys is None:
+            raise ValueError("there are no tokens")
+        if valid is not None:
+            return valid.expand(*self.keys.shape[:2], self.stored)
+        return torch.ones(*self.keys.shape[:2], self.stored, dtype=torch.bool, device=self.keys.device)
+
+    def _lay_out(
+        self, keys: Tensor, values: Tensor, slots: Tensor | None, valid: Tensor | None, count: int, capacity: int
+    ) -> None:
+        """Copy the chosen slots (all where None) of each row to its front, in buffers of the given capacity."""
+        self.real = self.prompt_tokens()
+        positions = torch.full((*keys.shape[:2], capacity), -1, dtype=torch.int32, device=keys.device)
+        if slots is None:
+            found = torch.arange(self.stored, device=keys.device) if self.positions is None else self.positions
+            positions[:, :, :count] = found[..., :count]
+            self.lengths = positions.new_full(keys.shape[:2], count)
+        else:
+            if valid is not None:
+                # Padding among the chosen goes behind the tokens.
+                chosen = valid.expand(*keys.shape[:2], -1).gather(2, slots)
+                slots = torch.where(chosen, slots, self.stored).sort(-1).values[..., :count]
+                chosen = slots < self.stored
+                slots = slots.clamp(max=self.stored - 1)
+            else:
+                chosen = torch.ones_like(slots, dtype=torch.bool)
+            source = slots if self.positions is None else self.positions.expand(*keys.shape[:2], -1).gather(2, slots)
+            positions[:, :, :count] = torch.where(chosen, source, -1)
+            self.lengths = chosen.sum(-1, dtype=torch.int32)
+            keys, values = gather_tokens(keys, slots), gather_tokens(values, slots)
+        # Slots without a token are zero, not garbage: a masked weight of zero times NaN would be NaN.
+        self.keys = keys.new_zeros(*keys.shape[:2], capacity, keys.shape[3])
+        self.values = values.new_zeros(*values.shape[:2], capacity, values.shape[3])
+        self.keys[:, :, :count] = keys
+        self.values[:, :, :count] = values
+        self.positions = positions
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        """Append one generated token to every row, growing by doubling, without a host sync.
+
+        Args:
+            key: [B, Hkv, D].
+            value: [B, Hkv, Dv].
+
+        Raises:
+            ValueError: the prompt is not closed.
+        """
+        if not self.closed or self.keys is None or self.values is None or self.positions is None:
+            raise ValueError("append comes after close_prompt")
+        if self.lengths is None or self.split is None:
+            raise ValueError("append comes after close_prompt")
+        if self.stored == self.capacity:
+            if self.split.rolling and self.split.kept_tokens is not None and self.stored > self.split.kept_tokens:
+                self._roll(self.split.kept_tokens)
+            else:
+                self._reserve(2 * self.capacity)
+            return self.append(key, value)
+        key, value = key.detach(), value.detach()
+        if self.uniform:
+            self.keys[:, :, self.stored] = key
+            self.values[:, :, self.stored] = value
+            self.positions[:, :, self.stored] = self.seen
+        else:
+            slot = self.lengths.long()[..., None]
+            self.keys.scatter_(2, slot[..., None].expand(-1, -1, 1, key.shape[-1]), key[:, :, None])
+            self.values.scatter_(2, slot[..., None].expand(-1, -1, 1, value.shape[-1]), value[:, :, None])
+            self.positions.scatter_(2, slot, self.seen)
+        self.lengths += 1
+        self.stored += 1
+        self.shortest += 1
+        self.seen += 1
+        self.real += 1
+        if self.index is not None:
+            page_size = self.split.page_size
+            if not self.uniform:
+                close_pages(self.index, self.keys, self.lengths, page_size)
+            elif self.stored % page_size == 0:
+                close_page(self.index, self.keys, self.stored // page_size - 1, page_size)
+        return None
+
+    def _reserve(self, capacity: int) -> None:
+        """Make room for `capacity` slots."""
+
+        def grown(tensor: Tensor, value: int) -> Tensor:
+            larger = tensor.new_full((*tensor.shape[:2], capacity, *tensor.shape[3:]), value)
+            larger[:, :, : self.stored] = tensor[:, :, : self.stored]
+            return larger
+
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = grown(self.keys, 0), grown(self.values, 0)
+        if self.positions is not None and self.closed:
+            self.positions = grown(self.positions, -1)
+        if self.index is not None and self.split is not None:
+            self.index = grow_index(self.index, capacity, self.split.page_size)
+
+    def _roll(self, kept: int) -> None:
+        """Drop the oldest tokens that are no sinks: each row keeps `kept`, and the buffer has room again."""
+        if self.keys is None or self.values is None or self.lengths is None or self.split is None:
+            raise ValueError("there is nothing to roll")
+        slot = torch.arange(self.stored, device=self.keys.device)
+        slots = recent_positions(slot < self.lengths[..., None], kept, self.split.sinks or 0)
+        chosen = slots < self.lengths[..., None]
+        for name in ("keys", "values"):
+            buffer = getattr(self, name)
+            buffer[:, :, :kept] = gather_tokens(buffer, slots)
+        if self.positions is not None:
+            self.positions[:, :, :kept] = torch.where(chosen, self.positions.gather(2, slots), -1)
+        self.lengths.clamp_(max=kept)
+        self.stored, self.shortest = kept, min(self.shortest, kept)
+        self.aligned = self._complete = False
+        self._restorable = self.seen
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens from position `length` on, as if they had never come.
+
+        Args:
+            length: tokens of the sequence that stay, padding included.
+
+        Raises:
+            ValueError: `length` lies before the last eviction, which cannot be undone.
+        """
+        removed = self.seen - length
+        if removed <= 0:
+            return
+        if length < self._restorable and not self._complete:
+            raise ValueError(
+                f"cannot crop to {length} tokens: stage 1 evicted tokens of the first {self._restorable}, and what it "
+                f"evicted is gone. Crop to {self._restorable} or more, or start from a new cache."
+            )
+        if length == 0:
+            self.clear()
+            return
+        self.seen = length
+        if self.closed and self.positions is not None and self.lengths is not None:
+            self.positions.masked_fill_(self.positions >= length, -1)
+            self.lengths = (self.positions >= 0).sum(-1, dtype=torch.int32)
+            self.real -= removed
+            if length >= self._restorable:
+                # Generated tokens are in every row.
+                self.stored -= removed
+                self.shortest -= removed
+            else:
+                self.shortest, self.stored = (int(n) for n in torch.stack(self.lengths.aminmax()).tolist())
+            return
+        if self.window is not None:
+            self.window = self.window[:, :, : max(0, self.window.shape[2] - removed)]
+        if removed <= self.stored - self._prompt_start or self.positions is None:
+            self.stored -= removed
+            self.shortest = self.stored
+        else:
+            # The crop reaches behind this prompt, where rows may end at different slots: leave holes.
+            self.positions = torch.where(self.positions < length, self.positions, -1)
+            self._holes = True
