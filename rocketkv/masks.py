@@ -1,0 +1,179 @@
+"""Which key a query may see, evaluated for a block of queries at a time: no S x S mask is ever built.
+
+Letters: B batch, Hkv KV heads, S tokens of a sequence so far, n queries of this forward, N stored tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# (batch, head, query position, key position), broadcastable index tensors, to bool: transformers' mask functions.
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class VisibleBlock:
+    """What a block of queries may see: keys from `start` to `stop`, and of those where `mask` is True (None: all)."""
+
+    start: int
+    stop: int
+    mask: Tensor | None
+
+
+@dataclass(eq=False, kw_only=True)
+class LazyMask:
+    """A model's attention mask, kept as the function that it is until a block of it is needed.
+
+    It travels through a model in the place of a mask tensor, so it answers to the few tensor methods that models call.
+
+    Attributes:
+        mask_function: says for index tensors who sees whom, padding apart.
+        padding: [B, >= kv_offset + kv_length] bool, True at tokens, or None.
+        batch_size: B.
+        query_length: n.
+        query_offset: position of the first query; an int, or a tensor in static caches.
+        kv_length: keys of this layer.
+        kv_offset: position of the first of them.
+        causal: True where, padding apart, the mask is just causal.
+        device: where blocks are made.
+        dtype: reported to models that ask.
+    """
+
+    mask_function: MaskFunction
+    padding: Tensor | None
+    batch_size: int
+    query_length: int
+    query_offset: int | Tensor
+    kv_length: int
+    kv_offset: int
+    causal: bool
+    device: torch.device
+    dtype: torch.dtype = torch.bool
+    _padded: bool | None = field(default=None, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The shape that the mask tensor would have."""
+        return self.batch_size, 1, self.query_length, self.kv_length
+
+    @property
+    def ndim(self) -> int:
+        """Four, as of the mask tensor."""
+        return 4
+
+    def dim(self) -> int:
+        """Return four, as of the mask tensor."""
+        return 4
+
+    def size(self, dim: int | None = None) -> Any:
+        """Return the shape that the mask tensor would have, or one side of it."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def to(self, *args: Any, **kwargs: Any) -> "LazyMask":
+        """Return itself: blocks are made on the device of the inputs."""
+        return self
+
+    def contiguous(self) -> "LazyMask":
+        """Return itself."""
+        return self
+
+    @property
+    def padded(self) -> bool:
+        """Whether any key is padding. Asks the device once a forward, so only prefill may ask."""
+        if self._padded is None:
+            self._padded = self.padding is not None and not bool(self._key_padding().all())
+        return self._padded
+
+    @property
+    def offset(self) -> int | Tensor:
+        """The first query's position: an int for every prompt, at the price of asking the device once a forward."""
+        if isinstance(self.query_offset, Tensor) and self.query_length > 1:
+            self.query_offset = int(self.query_offset)
+        return self.query_offset
+
+    @property
+    def plain(self) -> bool:
+        """Whether this layer's attention is the common one: causal, keys ending with the queries, no padding.
+
+        Then it needs no mask, for one query or where queries and keys are the same tokens.
+        """
+        if not self.causal or self.query_length not in (1, self.kv_length):
+            return False
+        offset = self.offset
+        if not isinstance(offset, int) or offset + self.query_length != self.kv_offset + self.kv_length:
+            return False
+        return self.padding is None or (self.query_length > 1 and not self.padded)
+
+    def _key_padding(self) -> Tensor:
+        """Return the padding at this layer's keys, [B, kv_length]; keys that the 2D mask does not reach are padding."""
+        if self.padding is None:
+            raise ValueError("this mask has no padding to look up")
+        found = self.padding[:, self.kv_offset : self.kv_offset + self.kv_length]
+        missing = self.kv_length - found.shape[1]
+        return found if missing <= 0 else torch.nn.functional.pad(found, (0, missing))
+
+    def valid_tokens(self, start: int, stop: int) -> Tensor | None:
+        """Return [B, stop - start] bool, True at tokens, for sequence positions, or None where nothing is padding."""
+        if not self.padded or self.padding is None:
+            return None
+        found = self.padding[:, start:stop]
+        missing = stop - start - found.shape[1]
+        return found if missing <= 0 else torch.nn.functional.pad(found, (0, missing))
+
+    def block(self, start: int, stop: int, keys: int, *, window: int | None = None) -> VisibleBlock:
+        """Evaluate the mask for queries `start` to `stop` of this forward over this layer's keys.
+
+        Args:
+            start: first query.
+            stop: one past the last query.
+            keys: how many of this layer's keys there are to look at.
+            window: keys at least this far before a query are hidden by `mask_function`, so they need not be looked at.
+
+        Returns:
+            The range of keys, and [1 or B, 1 or H, stop - start, keys] bool.
+        """
+        first, last = 0, min(keys, self.kv_length)
+        offset = self.offset
+        if isinstance(offset, int):
+            if window is not None:
+                first = min(max(0, offset + start - window + 1 - self.kv_offset), last - 1)
+            if self.causal or window is not None:
+                last = max(first + 1, min(last, offset + stop - self.kv_offset))
+        position = torch.arange(first, last, device=self.device) + self.kv_offset
+        mask = self._evaluate(start, stop, position[None, None, None, :])
+        # A single query takes padding as it comes: a decode step asks no device whether there is any.
+        if self.padding is not None and (self.query_length == 1 or self.padded):
+            mask = mask & self._key_padding()[:, None, None, first:last]
+        return VisibleBlock(first, last, mask)
+
+    def block_at(self, start: int, stop: int, positions: Tensor) -> Tensor:
+        """Evaluate the mask for queries `start` to `stop` of this forward at stored tokens.
+
+        Args:
+            start: first query.
+            stop: one past the last query.
+            positions: [B, Hkv, N] sequence positions, -1 where there is no token.
+
+        Returns:
+            [B, Hkv, stop - start, N] bool.
+        """
+        position = positions.long()[:, :, None, :]
+        return self._evaluate(start, stop, position.clamp(min=0)) & (position >= 0)
+
+    def _evaluate(self, start: int, stop: int, position: Tensor) -> Tensor:
+        device = self.device
+        batch = torch.arange(self.batch_size, device=device)[:, None, None, None]
+        head = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device)
+        queries = (torch.arange(start, stop, device=device) + self.offset)[None, None, :, None]
+        mask = self.mask_function(batch, head, queries, position)
+        return mask.expand(mask.shape[0], mask.shape[1], stop - start, position.shape[-1])
+
+
+def causal_block(start: int, stop: int, offset: int, device: torch.device) -> VisibleBlock:
+    """Return what queries `start` to `stop` see where query i comes after `offset + i` keys, all of them visible."""
+    last = offset + stop
+    query = torch.arange(start, stop, device=device)[:, None] + offset
+    return VisibleBlock(0, last, (torch.arange(last, device=device) <= query)[None, None])

@@ -1,0 +1,94 @@
+"""Which models can be compressed, and where their attention is."""
+
+import warnings
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+# By model type, what the attention interface alone does not tell.
+REFUSED = {
+    "doge": "it reads the attention mask as a tensor",
+    "diffllama": "it calls its attention twice for one layer",
+    "minimax": "it keeps a cache of its own",
+}
+
+
+def find_decoder(model: PreTrainedModel) -> tuple[PreTrainedModel, list[nn.Module]]:
+    """Return the innermost model that owns the causal self-attention layers, and those layers.
+
+    Args:
+        model: a transformers model.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    owners: dict[int, tuple[PreTrainedModel, list[nn.Module]]] = {}
+    _collect(model, model, owners)
+    found = [group for group in owners.values() if group[1]]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} cannot be patched: no causal attention layers with a layer_idx were found in "
+            "it, so there is no KV cache that RocketKV knows"
+        )
+    if len(found) > 1:
+        names = ", ".join(type(owner).__name__ for owner, _ in found)
+        raise ValueError(f"{type(model).__name__} holds several decoders ({names}): patch the one you mean")
+    return found[0]
+
+
+def _collect(
+    module: nn.Module, owner: PreTrainedModel, owners: dict[int, tuple[PreTrainedModel, list[nn.Module]]]
+) -> None:
+    """Gather the causal attention modules below a module by the innermost model that owns them."""
+    for child in module.children():
+        if isinstance(child, PreTrainedModel):
+            _collect(child, child, owners)
+            continue
+        if _is_causal_attention(child):
+            owners.setdefault(id(owner), (owner, []))[1].append(child)
+        _collect(child, owner, owners)
+
+
+def _is_causal_attention(module: nn.Module) -> bool:
+    named = "attention" in type(module).__name__.lower() and isinstance(getattr(module, "layer_idx", None), int)
+    return named and getattr(module, "is_causal", True) is not False
+
+
+def refuse_unsupported(model: PreTrainedModel, decoder: PreTrainedModel, attentions: list[nn.Module]) -> None:
+    """Refuse, by name and reason, a model whose cache cannot be compressed; warn of one with nothing to compress.
+
+    Args:
+        model: the outermost model.
+        decoder: the model that owns the attention layers.
+        attentions: those layers.
+
+    Raises:
+        ValueError: it cannot be compressed.
+    """
+    config: Any = decoder.config
+    reason = REFUSED.get(config.model_type.removesuffix("_text"))
+    if getattr(model.config, "is_encoder_decoder", False):
+        reason = "it is an encoder-decoder, and RocketKV compresses causal decoders only"
+    elif getattr(config, "kv_lora_rank", None):
+        reason = "its cache holds latents (multi-head latent attention), not keys and values"
+    elif getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None):
+        reason = "its layers share keys and values"
+    elif not decoder._can_set_attn_implementation():
+        reason = "it does not use transformers' attention interface"
+    if reason is not None:
+        raise ValueError(f"{type(model).__name__} cannot be patched: {reason}")
+    layers = DynamicCache(config=config).layers
+    own = {module.layer_idx for module in attentions}
+    stray = [i for i, layer in enumerate(layers) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)]
+    if not set(stray) <= own:
+        raise ValueError(
+            f"{type(model).__name__} cannot be patched: some of its layers have no attention, and this version of "
+            "transformers gives it a cache of its own kind; a newer version may not"
+        )
+    if not any(type(layer) is DynamicLayer for layer in layers):
+        warnings.warn(
+            f"{type(model).__name__} has no layer that attends to everything: there is nothing to compress",
+            stacklevel=3,
+        )

@@ -1,0 +1,155 @@
+"""What a cache holds and what a decode step reads, counted from the tensors that live.
+
+Letters: B batch, Hkv KV heads, D head dim, S tokens seen, N tokens stored, P page size, r channels, k tokens read.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .index import TILE_PAGES, page_count
+from .store import KVStore
+
+NOMINAL_ITEMSIZE = 2  # budgets are counted for 16-bit keys and values
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStats:
+    """Tokens and bytes of one layer, all sequences of the batch together.
+
+    Attributes:
+        compressed: False for layers that stay as they are, such as those of a sliding window.
+        tokens_seen: tokens of the sequence so far, padding included.
+        tokens_stored: tokens that the longest row still stores.
+        key_bytes: bytes of the key buffers, spare room included.
+        value_bytes: bytes of the value buffers, likewise.
+        index_bytes: bytes of stage 2's index.
+        other_bytes: bytes of positions, lengths and pending window queries.
+        full_bytes: bytes of keys and values that a full cache would hold.
+        step_bytes: bytes of keys, values and index that the next decode step reads.
+        dense_step_bytes: bytes that a decode step over a full cache reads.
+        nominal_step_bytes: `step_bytes` as budgets count: keys and values in 16 bits, whole tiles of the index not.
+        nominal_dense_step_bytes: `dense_step_bytes` in 16 bits.
+    """
+
+    compressed: bool
+    tokens_seen: int = 0
+    tokens_stored: int = 0
+    key_bytes: int = 0
+    value_bytes: int = 0
+    index_bytes: int = 0
+    other_bytes: int = 0
+    full_bytes: int = 0
+    step_bytes: int = 0
+    dense_step_bytes: int = 0
+    nominal_step_bytes: int = 0
+    nominal_dense_step_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """All bytes that live in this layer."""
+        return self.key_bytes + self.value_bytes + self.index_bytes + self.other_bytes
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """The statistics of every layer, and their sums.
+
+    Attributes:
+        layers: one entry a layer, in order.
+    """
+
+    layers: tuple[LayerStats, ...]
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens of the sequence so far."""
+        return max((layer.tokens_seen for layer in self.layers), default=0)
+
+    def total(self, name: str) -> int:
+        """Return the sum over layers of one of their fields, for instance `total("index_bytes")`."""
+        return sum(getattr(layer, name) for layer in self.layers)
+
+    @property
+    def total_bytes(self) -> int:
+        """All bytes that live in the cache."""
+        return self.total("total_bytes")
+
+    @property
+    def memory_ratio(self) -> float:
+        """Live bytes over the bytes of a full cache; 0 for an empty one."""
+        full = self.total("full_bytes")
+        return self.total_bytes / full if full else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return totals and layers as plain numbers, for JSON."""
+        names = list(asdict(self.layers[0])) if self.layers else []
+        totals = {name: self.total(name) for name in names if name.endswith("_bytes")}
+        return {
+            "tokens_seen": self.tokens_seen,
+            "total_bytes": self.total_bytes,
+            "memory_ratio": self.memory_ratio,
+            **totals,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+    def __str__(self) -> str:
+        mebi = 2**20
+        stored = sorted({layer.tokens_stored for layer in self.layers if layer.compressed})
+        kept = "-".join(str(count) for count in (stored[:1] + stored[1:][-1:])) or "0"
+        return (
+            f"{self.tokens_seen} tokens seen, {kept} stored a head; {self.total_bytes / mebi:.1f} MiB live "
+            f"({self.total('index_bytes') / mebi:.1f} index), a full cache {self.total('full_bytes') / mebi:.1f} MiB; "
+            f"a step reads {self.total('step_bytes') / mebi:.2f} MiB, a dense one "
+            f"{self.total('dense_step_bytes') / mebi:.2f} MiB"
+        )
+
+
+def live_bytes(tensor: Tensor | None) -> int:
+    """Return the bytes of a tensor's storage: what stays allocated while it lives."""
+    return 0 if tensor is None else tensor.untyped_storage().nbytes()
+
+
+def store_stats(store: KVStore) -> LayerStats:
+    """Count one layer's store."""
+    keys, values = store.keys, store.values
+    if keys is None or values is None:
+        return LayerStats(compressed=True)
+    batch, kv_heads, _, head_dim = keys.shape
+    rows = batch * kv_heads
+    token = head_dim + values.shape[3]  # elements of K and V of one token and head
+    known = ("keys", "values", "index")
+    # Keys and values of a prompt may be slices of one tensor: a storage counts once.
+    storages = {t.untyped_storage().data_ptr(): live_bytes(t) for n, t in store.tensors().items() if n not in known}
+    shared = keys.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
+    scored, read = _step_elements(store, token, whole_tiles=True)
+    nominal_scored, nominal_read = _step_elements(store, token, whole_tiles=False)
+    return LayerStats(
+        compressed=True,
+        tokens_seen=store.seen,
+        tokens_stored=store.stored,
+        key_bytes=live_bytes(keys),
+        value_bytes=0 if shared else live_bytes(values),
+        index_bytes=live_bytes(store.index),
+        other_bytes=sum(storages.values()),
+        full_bytes=rows * store.seen * token * keys.itemsize,
+        step_bytes=rows * (scored + read) * keys.itemsize,
+        dense_step_bytes=rows * store.seen * token * keys.itemsize,
+        nominal_step_bytes=rows * (nominal_scored + nominal_read) * NOMINAL_ITEMSIZE,
+        nominal_dense_step_bytes=rows * store.seen * token * NOMINAL_ITEMSIZE,
+    )
+
+
+def _step_elements(store: KVStore, token: int, *, whole_tiles: bool) -> tuple[int, int]:
+    """Return the elements that scores and attention read per row and head in the next decode step."""
+    split, stored = store.split, store.stored
+    if split is None or split.top_k is None or stored <= split.token_budget:
+        return 0, stored * token
+    read = min(split.top_k, stored) * token
+    if split.channels is None:
+        return 0, read
+    pages = page_count(stored, split.page_size)
+    if whole_tiles:
+        pages = -(-pages // TILE_PAGES) * TILE_PAGES
+    return pages * split.channels, read
