@@ -208,6 +208,7 @@ class RocketKVLayer(CacheLayerMixin):
         store = self.store
         start, length = store.seen, query.shape[2]
         valid = None if mask is None else mask.valid_tokens(start, start + length)
+        valid = None if valid is None else valid.to(key.device)
         store.extend(key, value, valid, expected=self.prompt_end or 0)
         store.remember_queries(query, self.config.window_size)
         keys, values = store.keys, store.values
@@ -220,7 +221,7 @@ class RocketKVLayer(CacheLayerMixin):
         if store.aligned and causal:
             padding = mask.padding if mask is not None and mask.padded else None
             if padding is not None or not holes:
-                out = fast(query, keys, values, padding)
+                out = fast(query, keys, values, None if padding is None else padding.to(key.device))
                 if out is not None:
                     return out
         offset = stored - length
@@ -362,9 +363,13 @@ def rocketkv_layers(cache: Any) -> list[RocketKVLayer]:
 
 
 def begin_prompt(cache: Any, end: int, *, speculative: bool = False) -> None:
-    """Tell a cache that the next prompt ends when the sequence has `end` tokens, and whether drafts are verified."""
+    """Tell a cache that the next prompt ends when the sequence has `end` tokens, and whether drafts are verified.
+
+    A single token after others is no prompt: `generate` goes on where it stopped, with the last token it wrote.
+    """
     for layer in rocketkv_layers(cache):
-        layer.prompt_end = end if end > layer.get_seq_length() else None
+        seen = layer.get_seq_length()
+        layer.prompt_end = end if seen == 0 or end > seen + 1 else None
         layer.speculative = speculative
 
 

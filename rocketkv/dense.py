@@ -58,7 +58,8 @@ def dense_attention(
         # The heads of a group are rows over one KV head: [B, Hkv, G * count, D].
         rows = query[:, :, start:stop].reshape(batch, kv_heads, group * count, -1)
         keys, values = key[:, :, seen.start : seen.stop], value[:, :, seen.start : seen.stop]
-        mask = None if seen.mask is None else seen.mask.repeat(1, 1, group, 1)
+        # Layers of one model may be on several devices, and share one mask.
+        mask = None if seen.mask is None else seen.mask.to(query.device).repeat(1, 1, group, 1)
         if own:
             per_row = None if sinks is None else sinks.view(1, kv_heads, group).repeat_interleave(count, dim=-1)
             part = softmax_attention(

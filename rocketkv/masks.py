@@ -53,6 +53,7 @@ class LazyMask:
     device: torch.device
     dtype: torch.dtype = torch.bool
     _padded: bool | None = field(default=None, repr=False)
+    _rows: dict[tuple[int, int | None], VisibleBlock] = field(default_factory=dict, repr=False)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -73,7 +74,7 @@ class LazyMask:
         return self.shape if dim is None else self.shape[dim]
 
     def to(self, *args: Any, **kwargs: Any) -> "LazyMask":
-        """Return itself: blocks are made on the device of the inputs."""
+        """Return itself: its function may hold tensors of this device; what is made of it moves to the layer's."""
         return self
 
     def contiguous(self) -> "LazyMask":
@@ -135,6 +136,8 @@ class LazyMask:
         Returns:
             The range of keys, and [1 or B, 1 or H, stop - start, keys] bool.
         """
+        if self.query_length == 1 and (keys, window) in self._rows:
+            return self._rows[keys, window]  # one row serves every layer of its kind
         first, last = 0, min(keys, self.kv_length)
         offset = self.offset
         if isinstance(offset, int):
@@ -147,7 +150,10 @@ class LazyMask:
         # A single query takes padding as it comes: a decode step asks no device whether there is any.
         if self.padding is not None and (self.query_length == 1 or self.padded):
             mask = mask & self._key_padding()[:, None, None, first:last]
-        return VisibleBlock(first, last, mask)
+        seen = VisibleBlock(first, last, mask)
+        if self.query_length == 1:
+            self._rows[keys, window] = seen
+        return seen
 
     def block_at(self, start: int, stop: int, positions: Tensor) -> Tensor:
         """Evaluate the mask for queries `start` to `stop` of this forward at stored tokens.
@@ -160,7 +166,7 @@ class LazyMask:
         Returns:
             [B, Hkv, stop - start, N] bool.
         """
-        position = positions.long()[:, :, None, :]
+        position = positions.to(self.device).long()[:, :, None, :]
         return self._evaluate(start, stop, position.clamp(min=0)) & (position >= 0)
 
     def _evaluate(self, start: int, stop: int, position: Tensor) -> Tensor:
