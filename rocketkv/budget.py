@@ -28,7 +28,8 @@ class BudgetSplit:
             the most recent ones win, in both stages.
 
     Raises:
-        ValueError: a count is not positive, or `channels` and `top_k` do not go together.
+        TypeError: a count is not an int.
+        ValueError: a count is not positive, or `channels`, `top_k` and `token_budget` do not go together.
     """
 
     token_budget: int
@@ -41,12 +42,21 @@ class BudgetSplit:
     def __post_init__(self) -> None:
         for name in ("token_budget", "kept_tokens", "page_size", "channels", "top_k", "sinks"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is None and name not in ("token_budget", "page_size"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+            if value < 1:
                 raise ValueError(f"{name} must be at least 1 (or None where allowed), got {value}")
         if self.channels is not None and (self.top_k is None or self.sinks is not None):
             raise ValueError("channels are scored to choose top_k tokens by attention: set top_k and leave sinks None")
         if self.top_k is not None and self.channels is None and self.sinks is None:
             raise ValueError("top_k needs a ranking: set channels (by attention) or sinks (by position)")
+        if self.top_k is not None and self.top_k > self.token_budget:
+            raise ValueError(
+                f"top_k must be at most token_budget={self.token_budget}, what a step may read; got {self.top_k}. "
+                f"Lower it or raise token_budget."
+            )
 
     @property
     def rolling(self) -> bool:
@@ -156,7 +166,7 @@ METHODS: dict[str, SplitFunction] = {
 
 def least_token_budget(method: str, window_size: int, decode_reserve: int) -> int:
     """Return the smallest token budget with which `method` can keep its window and attend to one token."""
-    if method == "full":
+    if method in ("full", "exact-topk"):
         return 1
     if method == "snapkv":
         return window_size + 1

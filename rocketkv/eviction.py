@@ -150,8 +150,14 @@ def prompt_positions(
     if kept < window:
         raise ValueError(f"kept must be at least the window of {window} tokens, got {kept}")
     scores = window_scores(query, key, scaling=scaling, softcap=softcap, sinks=sinks, valid=valid)
-    scores = F.max_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
-    # The window wins over everything, padding (masked again, since pooling spread into it) over nothing.
+    if valid is None:
+        scores = F.max_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
+    else:
+        # A row's tokens side by side: padding between them must not part neighbours.
+        order = (~valid[..., :-window]).byte().argsort(dim=-1, stable=True).expand_as(scores)
+        pooled = F.max_pool1d(scores.gather(-1, order), kernel_size, stride=1, padding=kernel_size // 2)
+        scores = torch.zeros_like(scores).scatter_(-1, order, pooled)
+    # The window wins over everything, padding (masked after pooling, which spreads into it) over nothing.
     scores = F.pad(scores, (0, window), value=torch.inf)
     if valid is not None:
         scores = scores.masked_fill(~valid, -torch.inf)

@@ -73,6 +73,7 @@ class KVStore:
         """Return every tensor that lives in this store, by name: the one walk for counting, copying and moving."""
         return {name: tensor for name in TENSORS if (tensor := getattr(self, name)) is not None}
 
+    @torch.inference_mode(False)
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by a function of it, for instance to reorder rows (their first dimension)."""
         for name, tensor in self.tensors().items():
@@ -207,8 +208,7 @@ class KVStore:
         self._lay_out(keys, values, slots, valid, longest, longest + decode_reserve)
         self.stored, self.shortest, self.closed, self._holes = longest, shortest, True, False
         self._restorable = self.seen
-        if split.channels is not None:
-            self.index = build_index(self.keys, longest, split.page_size)
+        self._index_pages()
 
     def prompt_tokens(self) -> int:
         """Return the tokens of the longest row up to the end of this prompt, evicted ones included, padding not."""
@@ -224,6 +224,13 @@ class KVStore:
             return valid.expand(*self.keys.shape[:2], self.stored)
         return torch.ones(*self.keys.shape[:2], self.stored, dtype=torch.bool, device=self.keys.device)
 
+    @torch.inference_mode(False)  # buffers may be written in a later call that is not in inference mode
+    def _index_pages(self) -> None:
+        """Build the index, where this split scores anything."""
+        if self.split is not None and self.split.channels is not None and self.keys is not None:
+            self.index = build_index(self.keys, self.stored, self.split.page_size)
+
+    @torch.inference_mode(False)
     def _lay_out(
         self, keys: Tensor, values: Tensor, slots: Tensor | None, valid: Tensor | None, count: int, capacity: int
     ) -> None:
@@ -297,6 +304,7 @@ class KVStore:
                 close_page(self.index, self.keys, self.stored // page_size - 1, page_size)
         return None
 
+    @torch.inference_mode(False)
     def _reserve(self, capacity: int) -> None:
         """Make room for `capacity` slots."""
 
@@ -352,7 +360,7 @@ class KVStore:
         self.seen = length
         if self.closed and self.positions is not None and self.lengths is not None:
             self.positions.masked_fill_(self.positions >= length, -1)
-            self.lengths = (self.positions >= 0).sum(-1, dtype=torch.int32)
+            self.lengths.copy_((self.positions >= 0).sum(-1))
             self.real -= removed
             if length >= self._restorable:
                 # Generated tokens are in every row.
