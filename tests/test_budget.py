@@ -1,0 +1,158 @@
+"""The budget split: the official figures, each method's formulas, and the least budget of each."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rocketkv.budget import METHODS, BudgetSplit, compression_ratio, least_token_budget, rocketkv_split
+
+ROWS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "golden" / "budgets.json").read_text())
+
+
+def test_there_are_130_official_rows() -> None:
+    assert len(ROWS) == 130
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(str(v) for v in row.values() if isinstance(v, int)))
+def test_split_equals_the_official_accuracy_path(row: dict[str, Any]) -> None:
+    reserve, budget, head_dim = row["max_new_tokens"], row["token_budget"], row["head_dim"]
+    split = rocketkv_split(row["sequence_length"] - reserve, budget, head_dim, reserve)
+    official = row["accuracy_path"]
+    assert split == BudgetSplit(
+        token_budget=budget,
+        kept_tokens=official["prompt_budget"],
+        page_size=official["page_size"],
+        channels=official["r"],
+        top_k=official["top_k"],
+    )
+    assert split.kept_tokens == official["capacity"] - reserve
+
+
+def test_split_at_published_settings() -> None:
+    # S = 131072, t = 512: c = 256, alpha = 0.68, capacity = floor(131072 / 256^0.68) = 3019, c2 = 5.896...
+    assert rocketkv_split(131072 - 128, 512, 128, 128) == BudgetSplit(
+        token_budget=512, kept_tokens=2891, page_size=3, channels=65, top_k=256
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "budget", "head_dim", "reserve"),
+    [
+        (1, 2, 1, 1),
+        (7, 3, 5, 2),
+        (333, 77, 80, 19),
+        (4097, 513, 96, 127),
+        (1_000_003, 257, 129, 131),
+        (64, 4096, 64, 128),
+    ],
+)
+def test_odd_values_give_a_split_within_the_budget(prompt: int, budget: int, head_dim: int, reserve: int) -> None:
+    split = rocketkv_split(prompt, budget, head_dim, reserve)
+    assert split.kept_tokens is not None
+    assert split.channels is not None
+    assert split.top_k == max(1, budget // 2)
+    assert 1 <= split.channels <= head_dim
+    assert min(reserve, prompt) <= split.kept_tokens <= max(1, prompt)
+    # Half the budget is for the scores: as many numbers as the K and V of t/2 tokens. One channel is the least.
+    scores_read = (split.kept_tokens + reserve) * split.channels / split.page_size
+    assert scores_read <= budget * head_dim or split.channels == 1
+
+
+def test_short_sequences_are_not_compressed() -> None:
+    assert compression_ratio(100, 256) == 1.0
+    split = rocketkv_split(100, 256, 64, 28)
+    assert (split.kept_tokens, split.page_size, split.channels) == (100, 1, 64)
+
+
+def test_stage_1_keeps_at_least_the_reserve() -> None:
+    # 2 * reserve tokens of capacity, however small the budget; all of them where the sequence is shorter.
+    assert rocketkv_split(100_000, 2, 64, 128).kept_tokens == 128
+    assert rocketkv_split(90, 2, 64, 128).kept_tokens == 90
+
+
+@pytest.mark.parametrize("reserve", [1, 40, 128])
+@pytest.mark.parametrize(
+    ("prompt", "budget", "head_dim"), [(1000, 64, 64), (4999, 333, 80), (50, 128, 16), (129, 5, 3)]
+)
+def test_every_method_follows_the_table(prompt: int, budget: int, head_dim: int, reserve: int) -> None:
+    c = max(1.0, (prompt + reserve) / budget)
+    rocket = METHODS["rocketkv"](prompt, budget, head_dim, reserve)
+    half = max(1, budget // 2)
+    expected = {
+        "full": (None, 1, None, None, None),
+        "rocketkv": (rocket.kept_tokens, rocket.page_size, rocket.channels, half, None),
+        "snapkv": (budget, 1, None, None, None),
+        "quest": (None, math.ceil(c), head_dim, half, None),
+        "sparq": (None, 1, max(1, math.floor(head_dim / c)), half, None),
+        "streaming": (budget, 1, None, budget, 4),
+        "exact-topk": (None, 1, head_dim, budget, None),
+        "stored-topk": (rocket.kept_tokens, 1, head_dim, half, None),
+    }
+    assert expected.keys() == METHODS.keys()
+    for method, fields in expected.items():
+        split = METHODS[method](prompt, budget, head_dim, reserve)
+        assert (split.kept_tokens, split.page_size, split.channels, split.top_k, split.sinks) == fields, method
+        assert split.token_budget == budget
+        assert split.rolling == (method == "streaming")
+
+
+def test_settings_by_hand() -> None:
+    # c = 1128 / 64 = 17.625: pages of 18, and 64 / 17.625 = 3.6 channels.
+    assert METHODS["quest"](1000, 64, 64, 128).page_size == 18
+    assert METHODS["sparq"](1000, 64, 64, 128).channels == 3
+    # c = 282: less than one channel is one.
+    assert METHODS["sparq"](1000, 4, 64, 128).channels == 1
+
+
+def works(method: str, budget: int, window: int, reserve: int) -> bool:
+    """Whether stage 1 can always keep more than what it must, and a step reads at least one token within its budget."""
+    for prompt in range(1, 6 * (window + reserve)):
+        split = METHODS[method](prompt, budget, 16, reserve)
+        if split.kept_tokens is not None and prompt > split.kept_tokens:
+            required = window if split.sinks is None else split.sinks
+            if split.kept_tokens <= required:
+                return False
+        scores_counted = split.channels is not None and method != "exact-topk"
+        if split.top_k is not None and split.top_k * (2 if scores_counted else 1) > budget:
+            return False
+    return True
+
+
+@pytest.mark.parametrize(("window", "reserve"), [(32, 128), (32, 32), (32, 31), (5, 1), (8, 9), (17, 16), (1, 1)])
+@pytest.mark.parametrize("method", METHODS)
+def test_least_token_budget_is_the_least_that_works(method: str, window: int, reserve: int) -> None:
+    least = least_token_budget(method, window, reserve)
+    assert least >= 1
+    assert all(works(method, budget, window, reserve) for budget in range(least, least + 5))
+    assert least == 1 or not works(method, least - 1, window, reserve)
+
+
+@pytest.mark.parametrize("name", ["token_budget", "kept_tokens", "page_size", "channels", "top_k", "sinks"])
+def test_counts_of_a_split_must_be_positive(name: str) -> None:
+    fields = {"token_budget": 8, "top_k": 4, "channels": 3, name: 0}
+    with pytest.raises(ValueError, match=f"{name} must be at least 1.*got 0"):
+        BudgetSplit(**fields)
+
+
+@pytest.mark.parametrize("value", [1.5, True, "8"])
+@pytest.mark.parametrize("name", ["token_budget", "kept_tokens", "page_size", "channels", "top_k"])
+def test_counts_of_a_split_must_be_integers(name: str, value: Any) -> None:
+    fields: dict[str, Any] = {"token_budget": 8, "top_k": 4, "channels": 3, name: value}
+    with pytest.raises(TypeError, match=rf"{name} must be an int.*{type(value).__name__}"):
+        BudgetSplit(**fields)
+
+
+def test_settings_of_a_split_must_go_together() -> None:
+    with pytest.raises(ValueError, match="set top_k and leave sinks None"):
+        BudgetSplit(token_budget=8, channels=3)
+    with pytest.raises(ValueError, match="set top_k and leave sinks None"):
+        BudgetSplit(token_budget=8, channels=3, top_k=4, sinks=2)
+    with pytest.raises(ValueError, match="top_k needs a ranking"):
+        BudgetSplit(token_budget=8, top_k=4)
+    with pytest.raises(ValueError, match="top_k must be at most token_budget=8.*got 9"):
+        BudgetSplit(token_budget=8, channels=3, top_k=9)

@@ -1,0 +1,122 @@
+"""The official program's own numbers: kept positions exactly, outputs to 1e-5, through the store and the cache."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from rocketkv.backend import decode_step
+from rocketkv.budget import BudgetSplit
+from rocketkv.cache import RocketKVLayer, claim
+from rocketkv.config import RocketKVConfig
+from rocketkv.store import KVStore
+
+from .close import assert_near
+
+GOLDEN = Path(__file__).parent / "golden"
+SCALING = 64**-0.5
+
+
+def explicit_split(budget: int, params: dict[str, Any]) -> BudgetSplit:
+    c2 = params["c2"]
+    page_size = math.ceil(math.sqrt(c2))
+    if page_size > c2:
+        page_size = 1
+    return BudgetSplit(
+        token_budget=budget,
+        kept_tokens=params["prompt_budget"],
+        page_size=page_size,
+        channels=math.floor(64 * page_size / c2),
+        top_k=params["topk"],
+    )
+
+
+@pytest.mark.parametrize("budget", [64, 128, 256])
+@pytest.mark.parametrize("layer", [7, 22])
+def test_one_turn(layer: int, budget: int) -> None:
+    info = json.loads((GOLDEN / "params.json").read_text())
+    params = info["params"][f"layer_{layer}.budget_{budget}"]
+    data = load_file(GOLDEN / f"layer_{layer}.safetensors")
+    key, value, prompt = data["key"], data["value"], info["prompt_length"]
+    store = KVStore()
+    store.extend(key[:, :, :prompt], value[:, :, :prompt])
+    store.remember_queries(data["query_window"], info["window_size"])
+    store.close_prompt(
+        explicit_split(budget, params),
+        decode_reserve=info["max_new_tokens"],
+        kernel_size=info["kernel_size"],
+        scaling=SCALING,
+    )
+    kept = data[f"kept_positions.budget_{budget}"]
+    assert store.positions is not None
+    assert store.stored == kept.shape[2] == params["prompt_budget"]
+    assert torch.equal(store.positions[:, :, : store.stored], kept)
+    expected = data[f"decode_output.budget_{budget}"]
+    for i in range(info["decode_steps"]):
+        at = prompt + i
+        out = decode_step(data["query_decode"][:, :, i], key[:, :, at], value[:, :, at], store, scaling=SCALING)
+        assert_near(out, expected[:, :, i])
+
+
+def causal(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
+    """Attend as a model's own kernel would: the queries are those of the last keys."""
+    assert padding is None
+    length, size = query.shape[2], key.shape[2]
+    mask = torch.ones(length, size, dtype=torch.bool).tril(size - length)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+class Turns:
+    """Two turns through one cache layer, as transformers and the attention function drive it."""
+
+    def __init__(self, split: BudgetSplit, data: dict[str, Tensor], info: dict[str, Any]) -> None:
+        config = RocketKVConfig(
+            split=split,
+            window_size=info["window_size"],
+            kernel_size=info["kernel_size"],
+            decode_reserve=info["max_new_tokens"],
+        )
+        self.layer = RocketKVLayer(config)
+        self.data = data
+
+    def forward(self, start: int, stop: int) -> Tensor:
+        """Return [B, H, n, D] for tokens `start` to `stop`."""
+        query, key, value = (self.data[name][:, :, start:stop] for name in ("query", "key", "value"))
+        self.layer.armed = True
+        returned, _ = self.layer.update(key, value)
+        assert claim(returned) is self.layer
+        out = self.layer.attend(query, None, scaling=SCALING, softcap=None, sinks=None, fast=causal)
+        return out.transpose(1, 2)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("prompt_end", ["known", "unknown"])
+@pytest.mark.parametrize("budget", [64, 128])
+def test_two_turns(budget: int, prompt_end: str, chunks: int) -> None:
+    info = json.loads((GOLDEN / "multi_turn_layer_7.json").read_text())
+    data = load_file(GOLDEN / "multi_turn_layer_7.safetensors")
+    params = info["params"][f"rocket.budget_{budget}"]
+    turns = Turns(explicit_split(budget, params), data, info)
+    for number, turn in enumerate(info["turns"]):
+        start, stop = turn["prefill"]
+        assert turns.layer.get_seq_length() == start
+        if prompt_end == "known":
+            turns.layer.prompt_end = stop
+        bounds = [start + (stop - start) * i // chunks for i in range(chunks + 1)]
+        outputs = [turns.forward(first, last) for first, last in zip(bounds[:-1], bounds[1:], strict=True)]
+        expected = f"rocket.budget_{budget}.turn_{number}."
+        assert_near(outputs[-1][:, :, -4:], data[expected + "prefill_last4"])
+        decoded = [turns.forward(at, at + 1) for at in range(stop, stop + turn["decode_steps"])]
+        assert_near(torch.cat(decoded, dim=2), data[expected + "decode"])
+    assert turns.layer.get_seq_length() == info["total_length"]
+    assert turns.layer.store.stored == params["stored_tokens_at_end"]
+    assert turns.layer.store.uniform
