@@ -3,14 +3,52 @@
 import rocketkv
 rocketkv.patch(model, token_budget=512)
 model.generate(...)
+
+Names are imported when they are first used: neither `rocketkv --help` nor an engine that imports `rocketkv.eviction`
+waits for transformers.
 """
 
-from ._version import __version__ as __version__
-from .budget import METHODS as METHODS
-from .budget import BudgetSplit as BudgetSplit
-from .cache import RocketKVCache as RocketKVCache
-from .config import RocketKVConfig as RocketKVConfig
-from .hf import PatchHandle as PatchHandle
-from .hf import patch as patch
-from .hf import unpatch as unpatch
-from .stats import CacheStats as CacheStats
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .budget import METHODS, BudgetSplit
+    from .cache import RocketKVCache
+    from .config import RocketKVConfig
+    from .hf import PatchHandle, patch, unpatch
+    from .stats import CacheStats
+
+__all__ = [
+    "METHODS",
+    "BudgetSplit",
+    "CacheStats",
+    "PatchHandle",
+    "RocketKVCache",
+    "RocketKVConfig",
+    "__version__",
+    "patch",
+    "unpatch",
+]
+
+_MODULES = {
+    "METHODS": ".budget",
+    "BudgetSplit": ".budget",
+    "CacheStats": ".stats",
+    "PatchHandle": ".hf",
+    "RocketKVCache": ".cache",
+    "RocketKVConfig": ".config",
+    "patch": ".hf",
+    "unpatch": ".hf",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
