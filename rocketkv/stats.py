@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .index import TILE_PAGES, page_count
+from .budget import BudgetSplit
+from .index import TILE_PAGES, page_count, tile_count
 from .store import KVStore
 
 NOMINAL_ITEMSIZE = 2  # budgets are counted for 16-bit keys and values
@@ -123,8 +124,8 @@ def store_stats(store: KVStore) -> LayerStats:
     # Keys and values of a prompt may be slices of one tensor: a storage counts once.
     storages = {t.untyped_storage().data_ptr(): live_bytes(t) for n, t in store.tensors().items() if n not in known}
     shared = keys.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
-    scored, read = _step_elements(store, token, whole_tiles=True)
-    nominal_scored, nominal_read = _step_elements(store, token, whole_tiles=False)
+    read = step_elements(store.split, store.stored, token, whole_tiles=True)
+    nominal_read = step_elements(store.split, store.stored, token, whole_tiles=False)
     return LayerStats(
         compressed=True,
         tokens_seen=store.seen,
@@ -134,22 +135,28 @@ def store_stats(store: KVStore) -> LayerStats:
         index_bytes=live_bytes(store.index),
         other_bytes=sum(storages.values()),
         full_bytes=rows * store.seen * token * keys.itemsize,
-        step_bytes=rows * (scored + read) * keys.itemsize,
+        step_bytes=rows * read * keys.itemsize,
         dense_step_bytes=rows * store.seen * token * keys.itemsize,
-        nominal_step_bytes=rows * (nominal_scored + nominal_read) * NOMINAL_ITEMSIZE,
+        nominal_step_bytes=rows * nominal_read * NOMINAL_ITEMSIZE,
         nominal_dense_step_bytes=rows * store.seen * token * NOMINAL_ITEMSIZE,
     )
 
 
-def _step_elements(store: KVStore, token: int, *, whole_tiles: bool) -> tuple[int, int]:
-    """Return the elements that scores and attention read per row and head in the next decode step."""
-    split, stored = store.split, store.stored
+def step_elements(split: BudgetSplit | None, stored: int, token: int, *, whole_tiles: bool) -> int:
+    """Return the elements of index, keys and values that the next decode step reads per row and KV head.
+
+    Args:
+        split: what a step may read, or None for everything.
+        stored: N, tokens of the longest row.
+        token: elements of K and V of one token, D + Dv.
+        whole_tiles: whether to count the index as it is read, by whole tiles, or by the pages in use.
+    """
     if split is None or split.top_k is None or stored <= split.token_budget:
-        return 0, stored * token
+        return stored * token
     read = min(split.top_k, stored) * token
     if split.channels is None:
-        return 0, read
+        return read
     pages = page_count(stored, split.page_size)
     if whole_tiles:
-        pages = -(-pages // TILE_PAGES) * TILE_PAGES
-    return pages * split.channels, read
+        pages = tile_count(stored, split.page_size) * TILE_PAGES
+    return pages * split.channels + read
