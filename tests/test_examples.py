@@ -1,0 +1,78 @@
+"""Each example, run as its reader would, on a tiny model in a local folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import COMMON, sharpened
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+pytestmark = pytest.mark.integration
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+STATS = re.compile(r"(\d+) tokens seen, (\d+) stored a head; .* MiB live .* a step reads .* MiB, a dense one .* MiB")
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with a tokenizer of one token a byte and a chat template."""
+    path = tmp_path_factory.mktemp("model")
+    special = ["<|pad|>", "<|start|>", "<|end|>"]
+    alphabet = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=special[0],
+        bos_token=special[1],
+        eos_token=special[2],
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(path)
+    made = LlamaConfig(**{**COMMON, "vocab_size": len(alphabet), "eos_token_id": special.index("<|end|>")})
+    sharpened(LlamaForCausalLM, made).save_pretrained(path)
+    (path / "text.txt").write_text("The harbour was quiet, and the boats lay still. " * 8, encoding="utf-8")
+    return path
+
+
+def stats_of(example: str, folder: Path) -> list[tuple[int, int]]:
+    """Run an example and return the tokens seen and stored of each line of statistics."""
+    options = ["--model", folder, "--file", folder / "text.txt", "--budget", 64, "--new-tokens", NEW_TOKENS]
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / f"{example}.py", *map(str, options)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return [(int(seen), int(stored)) for seen, stored in STATS.findall(done.stdout)]
+
+
+@pytest.mark.parametrize("example", ["generate", "manual_loop"])
+def test_the_text_is_continued_and_compressed(example: str, folder: Path) -> None:
+    [(seen, stored)] = stats_of(example, folder)
+    prompt = len((folder / "text.txt").read_text(encoding="utf-8"))
+    assert prompt < seen < prompt + NEW_TOKENS, "the last new token is never cached"
+    assert stored < prompt
+
+
+def test_the_second_turn_goes_on_where_the_first_ended(folder: Path) -> None:
+    (first, _), (second, stored) = stats_of("chat", folder)
+    prompt = len((folder / "text.txt").read_text(encoding="utf-8"))
+    assert prompt < first < second < first + NEW_TOKENS + 100, "the text was not read twice"
+    assert stored < prompt
