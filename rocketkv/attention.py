@@ -110,7 +110,7 @@ def select(
         sinks: [H], one learned logit a head that joins the softmax's denominator, or None.
 
     Returns:
-        Positions [B, Hkv, k] int64, ascending (a row with fewer tokens than k has others make up the number), and the
+        Positions [B, Hkv, k] int32, ascending (a row with fewer tokens than k has others make up the number), and the
         estimated attention mass of the chosen tokens [B, H] float32.
     """
     batch, heads, units = logits.shape
@@ -130,7 +130,7 @@ def select(
     shared = weight.view(batch, kv_heads, group, units).mean(2)
     positions, taken = select_units(shared, count.expand_as(shared), k, unit_size)
     mass = torch.matmul(weight.view(batch, kv_heads, group, units), taken.float()[..., None])
-    return positions, mass.view(batch, heads)
+    return positions.int(), mass.view(batch, heads)
 
 
 def _unit_tokens(units: int, unit_size: int, stored: int, lengths: Tensor | None, device: torch.device) -> Tensor:
@@ -246,8 +246,10 @@ def softmax_attention(
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
     if sinks is not None:
-        column = sinks.float()[..., None].expand(*logits.shape[:-1], 1)
-        weight = torch.cat((logits, column), dim=-1).softmax(-1)[..., :-1]
+        sink = sinks.float()[..., None]
+        peak = torch.maximum(logits.amax(-1, keepdim=True), sink)
+        weight = torch.exp(logits - peak)
+        weight = weight / (weight.sum(-1, keepdim=True) + torch.exp(sink - peak))
     else:
         weight = logits.softmax(-1)
     if dropout:

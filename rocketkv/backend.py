@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .attention import attend, score, select
+from .eviction import full_precision
 from .store import KVStore
 
 
@@ -57,7 +58,8 @@ def decode_step(
     if split.sinks is not None:
         positions = recent(store.lengths, split.top_k, split.sinks)
     else:
-        positions = _select(query, store, scaling=scaling, softcap=softcap, sinks=sinks)
+        with full_precision(query.device):
+            positions = _select(query, store, scaling=scaling, softcap=softcap, sinks=sinks)
     mask = None
     if lengths is not None and store.shortest <= split.token_budget:
         # A row that stores at most t tokens attends to all of them.

@@ -7,7 +7,7 @@ Letters: S sequence length, t token budget, c compression ratio S/t, D head dim,
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # StreamingLLM (arXiv 2309.17453, section 3.2): four initial tokens are enough to hold the attention sink.
 STREAMING_SINKS = 4
@@ -26,6 +26,7 @@ class BudgetSplit:
         top_k: k, tokens that a decode step attends to, or None for all that are stored.
         sinks: None where tokens are ranked by attention; else they are ranked by position, and the first `sinks` and
             the most recent ones win, in both stages.
+        oracle: whether the scores come for free in nominal bytes, as those of a method that nobody could run.
 
     Raises:
         TypeError: a count is not an int.
@@ -38,6 +39,7 @@ class BudgetSplit:
     channels: int | None = None
     top_k: int | None = None
     sinks: int | None = None
+    oracle: bool = False
 
     def __post_init__(self) -> None:
         for name in ("token_budget", "kept_tokens", "page_size", "channels", "top_k", "sinks"):
@@ -138,15 +140,13 @@ def streaming_split(prompt_length: int, token_budget: int, head_dim: int, decode
 
 def exact_topk_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
     """Keep everything, read the t tokens of largest true weight: an oracle, whose scores are not counted."""
-    return BudgetSplit(token_budget=token_budget, channels=head_dim, top_k=token_budget)
+    return BudgetSplit(token_budget=token_budget, channels=head_dim, top_k=token_budget, oracle=True)
 
 
 def stored_topk_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
     """Evict as `rocketkv` does, then choose its k tokens by their true weight: the oracle of the selection."""
     evicted = rocketkv_split(prompt_length, token_budget, head_dim, decode_reserve)
-    return BudgetSplit(
-        token_budget=token_budget, kept_tokens=evicted.kept_tokens, channels=head_dim, top_k=max(1, token_budget // 2)
-    )
+    return replace(evicted, page_size=1, channels=head_dim, oracle=True)
 
 
 SplitFunction = Callable[[int, int, int, int], BudgetSplit]

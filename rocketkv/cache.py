@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .backend import decode_step
 from .config import RocketKVConfig
@@ -82,6 +82,7 @@ class RocketKVLayer(CacheLayerMixin):
         config: the compression's settings.
         store: keys, values and index.
         prompt_end: tokens of the sequence when the present prompt ends, or None where unknown.
+        prompt_tokens: tokens of the longest row up to the last prompt's end, evicted ones included, padding not.
         speculative: whether forwards of several tokens verify a draft.
         armed: whether a patched model's forward is about to use this layer.
         pending: key and value [B, Hkv, n, D] handed over and not yet in the store.
@@ -96,6 +97,7 @@ class RocketKVLayer(CacheLayerMixin):
         self.config = config
         self.store = KVStore()
         self.prompt_end: int | None = None
+        self.prompt_tokens = 0
         self.speculative = False
         self.armed = False
         self.pending: tuple[Tensor, Tensor] | None = None
@@ -211,11 +213,14 @@ class RocketKVLayer(CacheLayerMixin):
         valid = None if valid is None else valid.to(key.device)
         store.extend(key, value, valid, expected=self.prompt_end or 0)
         store.remember_queries(query, self.config.window_size)
-        keys, values = store.keys, store.values
-        if keys is None or values is None:
-            raise ValueError("the store has no tokens")
+        self.prompt_tokens = store.seen if mask is None else mask.longest_row(store.seen)
         stored = store.stored
-        keys, values = keys[:, :, :stored], values[:, :, :stored]
+        if stored == length:
+            keys, values = key, value  # gradients flow through them, not through what is stored
+        elif store.keys is not None and store.values is not None:
+            keys, values = store.keys[:, :, :stored], store.values[:, :, :stored]
+        else:
+            raise ValueError("the store has no tokens")
         holes = store.valid() is not None
         causal = mask is None or mask.causal
         if store.aligned and causal:
@@ -243,7 +248,7 @@ class RocketKVLayer(CacheLayerMixin):
         store, config = self.store, self.config
         if store.keys is None:
             raise ValueError("there is no prompt to close")
-        split = config.split_for(store.prompt_tokens(), store.keys.shape[3])
+        split = config.split_for(self.prompt_tokens, store.keys.shape[3])
         store.close_prompt(split, decode_reserve=config.decode_reserve, kernel_size=config.kernel_size, **exact)
         self.prompt_end = None
 
@@ -296,10 +301,6 @@ class RocketKVLayer(CacheLayerMixin):
         self._settle()
         self.store.map(lambda tensor: tensor[indices.to(tensor.device)])
 
-    def offload(self) -> None:
-        """Move everything to the host."""
-        self.store.map(lambda tensor: tensor.to("cpu", non_blocking=True))
-
     def stats(self) -> LayerStats:
         """Count this layer."""
         return store_stats(self.store)
@@ -348,13 +349,19 @@ def compress_layers(cache: DynamicCache, config: RocketKVConfig, model_config: P
     Args:
         cache: the cache.
         config: the compression's settings.
-        model_config: from which a cache that makes its layers lazily learns what they are.
+        model_config: from which a cache that makes its layers lazily learns what they are; such a one keeps all tokens
+            of sliding-window layers too.
     """
-    if not cache.layers and model_config is not None:
+    if rocketkv_layers(cache):
+        return  # done before; what is a plain layer now is to stay one
+    lazy = not cache.layers and model_config is not None
+    if lazy:
         cache.layers.extend(DynamicCache(config=model_config).layers)
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and not layer.is_initialized:
             cache.layers[i] = RocketKVLayer(config)
+    if lazy:
+        keep_whole(cache)
 
 
 def rocketkv_layers(cache: Any) -> list[RocketKVLayer]:
@@ -371,6 +378,24 @@ def begin_prompt(cache: Any, end: int, *, speculative: bool = False) -> None:
         seen = layer.get_seq_length()
         layer.prompt_end = end if seen == 0 or end > seen + 1 else None
         layer.speculative = speculative
+
+
+def make_croppable(cache: Any) -> None:
+    """Prepare an empty cache for drafts, whose rejected tokens are taken back from it.
+
+    Before transformers 5.16 a sliding-window layer cannot give tokens back once it is full, so it must not slide.
+    """
+    if hasattr(cache, "activate_past_recording"):
+        cache.activate_past_recording()
+    else:
+        keep_whole(cache)
+
+
+def keep_whole(cache: Any) -> None:
+    """Let the empty sliding-window layers of a cache keep all tokens; masks hide what lies outside of the window."""
+    for i, layer in enumerate(getattr(cache, "layers", ())):
+        if type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized:
+            cache.layers[i] = DynamicLayer()
 
 
 def cache_stats(cache: Any) -> CacheStats:

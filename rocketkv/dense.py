@@ -4,7 +4,9 @@ Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, n queries,
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -12,8 +14,8 @@ from .attention import softmax_attention
 from .masks import VisibleBlock
 
 # A block's mask, one byte for each query row and key, stays under this; so do, where a soft-cap or sinks need our own
-# softmax, its logits and their copies, 16 bytes together for each query row, head and key.
-BLOCK_BYTES = 64 * 2**20
+# softmax, its logits and their copies, 16 bytes together for each query row and key.
+BLOCK_BYTES = 16 * 2**20
 
 
 def dense_attention(
@@ -48,6 +50,28 @@ def dense_attention(
     kv_heads, size = key.shape[1], key.shape[2]
     group = heads // kv_heads
     own = softcap is not None or sinks is not None
+    if own and kv_heads > 1:
+        # One KV head at a time: its keys and values are turned to float32 once, and a block has more rows.
+        def one(head: int) -> Tensor:
+            def seen(start: int, stop: int) -> VisibleBlock:
+                block = visible(start, stop)
+                if block.mask is None or block.mask.shape[1] == 1:
+                    return block
+                return replace(block, mask=block.mask[:, head : head + 1])
+
+            heads_of_group = slice(head * group, (head + 1) * group)
+            return dense_attention(
+                query[:, heads_of_group],
+                key[:, head : head + 1].float(),
+                value[:, head : head + 1].float(),
+                seen,
+                scaling=scaling,
+                softcap=softcap,
+                sinks=None if sinks is None else sinks[heads_of_group],
+                dropout=dropout,
+            )
+
+        return torch.cat([one(head) for head in range(kv_heads)], dim=2)
     bytes_a_query = batch * size * (16 * heads if own else group * mask_heads)
     block = max(1, min(length, BLOCK_BYTES // bytes_a_query))
     out = query.new_empty(batch, length, heads, value.shape[-1])
@@ -60,6 +84,9 @@ def dense_attention(
         keys, values = key[:, :, seen.start : seen.stop], value[:, :, seen.start : seen.stop]
         # Layers of one model may be on several devices, and share one mask.
         mask = None if seen.mask is None else seen.mask.to(query.device).repeat(1, 1, group, 1)
+        blind = None if mask is None else ~mask.any(-1, keepdim=True)
+        if mask is not None and blind is not None:
+            mask |= blind  # a softmax over nothing is NaN, and so would be the gradients behind the zeros below
         if own:
             per_row = None if sinks is None else sinks.view(1, kv_heads, group).repeat_interleave(count, dim=-1)
             part = softmax_attention(
@@ -67,7 +94,7 @@ def dense_attention(
             )
         else:
             part = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, dropout_p=dropout, scale=scaling)
-        if mask is not None:
-            part = part.masked_fill(~mask.any(-1, keepdim=True), 0)
+        if blind is not None:
+            part = part.masked_fill(blind, 0)
         out[:, start:stop] = part.view(batch, heads, count, -1).transpose(1, 2)
     return out

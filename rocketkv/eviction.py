@@ -5,6 +5,8 @@ SnapKV's observation window with a larger pooling kernel and one selection per K
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, S tokens, W window queries.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,6 +50,13 @@ def select_top(scores: Tensor, n: int) -> Tensor:
     # The i-th taken position is the first one up to which i are taken.
     number = torch.arange(1, n + 1, device=scores.device).expand(*scores.shape[:-1], n).contiguous()
     return torch.searchsorted(taken.cumsum(-1), number)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context in which autocast, if it is on, leaves scores in float32."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def window_scores(
@@ -149,7 +158,8 @@ def prompt_positions(
     window = query.shape[2]
     if kept < window:
         raise ValueError(f"kept must be at least the window of {window} tokens, got {kept}")
-    scores = window_scores(query, key, scaling=scaling, softcap=softcap, sinks=sinks, valid=valid)
+    with full_precision(key.device):
+        scores = window_scores(query, key, scaling=scaling, softcap=softcap, sinks=sinks, valid=valid)
     if valid is None:
         scores = F.max_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
     else:

@@ -3,6 +3,7 @@
 Nothing here keeps state of a model, a sequence or a call: a patch lives on the model it patches.
 """
 
+import copy
 import functools
 import threading
 import warnings
@@ -13,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from .cache import (
@@ -22,6 +23,7 @@ from .cache import (
     cache_stats,
     compress_layers,
     forget_hand_over,
+    make_croppable,
     rocketkv_layers,
 )
 from .config import RocketKVConfig
@@ -37,7 +39,8 @@ class PatchState:
     """What `patch` left on a model: enough to run it and to undo it. Copies and pickles with the model."""
 
     config: RocketKVConfig
-    implementation: str
+    former_configs: list[tuple[nn.Module, PretrainedConfig]] = field(default_factory=list)
+    former_generate: Callable[..., Any] | None = None
     hook: RemovableHandle | None = None
     warned: set[str] = field(default_factory=set)
     recorded: threading.local = field(default_factory=threading.local)
@@ -49,6 +52,11 @@ class PatchState:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Start with nothing recorded."""
         self.__dict__.update(state, recorded=threading.local())
+
+    @property
+    def running(self) -> "_Generation | None":
+        """The generation that runs in this thread."""
+        return getattr(self.recorded, "running", None)
 
     def warn_once(self, kind: str, message: str) -> None:
         """Warn, unless this kind of warning was given before."""
@@ -64,9 +72,10 @@ class PatchHandle:
         model: the patched model.
     """
 
-    def __init__(self, model: nn.Module, state: PatchState) -> None:
+    def __init__(self, model: nn.Module, state: PatchState, before: RocketKVConfig | None = None) -> None:
         self.model = model
         self._state = state
+        self._before = before
 
     @property
     def config(self) -> RocketKVConfig:
@@ -92,7 +101,10 @@ class PatchHandle:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        unpatch(self.model)
+        if self._before is None:
+            unpatch(self.model)
+        else:
+            self._state.config = self._before
 
     def __repr__(self) -> str:
         return f"PatchHandle({type(self.model).__name__}, {self.config})"
@@ -110,7 +122,7 @@ def patch(model: nn.Module, config: RocketKVConfig | None = None, /, **fields: A
         **fields: fields of `RocketKVConfig`; with `config`, they replace its own.
 
     Returns:
-        A handle; `with rocketkv.patch(model, ...):` unpatches at the end.
+        A handle; `with rocketkv.patch(model, ...):` ends with what was before: no patch, or the earlier settings.
 
     Raises:
         TypeError: `model` is not a transformers model, or a field has the wrong type.
@@ -122,16 +134,23 @@ def patch(model: nn.Module, config: RocketKVConfig | None = None, /, **fields: A
     outer = _outermost(model)
     state = _state_of(outer)
     if state is not None:
+        before = state.config
         state.config = settings
-        return PatchHandle(model, state)
+        return PatchHandle(model, state, before)
     decoder, attentions = find_decoder(outer)
+    if any(IMPLEMENTATION in module.__dict__ for module in attentions):
+        raise ValueError(
+            f"{type(outer).__name__} holds, or is part of, a model that is patched already; call rocketkv.unpatch on "
+            "that one first"
+        )
     refuse_unsupported(outer, decoder, attentions)
     AttentionInterface.register(NAME, rocketkv_attention)
     AttentionMaskInterface.register(NAME, rocketkv_mask)
     before = decoder.config._attn_implementation
-    state = PatchState(settings, before)
+    state = PatchState(settings, _take_configs(outer), outer.__dict__.get("generate"))
     decoder.set_attn_implementation(NAME)
     if decoder.config._attn_implementation != NAME:
+        _give_configs_back(state.former_configs)
         raise ValueError(
             f"{type(outer).__name__} cannot be patched: it does not use transformers' attention interface, so RocketKV "
             "cannot reach its attention"
@@ -151,15 +170,38 @@ def unpatch(model: nn.Module) -> None:
     state = _state_of(outer)
     if state is None:
         return
-    decoder, attentions = find_decoder(outer)
-    decoder.set_attn_implementation(state.implementation)
+    _, attentions = find_decoder(outer)
+    _give_configs_back(state.former_configs)
     for module in attentions:
         if IMPLEMENTATION in module.__dict__:
             delattr(module, IMPLEMENTATION)
     if state.hook is not None:
         state.hook.remove()
     outer.__dict__.pop("generate", None)
+    if state.former_generate is not None:
+        outer.__dict__["generate"] = state.former_generate
     del outer.__dict__[_STATE]
+
+
+def _take_configs(model: PreTrainedModel) -> list[tuple[nn.Module, PretrainedConfig]]:
+    """Give a model configurations of its own, since others may share them, and return those that its modules had."""
+    found = ((module, module.__dict__.get("config")) for module in model.modules())
+    former = [(module, config) for module, config in found if isinstance(config, PretrainedConfig)]
+    copies: dict[int, Any] = {}  # modules that shared a configuration share its copy
+    for module, config in former:
+        module.__dict__["config"] = copy.deepcopy(config, copies)
+    return former
+
+
+def _give_configs_back(former: list[tuple[nn.Module, PretrainedConfig]]) -> None:
+    """Undo `_take_configs`, but keep what was set in the meantime."""
+    for module, config in former:
+        for name, value in module.__dict__["config"].__dict__.items():
+            kept = name.startswith("_attn_implementation") or isinstance(value, PretrainedConfig)
+            if not kept and (name not in config.__dict__ or config.__dict__[name] != value):
+                config.__dict__[name] = value
+    for module, config in former:
+        module.__dict__["config"] = config
 
 
 def _outermost(model: Any) -> PreTrainedModel:
@@ -185,14 +227,25 @@ class _ForwardHook:
         self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         forget_hand_over()
+        if decoder.config._attn_implementation != NAME:
+            raise ValueError(
+                f"the attention implementation of this patched {type(decoder).__name__} was set to "
+                f"{decoder.config._attn_implementation!r}; call rocketkv.unpatch(model) before changing it"
+            )
         cache = kwargs.get("past_key_values")
-        _refuse_inputs(decoder, cache, args, kwargs)
+        inputs = _inputs(args, kwargs)
+        _refuse_inputs(decoder, cache, inputs, kwargs)
         use_cache = kwargs.get("use_cache")
         if cache is None and not decoder.training and (decoder.config.use_cache if use_cache is None else use_cache):
             cache = RocketKVCache(decoder.config, self.state.config)
             kwargs = {**kwargs, "past_key_values": cache}
+            if self.state.running is not None and inputs is not None:
+                self.state.running.begin_anew(cache, inputs.shape[1])
         if cache is not None:
             self._prepare(decoder, cache)
+            running = self.state.running
+            if running is not None and running.cache is None and rocketkv_layers(cache):
+                running.begin(cache)
         return args, kwargs
 
     def _prepare(self, decoder: PreTrainedModel, cache: Any) -> None:
@@ -202,10 +255,12 @@ class _ForwardHook:
         layers = rocketkv_layers(cache)
         for layer in layers:
             layer.armed = True
-        if not layers and not isinstance(cache, RocketKVCache) and _holds_full_attention(decoder):
+        kind = type(cache).__name__
+        unwarned = not layers and not isinstance(cache, RocketKVCache) and kind not in self.state.warned
+        if unwarned and _holds_full_attention(decoder):
             self.state.warn_once(
-                type(cache).__name__,
-                f"RocketKV leaves a {type(cache).__name__} as it is: it was filled before, or is static, quantized or "
+                kind,
+                f"RocketKV leaves a {kind} as it is: it was filled before, or is static, quantized or "
                 "offloaded. This forward runs exactly, without compression. Pass no cache, or an empty DynamicCache.",
             )
 
@@ -218,7 +273,15 @@ def _holds_full_attention(decoder: PreTrainedModel) -> bool:
     return bool(rocketkv_layers(RocketKVCache(decoder.config)))
 
 
-def _refuse_inputs(decoder: PreTrainedModel, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the ids or embeddings that a forward gets."""
+    for inputs in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), args[0] if args else None):
+        if isinstance(inputs, Tensor):
+            return inputs
+    return None
+
+
+def _refuse_inputs(decoder: PreTrainedModel, cache: Any, inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
     """Refuse what a compressed forward cannot give, before anything is computed."""
     if kwargs.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
         raise ValueError(
@@ -226,12 +289,7 @@ def _refuse_inputs(decoder: PreTrainedModel, cache: Any, args: tuple[Any, ...], 
             "no weight matrix; call rocketkv.unpatch(model) first"
         )
     mask = kwargs.get("attention_mask")
-    inputs = kwargs.get("input_ids")
-    if inputs is None:
-        inputs = kwargs.get("inputs_embeds")
-    if inputs is None and args:
-        inputs = args[0]
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or not isinstance(inputs, Tensor) or inputs.shape[1] < 2:
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or inputs is None or inputs.shape[1] < 2:
         return
     if any(layer.prompt_end is not None and layer.prompt_end > mask.shape[1] for layer in rocketkv_layers(cache)):
         return  # a chunk of a prompt, whose rows may begin later
@@ -245,32 +303,71 @@ def _refuse_inputs(decoder: PreTrainedModel, cache: Any, args: tuple[Any, ...], 
         )
 
 
+class _Generation:
+    """One call of `generate`: where its prompt ends, and the cache that it uses once that is known."""
+
+    def __init__(self, end: int | None, speculative: bool, croppable: bool) -> None:
+        self.end = end
+        self.speculative = speculative
+        self.croppable = croppable
+        self.cache: Any = None
+
+    def begin(self, cache: Any) -> None:
+        """Tell a cache of ours, before its first forward of this call, where the prompt ends."""
+        self.cache = cache
+        if self.end is not None:
+            begin_prompt(cache, self.end, speculative=self.speculative)
+        if self.croppable:
+            make_croppable(cache)
+
+    def begin_anew(self, cache: Any, given: int) -> None:
+        """Go over to a cache in the place of the first one, if its first forward, of `given` tokens, holds the prompt.
+
+        LongRoPE models drop their cache at the first prompt beyond their short range, and where they outgrow it later.
+        """
+        if self.end is not None and given >= self.end:
+            self.end_prompt()
+            self.end = given
+            self.begin(cache)
+
+    def end_prompt(self) -> None:
+        """Leave the cache to loops of the user's own."""
+        for layer in rocketkv_layers(self.cache):
+            layer.speculative = False
+            layer.prompt_end = None
+
+
 def generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """Run the model's own `generate`, told where the prompt ends; stands in its place on a patched model.
 
     The cache is made here, so that every layer evicts inside its own prefill call, and counted at the end.
     """
     state = _state_of(model)
-    stock: Callable[..., Any] = type(model).generate  # type: ignore[attr-defined]  # patch looked for it
+    own: Any = type(model)
+    stock: Callable[..., Any] = functools.partial(own.generate, model)
     if state is None:
-        return stock(model, *args, **kwargs)
+        return stock(*args, **kwargs)
+    stock = state.former_generate or stock
     decoder, _ = find_decoder(model)
     cache = kwargs.get("past_key_values")
     if cache is None and _uses_dynamic_cache(model, args, kwargs):
         cache = kwargs["past_key_values"] = RocketKVCache(decoder.config, state.config)
     elif cache is not None and _convertible(cache):
         compress_layers(cache, state.config, decoder.config)
-    layers = rocketkv_layers(cache)
-    end = _prompt_end(args, kwargs)
-    if end is not None:
-        begin_prompt(cache, end, speculative=_speculative(model, args, kwargs))
+    speculative = _speculative(model, args, kwargs)
+    croppable = speculative or bool(_setting(model, args, kwargs, "is_assistant"))
+    running = _Generation(_prompt_end(args, kwargs), speculative, croppable)
+    if isinstance(cache, RocketKVCache) or rocketkv_layers(cache):
+        running.begin(cache)
+    # An assistant that is the model itself generates within this call.
+    outer, state.recorded.running = state.running, running
+    state.recorded.stats = None
     try:
-        output = stock(model, *args, **kwargs)
+        output = stock(*args, **kwargs)
     finally:
-        for layer in layers:
-            layer.speculative = False
-    if layers:
-        state.recorded.stats = cache_stats(cache)
+        state.recorded.running = outer
+        running.end_prompt()
+    state.recorded.stats = None if running.cache is None else cache_stats(running.cache)
     return output
 
 
@@ -284,7 +381,7 @@ def _setting(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _uses_dynamic_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether `generate` would make a plain dynamic cache of its own."""
+    """Whether to make the cache here; where `generate` is asked for a kind by name it makes its own."""
     use_cache = _setting(model, args, kwargs, "use_cache")
     return use_cache is not False and _setting(model, args, kwargs, "cache_implementation") is None
 

@@ -39,7 +39,11 @@ def page_bounds(keys: Tensor, page_size: int) -> Tensor:
     """
     if page_size == 1:
         return keys[..., 0, :]
-    return torch.cat((keys.amax(-2), keys.amin(-2)), dim=-1)
+    head_dim = keys.shape[-1]
+    bounds = keys.new_empty(*keys.shape[:-2], 2 * head_dim)
+    bounds[..., :head_dim] = keys.amax(-2)
+    bounds[..., head_dim:] = keys.amin(-2)
+    return bounds
 
 
 def build_index(keys: Tensor, tokens: int, page_size: int) -> Tensor:

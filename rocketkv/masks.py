@@ -53,6 +53,7 @@ class LazyMask:
     device: torch.device
     dtype: torch.dtype = torch.bool
     _padded: bool | None = field(default=None, repr=False)
+    _longest: dict[int, int] = field(default_factory=dict, repr=False)
     _rows: dict[tuple[int, int | None], VisibleBlock] = field(default_factory=dict, repr=False)
 
     @property
@@ -123,6 +124,14 @@ class LazyMask:
         found = self.padding[:, start:stop]
         missing = stop - start - found.shape[1]
         return found if missing <= 0 else torch.nn.functional.pad(found, (0, missing))
+
+    def longest_row(self, stop: int) -> int:
+        """Return the tokens of the longest row among the sequence's first `stop`; asks the device once a forward."""
+        if not self.padded or self.padding is None:
+            return stop
+        if stop not in self._longest:
+            self._longest[stop] = int(self.padding[:, :stop].sum(-1).max())
+        return self._longest[stop]
 
     def block(self, start: int, stop: int, keys: int, *, window: int | None = None) -> VisibleBlock:
         """Evaluate the mask for queries `start` to `stop` of this forward over this layer's keys.

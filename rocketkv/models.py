@@ -12,6 +12,7 @@ REFUSED = {
     "doge": "it reads the attention mask as a tensor",
     "diffllama": "it calls its attention twice for one layer",
     "minimax": "it keeps a cache of its own",
+    "jetmoe": "it changes keys between its cache and its attention",
 }
 
 
@@ -22,8 +23,13 @@ def find_decoder(model: PreTrainedModel) -> tuple[PreTrainedModel, list[nn.Modul
         model: a transformers model.
 
     Raises:
-        ValueError: there is none, or more than one.
+        ValueError: there is none, or more than one, or the model is an encoder-decoder.
     """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} cannot be patched: it is an encoder-decoder, and RocketKV compresses causal "
+            "decoders only"
+        )
     owners: dict[int, tuple[PreTrainedModel, list[nn.Module]]] = {}
     _collect(model, model, owners)
     found = [group for group in owners.values() if group[1]]
@@ -69,9 +75,7 @@ def refuse_unsupported(model: PreTrainedModel, decoder: PreTrainedModel, attenti
     """
     config: Any = decoder.config
     reason = REFUSED.get(config.model_type.removesuffix("_text"))
-    if getattr(model.config, "is_encoder_decoder", False):
-        reason = "it is an encoder-decoder, and RocketKV compresses causal decoders only"
-    elif getattr(config, "kv_lora_rank", None):
+    if getattr(config, "kv_lora_rank", None):
         reason = "its cache holds latents (multi-head latent attention), not keys and values"
     elif getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None):
         reason = "its layers share keys and values"

@@ -32,6 +32,7 @@ from .config import RocketKVConfig
 from .index import TILE_PAGES, index_rows, tile_count
 from .models import find_decoder, refuse_unsupported
 from .stats import NOMINAL_ITEMSIZE, CacheStats, LayerStats, step_elements
+from .store import decode_room
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 INTEGER = torch.int32.itemsize  # of positions and lengths
@@ -186,7 +187,7 @@ def plan(
         if type(kind) is DynamicLayer:
             split = settings.split_for(context, head_dim)
             splits.append(split)
-            stored, room = _stored(split, context), reserve
+            stored, room = _stored(split, context), decode_room(split, reserve)
         elif isinstance(kind, DynamicSlidingWindowLayer):
             stored = min(context, kind.sliding_window - 1)  # the window less the token that attends
         layers.append(_count_layer(split, context, stored, room, (batch * kv_heads, head_dim, value_dim), itemsize))
@@ -254,6 +255,8 @@ def _count_layer(
     if split is not None and split.channels is not None:
         index = tile_count(capacity, split.page_size) * index_rows(head_dim, split.page_size) * TILE_PAGES
     token = head_dim + value_dim
+    appended = 0 if split is None else 1  # the next step appends its token before it reads
+    read, dense_read = stored + appended, dense + appended
     return LayerStats(
         compressed=split is not None,
         tokens_seen=context,
@@ -263,10 +266,10 @@ def _count_layer(
         index_bytes=rows * index * size,
         other_bytes=0 if split is None else rows * (capacity + 1) * INTEGER,
         full_bytes=rows * dense * token * size,
-        step_bytes=rows * step_elements(split, stored, token, whole_tiles=True) * size,
-        dense_step_bytes=rows * dense * token * size,
-        nominal_step_bytes=rows * step_elements(split, stored, token, whole_tiles=False) * NOMINAL_ITEMSIZE,
-        nominal_dense_step_bytes=rows * dense * token * NOMINAL_ITEMSIZE,
+        step_bytes=rows * step_elements(split, read, token, nominal=False) * size,
+        dense_step_bytes=rows * dense_read * token * size,
+        nominal_step_bytes=rows * step_elements(split, read, token, nominal=True) * NOMINAL_ITEMSIZE,
+        nominal_dense_step_bytes=rows * dense_read * token * NOMINAL_ITEMSIZE,
     )
 
 

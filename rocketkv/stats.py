@@ -30,7 +30,7 @@ class LayerStats:
         full_bytes: bytes of keys and values that a full cache would hold.
         step_bytes: bytes of keys, values and index that the next decode step reads.
         dense_step_bytes: bytes that a decode step over a full cache reads.
-        nominal_step_bytes: `step_bytes` as budgets count: keys and values in 16 bits, whole tiles of the index not.
+        nominal_step_bytes: `step_bytes` as budgets count: in 16 bits, the index by pages, an oracle's scores not.
         nominal_dense_step_bytes: `dense_step_bytes` in 16 bits.
     """
 
@@ -124,8 +124,11 @@ def store_stats(store: KVStore) -> LayerStats:
     # Keys and values of a prompt may be slices of one tensor: a storage counts once.
     storages = {t.untyped_storage().data_ptr(): live_bytes(t) for n, t in store.tensors().items() if n not in known}
     shared = keys.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
-    read = step_elements(store.split, store.stored, token, whole_tiles=True)
-    nominal_read = step_elements(store.split, store.stored, token, whole_tiles=False)
+    # The next step appends its token first.
+    stored, shortest = store.stored + 1, store.shortest + 1
+    read = step_elements(store.split, stored, token, nominal=False, shortest=shortest)
+    nominal_read = step_elements(store.split, stored, token, nominal=True, shortest=shortest)
+    dense = rows * (store.seen + 1) * token
     return LayerStats(
         compressed=True,
         tokens_seen=store.seen,
@@ -136,27 +139,29 @@ def store_stats(store: KVStore) -> LayerStats:
         other_bytes=sum(storages.values()),
         full_bytes=rows * store.seen * token * keys.itemsize,
         step_bytes=rows * read * keys.itemsize,
-        dense_step_bytes=rows * store.seen * token * keys.itemsize,
+        dense_step_bytes=dense * keys.itemsize,
         nominal_step_bytes=rows * nominal_read * NOMINAL_ITEMSIZE,
-        nominal_dense_step_bytes=rows * store.seen * token * NOMINAL_ITEMSIZE,
+        nominal_dense_step_bytes=dense * NOMINAL_ITEMSIZE,
     )
 
 
-def step_elements(split: BudgetSplit | None, stored: int, token: int, *, whole_tiles: bool) -> int:
-    """Return the elements of index, keys and values that the next decode step reads per row and KV head.
+def step_elements(split: BudgetSplit | None, stored: int, token: int, *, nominal: bool, shortest: int = 0) -> int:
+    """Return the elements of index, keys and values that a decode step reads per row and KV head.
 
     Args:
         split: what a step may read, or None for everything.
-        stored: N, tokens of the longest row.
+        stored: tokens of the longest row, the step's own included.
         token: elements of K and V of one token, D + Dv.
-        whole_tiles: whether to count the index as it is read, by whole tiles, or by the pages in use.
+        nominal: whether to count as budgets do, by pages and without an oracle's scores, or as the index is read, by
+            whole tiles.
+        shortest: tokens of the shortest row, the step's own included; 0 where all have as many as the longest.
     """
     if split is None or split.top_k is None or stored <= split.token_budget:
         return stored * token
-    read = min(split.top_k, stored) * token
-    if split.channels is None:
+    # Rows of at most t tokens read all of them, and the others as many slots.
+    attended = split.token_budget if 0 < shortest <= split.token_budget else split.top_k
+    read = min(attended, stored) * token
+    if split.channels is None or (nominal and split.oracle):
         return read
-    pages = page_count(stored, split.page_size)
-    if whole_tiles:
-        pages = tile_count(stored, split.page_size) * TILE_PAGES
+    pages = page_count(stored, split.page_size) if nominal else tile_count(stored, split.page_size) * TILE_PAGES
     return pages * split.channels + read

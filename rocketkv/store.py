@@ -16,7 +16,19 @@ from .budget import BudgetSplit
 from .eviction import prompt_positions, recent_positions
 from .index import build_index, close_page, close_pages, gather_tokens, grow_index
 
+# A rolling store keeps half of its room when it rolls, for drafts that are taken back.
+ROLLING_ROOM = 64
 TENSORS = ("keys", "values", "index", "positions", "lengths", "window")
+
+
+def decode_room(split: BudgetSplit, decode_reserve: int) -> int:
+    """Return the slots that a store has beyond a prompt's survivors when it is closed."""
+    return max(decode_reserve, ROLLING_ROOM) if split.rolling else decode_reserve
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Return a tensor that keeps no more alive than itself."""
+    return tensor if tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.itemsize else tensor.clone()
 
 
 class KVStore:
@@ -34,7 +46,6 @@ class KVStore:
         seen: tokens of the sequence so far, padding and evicted ones included.
         stored: N, slots in use of the longest row. Known to the host, like `shortest`: a decode step asks no device.
         shortest: slots in use of the shortest row.
-        real: tokens of the longest row so far, evicted ones included, padding not.
         closed: whether the prompt is over.
         aligned: whether slot and position in the sequence are the same for every token.
     """
@@ -49,13 +60,13 @@ class KVStore:
     seen: int
     stored: int
     shortest: int
-    real: int
     closed: bool
     aligned: bool
     _holes: bool  # whether slots of a prompt may hold no token
     _prompt_start: int  # slot of the prompt's first token
     _complete: bool  # whether every token seen is still stored
-    _restorable: int  # tokens seen at the last eviction: a crop to fewer would need what was evicted
+    _restorable: int  # a crop to fewer tokens than these would need what was evicted
+    _prompt_end: int  # tokens seen when the prompt was closed: those after it are in every row
 
     def __init__(self) -> None:
         self.clear()
@@ -64,10 +75,10 @@ class KVStore:
         """Forget everything."""
         self.keys = self.values = self.index = self.positions = self.lengths = self.window = None
         self.split = None
-        self.seen = self.stored = self.shortest = self.real = 0
+        self.seen = self.stored = self.shortest = 0
         self.closed = self._holes = False
         self.aligned = self._complete = True
-        self._prompt_start = self._restorable = 0
+        self._prompt_start = self._prompt_end = self._restorable = 0
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor that lives in this store, by name: the one walk for counting, copying and moving."""
@@ -109,10 +120,13 @@ class KVStore:
             self._reopen()
         start, stop = self.stored, self.stored + key.shape[2]
         if self.keys is None or self.values is None:
-            # Held as they are: an unchunked prompt is never copied before stage 1 has made it small.
-            self.keys, self.values = key, value
+            # Held as they are: an unchunked prompt is never copied before stage 1 has made it small. But one that does
+            # not end yet must not keep a fused projection alive with them.
+            ends = stop >= expected > 0
+            self.keys, self.values = (key, value) if ends else (_alone(key), _alone(value))
         else:
-            if stop > self.capacity:
+            foreign = self.keys.is_inference() and not torch.is_inference_mode_enabled()
+            if stop > self.capacity or foreign:
                 self._reserve(max(stop, start + expected - self.seen if expected else 2 * start))
             self.keys[:, :, start:stop] = key
             self.values[:, :, start:stop] = value
@@ -122,6 +136,7 @@ class KVStore:
         self.seen += stop - start
         self.stored = self.shortest = stop
 
+    @torch.inference_mode(False)
     def _reopen(self) -> None:
         """Turn from decoding to a prompt: slots beyond a row's length hold no token."""
         self.closed = False
@@ -132,6 +147,7 @@ class KVStore:
             self.positions = torch.where(slot < self.lengths[..., None], self.positions, -1)
         self.index = self.lengths = None
 
+    @torch.inference_mode(False)
     def _extend_positions(self, start: int, stop: int, valid: Tensor | None) -> None:
         if self.keys is None:
             raise ValueError("positions follow keys")
@@ -180,13 +196,16 @@ class KVStore:
         keys, values = self.keys[:, :, : self.stored], self.values[:, :, : self.stored]
         valid = self.valid()
         longest = shortest = self.stored
+        self.split = split
         if valid is not None:
             counts = valid.sum(-1)
-            shortest, longest = (int(count) for count in torch.stack((counts.min(), counts.max())).tolist())
-        self.split = split
+            shortest, longest = (int(count) for count in torch.stack(counts.aminmax()).tolist())
+            self._refuse_padded_ends(valid, counts)
+        restorable = self.seen
         slots: Tensor | None = None
         if split.kept_tokens is not None and longest > split.kept_tokens:
             if split.sinks is None:
+                restorable -= self.window.shape[2]
                 slots = prompt_positions(
                     self.window,
                     keys,
@@ -198,6 +217,7 @@ class KVStore:
                     valid=valid,
                 )
             else:
+                restorable -= split.kept_tokens - split.sinks
                 slots = recent_positions(self._all_valid(valid), split.kept_tokens, split.sinks)
             longest, shortest = split.kept_tokens, min(shortest, split.kept_tokens)
             self._complete = False
@@ -205,17 +225,23 @@ class KVStore:
             slots = torch.arange(self.stored, device=keys.device).expand(*keys.shape[:3])
         self.window = None
         self.aligned = self.aligned and slots is None
-        self._lay_out(keys, values, slots, valid, longest, longest + decode_reserve)
+        self._lay_out(keys, values, slots, valid, longest, longest + decode_room(split, decode_reserve))
         self.stored, self.shortest, self.closed, self._holes = longest, shortest, True, False
-        self._restorable = self.seen
+        self._restorable, self._prompt_end = restorable, self.seen
         self._index_pages()
 
-    def prompt_tokens(self) -> int:
-        """Return the tokens of the longest row up to the end of this prompt, evicted ones included, padding not."""
-        valid = self.valid()
-        if valid is None:
-            return self.real + self.stored - self._prompt_start
-        return self.real + int(valid[:, :, self._prompt_start :].sum(-1).max())
+    def _refuse_padded_ends(self, valid: Tensor, counts: Tensor) -> None:
+        """Refuse a row that stage 1 would rank by padding, because its prompt does not end with a token."""
+        split = self.split
+        if split is None or split.kept_tokens is None or split.sinks is not None:
+            return
+        wrong = ((counts > split.kept_tokens) & ~valid[..., -1]).any(-1)
+        if bool(wrong.any()):
+            rows = ", ".join(map(str, wrong.nonzero().flatten().tolist()))
+            raise ValueError(
+                f"a prompt must end with a token in every row, since its last queries rank its tokens, but row {rows} "
+                "ends with padding; pad on the left (tokenizer.padding_side = 'left')"
+            )
 
     def _all_valid(self, valid: Tensor | None) -> Tensor:
         if self.keys is None:
@@ -235,7 +261,6 @@ class KVStore:
         self, keys: Tensor, values: Tensor, slots: Tensor | None, valid: Tensor | None, count: int, capacity: int
     ) -> None:
         """Copy the chosen slots (all where None) of each row to its front, in buffers of the given capacity."""
-        self.real = self.prompt_tokens()
         positions = torch.full((*keys.shape[:2], capacity), -1, dtype=torch.int32, device=keys.device)
         if slots is None:
             found = torch.arange(self.stored, device=keys.device) if self.positions is None else self.positions
@@ -277,7 +302,7 @@ class KVStore:
             raise ValueError("append comes after close_prompt")
         if self.stored == self.capacity:
             if self.split.rolling and self.split.kept_tokens is not None and self.stored > self.split.kept_tokens:
-                self._roll(self.split.kept_tokens)
+                self._roll(self.split.kept_tokens, (self.capacity - self.split.kept_tokens) // 2)
             else:
                 self._reserve(2 * self.capacity)
             return self.append(key, value)
@@ -295,7 +320,6 @@ class KVStore:
         self.stored += 1
         self.shortest += 1
         self.seen += 1
-        self.real += 1
         if self.index is not None:
             page_size = self.split.page_size
             if not self.uniform:
@@ -320,22 +344,29 @@ class KVStore:
         if self.index is not None and self.split is not None:
             self.index = grow_index(self.index, capacity, self.split.page_size)
 
-    def _roll(self, kept: int) -> None:
-        """Drop the oldest tokens that are no sinks: each row keeps `kept`, and the buffer has room again."""
+    def _roll(self, kept: int, slack: int) -> None:
+        """Drop the oldest tokens that are no sinks, and have room again.
+
+        Args:
+            kept: tokens that a step attends to.
+            slack: tokens to keep beyond those, so that drafts can be taken back.
+        """
         if self.keys is None or self.values is None or self.lengths is None or self.split is None:
             raise ValueError("there is nothing to roll")
+        count = kept + slack
         slot = torch.arange(self.stored, device=self.keys.device)
-        slots = recent_positions(slot < self.lengths[..., None], kept, self.split.sinks or 0)
+        slots = recent_positions(slot < self.lengths[..., None], count, self.split.sinks or 0)
         chosen = slots < self.lengths[..., None]
         for name in ("keys", "values"):
             buffer = getattr(self, name)
-            buffer[:, :, :kept] = gather_tokens(buffer, slots)
+            buffer[:, :, :count] = gather_tokens(buffer, slots)
         if self.positions is not None:
-            self.positions[:, :, :kept] = torch.where(chosen, self.positions.gather(2, slots), -1)
-        self.lengths.clamp_(max=kept)
-        self.stored, self.shortest = kept, min(self.shortest, kept)
+            self.positions[:, :, :count] = torch.where(chosen, self.positions.gather(2, slots), -1)
+            self.positions[:, :, count:] = -1
+        self.lengths.clamp_(max=count)
+        self.stored, self.shortest = count, min(self.shortest, count)
         self.aligned = self._complete = False
-        self._restorable = self.seen
+        self._restorable = self.seen - slack
 
     def crop(self, length: int) -> None:
         """Forget the tokens from position `length` on, as if they had never come.
@@ -349,21 +380,19 @@ class KVStore:
         removed = self.seen - length
         if removed <= 0:
             return
+        if length == 0:
+            self.clear()
+            return
         if length < self._restorable and not self._complete:
             raise ValueError(
                 f"cannot crop to {length} tokens: stage 1 evicted tokens of the first {self._restorable}, and what it "
                 f"evicted is gone. Crop to {self._restorable} or more, or start from a new cache."
             )
-        if length == 0:
-            self.clear()
-            return
         self.seen = length
         if self.closed and self.positions is not None and self.lengths is not None:
             self.positions.masked_fill_(self.positions >= length, -1)
             self.lengths.copy_((self.positions >= 0).sum(-1))
-            self.real -= removed
-            if length >= self._restorable:
-                # Generated tokens are in every row.
+            if length >= self._prompt_end:
                 self.stored -= removed
                 self.shortest -= removed
             else:
@@ -371,10 +400,14 @@ class KVStore:
             return
         if self.window is not None:
             self.window = self.window[:, :, : max(0, self.window.shape[2] - removed)]
-        if removed <= self.stored - self._prompt_start or self.positions is None:
+        behind = removed > self.stored - self._prompt_start  # tokens from before this prompt
+        together = not self._holes and (self.aligned or length >= self._prompt_end)
+        if not behind or together or self.positions is None:
             self.stored -= removed
             self.shortest = self.stored
+            self._prompt_start = min(self._prompt_start, self.stored)
         else:
-            # The crop reaches behind this prompt, where rows may end at different slots: leave holes.
+            # Rows end at different slots before this prompt: leave holes.
             self.positions = torch.where(self.positions < length, self.positions, -1)
-            self._holes = True
+            self._prompt_start = self.stored
+            self._holes, self.aligned = True, False

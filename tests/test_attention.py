@@ -156,10 +156,8 @@ def test_select_units_is_the_rule_over_repeated_weights(values: int, unit_size: 
             if k > available:
                 continue
             found, taken = select_units(weight, count, k, unit_size)
-            flat = zip(
-                weight.view(-1, shape[-1]), count.view(-1, shape[-1]), found.view(-1, k), taken.view(-1, shape[-1])
-            )
-            for row, own, positions, used in flat:
+            for i, positions in enumerate(found.view(-1, k)):
+                row, own, used = (tensor.view(-1, shape[-1])[i] for tensor in (weight, count, taken))
                 repeated = row.repeat_interleave(own)
                 assert torch.equal(positions, select_top(repeated, k))
                 unit = torch.arange(shape[-1]).repeat_interleave(own)
@@ -305,6 +303,14 @@ def plain_attention(
         logits = torch.cat((logits, column), dim=-1)
     weights = logits.softmax(-1)[..., : keys.shape[2]]
     return (weights @ values)[:, :, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_softmax_attention_rounds_only_its_output(dtype: torch.dtype) -> None:
+    rows, keys, values = (torch.randn(1, 2, n, 16).to(dtype) for n in (3, 200, 200))
+    found = softmax_attention(rows, keys, values, scaling=0.3, softcap=2.0)
+    exact = softmax_attention(rows.double(), keys.double(), values.double(), scaling=0.3, softcap=2.0)
+    torch.testing.assert_close(found.double(), exact.double(), rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
 def test_softmax_attention_drops_weights_and_scales_the_rest() -> None:

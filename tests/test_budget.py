@@ -154,5 +154,5 @@ def test_settings_of_a_split_must_go_together() -> None:
         BudgetSplit(token_budget=8, channels=3, top_k=4, sinks=2)
     with pytest.raises(ValueError, match="top_k needs a ranking"):
         BudgetSplit(token_budget=8, top_k=4)
-    with pytest.raises(ValueError, match="top_k must be at most token_budget=8.*got 9"):
+    with pytest.raises(ValueError, match=r"top_k must be at most token_budget=8.*got 9"):
         BudgetSplit(token_budget=8, channels=3, top_k=9)

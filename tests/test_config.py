@@ -91,7 +91,7 @@ def test_a_split_of_ones_own_is_used_for_every_prompt() -> None:
     config = RocketKVConfig(split=split)
     assert config.split_for(100, 16) is split
     assert config.split_for(100_000, 10) is split
-    with pytest.raises(ValueError, match="split.channels must be at most head_dim=9, got 10"):
+    with pytest.raises(ValueError, match=r"split.channels must be at most head_dim=9, got 10"):
         config.split_for(100, 9)
 
 

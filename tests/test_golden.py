@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_two_turns(budget: int, prompt_end: str, chunks: int) -> None:
         if prompt_end == "known":
             turns.layer.prompt_end = stop
         bounds = [start + (stop - start) * i // chunks for i in range(chunks + 1)]
-        outputs = [turns.forward(first, last) for first, last in zip(bounds[:-1], bounds[1:], strict=True)]
+        outputs = [turns.forward(first, last) for first, last in pairwise(bounds)]
         expected = f"rocket.budget_{budget}.turn_{number}."
         assert_near(outputs[-1][:, :, -4:], data[expected + "prefill_last4"])
         decoded = [turns.forward(at, at + 1) for at in range(stop, stop + turn["decode_steps"])]

@@ -1,0 +1,189 @@
+"""Every method against a plain loop of its definition, which shares no code with the library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from rocketkv.backend import decode_step
+from rocketkv.budget import METHODS
+from rocketkv.config import RocketKVConfig
+from rocketkv.store import KVStore
+
+from .close import assert_near
+
+PROMPT, STEPS, BUDGET, WINDOW, KERNEL = 150, 12, 32, 8, 7
+H, HKV, D = 6, 2, 16
+SCALING = D**-0.5
+
+
+@dataclass
+class Head:
+    """One KV head and its G query heads: every query [tokens, G, D], key and value [tokens, D], in float64."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    reserve: int
+
+    def logits(self, at: int, tokens: list[int]) -> Tensor:
+        """Return the logits [G, len(tokens)] of the queries of token `at`."""
+        return self.queries[at] @ self.keys[tokens].T * SCALING
+
+    def attend(self, at: int, tokens: list[int]) -> Tensor:
+        return self.logits(at, tokens).softmax(-1) @ self.values[tokens]
+
+
+def best(scores: list[float], n: int) -> list[int]:
+    """Return the places of the n largest, the lowest place first among equals."""
+    return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:n])
+
+
+def compression(head: Head) -> float:
+    return max(1.0, (PROMPT + head.reserve) / BUDGET)
+
+
+def rocket_capacity(head: Head) -> int:
+    c = compression(head)
+    total = PROMPT + head.reserve
+    return max(math.floor(total / c ** min(0.2 + 0.06 * math.log2(c), 0.8)), min(2 * head.reserve, total))
+
+
+def snap(head: Head, kept: int) -> list[int]:
+    """Stage 1: the window, and the tokens before it that it attends to most, after max-pooling."""
+    before = PROMPT - WINDOW
+    scores = torch.zeros(before, dtype=torch.float64)
+    for at in range(before, PROMPT):
+        scores += head.logits(at, list(range(at + 1))).softmax(-1)[:, :before].sum(0)
+    pooled = [float(scores[max(0, i - KERNEL // 2) : i + KERNEL // 2 + 1].max()) for i in range(before)]
+    return best(pooled, kept - WINDOW) + list(range(before, PROMPT))
+
+
+def sparse(head: Head, at: int, stored: list[int], page: int, channels: int, k: int) -> list[int]:
+    """Stage 2: the k stored tokens whose pages promise most."""
+    queries = head.queries[at]
+    chosen = best(queries.abs().sum(0).tolist(), channels)
+    rising = (queries.sum(0) > 0).tolist()
+    estimate = torch.zeros(len(queries), len(stored), dtype=torch.float64)
+    for start in range(0, len(stored), page):
+        keys = head.keys[stored[start : start + page]].tolist()
+        bounds = {c: (max if rising[c] else min)(key[c] for key in keys) for c in chosen}
+        for g, query in enumerate(queries.tolist()):
+            share = sum(abs(query[c]) for c in chosen) / sum(abs(q) for q in query)
+            promise = sum(query[c] * bounds[c] for c in chosen) * SCALING / math.sqrt(share)
+            estimate[g, start : start + page] = promise
+    weights = estimate.softmax(-1).mean(0)
+    return [stored[i] for i in best(weights.tolist(), k)]
+
+
+def exact(head: Head, at: int, stored: list[int], k: int) -> list[int]:
+    weights = head.logits(at, stored).softmax(-1).mean(0)
+    return [stored[i] for i in best(weights.tolist(), k)]
+
+
+Steps = list[Tensor]
+
+
+def full(head: Head) -> Steps:
+    return [head.attend(at, list(range(at + 1))) for at in range(PROMPT, PROMPT + STEPS)]
+
+
+def rocketkv(head: Head) -> Steps:
+    capacity = rocket_capacity(head)
+    c2 = max(1.0, capacity / BUDGET)
+    page = math.ceil(math.sqrt(c2))
+    page = 1 if page > c2 else page
+    channels = max(1, math.floor(D * page / c2))
+    kept = snap(head, capacity - head.reserve)
+    out = []
+    for at in range(PROMPT, PROMPT + STEPS):
+        stored = kept + list(range(PROMPT, at + 1))
+        out.append(head.attend(at, sparse(head, at, stored, page, channels, BUDGET // 2)))
+    return out
+
+
+def snapkv(head: Head) -> Steps:
+    kept = snap(head, BUDGET)
+    return [head.attend(at, kept + list(range(PROMPT, at + 1))) for at in range(PROMPT, PROMPT + STEPS)]
+
+
+def quest(head: Head) -> Steps:
+    page = math.ceil(compression(head))
+    steps = range(PROMPT, PROMPT + STEPS)
+    return [head.attend(at, sparse(head, at, list(range(at + 1)), page, D, BUDGET // 2)) for at in steps]
+
+
+def sparq(head: Head) -> Steps:
+    channels = max(1, math.floor(D / compression(head)))
+    steps = range(PROMPT, PROMPT + STEPS)
+    return [head.attend(at, sparse(head, at, list(range(at + 1)), 1, channels, BUDGET // 2)) for at in steps]
+
+
+def streaming(head: Head) -> Steps:
+    steps = range(PROMPT, PROMPT + STEPS)
+    return [head.attend(at, [0, 1, 2, 3, *range(at + 1 - (BUDGET - 4), at + 1)]) for at in steps]
+
+
+def exact_topk(head: Head) -> Steps:
+    steps = range(PROMPT, PROMPT + STEPS)
+    return [head.attend(at, exact(head, at, list(range(at + 1)), BUDGET)) for at in steps]
+
+
+def stored_topk(head: Head) -> Steps:
+    kept = snap(head, rocket_capacity(head) - head.reserve)
+    out = []
+    for at in range(PROMPT, PROMPT + STEPS):
+        stored = kept + list(range(PROMPT, at + 1))
+        out.append(head.attend(at, exact(head, at, stored, BUDGET // 2)))
+    return out
+
+
+DEFINITIONS: dict[str, Callable[[Head], Steps]] = {
+    "full": full,
+    "rocketkv": rocketkv,
+    "snapkv": snapkv,
+    "quest": quest,
+    "sparq": sparq,
+    "streaming": streaming,
+    "exact-topk": exact_topk,
+    "stored-topk": stored_topk,
+}
+
+
+def test_every_method_has_a_definition() -> None:
+    assert DEFINITIONS.keys() == METHODS.keys()
+
+
+# With 20 tokens of reserve, the buffers never fill up; with 5, they grow by doubling, or roll.
+@pytest.mark.parametrize(("batch", "reserve"), [(1, 20), (2, 5)])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_its_definition(method: str, batch: int, reserve: int) -> None:
+    tokens = PROMPT + STEPS
+    query, key, value = (
+        torch.randn(batch, H, tokens, D),
+        torch.randn(batch, HKV, tokens, D),
+        torch.randn(batch, HKV, tokens, D),
+    )
+    config = RocketKVConfig(
+        method=method, token_budget=BUDGET, window_size=WINDOW, kernel_size=KERNEL, decode_reserve=reserve
+    )
+    store = KVStore()
+    store.extend(key[:, :, :PROMPT], value[:, :, :PROMPT])
+    store.remember_queries(query[:, :, :PROMPT], WINDOW)
+    split = config.split_for(PROMPT, D)
+    store.close_prompt(split, decode_reserve=reserve, kernel_size=KERNEL, scaling=SCALING)
+    steps = range(PROMPT, tokens)
+    found = torch.stack(
+        [decode_step(query[:, :, at], key[:, :, at], value[:, :, at], store, scaling=SCALING) for at in steps]
+    )
+    group = H // HKV
+    for b in range(batch):
+        for g in range(HKV):
+            own = slice(g * group, (g + 1) * group)
+            head = Head(query[b, own].transpose(0, 1).double(), key[b, g].double(), value[b, g].double(), reserve)
+            assert_near(found[:, b, own], torch.stack(DEFINITIONS[method](head)))
