@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .eviction import select_top
-from .index import TILE_PAGES, gather_tokens, page_bounds, page_count
+from .index import TILE_PAGES, gather_tokens, page_count
 
+# Up to here weights repeated for every token of their unit are quicker to choose from than units.
+REPEATED_SIZE = 2048
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -55,35 +57,61 @@ def score(
     chosen = select_top(magnitude.sum(2), channels)
     over_group = chosen[:, :, None].expand(-1, -1, grouped.shape[2], -1)
     scored = grouped.gather(-1, over_group)
-    share = scored.abs().sum(-1, keepdim=True) / magnitude.sum(-1, keepdim=True).clamp(min=_TINY)
-    scored = scored * (scaling * share.clamp(min=_TINY).rsqrt())
-    if rows > head_dim:
-        chosen = chosen + head_dim * (grouped.sum(2).gather(-1, chosen) <= 0)
+    share = scored.abs().sum(-1, keepdim=True).clamp(min=_TINY)
+    scored = scored * ((magnitude.sum(-1, keepdim=True) / share).sqrt() * scaling)
+    negative = grouped.sum(2).gather(-1, chosen) <= 0
+    bound_row = chosen + head_dim * negative if rows > head_dim else chosen
 
     # Only the tiles in use are read: [B * Hkv, used, r] rows of 128 pages each.
     pages = page_count(stored, page_size)
     used = -(-pages // TILE_PAGES)
     first_row = torch.arange(0, batch * kv_heads * tiles * rows, rows, device=index.device).view(-1, tiles)[:, :used]
-    row = first_row[..., None] + chosen.view(-1, 1, channels)
-    bounds = index.view(-1, TILE_PAGES).index_select(0, row.view(-1)).float()
-    # [B * Hkv, used, G, 128] to [B, Hkv, G, pages]
-    estimate = torch.matmul(scored.view(batch * kv_heads, 1, -1, channels), bounds.view(-1, used, channels, TILE_PAGES))
-    estimate = estimate.transpose(1, 2).reshape(batch, kv_heads, -1, used * TILE_PAGES)
+    row = first_row[..., None] + bound_row.view(-1, 1, channels)
+    estimate = _weighted_rows(index.view(-1, TILE_PAGES), row, scored.view(batch * kv_heads, -1, channels))
+    estimate = estimate.view(batch, kv_heads, -1, used * TILE_PAGES)
 
     if lengths is None and stored % page_size:
-        open_bounds = page_bounds(keys[:, :, (pages - 1) * page_size : stored], page_size).float()
-        estimate[..., pages - 1] = torch.matmul(scored, open_bounds.gather(-1, chosen)[..., None])[..., 0]
+        open_page = _open_page_scores(scored, keys[:, :, (pages - 1) * page_size : stored], chosen, negative)
+        estimate[..., pages - 1] = open_page
     elif lengths is not None and page_size > 1:
         page = lengths.long() // page_size
         token = page[..., None] * page_size + torch.arange(page_size, device=keys.device)
         # Repeating the page's first token leaves its bounds alone.
         token = torch.where(token < lengths[..., None], token, token[..., :1]).clamp(max=keys.shape[2] - 1)
-        open_bounds = page_bounds(gather_tokens(keys, token), page_size).float()
-        open_page = torch.matmul(scored, open_bounds.gather(-1, chosen)[..., None])
+        open_page = _open_page_scores(scored, gather_tokens(token, keys)[0], chosen, negative)
         here = torch.arange(used * TILE_PAGES, device=keys.device) == page[..., None, None]
-        estimate = torch.where(here, open_page, estimate)
+        estimate = torch.where(here, open_page[..., None], estimate)
     logits = estimate[..., :pages].reshape(batch, heads, pages)
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def _open_page_scores(scored: Tensor, keys: Tensor, chosen: Tensor, negative: Tensor) -> Tensor:
+    """Return the scores [B, Hkv, G] of a page that is not full, from chosen channels of its keys [B, Hkv, < P, D]."""
+    own = keys.gather(-1, chosen[:, :, None].expand(-1, -1, keys.shape[2], -1)).float()
+    bounds = torch.where(negative, own.amin(2), own.amax(2))
+    return torch.matmul(scored, bounds[..., None])[..., 0]
+
+
+def _weighted_rows(table: Tensor, row: Tensor, weight: Tensor) -> Tensor:
+    """Return sums of rows of a table, in float32.
+
+    Args:
+        table: [rows, 128].
+        row: [groups, used, r], the rows to sum.
+        weight: [groups, G, r] float32, the weights of those rows.
+
+    Returns:
+        [groups, G, used * 128].
+    """
+    groups, used, channels = row.shape
+    over_group = weight.shape[1]
+    if table.device.type == "cpu" and table.dtype == torch.float32:
+        # Sums rows where they lie, in half the time of gathering them first.
+        bag = row[:, None].expand(-1, over_group, -1, -1).reshape(-1, channels)
+        weights = weight[:, :, None].expand(-1, -1, used, -1).reshape(-1, channels)
+        return F.embedding_bag(bag, table, per_sample_weights=weights, mode="sum").view(groups, over_group, -1)
+    rows = table.index_select(0, row.view(-1)).float().view(groups, used, channels, -1)
+    return torch.matmul(weight[:, None], rows).transpose(1, 2).reshape(groups, over_group, -1)
 
 
 def select(
@@ -115,30 +143,32 @@ def select(
     """
     batch, heads, units = logits.shape
     group = heads // kv_heads
-    count = _unit_tokens(units, unit_size, stored, lengths, logits.device)
-    over_heads = count if lengths is None else count.repeat_interleave(group, dim=1)
-    if lengths is not None:
-        logits = logits.masked_fill(over_heads == 0, -torch.inf)
-    peak = logits.amax(-1, keepdim=True)
-    if sinks is not None:
-        peak = torch.maximum(peak, sinks.float()[:, None])
-    weight = torch.exp(logits - peak)
-    total = torch.matmul(weight, count.float()) if lengths is None else (weight * over_heads).sum(-1)
-    if sinks is not None:
-        total = total + torch.exp(sinks.float() - peak[..., 0])
-    weight = weight / total[..., None]
-    shared = weight.view(batch, kv_heads, group, units).mean(2)
-    positions, taken = select_units(shared, count.expand_as(shared), k, unit_size)
-    mass = torch.matmul(weight.view(batch, kv_heads, group, units), taken.float()[..., None])
-    return positions.int(), mass.view(batch, heads)
-
-
-def _unit_tokens(units: int, unit_size: int, stored: int, lengths: Tensor | None, device: torch.device) -> Tensor:
-    """Return how many tokens each unit holds: [U], or [B, Hkv, U] where rows differ in length."""
-    start = torch.arange(0, units * unit_size, unit_size, device=device)
+    # Equal logits give equal weights, bit for bit: each is the unit's softmax, over the tokens that it should count.
+    start = torch.arange(0, units * unit_size, unit_size, device=logits.device)
     if lengths is None:
-        return (stored - start).clamp(max=unit_size)
-    return (lengths[..., None] - start).clamp(min=0, max=unit_size)
+        count = (stored - start).clamp(max=unit_size)
+        weight = logits.softmax(-1)
+        missing = units * unit_size - stored  # tokens that the last unit is short of
+        total = unit_size - missing * weight[..., -1:]
+    else:
+        count = (lengths[..., None] - start).clamp(min=0, max=unit_size)
+        over_heads = count.repeat_interleave(group, dim=1)
+        logits = logits.masked_fill(over_heads == 0, -torch.inf)
+        weight = logits.softmax(-1)
+        total = (weight * over_heads).sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks.float()[:, None] - logits.logsumexp(-1, keepdim=True))
+    weight = (weight / total).view(batch, kv_heads, group, units)
+    shared = weight.mean(2)
+    if lengths is None and stored <= REPEATED_SIZE:
+        repeated = shared[..., None].expand(-1, -1, -1, unit_size).flatten(2)
+        positions = select_top(repeated[..., :stored], k)
+        unit = positions if unit_size == 1 else positions // unit_size
+        mass = weight.gather(-1, unit[:, :, None].expand(-1, -1, group, -1)).sum(-1)
+    else:
+        positions, taken = select_units(shared, count.expand_as(shared), k, unit_size)
+        mass = torch.matmul(weight, taken.float()[..., None])
+    return positions.int(), mass.view(batch, heads)
 
 
 def select_units(weight: Tensor, count: Tensor, k: int, unit_size: int) -> tuple[Tensor, Tensor]:
@@ -201,7 +231,7 @@ def attend(
     batch, heads, _ = query.shape
     kv_heads = keys.shape[1]
     if positions is not None:
-        keys, values = gather_tokens(keys, positions), gather_tokens(values, positions)
+        keys, values = gather_tokens(positions, keys, values)
     rows = query.view(batch, kv_heads, heads // kv_heads, -1)
     over_group = None if mask is None else mask[:, :, None].expand(-1, -1, rows.shape[2], -1)
     if softcap is None and sinks is None:

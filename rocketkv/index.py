@@ -106,7 +106,7 @@ def close_pages(index: Tensor, keys: Tensor, lengths: Tensor, page_size: int) ->
     batch, kv_heads, tiles, rows, _ = index.shape
     page = (lengths.long() - 1).clamp(min=0) // page_size
     tokens = page[..., None] * page_size + torch.arange(page_size, device=keys.device)
-    bounds = page_bounds(gather_tokens(keys, tokens.clamp(max=keys.shape[2] - 1)), page_size)
+    bounds = page_bounds(gather_tokens(tokens.clamp(max=keys.shape[2] - 1), keys)[0], page_size)
     full = (lengths > 0) & (lengths % page_size == 0)
     row = torch.arange(rows, device=keys.device)
     entry = ((page // TILE_PAGES)[..., None] * rows + row) * TILE_PAGES + (page % TILE_PAGES)[..., None]
@@ -114,11 +114,14 @@ def close_pages(index: Tensor, keys: Tensor, lengths: Tensor, page_size: int) ->
     flat.scatter_(2, entry, torch.where(full[..., None], bounds, flat.gather(2, entry)))
 
 
-def gather_tokens(tensor: Tensor, positions: Tensor) -> Tensor:
-    """Gather whole tokens, [B, Hkv, N, D] at [B, Hkv, k] (an integer dtype) to [B, Hkv, k, D], row by row."""
-    batch, kv_heads, size, width = tensor.shape
-    if not tensor.is_contiguous():
-        return tensor.gather(2, positions.long()[..., None].expand(-1, -1, -1, width))
-    start = torch.arange(0, batch * kv_heads * size, size, device=tensor.device).view(batch, kv_heads, 1)
-    rows = tensor.view(batch * kv_heads * size, width).index_select(0, (positions + start).view(-1))
-    return rows.view(batch, kv_heads, positions.shape[2], width)
+def gather_tokens(positions: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Gather whole tokens of tensors [B, Hkv, N, D] at positions [B, Hkv, k] (an integer dtype) to [B, Hkv, k, D]."""
+    batch, kv_heads, count = positions.shape
+    size = tensors[0].shape[2]
+    if not all(tensor.is_contiguous() and tensor.shape[2] == size for tensor in tensors):
+        index = positions.long()[..., None]
+        return tuple(tensor.gather(2, index.expand(-1, -1, -1, tensor.shape[3])) for tensor in tensors)
+    start = torch.arange(0, batch * kv_heads * size, size, device=positions.device).view(batch, kv_heads, 1)
+    rows = (positions + start).view(-1)
+    flat = (tensor.view(batch * kv_heads * size, -1).index_select(0, rows) for tensor in tensors)
+    return tuple(tensor.view(batch, kv_heads, count, -1) for tensor in flat)

@@ -278,7 +278,7 @@ class KVStore:
             source = slots if self.positions is None else self.positions.expand(*keys.shape[:2], -1).gather(2, slots)
             positions[:, :, :count] = torch.where(chosen, source, -1)
             self.lengths = chosen.sum(-1, dtype=torch.int32)
-            keys, values = gather_tokens(keys, slots), gather_tokens(values, slots)
+            keys, values = gather_tokens(slots, keys, values)
         # Slots without a token are zero, not garbage: a masked weight of zero times NaN would be NaN.
         self.keys = keys.new_zeros(*keys.shape[:2], capacity, keys.shape[3])
         self.values = values.new_zeros(*values.shape[:2], capacity, values.shape[3])
@@ -308,9 +308,9 @@ class KVStore:
             return self.append(key, value)
         key, value = key.detach(), value.detach()
         if self.uniform:
-            self.keys[:, :, self.stored] = key
-            self.values[:, :, self.stored] = value
-            self.positions[:, :, self.stored] = self.seen
+            self.keys.select(2, self.stored).copy_(key)
+            self.values.select(2, self.stored).copy_(value)
+            self.positions.select(2, self.stored).fill_(self.seen)
         else:
             slot = self.lengths.long()[..., None]
             self.keys.scatter_(2, slot[..., None].expand(-1, -1, 1, key.shape[-1]), key[:, :, None])
@@ -357,9 +357,10 @@ class KVStore:
         slot = torch.arange(self.stored, device=self.keys.device)
         slots = recent_positions(slot < self.lengths[..., None], count, self.split.sinks or 0)
         chosen = slots < self.lengths[..., None]
-        for name in ("keys", "values"):
-            buffer = getattr(self, name)
-            buffer[:, :, :count] = gather_tokens(buffer, slots)
+        for buffer, kept_tokens in zip(
+            (self.keys, self.values), gather_tokens(slots, self.keys, self.values), strict=True
+        ):
+            buffer[:, :, :count] = kept_tokens
         if self.positions is not None:
             self.positions[:, :, :count] = torch.where(chosen, self.positions.gather(2, slots), -1)
             self.positions[:, :, count:] = -1
