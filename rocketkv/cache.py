@@ -410,9 +410,13 @@ def cache_stats(cache: Any) -> CacheStats:
 
 
 def _stock_stats(layer: Any) -> LayerStats:
+    """Count a layer that is not ours; linear-attention layers hold states in place of keys and values."""
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    others = [value for name, value in vars(layer).items() if name not in ("keys", "values")]
+    states = [state for value in others for state in (value.values() if isinstance(value, dict) else [value])]
+    other_bytes = sum(live_bytes(state) for state in states if isinstance(state, Tensor))
     if not isinstance(keys, Tensor) or not isinstance(values, Tensor) or not keys.numel():
-        return LayerStats(compressed=False)
+        return LayerStats(compressed=False, other_bytes=other_bytes)
     size = keys.numel() * keys.itemsize + values.numel() * values.itemsize
     nominal = 2 * (keys.numel() + values.numel())
     return LayerStats(
@@ -421,6 +425,7 @@ def _stock_stats(layer: Any) -> LayerStats:
         tokens_stored=keys.shape[2],
         key_bytes=live_bytes(keys),
         value_bytes=live_bytes(values),
+        other_bytes=other_bytes,
         full_bytes=size,
         step_bytes=size,
         dense_step_bytes=size,

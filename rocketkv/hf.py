@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -32,6 +32,7 @@ from .models import find_decoder, refuse_unsupported
 from .stats import CacheStats
 
 _STATE = "_rocketkv"  # on the patched model: its PatchState
+_CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
 
 
 @dataclass(eq=False)
@@ -160,6 +161,9 @@ def patch(model: nn.Module, config: RocketKVConfig | None = None, /, **fields: A
     state.hook = decoder.register_forward_pre_hook(_ForwardHook(state), with_kwargs=True)
     if hasattr(outer, "generate"):
         outer.__dict__["generate"] = functools.partial(generate, outer)
+    for name in _CONTINUOUS_BATCHING:
+        if hasattr(outer, name):
+            outer.__dict__[name] = refuse_continuous_batching
     outer.__dict__[_STATE] = state
     return PatchHandle(model, state)
 
@@ -177,7 +181,8 @@ def unpatch(model: nn.Module) -> None:
             delattr(module, IMPLEMENTATION)
     if state.hook is not None:
         state.hook.remove()
-    outer.__dict__.pop("generate", None)
+    for name in ("generate", *_CONTINUOUS_BATCHING):
+        outer.__dict__.pop(name, None)
     if state.former_generate is not None:
         outer.__dict__["generate"] = state.former_generate
     del outer.__dict__[_STATE]
@@ -293,6 +298,10 @@ def _refuse_inputs(decoder: PreTrainedModel, cache: Any, inputs: Tensor | None, 
         return
     if any(layer.prompt_end is not None and layer.prompt_end > mask.shape[1] for layer in rocketkv_layers(cache)):
         return  # a chunk of a prompt, whose rows may begin later
+    _refuse_empty_rows(mask)
+
+
+def _refuse_empty_rows(mask: Tensor) -> None:
     empty = (mask == 0).all(-1)
     if bool(empty.any()):
         rows = empty.nonzero().flatten().tolist()
@@ -349,6 +358,9 @@ def generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         return stock(*args, **kwargs)
     stock = state.former_generate or stock
     decoder, _ = find_decoder(model)
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        _refuse_empty_rows(mask)
     cache = kwargs.get("past_key_values")
     if cache is None and _uses_dynamic_cache(model, args, kwargs):
         cache = kwargs["past_key_values"] = RocketKVCache(decoder.config, state.config)
@@ -369,6 +381,18 @@ def generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         running.end_prompt()
     state.recorded.stats = None if running.cache is None else cache_stats(running.cache)
     return output
+
+
+def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
+    """Stand in the place of a patched model's `generate_batch`.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        "continuous batching (generate_batch) keeps a paged cache of its own, which RocketKV does not compress; call "
+        "rocketkv.unpatch(model) before it, or use model.generate"
+    )
 
 
 def _setting(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:

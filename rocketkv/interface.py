@@ -4,14 +4,13 @@ Letters: B batch, H query heads, Hkv KV heads, D head dim, n queries, S keys.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache import claim
+from .cache import FastAttention, claim
 from .dense import dense_attention
 from .masks import LazyMask, MaskFunction, VisibleBlock
 
@@ -71,7 +70,7 @@ def rocketkv_attention(
         )
     layer = claim(key)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    own = functools.partial(
+    own: FastAttention = functools.partial(
         _model_attention,
         module,
         scaling=scaling,
@@ -82,16 +81,29 @@ def rocketkv_attention(
         **kwargs,
     )
     if layer is None:
+        if _takes_flash(attention_mask, module, sliding_window):
+            padding = attention_mask.key_padding()
+            out = own(query, key, value, None if padding is None else padding.to(query.device))
+            if out is not None:
+                return out, None
         return _uncompressed(
             query, key, value, attention_mask, own, scale, dropout, softcap, s_aux, sliding_window
         ), None
     if isinstance(attention_mask, Tensor):
         raise ValueError(
             f"RocketKV needs the 2D attention_mask [batch, tokens]; {type(module).__name__} got a mask of shape "
-            f"{tuple(attention_mask.shape)}, which cannot be evaluated at the tokens that are kept"
+            f"{tuple(attention_mask.shape)}, which cannot be evaluated at the tokens that are kept. If you gave none, "
+            "the model makes it itself: this version of transformers cannot compress it, call rocketkv.unpatch(model)"
         )
     out = layer.attend(query, attention_mask, scaling=scale, softcap=softcap, sinks=s_aux, fast=own)
     return out, None
+
+
+def _takes_flash(mask: LazyMask | Tensor | None, module: nn.Module, sliding_window: int | None) -> TypeGuard[LazyMask]:
+    """Whether the model's own flash attention reads this prompt, in a layer that is not compressed."""
+    if "flash" not in getattr(module, IMPLEMENTATION, "sdpa") or not isinstance(mask, LazyMask) or not mask.at_end:
+        return False
+    return mask.causal or (mask.window is not None and mask.window == sliding_window)
 
 
 def _model_attention(
@@ -132,7 +144,7 @@ def _uncompressed(
     key: Tensor,
     value: Tensor,
     mask: LazyMask | Tensor | None,
-    own: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None],
+    own: FastAttention,
     scaling: float,
     dropout: float,
     softcap: float | None,
@@ -196,6 +208,8 @@ def rocketkv_mask(
         q_length, q_offset, device = cache_position.shape[0], cache_position[0], cache_position.device
         if device.type == "cpu":
             q_offset = int(q_offset)
+    if isinstance(q_offset, Tensor):
+        q_offset = q_offset.clone()  # a static cache counts its tokens in place, before this mask is evaluated
     return LazyMask(
         mask_function=mask_function,
         padding=attention_mask,
@@ -205,6 +219,7 @@ def rocketkv_mask(
         kv_length=kv_length,
         kv_offset=kv_offset,
         causal=allow_is_causal_skip and (local_size is None or kv_length < local_size),
+        window=local_size if allow_is_causal_skip else None,
         device=torch.device("cpu" if device is None else device),
         dtype=dtype,
     )

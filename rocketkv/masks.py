@@ -38,6 +38,7 @@ class LazyMask:
         kv_length: keys of this layer.
         kv_offset: position of the first of them.
         causal: True where, padding apart, the mask is just causal.
+        window: tokens that a query sees where, padding apart, the mask is causal but for a sliding window; else None.
         device: where blocks are made.
         dtype: reported to models that ask.
     """
@@ -52,6 +53,7 @@ class LazyMask:
     causal: bool
     device: torch.device
     dtype: torch.dtype = torch.bool
+    window: int | None = None
     _padded: bool | None = field(default=None, repr=False)
     _longest: dict[int, int] = field(default_factory=dict, repr=False)
     _rows: dict[tuple[int, int | None], VisibleBlock] = field(default_factory=dict, repr=False)
@@ -108,6 +110,17 @@ class LazyMask:
         if not isinstance(offset, int) or offset + self.query_length != self.kv_offset + self.kv_length:
             return False
         return self.padding is None or (self.query_length > 1 and not self.padded)
+
+    @property
+    def at_end(self) -> bool:
+        """Whether this is a prompt's mask, and its queries are those of the last keys."""
+        offset = self.offset
+        last = self.kv_offset + self.kv_length
+        return self.query_length > 1 and isinstance(offset, int) and offset + self.query_length == last
+
+    def key_padding(self) -> Tensor | None:
+        """Return [B, kv_length] bool, True at tokens, for this layer's keys, or None where none is padding."""
+        return self._key_padding() if self.padded else None
 
     def _key_padding(self) -> Tensor:
         """Return the padding at this layer's keys, [B, kv_length]; keys that the 2D mask does not reach are padding."""

@@ -4,7 +4,7 @@ import warnings
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 # By model type, what the attention interface alone does not tell.
@@ -86,13 +86,14 @@ def refuse_unsupported(model: PreTrainedModel, decoder: PreTrainedModel, attenti
     layers = DynamicCache(config=config).layers
     own = {module.layer_idx for module in attentions}
     stray = [i for i, layer in enumerate(layers) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)]
-    if not set(stray) <= own:
+    recurrent = getattr(model, "_is_stateful", False) and not hasattr(cache_utils, "LinearAttentionLayer")
+    if recurrent or not set(stray) <= own:
         raise ValueError(
-            f"{type(model).__name__} cannot be patched: some of its layers have no attention, and this version of "
+            f"{type(model).__name__} cannot be patched: not all of its layers are attention alone, and this version of "
             "transformers gives it a cache of its own kind; a newer version may not"
         )
     if not any(type(layer) is DynamicLayer for layer in layers):
         warnings.warn(
-            f"{type(model).__name__} has no layer that attends to everything: there is nothing to compress",
+            f"{type(model).__name__} has no layer of full attention alone: there is nothing to compress",
             stacklevel=3,
         )
