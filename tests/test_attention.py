@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rocketkv import attention as attention_module
 from rocketkv.attention import attend, score, select, select_units, softmax_attention
 from rocketkv.eviction import select_top
 from rocketkv.index import build_index, page_count
@@ -182,6 +183,12 @@ def naive_select(logits: Tensor, k: int, tokens: int, unit_size: int, sinks: Ten
     return chosen, weights[:, chosen].sum(-1)
 
 
+@pytest.fixture(params=[0, 2048], ids=["by-unit", "by-token"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_module, "REPEATED_SIZE", request.param)
+
+
+@pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
 @pytest.mark.parametrize("unit_size", PAGE_SIZES)
@@ -213,12 +220,14 @@ def test_select_takes_the_largest_mean_weight_and_reports_its_mass(
             assert_near(mass[b, own], expected)
 
 
+@pytest.mark.usefixtures("_way")
 def test_selecting_everything_has_all_the_mass() -> None:
     positions, mass = select(torch.randn(1, 4, 9), 26, stored=26, lengths=None, kv_heads=2, unit_size=3)
     assert positions.tolist() == [[list(range(26))] * 2]
     assert_near(mass, torch.ones(1, 4))
 
 
+@pytest.mark.usefixtures("_way")
 def test_broken_logits_spoil_their_own_row_and_head_only() -> None:
     logits = torch.randn(2, 4, 30)
     clean, clean_mass = select(logits, 7, stored=60, lengths=None, kv_heads=2, unit_size=2)

@@ -69,6 +69,16 @@ def test_short_sequences_are_not_compressed() -> None:
     assert (split.kept_tokens, split.page_size, split.channels) == (100, 1, 64)
 
 
+def test_a_page_may_be_as_large_as_the_remaining_compression_but_not_larger() -> None:
+    # The capacity is 2 * reserve in both. c2 = 2 takes pages of 2; for c2 = 1.6 they would be too large.
+    assert rocketkv_split(172, 128, 64, 128) == BudgetSplit(
+        token_budget=128, kept_tokens=128, page_size=2, channels=64, top_k=64
+    )
+    assert rocketkv_split(172, 160, 64, 128) == BudgetSplit(
+        token_budget=160, kept_tokens=128, page_size=1, channels=40, top_k=80
+    )
+
+
 def test_stage_1_keeps_at_least_the_reserve() -> None:
     # 2 * reserve tokens of capacity, however small the budget; all of them where the sequence is shorter.
     assert rocketkv_split(100_000, 2, 64, 128).kept_tokens == 128

@@ -113,15 +113,32 @@ def test_dense_attention_under_a_lazy_mask_is_a_softmax_over_what_is_visible(
 
 
 @pytest.mark.usefixtures("_blocks")
-def test_masks_may_differ_between_kv_heads() -> None:
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_masks_may_differ_between_kv_heads(softcap: float | None) -> None:
     query, key, value = torch.randn(2, 6, 9, 8), torch.randn(2, 2, 20, 8), torch.randn(2, 2, 20, 8)
     allowed = torch.rand(2, 2, 9, 20) > 0.5
-    found = dense_attention(
-        query, key, value, lambda i, j: VisibleBlock(0, 20, allowed[:, :, i:j]), scaling=0.4, mask_heads=2
-    )
+
+    def visible(start: int, stop: int) -> VisibleBlock:
+        return VisibleBlock(0, 20, allowed[:, :, start:stop])
+
+    found = dense_attention(query, key, value, visible, scaling=0.4, softcap=softcap, mask_heads=2)
     for i in range(9):
         seen = [[allowed[b, g, i].nonzero()[:, 0].tolist() for g in range(2)] for b in range(2)]
-        assert_near(found[:, i], attention(query[:, :, i], key, value, 0.4, seen))
+        assert_near(found[:, i], attention(query[:, :, i], key, value, 0.4, seen, softcap))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradients_do_not_come_from_what_is_hidden(softcap: float | None) -> None:
+    query, key, value = (torch.randn(2, 2, 12, 8, requires_grad=True) for _ in range(3))
+    padding = left_padding(2, 12)
+    mask = lazy("causal", 12, 12, 2, padding)
+    out = dense_attention(query, key, value, lambda i, j: mask.block(i, j, 12), scaling=0.4, softcap=softcap)
+    out.sum().backward()
+    for tensor in (query, key, value):
+        assert tensor.grad is not None
+        assert tensor.grad.isfinite().all()
+        assert (tensor.grad[0, :, :11] == 0).all()
+        assert tensor.grad[1, :, 3:].any()
 
 
 @pytest.mark.usefixtures("_blocks")
@@ -232,14 +249,17 @@ def test_blocks_are_pieces_of_the_whole_mask(kind: str, padded: bool, offset_as_
                     assert found[row, 0, i - first].nonzero()[:, 0].tolist() == visible
 
 
-def test_a_mask_is_evaluated_at_stored_positions() -> None:
-    mask = lazy("sliding", 5, 30)
+@pytest.mark.parametrize("kind", ["causal", "sliding"])
+def test_a_mask_is_evaluated_at_stored_positions(kind: str) -> None:
+    mask = lazy(kind, 5, 30)
     positions = torch.tensor([[[-1, 3, 20, 26, 29], [22, 23, 24, 25, -1]], [[0, 1, 2, 3, 4], [24, 25, 26, 27, 28]]])
     found = mask.block_at(1, 4, positions.int())
     assert found.shape == (2, 2, 3, 5)
     for i in range(3):
         query = 25 + 1 + i
-        expected = (positions <= query) & (positions > query - SLIDING) & (positions >= 0)
+        expected = (positions <= query) & (positions >= 0)
+        if kind == "sliding":
+            expected &= positions > query - SLIDING
         assert torch.equal(found[:, :, i], expected)
 
 
@@ -253,6 +273,13 @@ def test_keys_that_the_padding_mask_does_not_reach_are_padding() -> None:
     valid = mask.valid_tokens(5, 10)
     assert valid is not None
     assert valid.tolist() == [[True] * 3 + [False] * 2] * 2
+
+
+def test_the_longest_row_is_counted_without_padding() -> None:
+    mask = lazy("causal", 30, 30, padding=left_padding(2, 30))
+    assert [mask.longest_row(stop) for stop in (30, 20, 2)] == [27, 17, 0]
+    assert lazy("causal", 30, 30).longest_row(21) == 21
+    assert lazy("causal", 30, 30, padding=ones(30)).longest_row(21) == 21
 
 
 def ones(size: int) -> Tensor:

@@ -128,6 +128,7 @@ def test_verify_steps_with_a_crop_after_each_equal_plain_decoding(split: str, va
     assert_same(drafted, straight)
 
 
+@pytest.mark.parametrize("valid", [None, [PROMPT, 33, 2]], ids=["uniform", "ragged"], indirect=True)
 @pytest.mark.parametrize("split", EVICTING)
 def test_a_crop_into_what_was_evicted_is_refused_with_the_bound(split: str, valid: Tensor | None) -> None:
     store = prompted(tokens(3, PROMPT), SPLITS[split], valid)
@@ -137,13 +138,17 @@ def test_a_crop_into_what_was_evicted_is_refused_with_the_bound(split: str, vali
     found = re.search(r"Crop to (\d+) or more", str(error.value))
     assert found is not None
     bound = int(found.group(1))
-    assert 20 < bound <= PROMPT
+    # Up to there, stage 1 kept every token.
+    recent = WINDOW if SPLITS[split].sinks is None else BUDGET - 4
+    assert bound == PROMPT - recent
     before = copy.deepcopy(store)
     with pytest.raises(ValueError, match="cannot crop"):
         store.crop(bound - 1)
     assert_same(store, before)
     store.crop(bound)
     assert store.seen == bound
+    assert store.lengths is not None
+    assert (store.shortest, store.stored) == (int(store.lengths.min()), int(store.lengths.max()))
     assert decode(store, tokens(3, 2)).isfinite().all()
 
 
@@ -192,6 +197,20 @@ def test_a_crop_of_an_open_prompt(split: str, removed: int, valid: Tensor | None
     extend(store, prompt[40:], None if valid is None else valid[:, 40:])
     close(store, SPLITS[split])
     straight = prompted(prompt, SPLITS[split], valid)
+    assert_same(store, straight)
+    assert torch.equal(decode(store, late), decode(straight, late))
+
+
+def test_a_crop_of_an_open_prompt_takes_its_queries_back() -> None:
+    prompt, late = tokens(2, PROMPT), tokens(2, 6)
+    store = KVStore()
+    extend(store, prompt[:-2])
+    extend(store, tokens(2, 2))
+    store.crop(PROMPT - 2)
+    # Half of the window is from before the crop.
+    extend(store, prompt[-2:])
+    close(store, SPLITS["rocketkv"])
+    straight = prompted(prompt, SPLITS["rocketkv"])
     assert_same(store, straight)
     assert torch.equal(decode(store, late), decode(straight, late))
 
@@ -285,18 +304,22 @@ def test_a_rolling_store_is_bounded_and_attends_to_the_first_and_the_last(length
     assert store.seen == length + steps
 
 
-@pytest.mark.parametrize("lengths", [[PROMPT, PROMPT], [PROMPT, 9]], ids=["uniform", "ragged"])
+@pytest.mark.parametrize("lengths", [[PROMPT, PROMPT], [PROMPT, 9], [9, 9]], ids=["uniform", "ragged", "short"])
 def test_a_rolling_store_refuses_a_crop_into_what_it_dropped(lengths: list[int]) -> None:
-    store = prompted(tokens(2, PROMPT), SPLITS["streaming"], left_padding(lengths, PROMPT))
+    size = max(lengths)
+    store = prompted(
+        tokens(2, size), SPLITS["streaming"], None if min(lengths) == size else left_padding(lengths, size)
+    )
     steps = 10 * RESERVE
     decode(store, tokens(2, steps))
-    with pytest.raises(ValueError, match="cannot crop to 65 tokens") as error:
-        store.crop(PROMPT + 5)
+    assert not store.aligned
+    with pytest.raises(ValueError, match=f"cannot crop to {size + 5} tokens") as error:
+        store.crop(size + 5)
     found = re.search(r"Crop to (\d+) or more", str(error.value))
     assert found is not None
     # Whatever may be taken back leaves the store as it was at that token.
     bound = int(found.group(1))
-    assert PROMPT + 5 < bound <= PROMPT + steps
+    assert size + 5 < bound <= size + steps
     store.crop(bound)
     assert store.positions is not None
     assert int(store.positions.max()) == bound - 1
