@@ -143,10 +143,10 @@ def with_tables(text: str, evidence: dict[str, Any]) -> str:
     """Return a document with the tables put between its markers `<!-- evidence: name -->` and `<!-- end -->`."""
     for name, table in tables(evidence).items():
         before, marker, rest = text.partition(f"<!-- evidence: {name} -->\n")
-        _, end, after = rest.partition("\n<!-- end -->")
+        _, end, after = rest.partition("<!-- end -->")
         if not end:
             raise ValueError(f"the document has no markers '<!-- evidence: {name} -->' and '<!-- end -->' on own lines")
-        text = before + marker + table + end + after
+        text = f"{before}{marker}{table}\n{end}{after}"
     return text
 
 

@@ -1,0 +1,87 @@
+"""SmolLM2-135M-Instruct through the drop-in: the stock model within the budget, itself beyond it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tiny import greedy, left_padded
+from torch import Tensor
+from transformers import pipeline
+
+import rocketkv
+from rocketkv.cache import rocketkv_layers
+from rocketkv.eval.models import load_smollm2
+
+pytestmark = [pytest.mark.integration, pytest.mark.real_model]
+
+LARGE = {"token_budget": 1024}
+SPLIT = rocketkv.BudgetSplit(token_budget=64, kept_tokens=96, page_size=2, channels=24, top_k=32)
+STORY = (
+    "The harbour master counted the boats each morning. {} of them lay at the north quay, the rest were out at sea. "
+    "He wrote the number down, drank his coffee, and looked at the clouds above the lighthouse. "
+)
+QUESTION = "How many boats lay at the north quay? Answer:"
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Any:
+    return load_smollm2()
+
+
+def ids_of(tokenizer: Any, repeats: int) -> Tensor:
+    text = "".join(STORY.format(count) for count in range(7, 7 + repeats)) + QUESTION
+    return tokenizer(text, return_tensors="pt").input_ids
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """Assert that logits agree to 1e-5 of the largest, which is some 30 here."""
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def answers(model: Any, inputs: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Any]:
+    """Generate twelve tokens, whatever the model thinks of stopping."""
+    return greedy(model, inputs, 12, min_new_tokens=12, **kwargs)
+
+
+def test_within_the_budget_the_stock_model(smollm2: Any) -> None:
+    model, tokenizer = smollm2
+    inputs = left_padded([ids_of(tokenizer, 3), ids_of(tokenizer, 1)])
+    expected, expected_logits, _ = answers(model, inputs)
+    with rocketkv.patch(model, **LARGE) as handle:
+        tokens, logits, _ = answers(model, inputs)
+        chunked = answers(model, inputs["input_ids"][:1], prefill_chunk_size=50)
+        assert handle.stats().layers[0].tokens_stored == inputs["input_ids"].shape[1] + 11
+    assert tokens.equal(expected)
+    close(logits, expected_logits)
+    assert chunked[0].equal(expected[:1])
+    assert answers(model, inputs)[1].equal(expected_logits)
+
+
+def test_a_left_padded_batch_is_its_rows_alone(smollm2: Any) -> None:
+    model, tokenizer = smollm2
+    rows = [ids_of(tokenizer, 5), ids_of(tokenizer, 3)]
+    stock = answers(model, rows[0])[1]
+    with rocketkv.patch(model, token_budget=64, split=SPLIT, decode_reserve=32):
+        tokens, logits, cache = answers(model, left_padded(rows))
+        assert {layer.store.stored for layer in rocketkv_layers(cache)} == {96 + 11}
+        for i, row in enumerate(rows):
+            alone, alone_logits, _ = answers(model, row)
+            assert tokens[i : i + 1].equal(alone)
+            close(logits[i : i + 1], alone_logits)
+    assert (logits[:1] - stock)[:, 1:].abs().max() > 0.01
+
+
+def test_chat_pipeline(smollm2: Any) -> None:
+    model, tokenizer = smollm2
+    chat = [{"role": "user", "content": "What is the capital of France? Answer in one short sentence."}]
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+
+    def answer() -> str:
+        message: str = pipe(chat, max_new_tokens=12, do_sample=False)[0]["generated_text"][-1]["content"]
+        return message
+
+    expected = answer()
+    assert "Paris" in expected
+    with rocketkv.patch(model, **LARGE):
+        assert answer() == expected
