@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import platform
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -94,7 +95,12 @@ def test_an_interrupt_ends_with_130(
         "def run(args):\n    signal.raise_signal(signal.SIGINT)\n    return 0\n"
     )
     add_command("interrupted", source, tmp_path, monkeypatch)
-    assert main(["interrupted"]) == 130
+    # A shell starts background jobs with interrupts ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["interrupted"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == ""
 
 

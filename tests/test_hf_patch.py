@@ -165,6 +165,21 @@ def test_a_cache_goes_on_after_an_interrupted_step() -> None:
     close(found, expected)
 
 
+def test_a_forward_that_fails_between_cache_and_attention() -> None:
+    class Failing(rocketkv.RocketKVCache):
+        def update(self, *args: Any, **kwargs: Any) -> Any:
+            super().update(*args, **kwargs)
+            if args[2] == 1:  # the first full-attention layer
+                raise RuntimeError("out of memory")
+
+    model = build("gemma3")
+    with rocketkv.patch(model, **SMALL):
+        expected = greedy(model, PROMPT)[1]
+        with pytest.raises(RuntimeError, match="out of memory"):
+            greedy(model, PROMPT, past_key_values=Failing(model.config, **SMALL))
+        assert greedy(model, PROMPT)[1].equal(expected)
+
+
 def test_a_refused_model_is_not_touched() -> None:
     model = T5ForConditionalGeneration(
         T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)

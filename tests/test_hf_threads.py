@@ -12,6 +12,7 @@ from tiny import SMALL, build, greedy, left_padded, prompt
 from torch import Tensor
 
 import rocketkv
+from rocketkv.cache import RocketKVLayer
 
 pytestmark = pytest.mark.integration
 
@@ -55,6 +56,26 @@ def test_threads_on_one_patched_model(family: str) -> None:
                 assert stats == expected_stats
         # What other threads did is not this thread's.
         assert handle.stats().to_dict() == alone[-1][1]
+
+
+def test_threads_between_cache_and_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer of one thread hands its keys over just when the same layer of the other does."""
+    model = build("gemma3")
+    prompts = [prompt(90), prompt(60, seed=2)]
+    barrier = threading.Barrier(2)
+    update = RocketKVLayer.update
+
+    def together(layer: RocketKVLayer, *args: Any, **kwargs: Any) -> Any:
+        handed = update(layer, *args, **kwargs)
+        barrier.wait(timeout=60)
+        return handed
+
+    with rocketkv.patch(model, **SMALL):
+        alone = [greedy(model, inputs)[1] for inputs in prompts]
+        monkeypatch.setattr(RocketKVLayer, "update", together)
+        found = at_once(lambda: greedy(model, prompts[0])[1], lambda: greedy(model, prompts[1])[1])
+    assert found[0].equal(alone[0])
+    assert found[1].equal(alone[1])
 
 
 def test_two_patched_models() -> None:

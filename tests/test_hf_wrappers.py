@@ -105,11 +105,14 @@ def test_input_embeddings() -> None:
         assert layer.store.positions.equal(other.store.positions)
 
 
-def test_without_a_cache_nothing_is_compressed() -> None:
-    model = build()
-    expected, expected_logits, _ = greedy(model, PROMPT, use_cache=False)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_without_a_cache_nothing_is_compressed(family: str, padded: bool) -> None:
+    model = build(family)
+    inputs = left_padded([PROMPT, prompt(60, seed=2)]) if padded else PROMPT
+    expected, expected_logits, _ = greedy(model, inputs, use_cache=False)
     with rocketkv.patch(model, **SMALL) as handle:
-        tokens, logits, cache = greedy(model, PROMPT, use_cache=False)
+        tokens, logits, cache = greedy(model, inputs, use_cache=False)
         assert cache is None
         with pytest.raises(ValueError, match="no generate of this model has ended in this thread"):
             handle.stats()
