@@ -13,7 +13,7 @@ import torch
 from ._version import __version__
 from .backend import backend_name
 
-PACKAGES = ("torch", "transformers", "triton", "accelerate", "flash-attn")
+PACKAGES = ("transformers", "triton", "accelerate", "flash-attn")
 GIBI = 2**30
 
 
@@ -24,6 +24,7 @@ def environment() -> dict[str, Any]:
             "rocketkv": __version__,
             "python": platform.python_version(),
             "platform": platform.platform(),
+            "torch": torch.__version__,  # with its build, which the package's version lacks
             **{name: _version(name) for name in PACKAGES},
             "cuda": torch.version.cuda,
             "rocm": torch.version.hip,

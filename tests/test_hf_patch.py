@@ -168,9 +168,10 @@ def test_a_cache_goes_on_after_an_interrupted_step() -> None:
 def test_a_forward_that_fails_between_cache_and_attention() -> None:
     class Failing(rocketkv.RocketKVCache):
         def update(self, *args: Any, **kwargs: Any) -> Any:
-            super().update(*args, **kwargs)
+            handed = super().update(*args, **kwargs)
             if args[2] == 1:  # the first full-attention layer
                 raise RuntimeError("out of memory")
+            return handed
 
     model = build("gemma3")
     with rocketkv.patch(model, **SMALL):
