@@ -59,12 +59,6 @@ class PatchState:
         """The generation that runs in this thread."""
         return getattr(self.recorded, "running", None)
 
-    def warn_once(self, kind: str, message: str) -> None:
-        """Warn, unless this kind of warning was given before."""
-        if kind not in self.warned:
-            self.warned.add(kind)
-            warnings.warn(message, stacklevel=2)
-
 
 class PatchHandle:
     """A patched model: what it was patched with, what its last generation saved, and a context manager that undoes it.
@@ -149,13 +143,16 @@ def patch(model: nn.Module, config: RocketKVConfig | None = None, /, **fields: A
     AttentionMaskInterface.register(NAME, rocketkv_mask)
     before = decoder.config._attn_implementation
     state = PatchState(settings, _take_configs(outer), outer.__dict__.get("generate"))
-    decoder.set_attn_implementation(NAME)
-    if decoder.config._attn_implementation != NAME:
+    try:
+        decoder.set_attn_implementation(NAME)
+        if decoder.config._attn_implementation != NAME:
+            raise ValueError(
+                f"{type(outer).__name__} cannot be patched: it does not use transformers' attention interface, so "
+                "RocketKV cannot reach its attention"
+            )
+    except BaseException:
         _give_configs_back(state.former_configs)
-        raise ValueError(
-            f"{type(outer).__name__} cannot be patched: it does not use transformers' attention interface, so RocketKV "
-            "cannot reach its attention"
-        )
+        raise
     for module in attentions:
         setattr(module, IMPLEMENTATION, before)
     state.hook = decoder.register_forward_pre_hook(_ForwardHook(state), with_kwargs=True)
@@ -263,10 +260,11 @@ class _ForwardHook:
         kind = type(cache).__name__
         unwarned = not layers and not isinstance(cache, RocketKVCache) and kind not in self.state.warned
         if unwarned and _holds_full_attention(decoder):
-            self.state.warn_once(
-                kind,
+            self.state.warned.add(kind)
+            warnings.warn(
                 f"RocketKV leaves a {kind} as it is: it was filled before, or is static, quantized or "
                 "offloaded. This forward runs exactly, without compression. Pass no cache, or an empty DynamicCache.",
+                stacklevel=2,
             )
 
 

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import FastAttention, claim
 from .dense import dense_attention
-from .masks import LazyMask, MaskFunction, VisibleBlock
+from .masks import LazyMask, MaskFunction, VisibleBlock, causal_block
 
 NAME = "rocketkv"
 IMPLEMENTATION = "_rocketkv_implementation"  # on each attention module of a patched model: what ran before
@@ -162,7 +162,7 @@ def _uncompressed(
         if isinstance(mask, LazyMask):
             return mask.block(start, stop, size, window=sliding_window)
         if mask is None:
-            return VisibleBlock(0, size, None)
+            return causal_block(start, stop, size - query.shape[2], query.device)
         # A 4D mask of the user's: True, or zero in an additive one, where a key is seen.
         rows = mask[:, :, start:stop, :size]
         return VisibleBlock(0, size, rows if rows.dtype == torch.bool else rows >= 0)

@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import rocketkv
 from rocketkv import dense
+from rocketkv.interface import rocketkv_attention
 
 pytestmark = pytest.mark.integration
 
@@ -165,3 +166,15 @@ def test_no_mask_of_all_queries_and_keys(family: str, monkeypatch: pytest.Monkey
     assert stock.elements >= length * length, "the stock model makes such a mask, so this test can see one"
     largest_logit = expected.abs().max()
     close(logits / largest_logit, expected / largest_logit)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_no_mask_at_all_is_causal(softcap: float | None) -> None:
+    module = build().model.layers[0].self_attn
+    query, key, value = torch.randn(1, 4, 6, 16), torch.randn(1, 2, 6, 16), torch.randn(1, 2, 6, 16)
+    whole = rocketkv_attention(module, query, key, value, None, scaling=0.25, softcap=softcap)[0]
+    for length in range(1, 6):
+        part = rocketkv_attention(
+            module, query[:, :, :length], key[:, :, :length], value[:, :, :length], None, scaling=0.25, softcap=softcap
+        )[0]
+        torch.testing.assert_close(whole[:, :length], part)

@@ -318,3 +318,20 @@ def test_gradients_are_the_stock_models(family: str, mode: str) -> None:
     for name, gradient in found.items():
         largest = float(expected[name].abs().max())
         torch.testing.assert_close(gradient, expected[name], atol=1e-5 * max(1.0, largest), rtol=0)
+
+
+def test_a_patch_that_transformers_refuses_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    before = snapshot(model)
+
+    def refusing(self: Any, implementation: str) -> None:
+        self.config._attn_implementation_internal = implementation
+        raise ValueError("not this one")
+
+    with monkeypatch.context() as changed:
+        changed.setattr(type(model.model), "set_attn_implementation", refusing)
+        with pytest.raises(ValueError, match="not this one"):
+            rocketkv.patch(model, **SMALL)
+    assert_as_before(model, before)
+    with rocketkv.patch(model, **SMALL):
+        assert greedy(model, PROMPT)[0].shape == (1, 12)
