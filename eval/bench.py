@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,13 @@ from ..store import KVStore
 from .models import load_model
 
 ROUNDS = 7
+
+
+class Arm(NamedTuple):
+    """What is timed, and what is done before each round, untimed."""
+
+    call: Callable[[], Any]
+    prepare: Callable[[], None] = lambda: None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +123,7 @@ def bench_attention(
         def group_rows() -> Tensor:
             return F.scaled_dot_product_attention(grouped, key, value, scale=scaling)
 
-        arms = {"rocketkv": sparse, "SDPA enable_gqa": gqa, "SDPA group as rows": group_rows}
+        arms = {"rocketkv": Arm(sparse), "SDPA enable_gqa": Arm(gqa), "SDPA group as rows": Arm(group_rows)}
         seconds = _alternate(arms, rounds, steps, progress)
     shape = {"context": context, "token_budget": token_budget, "heads": heads, "kv_heads": kv_heads}
     return _result("attention", {**shape, "head_dim": head_dim, "dtype": "float32"}, seconds, rounds, steps)
@@ -231,8 +238,8 @@ def _prefilled(model: PreTrainedModel, prompt: Tensor, config: RocketKVConfig | 
     return cache
 
 
-def _stepper(model: PreTrainedModel, cache: Any, config: RocketKVConfig | None) -> Callable[[], Any]:
-    """Return a function that decodes one token, after seeing to it that the model is patched or not, as it needs."""
+def _stepper(model: PreTrainedModel, cache: Any, config: RocketKVConfig | None) -> Arm:
+    """Return what decodes one token, and sees to it before that the model is patched or not, as it needs."""
     token = torch.zeros(1, 1, dtype=torch.int64)
 
     def prepare() -> None:
@@ -244,22 +251,19 @@ def _stepper(model: PreTrainedModel, cache: Any, config: RocketKVConfig | None) 
     def step() -> Any:
         return model(token, past_key_values=cache, logits_to_keep=1)
 
-    step.prepare = prepare  # type: ignore[attr-defined]  # run before each round, untimed
-    return step
+    return Arm(step, prepare)
 
 
-def _alternate(
-    arms: dict[str, Callable[[], Any]], rounds: int, steps: int, progress: Progress
-) -> dict[str, list[float]]:
+def _alternate(arms: dict[str, Arm], rounds: int, steps: int, progress: Progress) -> dict[str, list[float]]:
     """Time every arm in turn, round after round; the first round warms up and does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(rounds + 1):
         progress.say(f"timing round {number} of {rounds}")
-        for name, call in arms.items():
-            getattr(call, "prepare", lambda: None)()
+        for name, arm in arms.items():
+            arm.prepare()
             start = time.perf_counter()
             for _ in range(steps):
-                call()
+                arm.call()
             if number:
                 seconds[name].append((time.perf_counter() - start) / steps)
         progress.step()

@@ -124,19 +124,18 @@ class LazyMask:
 
     def _key_padding(self) -> Tensor:
         """Return the padding at this layer's keys, [B, kv_length]; keys that the 2D mask does not reach are padding."""
+        return self._padding_between(self.kv_offset, self.kv_offset + self.kv_length)
+
+    def _padding_between(self, start: int, stop: int) -> Tensor:
         if self.padding is None:
             raise ValueError("this mask has no padding to look up")
-        found = self.padding[:, self.kv_offset : self.kv_offset + self.kv_length]
-        missing = self.kv_length - found.shape[1]
+        found = self.padding[:, start:stop]
+        missing = stop - start - found.shape[1]
         return found if missing <= 0 else torch.nn.functional.pad(found, (0, missing))
 
     def valid_tokens(self, start: int, stop: int) -> Tensor | None:
         """Return [B, stop - start] bool, True at tokens, for sequence positions, or None where nothing is padding."""
-        if not self.padded or self.padding is None:
-            return None
-        found = self.padding[:, start:stop]
-        missing = stop - start - found.shape[1]
-        return found if missing <= 0 else torch.nn.functional.pad(found, (0, missing))
+        return self._padding_between(start, stop) if self.padded else None
 
     def longest_row(self, stop: int) -> int:
         """Return the tokens of the longest row among the sequence's first `stop`; asks the device once a forward."""

@@ -136,15 +136,11 @@ class KVStore:
         self.seen += stop - start
         self.stored = self.shortest = stop
 
-    @torch.inference_mode(False)
     def _reopen(self) -> None:
-        """Turn from decoding to a prompt: slots beyond a row's length hold no token."""
+        """Turn from decoding to a prompt; slots beyond a row's length, whose position is -1, are holes."""
         self.closed = False
         self._prompt_start = self.stored
         self._holes = not self.uniform
-        if self._holes and self.positions is not None and self.lengths is not None:
-            slot = torch.arange(self.capacity, device=self.positions.device)
-            self.positions = torch.where(slot < self.lengths[..., None], self.positions, -1)
         self.index = self.lengths = None
 
     @torch.inference_mode(False)
