@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-torch.set_num_threads(2)
-
 # PyTorch lists its factory functions once, at the first use of a device context: before they are replaced below.
 with torch.device("cpu"):
     torch.empty(0)
@@ -21,10 +19,11 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _threads(request: pytest.FixtureRequest) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Set the threads, before fixtures of any scope do their work."""
     # A real model is quicker with two. On tiny tensors they wait for each other: on a busy machine twenty times longer.
-    torch.set_num_threads(2 if request.node.get_closest_marker("real_model") else 1)
+    torch.set_num_threads(2 if item.get_closest_marker("real_model") else 1)
 
 
 @pytest.fixture(autouse=True)
