@@ -26,6 +26,7 @@ from ..cache import RocketKVCache, cache_stats
 from ..config import RocketKVConfig
 from ..env import processor
 from ..hf import patch, unpatch
+from ..models import CACHE_ARGUMENT
 from ..progress import Progress
 from ..store import KVStore
 from .models import load_model
@@ -217,9 +218,9 @@ def _check_logits(model: PreTrainedModel, prompt: Tensor) -> None:
     """Check that a patched model within its budget gives the stock model's logits, prefill and decoding."""
 
     def logits(cache: Any) -> Tensor:
-        first = model(prompt[:, :-2], past_key_values=cache).logits[:, -1]
+        first = model(prompt[:, :-2], **{CACHE_ARGUMENT: cache}).logits[:, -1]
         return torch.stack(
-            [first, *(model(prompt[:, i][:, None], past_key_values=cache).logits[:, -1] for i in (-2, -1))]
+            [first, *(model(prompt[:, i][:, None], **{CACHE_ARGUMENT: cache}).logits[:, -1] for i in (-2, -1))]
         )
 
     expected = logits(DynamicCache(config=model.config))
@@ -230,11 +231,11 @@ def _check_logits(model: PreTrainedModel, prompt: Tensor) -> None:
 def _prefilled(model: PreTrainedModel, prompt: Tensor, config: RocketKVConfig | None) -> Any:
     if config is None:
         cache: Any = DynamicCache(config=model.config)
-        model(prompt, past_key_values=cache, logits_to_keep=1)
+        model(prompt, **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
         return cache
     cache = RocketKVCache(model.config, config, prompt_length=prompt.shape[1])
     with patch(model, config):
-        model(prompt, past_key_values=cache, logits_to_keep=1)
+        model(prompt, **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
     return cache
 
 
@@ -249,7 +250,7 @@ def _stepper(model: PreTrainedModel, cache: Any, config: RocketKVConfig | None) 
             patch(model, config)
 
     def step() -> Any:
-        return model(token, past_key_values=cache, logits_to_keep=1)
+        return model(token, **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
 
     return Arm(step, prepare)
 

@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..cache import RocketKVCache, cache_stats
 from ..config import RocketKVConfig
 from ..hf import patch
+from ..models import CACHE_ARGUMENT
 from ..stats import CacheStats
 
 
@@ -81,7 +82,7 @@ def measured_generate(
     with torch.inference_mode():
         try:
             start = time.perf_counter()
-            output = model.generate(**inputs, past_key_values=cache, streamer=clock, **settings)  # type: ignore[operator]
+            output = model.generate(**inputs, **{CACHE_ARGUMENT: cache}, streamer=clock, **settings)  # type: ignore[operator]
         finally:
             if handle is not None:
                 handle.__exit__(None, None, None)

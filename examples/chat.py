@@ -29,7 +29,7 @@ def answer(ids):
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        cache=cache,
         max_new_tokens=args.new_tokens,
         do_sample=False,
     )

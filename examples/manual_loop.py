@@ -25,7 +25,7 @@ cache = rocketkv.RocketKVCache(model.config, prompt_length=ids.shape[1], token_b
 
 with torch.no_grad():
     for _ in range(args.new_tokens):
-        logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(ids, cache=cache, logits_to_keep=1).logits
         ids = logits[:, -1:].argmax(-1)
         if ids.item() == tokenizer.eos_token_id:
             break

@@ -309,7 +309,7 @@ class RocketKVLayer(CacheLayerMixin):
 class RocketKVCache(DynamicCache):
     """A cache for one batch of sequences: compressed where a layer attends to everything, stock elsewhere.
 
-    `rocketkv.patch` makes one for every generation; pass your own as `past_key_values` to keep it over turns, or to
+    `rocketkv.patch` makes one for every generation; pass your own as `cache` to keep it over turns, or to
     tell it the prompt's length in a hand-written loop, so that stage 1 runs inside the prefill.
 
     Args:

@@ -28,7 +28,7 @@ from .cache import (
 )
 from .config import RocketKVConfig
 from .interface import IMPLEMENTATION, NAME, rocketkv_attention, rocketkv_mask
-from .models import find_decoder, refuse_unsupported
+from .models import CACHE_ARGUMENT, find_decoder, refuse_unsupported
 from .stats import CacheStats
 
 _STATE = "_rocketkv"  # on the patched model: its PatchState
@@ -234,13 +234,13 @@ class _ForwardHook:
                 f"the attention implementation of this patched {type(decoder).__name__} was set to "
                 f"{decoder.config._attn_implementation!r}; call rocketkv.unpatch(model) before changing it"
             )
-        cache = kwargs.get("past_key_values")
+        kwargs, cache = _given_cache(kwargs)
         inputs = _inputs(args, kwargs)
         _refuse_inputs(decoder, cache, inputs, kwargs)
         use_cache = kwargs.get("use_cache")
         if cache is None and not decoder.training and (decoder.config.use_cache if use_cache is None else use_cache):
             cache = RocketKVCache(decoder.config, self.state.config)
-            kwargs = {**kwargs, "past_key_values": cache}
+            kwargs[CACHE_ARGUMENT] = cache
             if self.state.running is not None and inputs is not None:
                 self.state.running.begin_anew(cache, inputs.shape[1])
         if cache is not None:
@@ -359,9 +359,9 @@ def generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         _refuse_empty_rows(mask)
-    cache = kwargs.get("past_key_values")
+    kwargs, cache = _given_cache(kwargs)
     if cache is None and _uses_dynamic_cache(model, args, kwargs):
-        cache = kwargs["past_key_values"] = RocketKVCache(decoder.config, state.config)
+        cache = kwargs[CACHE_ARGUMENT] = RocketKVCache(decoder.config, state.config)
     elif cache is not None and _convertible(cache):
         compress_layers(cache, state.config, decoder.config)
     speculative = _speculative(model, args, kwargs)
@@ -379,6 +379,18 @@ def generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         running.end_prompt()
     state.recorded.stats = None if running.cache is None else cache_stats(running.cache)
     return output
+
+
+def _given_cache(kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Return a copy of the arguments, in which `cache` has the name that this transformers knows, and the cache.
+
+    The old name is left to transformers, which takes it too and says that it will not for ever.
+    """
+    given = {name: kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None}
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("cache", "past_key_values")}
+    if CACHE_ARGUMENT != "cache" and "cache" in given:
+        given = {CACHE_ARGUMENT: given["cache"]}
+    return kwargs | given, next(iter(given.values()), None)
 
 
 def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:

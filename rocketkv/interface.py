@@ -15,6 +15,8 @@ from .dense import dense_attention
 from .masks import LazyMask, MaskFunction, VisibleBlock, causal_block
 
 NAME = "rocketkv"
+# What some models give their attention beside what `rocketkv_attention` names, and what changes its weights.
+UNKNOWN = ("position_bias", "sinks", "indices", "block_indices")
 IMPLEMENTATION = "_rocketkv_implementation"  # on each attention module of a patched model: what ran before
 
 
@@ -61,13 +63,20 @@ def rocketkv_attention(
         The output [B, n, H, Dv], and None: there is no weight matrix.
 
     Raises:
-        ValueError: a compressed layer got a 4D mask, or the call comes from continuous batching.
+        ValueError: a compressed layer got a 4D mask, the call comes from continuous batching, or the model gives its
+            attention something that changes the weights and that is not known here.
     """
     if kwargs.get("cache") is not None:
         raise ValueError(
             "continuous batching (generate_batch) keeps its own paged cache, which RocketKV does not compress; "
             "call rocketkv.unpatch(model) before it, or use model.generate"
         )
+    for name in UNKNOWN:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} gives its attention {name!r}, with which RocketKV cannot decode; call "
+                "rocketkv.unpatch(model)"
+            )
     layer = claim(key)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     own: FastAttention = functools.partial(

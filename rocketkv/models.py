@@ -6,12 +6,20 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.utils import ALL_CACHE_NAMES
+
+# What this transformers calls the cache in `generate`, `forward` and their outputs: 5.24 gave it another name.
+CACHE_ARGUMENT = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
 
 # By model type, what the attention interface alone does not tell.
 REFUSED = {
     "doge": "it reads the attention mask as a tensor",
     "diffllama": "it calls its attention twice for one layer",
+    "dory": "it runs its layers in loops, each with a cache of its own",
+    "inkling2_loop": "it runs its layers in loops, each with a cache of its own",
     "minimax": "it keeps a cache of its own",
+    "inkling": "its attention has a bias by position",
+    "inkling2": "its attention has a bias by position",
     "jetmoe": "it changes keys between its cache and its attention",
 }
 

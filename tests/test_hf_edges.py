@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import rocketkv
 from rocketkv.eviction import prompt_positions
+from rocketkv.models import CACHE_ARGUMENT
 
 pytestmark = pytest.mark.integration
 
@@ -87,14 +88,14 @@ def test_the_prompts_last_tokens_may_be_cropped_and_come_again() -> None:
     model, ids = build(), prompt(90)
     with rocketkv.patch(model, **SMALL), torch.no_grad():
         cache = rocketkv.RocketKVCache(model.config, prompt_length=90, **SMALL)
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE_ARGUMENT: cache})
         kept = copy.deepcopy(cache)
         cache.crop(-5 if hasattr(cache, "get_query_offset") else 85)
         assert cache.get_seq_length() == 85
         for layer, whole in zip(cache.layers, kept.layers, strict=True):
             assert layer.store.positions[..., :35].equal(whole.store.positions[..., :35])
         for token in ids[0, 85:]:
-            model(token.view(1, 1), past_key_values=cache)
+            model(token.view(1, 1), **{CACHE_ARGUMENT: cache})
         for layer, whole in zip(cache.layers, kept.layers, strict=True):
             assert layer.store.positions.equal(whole.store.positions)
         # Deeper layers differ: these tokens were decoded, those of the prompt attended to everything.
@@ -104,7 +105,7 @@ def test_the_prompts_last_tokens_may_be_cropped_and_come_again() -> None:
 def test_a_prompt_that_waits_does_not_keep_a_fused_projection_alive() -> None:
     model = build("phi3", num_attention_heads=16)
     with rocketkv.patch(model, **LARGE), torch.no_grad():
-        stats = model(prompt(200), use_cache=True).past_key_values.stats()
+        stats = model(prompt(200), use_cache=True).get(CACHE_ARGUMENT).stats()
     assert stats.total("key_bytes") + stats.total("value_bytes") == stats.total("full_bytes")
 
 
@@ -126,9 +127,9 @@ def test_the_longest_row_sets_the_split_over_padded_turns() -> None:
     ids = prompt(180, rows=2)
     with rocketkv.patch(model, **fields), torch.no_grad():
         cache = rocketkv.RocketKVCache(model.config, prompt_length=100, **fields)
-        model(ids[:, :100], attention_mask=first, past_key_values=cache)
-        model(ids[:, 100:], attention_mask=mask, past_key_values=cache)
-        model(ids[:, :1], attention_mask=nn.functional.pad(mask, (0, 1), value=1), past_key_values=cache)
+        model(ids[:, :100], attention_mask=first, **{CACHE_ARGUMENT: cache})
+        model(ids[:, 100:], attention_mask=mask, **{CACHE_ARGUMENT: cache})
+        model(ids[:, :1], attention_mask=nn.functional.pad(mask, (0, 1), value=1), **{CACHE_ARGUMENT: cache})
     expected = rocketkv.RocketKVConfig(**fields).split_for(105, model.config.head_dim)
     assert cache.layers[0].store.split == expected
 
@@ -139,7 +140,7 @@ def test_a_failed_generate_leaves_a_cache_that_loops_can_use() -> None:
         expected = hand_written(model, ids, 6)
         cache = rocketkv.RocketKVCache(model.config, **SMALL)
         with pytest.raises(ValueError, match="bogus"):
-            model.generate(prompt(90), past_key_values=cache, bogus=1)
+            model.generate(prompt(90), **{CACHE_ARGUMENT: cache}, bogus=1)
         found = hand_written(model, ids, 6, cache=cache)
     assert found[0].equal(expected[0])
     assert cache.layers[0].store.stored == 40 + 5
@@ -150,13 +151,13 @@ def test_inference_mode_and_no_grad_mix_within_a_prompt(first: Any) -> None:
     model = build()
     with rocketkv.patch(model, **SMALL):
         with first():
-            cache = model(prompt(60), use_cache=True).past_key_values
+            cache = model(prompt(60), use_cache=True).get(CACHE_ARGUMENT)
             cache.crop(-5 if hasattr(cache, "get_query_offset") else 55)
         with torch.no_grad():
-            model(prompt(4), past_key_values=cache)
-            model(prompt(1), past_key_values=cache)
+            model(prompt(4), **{CACHE_ARGUMENT: cache})
+            model(prompt(1), **{CACHE_ARGUMENT: cache})
         with torch.inference_mode():
-            assert model(prompt(1), past_key_values=cache).logits.isfinite().all()
+            assert model(prompt(1), **{CACHE_ARGUMENT: cache}).logits.isfinite().all()
 
 
 def test_autocast_leaves_scores_in_float32() -> None:

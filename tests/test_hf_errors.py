@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 import rocketkv
+from rocketkv.cache import RocketKVCache
 from rocketkv.interface import rocketkv_attention
+from rocketkv.models import CACHE_ARGUMENT
 
 pytestmark = pytest.mark.integration
 
@@ -26,7 +29,6 @@ SHARED = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sl
           "intermediate_size": 96, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96, "laurel_rank": 4,
           "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4, "query_pre_attn_scalar": 16}  # fmt: skip
 NO_INTERFACE = "it does not use transformers' attention interface"
-OLD_GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4}
 
 # Class, fields and the reason.
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -37,11 +39,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("MambaForCausalLM", {"state_size": 8}, "no causal attention layers"),
     ("BloomForCausalLM", {"n_head": 4, "n_layer": 2}, NO_INTERFACE),
     ("FalconForCausalLM", {}, NO_INTERFACE),
-    ("GPTJForCausalLM", {**OLD_GPT, "rotary_dim": 8}, NO_INTERFACE),
     ("DeepseekV3ForCausalLM", MLA, "latent"),
     ("Gemma3nForCausalLM", SHARED, "its layers share keys and values"),
     ("DogeForCausalLM", {}, "it reads the attention mask as a tensor"),
     ("DiffLlamaForCausalLM", {}, "twice" if TRANSFORMERS >= (5,) else NO_INTERFACE),
+    ("DoryForCausalLM", {"n_input_layers": 1, "n_output_layers": 0}, "it runs its layers in loops"),
     ("MiniMaxForCausalLM", {"num_local_experts": 2, "num_experts_per_tok": 2,
                             "layer_types": ["linear_attention", "full_attention"]}, "it keeps a cache of its own"),
 ]  # fmt: skip
@@ -52,6 +54,10 @@ def refused(name: str, fields: dict[str, Any]) -> Any:
     common = {key: value for key, value in COMMON.items() if name != "FalconForCausalLM" or key != "head_dim"}
     settings = transformers.Gemma3nTextConfig if name == "Gemma3nForCausalLM" else kind.config_class
     return kind(settings(**{**common, **fields})).eval()
+
+
+# Not every version has every model.
+REFUSED = [entry for entry in REFUSED if hasattr(transformers, entry[0])]
 
 
 @pytest.mark.parametrize(("name", "fields", "reason"), REFUSED, ids=[entry[0] for entry in REFUSED])
@@ -82,7 +88,7 @@ def test_a_model_whose_keys_change_behind_its_cache() -> None:
                 return key.clone(), value
 
         with pytest.raises(ValueError, match="changes keys between its cache and its attention"), torch.no_grad():
-            model(PROMPT, past_key_values=Changing(model.config, **SMALL))
+            model(PROMPT, **{CACHE_ARGUMENT: Changing(model.config, **SMALL)})
         greedy(model, PROMPT)
 
 
@@ -102,15 +108,15 @@ def test_other_caches_run_as_stock_with_one_warning(family: str, how: str) -> No
         if how == "by name":
             return greedy(model, PROMPT, cache_implementation="static")[:2]
         if how == "an object":
-            return greedy(model, PROMPT, past_key_values=StaticCache(config=model.config, max_cache_len=120))[:2]
+            return greedy(model, PROMPT, **{CACHE_ARGUMENT: StaticCache(config=model.config, max_cache_len=120)})[:2]
         cache = DynamicCache(config=model.config)
         stock = build(family)
         with torch.no_grad():
-            stock(PROMPT[:, :60], past_key_values=cache)
+            stock(PROMPT[:, :60], **{CACHE_ARGUMENT: cache})
         if how == "a filled cache":
-            return greedy(model, PROMPT, past_key_values=cache)[:2]
+            return greedy(model, PROMPT, **{CACHE_ARGUMENT: cache})[:2]
         with torch.no_grad():
-            logits = model(PROMPT[:, 60:], past_key_values=cache).logits
+            logits = model(PROMPT[:, 60:], **{CACHE_ARGUMENT: cache}).logits
         return logits.argmax(-1), logits
 
     expected, expected_logits = run()
@@ -141,6 +147,29 @@ def test_caches_that_need_more_than_a_cpu_are_left_to_transformers(kind: str) ->
     with rocketkv.patch(model, **SMALL), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert outcome() == expected
+
+
+@pytest.mark.parametrize("name", ["position_bias", "sinks"])
+def test_what_changes_the_weights_and_is_not_known_is_refused(name: str) -> None:
+    query, key = torch.zeros(1, 4, 1, 16), torch.zeros(1, 2, 1, 16)
+    module = build().model.layers[0].self_attn
+    with pytest.raises(ValueError, match=f"LlamaAttention gives its attention '{name}'"):
+        rocketkv_attention(module, query, key, key, None, **{name: torch.zeros(1)})
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_goes_by_either_name(name: str) -> None:
+    model = build()
+    with rocketkv.patch(model, **SMALL):
+        expected, logits, _ = greedy(model, PROMPT)
+        renamed = name == "past_key_values" and CACHE_ARGUMENT == "cache"
+        with pytest.warns(FutureWarning, match="past_key_values") if renamed else contextlib.nullcontext():
+            tokens, found, cache = greedy(model, PROMPT, **{name: RocketKVCache(model.config, **SMALL)})
+            again = model.model(PROMPT, **{name: RocketKVCache(model.config, **SMALL)})
+        assert tokens.equal(expected)
+        assert found.equal(logits)
+        assert again.get(CACHE_ARGUMENT).get_seq_length() == PROMPT.shape[1]
+        assert cache.get_seq_length() == PROMPT.shape[1] + 11
 
 
 def test_continuous_batching_is_refused() -> None:
@@ -202,11 +231,11 @@ def test_a_cache_of_ours_without_a_patched_model() -> None:
     model = build()
     cache = rocketkv.RocketKVCache(model.config, **SMALL)
     with pytest.raises(ValueError, match=r"not patched.* call rocketkv\.patch\(model\)"):
-        greedy(model, PROMPT, past_key_values=cache)
+        greedy(model, PROMPT, **{CACHE_ARGUMENT: cache})
     with rocketkv.patch(model, **SMALL):
         _, _, cache = greedy(model, PROMPT)
     with pytest.raises(ValueError, match="not patched"), torch.no_grad():
-        model(prompt(1), past_key_values=cache)
+        model(prompt(1), **{CACHE_ARGUMENT: cache})
 
 
 def test_fields_of_a_cache() -> None:

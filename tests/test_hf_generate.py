@@ -11,6 +11,7 @@ from torch import Tensor
 
 import rocketkv
 from rocketkv.cache import rocketkv_layers
+from rocketkv.models import CACHE_ARGUMENT
 from rocketkv.store import KVStore
 
 pytestmark = pytest.mark.integration
@@ -60,8 +61,8 @@ def scored(model: Any, sequence: Tensor, prompt_length: int) -> float:
     total, ids, cache = 0.0, sequence[None, :prompt_length], None
     with torch.no_grad():
         for token in sequence[prompt_length:]:
-            out = model(ids, past_key_values=cache, use_cache=True)
-            cache, ids = out.past_key_values, token.view(1, 1)
+            out = model(ids, **{CACHE_ARGUMENT: cache}, use_cache=True)
+            cache, ids = out.get(CACHE_ARGUMENT), token.view(1, 1)
             total += float(out.logits[0, -1].log_softmax(-1)[token])
     return total / (len(sequence) - prompt_length)
 

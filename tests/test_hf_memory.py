@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import rocketkv
 from rocketkv.cache import RocketKVLayer, rocketkv_layers
+from rocketkv.models import CACHE_ARGUMENT
 
 pytestmark = pytest.mark.integration
 
@@ -70,7 +71,7 @@ def during_prefill(model: Any, run: Callable[[], Any], monkeypatch: pytest.Monke
     hooks = [layer.register_forward_hook(sample) for layer in model.model.layers]
     hooks.append(
         model.model.register_forward_pre_hook(
-            lambda module, args, kwargs: caches.append(kwargs["past_key_values"]), with_kwargs=True
+            lambda module, args, kwargs: caches.append(kwargs[CACHE_ARGUMENT]), with_kwargs=True
         )
     )
     run()
@@ -156,10 +157,10 @@ def test_stats_in_the_midst_of_a_chunked_prompt(told: bool) -> None:
         assert cache.stats().total_bytes == walked(cache) == 0
         for chunk in PROMPT.split(350, dim=1):
             with torch.no_grad():
-                model(chunk, past_key_values=cache)
+                model(chunk, **{CACHE_ARGUMENT: cache})
             assert cache.stats().total_bytes == walked(cache)
         with torch.no_grad():
-            model(prompt(1), past_key_values=cache)
+            model(prompt(1), **{CACHE_ARGUMENT: cache})
         assert cache.stats().total_bytes == walked(cache)
         cache.reset()
         assert cache.stats().total_bytes == walked(cache) == 0

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, LogitsProcessor, LogitsProcessorList,
 
 import rocketkv
 from rocketkv.cache import rocketkv_layers
+from rocketkv.models import CACHE_ARGUMENT
 
 pytestmark = pytest.mark.integration
 
@@ -153,15 +154,15 @@ def test_a_cache_goes_on_after_an_interrupted_step() -> None:
     with rocketkv.patch(model, **SMALL):
         cache = rocketkv.RocketKVCache(model.config, prompt_length=90, **SMALL)
         with torch.no_grad():
-            model(PROMPT, past_key_values=cache)
+            model(PROMPT, **{CACHE_ARGUMENT: cache})
             copied = copy.deepcopy(cache)
             hook = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                model(prompt(1), past_key_values=cache)
+                model(prompt(1), **{CACHE_ARGUMENT: cache})
             hook.remove()
             cache.crop(90)
-            found = model(prompt(1), past_key_values=cache).logits
-            expected = model(prompt(1), past_key_values=copied).logits
+            found = model(prompt(1), **{CACHE_ARGUMENT: cache}).logits
+            expected = model(prompt(1), **{CACHE_ARGUMENT: copied}).logits
     close(found, expected)
 
 
@@ -177,7 +178,7 @@ def test_a_forward_that_fails_between_cache_and_attention() -> None:
     with rocketkv.patch(model, **SMALL):
         expected = greedy(model, PROMPT)[1]
         with pytest.raises(RuntimeError, match="out of memory"):
-            greedy(model, PROMPT, past_key_values=Failing(model.config, **SMALL))
+            greedy(model, PROMPT, **{CACHE_ARGUMENT: Failing(model.config, **SMALL)})
         assert greedy(model, PROMPT)[1].equal(expected)
 
 
@@ -212,7 +213,7 @@ def test_a_generate_of_ones_own_stays() -> None:
     calls = []
 
     def mine(*args: Any, **kwargs: Any) -> Any:
-        calls.append(len(rocketkv_layers(kwargs.get("past_key_values"))))
+        calls.append(len(rocketkv_layers(kwargs.get(CACHE_ARGUMENT))))
         return LlamaForCausalLM.generate(model, *args, **kwargs)
 
     model.generate = mine

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import rocketkv
 from rocketkv.cache import RocketKVLayer
+from rocketkv.models import CACHE_ARGUMENT
 
 pytestmark = pytest.mark.integration
 
@@ -111,10 +112,10 @@ def test_two_caches_in_turn() -> None:
         fed, logits = [0, 0], [[], []]  # type: ignore[var-annotated]
         with torch.no_grad():
             for cache, ids in zip(caches, prompts, strict=True):
-                model(ids, past_key_values=cache)
+                model(ids, **{CACHE_ARGUMENT: cache})
             for i in order:
                 token = tokens[:, fed[i] : fed[i] + 1]
-                logits[i].append(model(token, past_key_values=caches[i]).logits)
+                logits[i].append(model(token, **{CACHE_ARGUMENT: caches[i]}).logits)
                 fed[i] += 1
         return [torch.cat(found, dim=1) for found in logits]
 

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 import rocketkv
 from rocketkv.cache import rocketkv_layers
+from rocketkv.models import CACHE_ARGUMENT
 
 pytestmark = pytest.mark.integration
 
@@ -47,11 +48,13 @@ def two_turns(model: Any, first: Any, second: Tensor, way: str) -> tuple[Tensor,
         mask = torch.cat((inputs["attention_mask"], torch.ones_like(new)), dim=1)
     uncached = ids[:, cache.get_seq_length() :]
     if way == "all tokens":
-        return greedy(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=cache)
+        return greedy(model, {"input_ids": ids, "attention_mask": mask}, **{CACHE_ARGUMENT: cache})
     if way == "new tokens":
-        return greedy(model, {"input_ids": uncached, "attention_mask": mask}, past_key_values=cache)
+        return greedy(model, {"input_ids": uncached, "attention_mask": mask}, **{CACHE_ARGUMENT: cache})
     if way == "chunks":
-        return greedy(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=cache, prefill_chunk_size=20)
+        return greedy(
+            model, {"input_ids": ids, "attention_mask": mask}, **{CACHE_ARGUMENT: cache}, prefill_chunk_size=20
+        )
     return hand_written(model, uncached, cache=cache, mask=mask, chunk=20 if way == "loop in chunks" else 0)
 
 
@@ -112,7 +115,7 @@ def test_generate_again_goes_on_where_it_stopped() -> None:
     with rocketkv.patch(model, **SMALL):
         expected, expected_logits, _ = greedy(model, FIRST, 24)
         tokens, _, cache = greedy(model, FIRST, 10)
-        found, logits, _ = greedy(model, torch.cat((FIRST, tokens), dim=1), 14, past_key_values=cache)
+        found, logits, _ = greedy(model, torch.cat((FIRST, tokens), dim=1), 14, **{CACHE_ARGUMENT: cache})
     assert found.equal(expected[:, 10:])
     close(logits, expected_logits[:, 10:])
 
@@ -125,14 +128,14 @@ def test_a_cache_of_ones_own(make: Callable[[Any], Any]) -> None:
         expected, expected_logits, _ = greedy(model, FIRST)
         again, again_logits, _ = two_turns(model, FIRST, SECOND, "all tokens")
         cache = make(model.config)
-        tokens, logits, returned = greedy(model, FIRST, past_key_values=cache)
+        tokens, logits, returned = greedy(model, FIRST, **{CACHE_ARGUMENT: cache})
         assert returned is cache
         assert tokens.equal(expected)
         close(logits, expected_logits)
         assert [layer.compressed for layer in handle.stats().layers] == [False, True, False, True]
         assert {layer.store.stored for layer in rocketkv_layers(cache)} == {40 + 11}
         ids = torch.cat((FIRST, tokens, SECOND), dim=1)
-        tokens, logits, _ = greedy(model, ids, past_key_values=cache)
+        tokens, logits, _ = greedy(model, ids, **{CACHE_ARGUMENT: cache})
         assert tokens.equal(again)
         close(logits, again_logits)
         in_a_loop = hand_written(model, FIRST, cache=make(model.config))
@@ -143,7 +146,7 @@ def test_a_cache_of_ones_own(make: Callable[[Any], Any]) -> None:
 def steps(model: Any, cache: Any, tokens: Tensor) -> Tensor:
     """Feed tokens [B, n] one by one and return the logits [B, n, V]."""
     with torch.no_grad():
-        out = [model(token, past_key_values=cache, use_cache=True).logits for token in tokens.split(1, dim=1)]
+        out = [model(token, **{CACHE_ARGUMENT: cache}, use_cache=True).logits for token in tokens.split(1, dim=1)]
     return torch.cat(out, dim=1)
 
 
@@ -152,7 +155,7 @@ def prefilled(model: Any, ids: Tensor, tokens: Tensor, told: bool = True, **fiel
     length = ids.shape[1] if told else None
     cache = rocketkv.RocketKVCache(model.config, prompt_length=length, **(fields or SMALL))
     with torch.no_grad():
-        model(ids, past_key_values=cache, use_cache=True)
+        model(ids, **{CACHE_ARGUMENT: cache}, use_cache=True)
     if tokens.shape[1]:
         steps(model, cache, tokens)
     return cache
@@ -183,7 +186,7 @@ def test_crop_forgets_what_it_removes(padded: bool, removed: int) -> None:
         inputs = left_padded([FIRST, prompt(20)]) if padded else {"input_ids": prompt(90, rows=2)}
         cache = rocketkv.RocketKVCache(model.config, prompt_length=90, **SMALL)
         with torch.no_grad():
-            model(**inputs, past_key_values=cache, use_cache=True)
+            model(**inputs, **{CACHE_ARGUMENT: cache}, use_cache=True)
         copied = copy.deepcopy(cache)
         steps(model, copied, tokens[:, :5])
         expected = steps(model, copied, tokens[:, 5:])
@@ -241,7 +244,7 @@ def test_row_operations(padded: bool, told: bool, operation: str) -> None:
                 given = tokens[rows, i : i + 1]
                 full = None if mask is None else torch.cat((mask[rows], mask.new_ones(len(rows), i + 1)), dim=1)
                 logits.append(
-                    model(given, past_key_values=cache, use_cache=True, position_ids=at, attention_mask=full).logits
+                    model(given, **{CACHE_ARGUMENT: cache}, use_cache=True, position_ids=at, attention_mask=full).logits
                 )
         return torch.cat(logits, dim=1)
 
@@ -250,7 +253,7 @@ def test_row_operations(padded: bool, told: bool, operation: str) -> None:
         for _ in range(2):
             cache = rocketkv.RocketKVCache(model.config, prompt_length=90 if told else None, **SMALL)
             with torch.no_grad():
-                model(**inputs, past_key_values=cache, use_cache=True)
+                model(**inputs, **{CACHE_ARGUMENT: cache}, use_cache=True)
             caches.append(cache)
         expected = go_on(caches[0], [0, 1, 2])
         operate(caches[1])
@@ -265,6 +268,6 @@ def test_reset_forgets_everything() -> None:
         cache = greedy(model, FIRST)[2]
         cache.reset()
         assert cache.get_seq_length() == 0
-        tokens, logits, _ = greedy(model, SECOND, past_key_values=cache)
+        tokens, logits, _ = greedy(model, SECOND, **{CACHE_ARGUMENT: cache})
     assert tokens.equal(expected[0])
     close(logits, expected[1])

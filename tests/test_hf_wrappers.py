@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import rocketkv
 from rocketkv.cache import rocketkv_layers
+from rocketkv.models import CACHE_ARGUMENT
 
 pytestmark = pytest.mark.integration
 
@@ -117,7 +118,7 @@ def test_without_a_cache_nothing_is_compressed(family: str, padded: bool) -> Non
         with pytest.raises(ValueError, match="no generate of this model has ended in this thread"):
             handle.stats()
         with torch.no_grad():
-            assert model(PROMPT, use_cache=False).past_key_values is None
+            assert model(PROMPT, use_cache=False).get(CACHE_ARGUMENT) is None
     assert tokens.equal(expected)
     torch.testing.assert_close(logits, expected_logits, atol=1e-5, rtol=0)
 

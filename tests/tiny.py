@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rocketkv import BudgetSplit
+from rocketkv.models import CACHE_ARGUMENT
 
 TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 VOCABULARY = 96
@@ -123,7 +124,7 @@ def greedy(model: Any, inputs: Any, new_tokens: int = 12, **kwargs: Any) -> tupl
     )
     # Prompt lookup of transformers 4 may write more than it was asked for.
     tokens, logits = out.sequences[:, -len(out.logits) :], torch.stack(out.logits, dim=1)
-    return tokens[:, :new_tokens], logits[:, :new_tokens], out.past_key_values
+    return tokens[:, :new_tokens], logits[:, :new_tokens], out.get(CACHE_ARGUMENT)
 
 
 def hand_written(
@@ -144,8 +145,8 @@ def hand_written(
                     mask = nn.functional.pad(mask, (0, 1), value=1)
                 position = (mask.cumsum(-1) - 1).clamp(min=0)
                 given = {"attention_mask": mask[:, :seen], "position_ids": position[:, seen - step.shape[1] : seen]}
-            out = model(step, past_key_values=cache, use_cache=True, **given)
-            cache = out.past_key_values
+            out = model(step, **{CACHE_ARGUMENT: cache}, use_cache=True, **given)
+            cache = out.get(CACHE_ARGUMENT)
             if not steps:
                 logits.append(out.logits[:, -1])
                 tokens.append(out.logits[:, -1].argmax(-1, keepdim=True))
