@@ -9,6 +9,7 @@ r channels, k tokens.
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn import functional as F
 
 from .eviction import select_top
@@ -53,14 +54,13 @@ def score(
     batch, heads, head_dim = query.shape
     kv_heads, tiles, rows = index.shape[1:4]
     grouped = query.float().view(batch, kv_heads, heads // kv_heads, head_dim)
-    magnitude = grouped.abs()
-    chosen = select_top(magnitude.sum(2), channels)
-    over_group = chosen[:, :, None].expand(-1, -1, grouped.shape[2], -1)
-    scored = grouped.gather(-1, over_group)
-    share = scored.abs().sum(-1, keepdim=True).clamp(min=_TINY)
-    scored = scored * ((magnitude.sum(-1, keepdim=True) / share).sqrt() * scaling)
-    negative = grouped.sum(2).gather(-1, chosen) <= 0
-    bound_row = chosen + head_dim * negative if rows > head_dim else chosen
+    # The rule of `select_top`, by a stable sort: the order of channels does not matter, ties go to the lower one.
+    chosen = vector_norm(grouped, 1, 2).sort(dim=-1, descending=True, stable=True).indices[..., :channels]
+    scored = grouped.gather(-1, chosen[:, :, None].expand(-1, -1, grouped.shape[2], -1))
+    negative = scored.sum(2) <= 0
+    missed = vector_norm(grouped, 1, -1, keepdim=True) / vector_norm(scored, 1, -1, keepdim=True).clamp(min=_TINY)
+    scored = scored * (missed.sqrt() * scaling)
+    bound_row = torch.add(chosen, negative, alpha=head_dim) if rows > head_dim else chosen
 
     # Only the tiles in use are read: [B * Hkv, used, r] rows of 128 pages each.
     pages = page_count(stored, page_size)
@@ -139,39 +139,42 @@ def select(
 
     Returns:
         Positions [B, Hkv, k] int32, ascending (a row with fewer tokens than k has others make up the number), and the
-        estimated attention mass of the chosen tokens [B, H] float32.
+        estimated weight of one token of each unit, [B, H, U] float32: summed over chosen tokens, the estimated mass.
     """
     batch, heads, units = logits.shape
     group = heads // kv_heads
     # Equal logits give equal weights, bit for bit: each is the unit's softmax, over the tokens that it should count.
-    start = torch.arange(0, units * unit_size, unit_size, device=logits.device)
+    total: Tensor | int = unit_size
     if lengths is None:
-        count = (stored - start).clamp(max=unit_size)
         weight = logits.softmax(-1)
         missing = units * unit_size - stored  # tokens that the last unit is short of
-        total = unit_size - missing * weight[..., -1:]
+        if missing:
+            total = unit_size - missing * weight[..., -1:]
     else:
-        count = (lengths[..., None] - start).clamp(min=0, max=unit_size)
-        over_heads = count.repeat_interleave(group, dim=1)
+        over_heads = _unit_tokens(units, unit_size, lengths).repeat_interleave(group, dim=1)
         logits = logits.masked_fill(over_heads == 0, -torch.inf)
         weight = logits.softmax(-1)
         total = (weight * over_heads).sum(-1, keepdim=True)
     if sinks is not None:
         total = total + torch.exp(sinks.float()[:, None] - logits.logsumexp(-1, keepdim=True))
-    weight = (weight / total).view(batch, kv_heads, group, units)
-    shared = weight.mean(2)
+    weight = weight / total
+    shared = weight.view(batch, kv_heads, group, units).mean(2)
     if lengths is None and stored <= REPEATED_SIZE:
         repeated = shared[..., None].expand(-1, -1, -1, unit_size).flatten(2)
         positions = select_top(repeated[..., :stored], k)
-        unit = positions if unit_size == 1 else positions // unit_size
-        mass = weight.gather(-1, unit[:, :, None].expand(-1, -1, group, -1)).sum(-1)
     else:
-        positions, taken = select_units(shared, count.expand_as(shared), k, unit_size)
-        mass = torch.matmul(weight, taken.float()[..., None])
-    return positions.int(), mass.view(batch, heads)
+        held = torch.full((1, 1), stored, device=logits.device) if lengths is None else lengths
+        positions = select_units(shared, _unit_tokens(units, unit_size, held).expand_as(shared), k, unit_size)
+    return positions.int(), weight
 
 
-def select_units(weight: Tensor, count: Tensor, k: int, unit_size: int) -> tuple[Tensor, Tensor]:
+def _unit_tokens(units: int, unit_size: int, lengths: Tensor) -> Tensor:
+    """Return how many tokens each unit holds, [B, Hkv, U], of rows of these lengths [B, Hkv]."""
+    start = torch.arange(0, units * unit_size, unit_size, device=lengths.device)
+    return (lengths[..., None] - start).clamp(min=0, max=unit_size)
+
+
+def select_units(weight: Tensor, count: Tensor, k: int, unit_size: int) -> Tensor:
     """Apply the rule of `select_top` to tokens, given one weight a unit and how many tokens each unit holds.
 
     Equal to `select_top` of the weights repeated for every token, without making them.
@@ -183,8 +186,8 @@ def select_units(weight: Tensor, count: Tensor, k: int, unit_size: int) -> tuple
         unit_size: tokens of a full unit; unit u starts at token `u * unit_size`.
 
     Returns:
-        Positions [..., k] int64, ascending (where there are fewer than k tokens, those that follow the last one make up
-        the number), and how many of each unit's tokens are among them, [..., U].
+        Positions [..., k] int64, ascending; where there are fewer than k tokens, those that follow the last one make up
+        the number.
     """
     weight = torch.where(count > 0, weight.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), -torch.inf)
     units = weight.shape[-1]
@@ -199,7 +202,7 @@ def select_units(weight: Tensor, count: Tensor, k: int, unit_size: int) -> tuple
     end = taken.cumsum(-1)
     number = torch.arange(1, k + 1, device=weight.device).expand(*weight.shape[:-1], k).contiguous()
     unit = torch.searchsorted(end, number).clamp(max=units - 1)
-    return unit * unit_size + number - 1 - (end - taken).gather(-1, unit), taken
+    return unit * unit_size + number - 1 - (end - taken).gather(-1, unit)
 
 
 def attend(

@@ -43,13 +43,12 @@ def select_top(scores: Tensor, n: int) -> Tensor:
     if size <= SORTED_SIZE:
         return scores.sort(dim=-1, descending=True, stable=True).indices[..., :n].sort(dim=-1).values
     threshold = scores.topk(n, dim=-1).values[..., -1:]
-    above = scores > threshold
-    tied = scores == threshold
-    missing = n - above.sum(-1, keepdim=True)
-    taken = above | (tied & (tied.cumsum(-1) <= missing))
+    above = (scores > threshold).cumsum(-1)
+    tied = (scores == threshold).cumsum(-1)
+    taken = above + torch.minimum(tied, n - above[..., -1:])
     # The i-th taken position is the first one up to which i are taken.
     number = torch.arange(1, n + 1, device=scores.device).expand(*scores.shape[:-1], n).contiguous()
-    return torch.searchsorted(taken.cumsum(-1), number)
+    return torch.searchsorted(taken, number)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:

@@ -156,22 +156,18 @@ def test_select_units_is_the_rule_over_repeated_weights(values: int, unit_size: 
         for k in {1, 2, unit_size, unit_size + 1, available // 2, available - 1, available} - {0, -1}:
             if k > available:
                 continue
-            found, taken = select_units(weight, count, k, unit_size)
+            found = select_units(weight, count, k, unit_size)
             for i, positions in enumerate(found.view(-1, k)):
-                row, own, used = (tensor.view(-1, shape[-1])[i] for tensor in (weight, count, taken))
-                repeated = row.repeat_interleave(own)
-                assert torch.equal(positions, select_top(repeated, k))
-                unit = torch.arange(shape[-1]).repeat_interleave(own)
-                assert torch.equal(used, unit[positions].bincount(minlength=shape[-1]))
+                row, own = (tensor.view(-1, shape[-1])[i] for tensor in (weight, count))
+                assert torch.equal(positions, select_top(row.repeat_interleave(own), k))
 
 
 def test_select_units_with_too_few_tokens_takes_all_of_them_first() -> None:
     weight = torch.rand(4, 6)
     count = torch.tensor([[3, 3, 2, 0, 0, 0], [1, 0, 0, 0, 0, 0], [3, 3, 3, 3, 3, 3], [3, 3, 3, 3, 1, 0]])
-    found, taken = select_units(weight, count, 11, 3)
+    found = select_units(weight, count, 11, 3)
     assert found[0, :8].tolist() == list(range(8))
     assert found[1, :1].tolist() == [0]
-    assert taken.sum(-1).tolist() == [8, 1, 11, 11]
 
 
 def naive_select(logits: Tensor, k: int, tokens: int, unit_size: int, sinks: Tensor | None) -> tuple[list[int], Tensor]:
@@ -183,6 +179,12 @@ def naive_select(logits: Tensor, k: int, tokens: int, unit_size: int, sinks: Ten
     return chosen, weights[:, chosen].sum(-1)
 
 
+def mass_of(positions: Tensor, weight: Tensor, unit_size: int) -> Tensor:
+    """Return the weight [B, H] of the chosen tokens, given that of one token of each unit, [B, H, U]."""
+    group = weight.shape[1] // positions.shape[1]
+    return weight.gather(-1, (positions.long() // unit_size).repeat_interleave(group, dim=1)).sum(-1)
+
+
 @pytest.fixture(params=[0, 2048], ids=["by-unit", "by-token"])
 def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_module, "REPEATED_SIZE", request.param)
@@ -192,7 +194,7 @@ def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
 @pytest.mark.parametrize("unit_size", PAGE_SIZES)
-def test_select_takes_the_largest_mean_weight_and_reports_its_mass(
+def test_select_takes_the_largest_mean_weight_and_reports_weights(
     unit_size: int, ragged: bool, with_sinks: bool
 ) -> None:
     batch, heads, kv_heads, stored, k = 2, 6, 2, 83, 20
@@ -204,11 +206,14 @@ def test_select_takes_the_largest_mean_weight_and_reports_its_mass(
         for b in range(batch):
             for g in range(kv_heads):
                 logits[b, 3 * g : 3 * g + 3, page_count(int(lengths[b, g]), unit_size) :] = torch.nan
-    positions, mass = select(
+    positions, weight = select(
         logits, k, stored=stored, lengths=lengths, kv_heads=kv_heads, unit_size=unit_size, sinks=sinks
     )
     assert positions.shape == (batch, kv_heads, k)
-    assert mass.shape == (batch, heads)
+    assert positions.dtype == torch.int32
+    assert weight.shape == logits.shape
+    # Rows with fewer tokens than k have positions beyond them: whole units, whose weight is zero or nobody's.
+    mass = mass_of(positions.clamp(max=stored - 1), weight, unit_size)
     for b in range(batch):
         for g in range(kv_heads):
             own = slice(3 * g, 3 * g + 3)
@@ -222,22 +227,22 @@ def test_select_takes_the_largest_mean_weight_and_reports_its_mass(
 
 @pytest.mark.usefixtures("_way")
 def test_selecting_everything_has_all_the_mass() -> None:
-    positions, mass = select(torch.randn(1, 4, 9), 26, stored=26, lengths=None, kv_heads=2, unit_size=3)
+    positions, weight = select(torch.randn(1, 4, 9), 26, stored=26, lengths=None, kv_heads=2, unit_size=3)
     assert positions.tolist() == [[list(range(26))] * 2]
-    assert_near(mass, torch.ones(1, 4))
+    assert_near(mass_of(positions, weight, 3), torch.ones(1, 4))
 
 
 @pytest.mark.usefixtures("_way")
 def test_broken_logits_spoil_their_own_row_and_head_only() -> None:
     logits = torch.randn(2, 4, 30)
-    clean, clean_mass = select(logits, 7, stored=60, lengths=None, kv_heads=2, unit_size=2)
+    clean, clean_weight = select(logits, 7, stored=60, lengths=None, kv_heads=2, unit_size=2)
     for garbage in (torch.nan, torch.inf):
         spoilt = logits.clone()
         spoilt[1, 3, 8] = garbage
-        found, mass = select(spoilt, 7, stored=60, lengths=None, kv_heads=2, unit_size=2)
+        found, weight = select(spoilt, 7, stored=60, lengths=None, kv_heads=2, unit_size=2)
         assert torch.equal(found[0], clean[0])
         assert torch.equal(found[1, 0], clean[1, 0])
-        assert torch.equal(mass.view(4, 2)[:3], clean_mass.view(4, 2)[:3])
+        assert torch.equal(weight.view(4, 2, 30)[:3], clean_weight.view(4, 2, 30)[:3])
         assert found[1, 1].tolist() == sorted(set(found[1, 1].tolist()))
         assert found.max() < 60
 
@@ -337,8 +342,8 @@ def test_every_part_gives_the_same_bits_twice(extras: str) -> None:
 
     def step() -> tuple[Tensor, ...]:
         logits = scored(query, keys, 3, 9, softcap=settings["softcap"])
-        chosen, mass = select(logits, 50, stored=300, lengths=None, kv_heads=2, unit_size=3, sinks=settings["sinks"])
-        return logits, chosen, mass, attend(query, keys, values, chosen, scaling=0.3, **settings)
+        chosen, weight = select(logits, 50, stored=300, lengths=None, kv_heads=2, unit_size=3, sinks=settings["sinks"])
+        return logits, chosen, weight, attend(query, keys, values, chosen, scaling=0.3, **settings)
 
     first = step()
     for _ in range(3):
