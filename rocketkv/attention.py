@@ -55,7 +55,7 @@ def score(
     kv_heads, tiles, rows = index.shape[1:4]
     grouped = query.float().view(batch, kv_heads, heads // kv_heads, head_dim)
     # The rule of `select_top`, by a stable sort: the order of channels does not matter, ties go to the lower one.
-    chosen = vector_norm(grouped, 1, 2).sort(dim=-1, descending=True, stable=True).indices[..., :channels]
+    chosen = grouped.abs().sum(2).sort(dim=-1, descending=True, stable=True).indices[..., :channels]
     scored = grouped.gather(-1, chosen[:, :, None].expand(-1, -1, grouped.shape[2], -1))
     negative = scored.sum(2) <= 0
     missed = vector_norm(grouped, 1, -1, keepdim=True) / vector_norm(scored, 1, -1, keepdim=True).clamp(min=_TINY)
