@@ -1,0 +1,183 @@
+"""First launch of a decode step: append the token, pick the channels, score the pages.
+
+Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, N stored tokens, P page size, r channels.
+"""
+
+import triton
+import triton.language as tl
+
+from .math import as_bound, rounded, soft_capped, widened
+
+TILE_PAGES = tl.constexpr(128)
+TINY = tl.constexpr(1.1754943508222875e-38)
+
+
+@triton.jit
+def _channel_sums(query, row, channel, G: tl.constexpr, D: tl.constexpr):
+    """Return, over the group's queries, sums of |q| and of q: head after head, so in one order whatever the layout."""
+    magnitude = tl.zeros(channel.shape, tl.float32)
+    total = tl.zeros(channel.shape, tl.float32)
+    for g in range(G):
+        q = tl.load(query + (row * G + g) * D + channel, mask=channel < D, other=0.0).to(tl.float32)
+        magnitude += tl.abs(q)
+        total += q
+    # NaN would rank nowhere and leave a hole in the list of channels.
+    return tl.where(magnitude == magnitude, magnitude, -1.0), total
+
+
+@triton.jit
+def _ranks(query, row, channel, magnitude, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr):
+    """Return each channel's rank by magnitude, ties to the lower channel: how many channels come before it."""
+    magnitude = tl.where(channel < D, magnitude, -2.0)
+    rank = tl.zeros([DP], tl.int32)
+    for start in range(0, DP, CHUNK):
+        other = start + tl.arange(0, CHUNK)
+        rival, _ = _channel_sums(query, row, other, G, D)
+        rival = tl.where(other < D, rival, -2.0)[None, :]
+        tied = (rival == magnitude[:, None]) & (other[None, :] < channel[:, None])
+        rank += tl.sum(((rival > magnitude[:, None]) | tied).to(tl.int32), 1)
+    return rank
+
+
+@triton.jit
+def append_score_kernel(
+    query,  # [B, H, D]
+    key,  # [B, Hkv, D]
+    value,  # [B, Hkv, DV]
+    keys,  # [B, Hkv, capacity, D]
+    values,  # [B, Hkv, capacity, DV]
+    positions,  # [B, Hkv, capacity] int32
+    index,  # [B, Hkv, tiles, D or 2 * D, 128], in the keys' dtype or 8 bits
+    lengths,  # [B, Hkv] int32, before this token
+    seen,  # [1] int32, position of the token
+    scores,  # [B, H, tiles * 128] float32, written
+    peaks,  # [B, Hkv, SPLITS, GP] float32, written
+    sums,  # [B, Hkv, SPLITS, GP] float32, written
+    ranked,  # [B, Hkv, SPLITS, RP] int32, written
+    capacity,
+    tiles,
+    scaling,
+    softcap,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SCORE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    EXACT: tl.constexpr,  # dot products of float32, which low precision on the interpreter needs too
+    GP: tl.constexpr,
+    DP: tl.constexpr,
+    DC: tl.constexpr,
+    DVP: tl.constexpr,
+    RP: tl.constexpr,
+    RC: tl.constexpr,
+):
+    """Append a token to each row and score its pages; grid (B * Hkv, SPLITS)."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    length = tl.load(lengths + row)
+    channel = tl.arange(0, DP)
+    own = channel < D
+    new = tl.load(key + row * D + channel, mask=own, other=0.0)
+    # The last split has the fewest tiles: it appends, and scores the page that the token falls into.
+    owner = split == SPLITS - 1
+    if owner:
+        slot = row * capacity + length
+        inside = length < capacity
+        tl.store(keys + slot * D + channel, new, mask=channel < D * inside.to(tl.int32))
+        column = tl.arange(0, DVP)
+        vector = tl.load(value + row * DV + column, mask=column < DV, other=0.0)
+        tl.store(values + slot * DV + column, vector, mask=column < DV * inside.to(tl.int32))
+        tl.store(positions + slot, tl.load(seen), mask=inside)
+
+    if SCORE:
+        rows: tl.constexpr = D if P == 1 else 2 * D
+        magnitude, total = _channel_sums(query, row, channel, G, D)
+        rank = _ranks(query, row, channel, magnitude, G, D, DP, DC)
+        # The index holds maxima, then minima: where the group's sum is not positive the minimum bounds the products.
+        lower = total <= 0.0
+        entry = tl.where(own, channel, 0)
+        if P > 1:
+            entry += tl.where(lower & own, D, 0)
+        listed = ranked + (row * SPLITS + split) * RP
+        tl.store(listed + rank, entry, mask=rank < RP)
+
+        head = tl.arange(0, GP)
+        queries = query + (row * G + head[:, None]) * D
+        real = head[:, None] < G
+        q = tl.load(queries + channel[None, :], mask=real & own[None, :], other=0.0).to(tl.float32)
+        chosen = rank[None, :] < R
+        kept = tl.sum(tl.where(chosen, tl.abs(q), 0.0), 1)
+        factor = tl.sqrt(tl.sum(tl.abs(q), 1) / tl.maximum(kept, TINY)) * scaling
+
+        peak = tl.full([GP], float("-inf"), tl.float32)
+        mass = tl.zeros([GP], tl.float32)
+        scored = scores + (row * G + head[:, None]) * tiles * TILE_PAGES
+        closed = length // P
+
+        if owner:
+            top = new.to(tl.float32)
+            bottom = top
+            for i in tl.static_range(P - 1):
+                earlier = closed * P + i
+                there = earlier < length
+                old = tl.load(
+                    keys + (row * capacity + earlier) * D + channel, mask=channel < D * there.to(tl.int32), other=0.0
+                )
+                old = tl.where(there, old.to(tl.float32), top)
+                # Written so that NaN stays: a maximum that drops it would hide it.
+                top = tl.where((old > top) | (old != old), old, top)
+                bottom = tl.where((old < bottom) | (old != old), old, bottom)
+            # A page that the token fills is scored as it will be read from now on; an open one is exact.
+            full = (length + 1) % P == 0
+            top = tl.where(full, rounded(top, index.dtype.element_ty), top)
+            bottom = tl.where(full, rounded(bottom, index.dtype.element_ty), bottom)
+            bound = tl.where(lower, bottom, top)
+            # Zero times what was not chosen must not spoil the sum.
+            logit = tl.sum(tl.where(chosen, q * bound[None, :], 0.0), 1) * factor
+            if SOFTCAP:
+                logit = soft_capped(logit, softcap)
+            tl.store(scored + closed, logit[:, None], mask=real)
+            peak = logit
+            mass = tl.where(logit == logit, 1.0, logit) * (length + 1 - closed * P).to(tl.float32)
+            place = (row * tiles + closed // TILE_PAGES) * rows * TILE_PAGES + closed % TILE_PAGES
+            entries = index + place + channel.to(tl.int64) * TILE_PAGES
+            writes = channel < D * (full & (length < capacity)).to(tl.int32)
+            tl.store(entries, as_bound(top, index.dtype.element_ty), mask=writes)
+            if P > 1:
+                tl.store(entries + D * TILE_PAGES, as_bound(bottom, index.dtype.element_ty), mask=writes)
+
+        tl.debug_barrier()  # the list is read by other threads than wrote it
+        page = tl.arange(0, TILE_PAGES)
+        for tile in range(split, (closed + TILE_PAGES - 1) // TILE_PAGES, SPLITS):
+            bounds = index + (row * tiles + tile) * rows * TILE_PAGES
+            estimate = tl.zeros([GP, TILE_PAGES], tl.float32)
+            for first in range(0, RP, RC):
+                order = first + tl.arange(0, RC)
+                line = tl.load(listed + order)
+                # Whole lines, whatever lies behind the last page: a mask on columns would cost the wide loads.
+                block = widened(tl.load(bounds + line[:, None] * TILE_PAGES + page[None, :]))
+                within = line % D if P > 1 else line
+                part = tl.load(queries + within[None, :], mask=real & (order[None, :] < R), other=0.0)
+                if EXACT:
+                    part = part.to(tl.float32)
+                    block = block.to(tl.float32)
+                else:
+                    block = block.to(part.dtype)
+                estimate = tl.dot(part, block, estimate, input_precision="ieee")
+            estimate *= factor[:, None]
+            if SOFTCAP:
+                estimate = soft_capped(estimate, softcap)
+            number = tile * TILE_PAGES + page
+            tl.store(scored + number[None, :], estimate, mask=real & (number[None, :] < closed))
+            estimate = tl.where(number[None, :] < closed, estimate, float("-inf"))
+            higher = tl.maximum(peak, tl.max(estimate, 1))
+            anchor = tl.where(higher == float("-inf"), 0.0, higher)
+            weight = tl.exp(estimate - anchor[:, None])
+            mass = mass * tl.exp(peak - anchor) + tl.sum(weight, 1) * P
+            peak = higher
+        partial = (row * SPLITS + split) * GP + head
+        tl.store(peaks + partial, peak)
+        tl.store(sums + partial, mass)

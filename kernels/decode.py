@@ -1,0 +1,271 @@
+"""A decode step of stage 2 in two launches, or three: what it works in, how it is cut, and what it takes.
+
+`append_score` writes the token and scores the pages; `select_attend` chooses, attends and combines. Where one program's
+registers do not hold all pages (more than `REGISTER_PAGES`), `select` chooses in a launch between them.
+
+Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, N stored tokens, t token budget, P page size,
+r channels, k tokens read.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from .append_score import append_score_kernel
+from .select import select_kernel
+from .select_attend import ALL, GIVEN, RANKED, RECENT, select_attend_kernel
+
+TILE_PAGES = 128
+REGISTER_PAGES = 8192
+ROW_CHUNK = 16  # channels of one product
+TOKEN_BLOCK = 32  # tokens of one product
+SELECT_CHUNK = 2048
+LARGEST_PAGE = 16
+LARGEST_HEAD_DIM = 256
+LARGEST_GROUP = 128
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+E4M3_SINCE = (8, 9)  # compute capability of the first GPUs that convert it
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """What of a layer decides how its decode steps are launched.
+
+    Attributes:
+        batch: B.
+        heads: H.
+        kv_heads: Hkv.
+        head_dim: D.
+        value_dim: Dv.
+        capacity: slots of the buffers of keys and values.
+        page_size: P.
+        channels: r, or None where nothing is scored.
+        top_k: k, or None where every stored token is read.
+        token_budget: t: a row that stores no more attends to all of it.
+        sinks: for `streaming`, how many first tokens are read beside the most recent; else None.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    capacity: int
+    page_size: int
+    channels: int | None
+    top_k: int | None
+    token_budget: int
+    sinks: int | None
+
+    @property
+    def group(self) -> int:
+        """G, the query heads of one KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def scored(self) -> bool:
+        """Whether tokens are chosen by the index."""
+        return self.top_k is not None and self.sinks is None
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the index."""
+        pages = -(-self.capacity // self.page_size)
+        return -(-pages // TILE_PAGES)
+
+
+def index_refusal(dtype: torch.dtype | None, capability: tuple[int, int] | None) -> str | None:
+    """Return why the kernels cannot keep an index in such a dtype, or None if they can.
+
+    Args:
+        dtype: of the index, or None for the keys' or no index.
+        capability: the GPU's compute capability, or None in the interpreter.
+    """
+    if dtype != torch.float8_e4m3fn or capability is None or capability >= E4M3_SINCE:
+        return None
+    found, least = (".".join(map(str, numbers)) for numbers in (capability, E4M3_SINCE))
+    return (
+        f"the index is float8_e4m3fn, which a GPU of compute capability {found} does not convert (it takes {least}); "
+        "index_dtype='float8_e5m2' runs on every GPU"
+    )
+
+
+def refusal(
+    shape: DecodeShape,
+    dtype: torch.dtype,
+    index_dtype: torch.dtype | None = None,
+    capability: tuple[int, int] | None = None,
+) -> str | None:
+    """Return why these kernels cannot decode such a layer, or None if they can.
+
+    Args:
+        shape: the layer's.
+        dtype: of keys.
+        index_dtype: see `index_refusal`.
+        capability: likewise.
+    """
+    if dtype not in DTYPES:
+        return f"keys are {dtype}; the kernels take float16, bfloat16 and float32"
+    if max(shape.head_dim, shape.value_dim) > LARGEST_HEAD_DIM:
+        return f"head_dim is {max(shape.head_dim, shape.value_dim)}; the kernels take up to {LARGEST_HEAD_DIM}"
+    if shape.group > LARGEST_GROUP:
+        return f"{shape.group} query heads share a KV head; the kernels take up to {LARGEST_GROUP}"
+    if shape.scored and shape.page_size > LARGEST_PAGE:
+        return f"pages hold {shape.page_size} tokens; the kernels take up to {LARGEST_PAGE}"
+    return index_refusal(index_dtype, capability) if shape.scored else None
+
+
+class DecodeWorkspace:
+    """The buffers that a decode step works in, for one shape; steps of several layers may share them in turn.
+
+    Args:
+        shape: the layer's.
+        device: where.
+        programs: programs that fill the device, by default its multiprocessors.
+        buffers: those of an earlier workspace for the same, in the order of `tensors`, or None for new ones.
+    """
+
+    def __init__(
+        self,
+        shape: DecodeShape,
+        device: torch.device,
+        programs: int | None = None,
+        buffers: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.shape = shape
+        if programs is None:
+            on_gpu = device.type == "cuda"
+            programs = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
+        rows = shape.batch * shape.kv_heads
+        wanted = max(1, triton.cdiv(programs, rows))
+        self.group_block = max(16, triton.next_power_of_2(shape.group))
+        self.value_block = max(16, triton.next_power_of_2(shape.value_dim))
+        # Two waves of scoring programs, since most have one tile; of the others no more than have a block to read.
+        self.splits = min(shape.tiles, 2 * wanted) if shape.scored else 1
+        self.parts = max(1, min(wanted, triton.cdiv(shape.top_k or shape.capacity, TOKEN_BLOCK)))
+        self.page_capacity = shape.tiles * TILE_PAGES
+        self.separate = shape.scored and self.page_capacity > REGISTER_PAGES
+        self.rank_block = triton.cdiv(shape.channels or 1, ROW_CHUNK) * ROW_CHUNK
+
+        given = None if buffers is None else iter(buffers)
+
+        def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(sizes, dtype=dtype, device=device) if given is None else next(given)
+
+        scored = rows if shape.scored else 0
+        combined = rows if self.parts > 1 else 0
+        self.scores = empty(scored, shape.group, self.page_capacity)
+        self.peaks = empty(scored, self.splits, self.group_block)
+        self.sums = empty(scored, self.splits, self.group_block)
+        self.ranked = empty(scored, self.splits, self.rank_block, dtype=torch.int32)
+        self.chosen = empty(scored, shape.top_k or 1, dtype=torch.int32)
+        self.ordered = empty(scored if self.separate else 0, self.page_capacity, dtype=torch.int32)
+        self.partial_out = empty(combined, self.parts, self.group_block, self.value_block)
+        self.partial_peaks = empty(combined, self.parts, self.group_block)
+        self.partial_sums = empty(combined, self.parts, self.group_block)
+        self.arrivals = empty(rows, dtype=torch.int32)
+        if given is None:
+            self.arrivals.zero_()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every buffer by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+
+def decode_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    index: Tensor | None,
+    lengths: Tensor,
+    seen: Tensor,
+    workspace: DecodeWorkspace,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Append one token to every row and attend to what stage 2 selects, writing everything on the device.
+
+    Nothing is read back and, given `out`, nothing is allocated: the launches can be captured in a CUDA graph.
+
+    Args:
+        query: [B, H, D], after rotary embedding.
+        key: [B, Hkv, D], likewise.
+        value: [B, Hkv, Dv].
+        keys: [B, Hkv, capacity, D], with room for one token in every row; written.
+        values: [B, Hkv, capacity, Dv]; written.
+        positions: [B, Hkv, capacity] int32; written.
+        index: [B, Hkv, tiles, D or 2D, 128] in the keys' dtype or a float of 8 bits, or None where nothing is scored; a
+            page is written when it fills.
+        lengths: [B, Hkv] int32, tokens of each row; raised by one.
+        seen: [1] int32, position of the new token; raised by one.
+        workspace: made for these shapes.
+        scaling: factor of the logits.
+        softcap: c of `c * tanh(logit / c)`, or None.
+        sinks: [H], one learned logit a head that joins the softmax's denominator, or None.
+        out: [B, H, Dv] to write to, or None for a new one.
+
+    Returns:
+        [B, H, Dv] in the query's dtype.
+    """
+    shape, space = workspace.shape, workspace
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    if out is None:
+        out = query.new_empty(shape.batch, shape.heads, shape.value_dim)
+    rows = shape.batch * shape.kv_heads
+    exact = INTERPRETED or query.dtype == torch.float32 or query.dtype != keys.dtype
+    head_block = max(16, triton.next_power_of_2(shape.head_dim))
+    cap = 1.0 if softcap is None else softcap
+    append_score_kernel[(rows, space.splits)](
+        query, key, value, keys, values, positions, index if shape.scored else keys, lengths, seen,
+        space.scores, space.peaks, space.sums, space.ranked,
+        shape.capacity, shape.tiles, scaling, cap,
+        G=shape.group, D=shape.head_dim, DV=shape.value_dim, P=shape.page_size, R=shape.channels or 1,
+        SPLITS=space.splits, SCORE=shape.scored, SOFTCAP=softcap is not None, EXACT=exact,
+        GP=space.group_block, DP=head_block, DC=min(32, head_block),
+        DVP=space.value_block, RP=space.rank_block, RC=ROW_CHUNK,
+        num_warps=4 if space.group_block <= 32 else 8,
+    )  # fmt: skip
+    mode = ALL.value
+    if shape.sinks is not None:
+        mode = RECENT.value
+    elif shape.top_k is not None:
+        mode = GIVEN.value if space.separate else RANKED.value
+    top_k = shape.top_k or shape.capacity
+    split_block = triton.next_power_of_2(space.splits)
+    page_size = shape.page_size if shape.scored else 1
+    if space.separate:
+        select_kernel[(rows,)](
+            lengths, lengths if sinks is None else sinks, space.scores, space.peaks, space.sums, space.ordered,
+            space.chosen, shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, top_k,
+            G=shape.group, P=page_size, SPLITS=space.splits, SINKS=sinks is not None,
+            GP=space.group_block, SP=split_block, CHUNK=SELECT_CHUNK, num_warps=8,
+        )  # fmt: skip
+    page_block = triton.next_power_of_2(space.page_capacity) if mode == RANKED.value else 1
+    # As many registers as the weights of all pages take, or the float32 sums of a large group.
+    warps = 4 if max(page_block, 16 * space.group_block) <= 1024 else 8
+    if exact and space.group_block > 32:
+        warps = 16
+    select_attend_kernel[(rows, space.parts)](
+        query, keys, values, lengths, seen, lengths if sinks is None else sinks,
+        space.scores, space.peaks, space.sums, space.chosen,
+        space.partial_out, space.partial_peaks, space.partial_sums, space.arrivals, out,
+        shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, top_k, shape.sinks or 0,
+        scaling, cap,
+        MODE=mode, G=shape.group, D=shape.head_dim, DV=shape.value_dim, P=page_size,
+        SPLITS=space.splits, PARTS=space.parts, SINKS=sinks is not None, SOFTCAP=softcap is not None, EXACT=exact,
+        GP=space.group_block, DP=head_block, DVP=space.value_block, SP=split_block, UP=page_block, BT=TOKEN_BLOCK,
+        num_warps=warps,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,99 @@
+"""The choice of tokens in a launch of its own, for more pages than one program's registers hold.
+
+Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, N stored tokens, P page size, k tokens read.
+"""
+
+import triton
+import triton.language as tl
+
+from .select_attend import HIGHEST, ordered_bits, page_weights
+
+
+@triton.jit
+def _found(ordered, pages, stored, value, P: tl.constexpr, CHUNK: tl.constexpr):
+    """Return how many tokens have at least this value."""
+    found = tl.zeros([CHUNK], tl.int32)
+    for start in range(0, pages, CHUNK):
+        page = start + tl.arange(0, CHUNK)
+        bits = tl.load(ordered + page, mask=page < pages, other=-2)
+        count = tl.minimum(tl.maximum(stored - page * P, 0), P)
+        found += tl.where(bits >= value, count, 0)
+    return tl.sum(found, 0)
+
+
+@triton.jit
+def _smallest(ordered, pages, value, CHUNK: tl.constexpr):
+    """Return the smallest value that is not below the given one."""
+    smallest = tl.full([CHUNK], HIGHEST, tl.int32)
+    for start in range(0, pages, CHUNK):
+        page = start + tl.arange(0, CHUNK)
+        bits = tl.load(ordered + page, mask=page < pages, other=-2)
+        smallest = tl.where((bits >= value) & (bits < smallest), bits, smallest)
+    return tl.min(smallest, 0)
+
+
+@triton.jit
+def select_kernel(
+    lengths,  # [B, Hkv] int32, before this step's token
+    sinks,  # [H]
+    scores,  # [B, H, page capacity] float32
+    peaks,  # [B, Hkv, SPLITS, GP] float32
+    sums,  # [B, Hkv, SPLITS, GP] float32
+    ordered,  # [B, Hkv, page capacity] int32, written
+    chosen,  # [B, Hkv, k] int32, written
+    capacity,
+    page_capacity,
+    kv_heads,
+    token_budget,
+    k,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SINKS: tl.constexpr,
+    GP: tl.constexpr,
+    SP: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Write the positions of each row's k tokens of largest weight; grid (B * Hkv,)."""
+    row = tl.program_id(0).to(tl.int64)
+    stored = tl.minimum(tl.load(lengths + row) + 1, capacity)
+    ordered += row * page_capacity
+    listed = chosen + row * k
+    read = tl.minimum(k, stored)
+    if stored > token_budget:
+        pages = (stored + P - 1) // P
+        for start in range(0, pages, CHUNK):
+            page = start + tl.arange(0, CHUNK)
+            weight = page_weights(
+                scores, peaks, sums, sinks, row, page, pages, page_capacity, kv_heads, G, GP, SPLITS, SP, SINKS
+            )
+            tl.store(ordered + page, ordered_bits(weight, pages - page), mask=page < pages)
+        tl.debug_barrier()  # what follows reads what other threads wrote
+        low = tl.full([], -1, tl.int32)
+        high = tl.full([], HIGHEST, tl.int32)
+        reached = stored
+        while (high - low > 1) & (reached >= read + P):
+            middle = low + (high - low) // 2
+            found = _found(ordered, pages, stored, middle, P, CHUNK)
+            low = tl.where(found >= read, middle, low)
+            high = tl.where(found >= read, high, middle)
+            reached = tl.where(found >= read, found, reached)
+        value = _smallest(ordered, pages, low, CHUNK)
+        above = _found(ordered, pages, stored, value + 1, P, CHUNK)
+        while above >= read:
+            value = _smallest(ordered, pages, value + 1, CHUNK)
+            above = _found(ordered, pages, stored, value + 1, P, CHUNK)
+        tied_before = tl.full([], 0, tl.int32)
+        taken_before = tl.full([], 0, tl.int32)
+        for start in range(0, pages, CHUNK):
+            page = start + tl.arange(0, CHUNK)
+            bits = tl.load(ordered + page, mask=page < pages, other=-2)
+            count = tl.minimum(tl.maximum(stored - page * P, 0), P)
+            tied = tl.where(bits == value, count, 0)
+            before = tied_before + tl.cumsum(tied, 0) - tied
+            taken = tl.where(bits > value, count, tl.minimum(tl.maximum(read - above - before, 0), tied))
+            number = taken_before + tl.cumsum(taken, 0) - taken
+            for i in tl.static_range(P):
+                tl.store(listed + number + i, page * P + i, mask=i < taken)
+            tied_before += tl.sum(tied, 0)
+            taken_before += tl.sum(taken, 0)
