@@ -13,7 +13,7 @@ from torch.linalg import vector_norm
 from torch.nn import functional as F
 
 from .eviction import select_top
-from .index import TILE_PAGES, gather_tokens, page_count
+from .index import TILE_PAGES, gather_tokens, movable, page_count, restored
 
 # Up to here weights repeated for every token of their unit are quicker to choose from than units.
 REPEATED_SIZE = 2048
@@ -39,7 +39,7 @@ def score(
 
     Args:
         query: [B, H, D].
-        index: [B, Hkv, T, rows, 128], the bounds of closed pages.
+        index: [B, Hkv, T, rows, 128], the bounds of closed pages, in any float dtype.
         keys: [B, Hkv, capacity, D], the buffer of stored keys, from which the open page is derived.
         stored: N, tokens of the longest row.
         lengths: [B, Hkv] int32, tokens of each row, or None where every row has N.
@@ -70,6 +70,7 @@ def score(
     estimate = _weighted_rows(index.view(-1, TILE_PAGES), row, scored.view(batch * kv_heads, -1, channels))
     estimate = estimate.view(batch, kv_heads, -1, used * TILE_PAGES)
 
+    # The open page's bounds are exact; those of closed pages are as coarse as the index's dtype.
     if lengths is None and stored % page_size:
         open_page = _open_page_scores(scored, keys[:, :, (pages - 1) * page_size : stored], chosen, negative)
         estimate[..., pages - 1] = open_page
@@ -110,7 +111,8 @@ def _weighted_rows(table: Tensor, row: Tensor, weight: Tensor) -> Tensor:
         bag = row[:, None].expand(-1, over_group, -1, -1).reshape(-1, channels)
         weights = weight[:, :, None].expand(-1, -1, used, -1).reshape(-1, channels)
         return F.embedding_bag(bag, table, per_sample_weights=weights, mode="sum").view(groups, over_group, -1)
-    rows = table.index_select(0, row.view(-1)).float().view(groups, used, channels, -1)
+    rows = restored(movable(table).index_select(0, row.view(-1)), table.dtype)
+    rows = rows.float().view(groups, used, channels, -1)
     return torch.matmul(weight[:, None], rows).transpose(1, 2).reshape(groups, over_group, -1)
 
 

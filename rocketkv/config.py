@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 from .budget import METHODS, BudgetSplit, least_token_budget
 
+BACKENDS = ("auto", "torch", "triton")
+INDEX_DTYPES = ("keys", "float8_e5m2", "float8_e4m3fn")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RocketKVConfig:
@@ -21,6 +24,13 @@ class RocketKVConfig:
             always kept (paper and SnapKV section 3: 32).
         kernel_size: odd width, in tokens, of the max-pooling of those ranks (paper: 63).
         split: a budget split of your own, used for every prompt length; None derives one from the prompt.
+        backend: `torch`, the reference; `triton`, the kernels; or `auto`, the kernels where there is a GPU that runs
+            them. The environment variable ROCKETKV_BACKEND decides where this is `auto`.
+        decode_capacity: generated tokens that the cache has room for after each prompt, in buffers that never move, so
+            that decode steps can be compiled and captured in CUDA graphs; None: a cache that grows.
+        index_dtype: of the pages' bounds: `keys`, the keys' own; or 8 bits, a quarter to a half of its bytes:
+            `float8_e5m2`, of a wide range, or `float8_e4m3fn`, which is finer and ends at 448. Budgets are counted for
+            16 bits all the same.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -33,14 +43,23 @@ class RocketKVConfig:
     window_size: int = 32
     kernel_size: int = 63
     split: BudgetSplit | None = None
+    backend: str = "auto"
+    decode_capacity: int | None = None
+    index_dtype: str = "keys"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             near = difflib.get_close_matches(str(self.method), METHODS, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}.{hint}")
-        for name in ("token_budget", "decode_reserve", "window_size", "kernel_size"):
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}")
+        if self.index_dtype not in INDEX_DTYPES:
+            raise ValueError(f"index_dtype must be one of {', '.join(INDEX_DTYPES)}; got {self.index_dtype!r}")
+        for name in ("token_budget", "decode_reserve", "window_size", "kernel_size", "decode_capacity"):
             value = getattr(self, name)
+            if value is None and name == "decode_capacity":
+                continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int (tokens), got {value!r} of type {type(value).__name__}")
             if value < 1:

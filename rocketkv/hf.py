@@ -1,63 +1,37 @@
-"""The way into transformers: one hook, a `generate` that knows where the prompt ends, and `patch` / `unpatch`.
+"""The way into transformers: `patch` and `unpatch`, and one hook before each forward of a patched decoder.
 
 Nothing here keeps state of a model, a sequence or a call: a patch lives on the model it patches.
 """
 
 import copy
 import functools
-import threading
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
-from .cache import (
-    RocketKVCache,
-    begin_prompt,
-    cache_stats,
-    compress_layers,
-    forget_hand_over,
-    make_croppable,
-    rocketkv_layers,
-)
+from .cache import RocketKVCache, compress_layers, rocketkv_layers
+from .compiled import CompiledStep
 from .config import RocketKVConfig
+from .generation import (
+    STATE,
+    PatchState,
+    convertible,
+    generate,
+    refuse_continuous_batching,
+    refuse_empty_rows,
+    state_of,
+)
 from .interface import IMPLEMENTATION, NAME, rocketkv_attention, rocketkv_mask
-from .models import CACHE_ARGUMENT, find_decoder, refuse_unsupported
+from .layer import forget_hand_over
+from .models import CACHE_ARGUMENT, find_decoder, given_cache, refuse_unsupported
 from .stats import CacheStats
 
-_STATE = "_rocketkv"  # on the patched model: its PatchState
 _CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
-
-
-@dataclass(eq=False)
-class PatchState:
-    """What `patch` left on a model: enough to run it and to undo it. Copies and pickles with the model."""
-
-    config: RocketKVConfig
-    former_configs: list[tuple[nn.Module, PretrainedConfig]] = field(default_factory=list)
-    former_generate: Callable[..., Any] | None = None
-    hook: RemovableHandle | None = None
-    warned: set[str] = field(default_factory=set)
-    recorded: threading.local = field(default_factory=threading.local)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to this process's threads."""
-        return {name: value for name, value in self.__dict__.items() if name != "recorded"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Start with nothing recorded."""
-        self.__dict__.update(state, recorded=threading.local())
-
-    @property
-    def running(self) -> "_Generation | None":
-        """The generation that runs in this thread."""
-        return getattr(self.recorded, "running", None)
 
 
 class PatchHandle:
@@ -89,6 +63,18 @@ class PatchHandle:
                 "no generate of this model has ended in this thread; in a loop of your own ask cache.stats()"
             )
         return stats
+
+    def compile_step(self, **options: Any) -> CompiledStep:
+        """Return the model's forward, compiled for the decode steps of a loop of your own with a static cache.
+
+        Call it in the place of the model, from the prompt on: what is no decode step of a static cache runs eagerly.
+        The cache is a `RocketKVCache` with a `decode_capacity` and, best, its `prompt_length`; rows of different
+        lengths need their `position_ids`. With CUDA graphs, what a step returns is overwritten by the next one.
+
+        Args:
+            **options: of `torch.compile`; by default `mode="reduce-overhead"` (CUDA graphs) and `fullgraph=True`.
+        """
+        return CompiledStep(self.model, self._state.warned, **options)
 
     def __enter__(self) -> "PatchHandle":
         return self
@@ -127,7 +113,7 @@ def patch(model: nn.Module, config: RocketKVConfig | None = None, /, **fields: A
         raise TypeError(f"config must be a RocketKVConfig or None, got {type(config).__name__}")
     settings = RocketKVConfig(**fields) if config is None else replace(config, **fields)
     outer = _outermost(model)
-    state = _state_of(outer)
+    state = state_of(outer)
     if state is not None:
         before = state.config
         state.config = settings
@@ -161,14 +147,14 @@ def patch(model: nn.Module, config: RocketKVConfig | None = None, /, **fields: A
     for name in _CONTINUOUS_BATCHING:
         if hasattr(outer, name):
             outer.__dict__[name] = refuse_continuous_batching
-    outer.__dict__[_STATE] = state
+    outer.__dict__[STATE] = state
     return PatchHandle(model, state)
 
 
 def unpatch(model: nn.Module) -> None:
     """Undo `patch`: the model is as it was, bit for bit. Does nothing to a model that is not patched."""
     outer = _outermost(model)
-    state = _state_of(outer)
+    state = state_of(outer)
     if state is None:
         return
     _, attentions = find_decoder(outer)
@@ -182,7 +168,7 @@ def unpatch(model: nn.Module) -> None:
         outer.__dict__.pop(name, None)
     if state.former_generate is not None:
         outer.__dict__["generate"] = state.former_generate
-    del outer.__dict__[_STATE]
+    del outer.__dict__[STATE]
 
 
 def _take_configs(model: PreTrainedModel) -> list[tuple[nn.Module, PretrainedConfig]]:
@@ -215,10 +201,6 @@ def _outermost(model: Any) -> PreTrainedModel:
     raise TypeError(f"model must be a transformers model or hold one, got {type(model).__name__}")
 
 
-def _state_of(model: nn.Module) -> PatchState | None:
-    return model.__dict__.get(_STATE)
-
-
 class _ForwardHook:
     """Runs before each forward of a patched decoder and sees to it that its cache is one that compresses."""
 
@@ -234,7 +216,9 @@ class _ForwardHook:
                 f"the attention implementation of this patched {type(decoder).__name__} was set to "
                 f"{decoder.config._attn_implementation!r}; call rocketkv.unpatch(model) before changing it"
             )
-        kwargs, cache = _given_cache(kwargs)
+        if torch.compiler.is_compiling() and _arm_static_step(kwargs.get(CACHE_ARGUMENT)):
+            return args, kwargs  # what follows is for prompts, for caches yet to be made, and partly not traceable
+        kwargs, cache = given_cache(kwargs)
         inputs = _inputs(args, kwargs)
         _refuse_inputs(decoder, cache, inputs, kwargs)
         use_cache = kwargs.get("use_cache")
@@ -252,7 +236,7 @@ class _ForwardHook:
 
     def _prepare(self, decoder: PreTrainedModel, cache: Any) -> None:
         """Compress an empty dynamic cache in place, warn of caches that stay as they are, and arm our layers."""
-        if _convertible(cache) and not decoder.training:
+        if convertible(cache) and not decoder.training:
             compress_layers(cache, self.state.config, decoder.config)
         layers = rocketkv_layers(cache)
         for layer in layers:
@@ -268,8 +252,15 @@ class _ForwardHook:
             )
 
 
-def _convertible(cache: Any) -> bool:
-    return type(cache) is DynamicCache and not getattr(cache, "offloading", False)
+def _arm_static_step(cache: Any) -> bool:
+    """Arm the layers of a cache whose next forward is a static step; return whether it is."""
+    layers = rocketkv_layers(cache)
+    for layer in layers:
+        if not layer.steps_statically(1):
+            return False
+    for layer in layers:
+        layer.armed = True
+    return len(layers) > 0
 
 
 def _holds_full_attention(decoder: PreTrainedModel) -> bool:
@@ -296,147 +287,4 @@ def _refuse_inputs(decoder: PreTrainedModel, cache: Any, inputs: Tensor | None, 
         return
     if any(layer.prompt_end is not None and layer.prompt_end > mask.shape[1] for layer in rocketkv_layers(cache)):
         return  # a chunk of a prompt, whose rows may begin later
-    _refuse_empty_rows(mask)
-
-
-def _refuse_empty_rows(mask: Tensor) -> None:
-    empty = (mask == 0).all(-1)
-    if bool(empty.any()):
-        rows = empty.nonzero().flatten().tolist()
-        raise ValueError(
-            f"attention_mask must leave every row at least one token, but row {', '.join(map(str, rows))} is only "
-            "padding; drop it from the batch or give it a token. If this is the first chunk of a longer prompt, pass a "
-            "RocketKVCache with its prompt_length"
-        )
-
-
-class _Generation:
-    """One call of `generate`: where its prompt ends, and the cache that it uses once that is known."""
-
-    def __init__(self, end: int | None, speculative: bool, croppable: bool) -> None:
-        self.end = end
-        self.speculative = speculative
-        self.croppable = croppable
-        self.cache: Any = None
-
-    def begin(self, cache: Any) -> None:
-        """Tell a cache of ours, before its first forward of this call, where the prompt ends."""
-        self.cache = cache
-        if self.end is not None:
-            begin_prompt(cache, self.end, speculative=self.speculative)
-        if self.croppable:
-            make_croppable(cache)
-
-    def begin_anew(self, cache: Any, given: int) -> None:
-        """Go over to a cache in the place of the first one, if its first forward, of `given` tokens, holds the prompt.
-
-        LongRoPE models drop their cache at the first prompt beyond their short range, and where they outgrow it later.
-        """
-        if self.end is not None and given >= self.end:
-            self.end_prompt()
-            self.end = given
-            self.begin(cache)
-
-    def end_prompt(self) -> None:
-        """Leave the cache to loops of the user's own."""
-        for layer in rocketkv_layers(self.cache):
-            layer.speculative = False
-            layer.prompt_end = None
-
-
-def generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """Run the model's own `generate`, told where the prompt ends; stands in its place on a patched model.
-
-    The cache is made here, so that every layer evicts inside its own prefill call, and counted at the end.
-    """
-    state = _state_of(model)
-    own: Any = type(model)
-    stock: Callable[..., Any] = functools.partial(own.generate, model)
-    if state is None:
-        return stock(*args, **kwargs)
-    stock = state.former_generate or stock
-    decoder, _ = find_decoder(model)
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        _refuse_empty_rows(mask)
-    kwargs, cache = _given_cache(kwargs)
-    if cache is None and _uses_dynamic_cache(model, args, kwargs):
-        cache = kwargs[CACHE_ARGUMENT] = RocketKVCache(decoder.config, state.config)
-    elif cache is not None and _convertible(cache):
-        compress_layers(cache, state.config, decoder.config)
-    speculative = _speculative(model, args, kwargs)
-    croppable = speculative or bool(_setting(model, args, kwargs, "is_assistant"))
-    running = _Generation(_prompt_end(args, kwargs), speculative, croppable)
-    if isinstance(cache, RocketKVCache) or rocketkv_layers(cache):
-        running.begin(cache)
-    # An assistant that is the model itself generates within this call.
-    outer, state.recorded.running = state.running, running
-    state.recorded.stats = None
-    try:
-        output = stock(*args, **kwargs)
-    finally:
-        state.recorded.running = outer
-        running.end_prompt()
-    state.recorded.stats = None if running.cache is None else cache_stats(running.cache)
-    return output
-
-
-def _given_cache(kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """Return a copy of the arguments, in which `cache` has the name that this transformers knows, and the cache.
-
-    The old name is left to transformers, which takes it too and says that it will not for ever.
-    """
-    given = {name: kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None}
-    kwargs = {name: value for name, value in kwargs.items() if name not in ("cache", "past_key_values")}
-    if CACHE_ARGUMENT != "cache" and "cache" in given:
-        given = {CACHE_ARGUMENT: given["cache"]}
-    return kwargs | given, next(iter(given.values()), None)
-
-
-def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
-    """Stand in the place of a patched model's `generate_batch`.
-
-    Raises:
-        ValueError: always.
-    """
-    raise ValueError(
-        "continuous batching (generate_batch) keeps a paged cache of its own, which RocketKV does not compress; call "
-        "rocketkv.unpatch(model) before it, or use model.generate"
-    )
-
-
-def _setting(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    """Return a generation setting as `generate` will find it: argument, then its config, then the model's."""
-    if kwargs.get(name) is not None:
-        return kwargs[name]
-    given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-    found = getattr(given, name, None)
-    return getattr(model.generation_config, name, None) if found is None else found
-
-
-def _uses_dynamic_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether to make the cache here; where `generate` is asked for a kind by name it makes its own."""
-    use_cache = _setting(model, args, kwargs, "use_cache")
-    return use_cache is not False and _setting(model, args, kwargs, "cache_implementation") is None
-
-
-def _speculative(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether `generate` will verify drafts (assisted decoding, prompt lookup, early exit)."""
-    names = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
-    return kwargs.get("assistant_model") is not None or any(_setting(model, args, kwargs, name) for name in names)
-
-
-def _prompt_end(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Return the tokens of the sequence when the prompt ends, or None where there is no prompt."""
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return mask.shape[1]  # spans earlier turns too, also where only the new tokens are given
-    for inputs in (
-        kwargs.get("inputs_embeds"),
-        kwargs.get("input_ids"),
-        kwargs.get("inputs"),
-        args[0] if args else None,
-    ):
-        if isinstance(inputs, Tensor):
-            return inputs.shape[1]
-    return None
+    refuse_empty_rows(mask)

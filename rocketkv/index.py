@@ -7,6 +7,9 @@ Layout: `[B, Hkv, tile, rows, 128 pages]`, rows = 2D (the maxima, then the minim
 both are the key itself. A channel of a tile is contiguous, so scoring r channels reads r rows a tile; growth adds
 tiles.
 
+Kept in the keys' dtype or in 8 bits (`RocketKVConfig.index_dtype`): then a closed page's bounds are rounded to nearest,
+so they are a little coarser than those of the open page, and may lie a rounding inside of what they bound.
+
 Letters: B batch, Hkv KV heads, D head dim, P page size, N stored tokens, T tiles.
 """
 
@@ -14,6 +17,31 @@ import torch
 from torch import Tensor
 
 TILE_PAGES = 128
+FLOAT8 = (torch.float8_e5m2, torch.float8_e4m3fn)
+
+
+def torch_dtype(name: str) -> torch.dtype | None:
+    """Return the dtype that a value of `RocketKVConfig.index_dtype` names, or None for the keys' own."""
+    return {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT8}.get(name)
+
+
+def movable(tensor: Tensor) -> Tensor:
+    """Return a view in a dtype that PyTorch gathers, scatters and joins everywhere: floats of 8 bits as their bytes."""
+    return tensor.view(torch.uint8) if tensor.dtype in FLOAT8 else tensor
+
+
+def restored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what was made of a `movable` tensor in that tensor's dtype."""
+    return tensor if tensor.dtype == dtype else tensor.view(dtype)
+
+
+def rounded(bounds: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return bounds in the index's dtype, to nearest; in 8 bits what is out of range becomes its end, NaN stays."""
+    if dtype in FLOAT8:
+        # One format has no infinity, and PyTorch's releases differ in what becomes of what is too large for it.
+        limit = torch.finfo(dtype).max
+        bounds = bounds.clamp(-limit, limit)
+    return bounds.to(dtype)
 
 
 def page_count(tokens: int, page_size: int) -> int:
@@ -46,25 +74,26 @@ def page_bounds(keys: Tensor, page_size: int) -> Tensor:
     return bounds
 
 
-def build_index(keys: Tensor, tokens: int, page_size: int) -> Tensor:
+def build_index(keys: Tensor, tokens: int, page_size: int, dtype: torch.dtype | None = None) -> Tensor:
     """Build the index of all pages that are full within the first `tokens` tokens, with room for the whole buffer.
 
     Args:
         keys: [B, Hkv, N, D], the buffer of stored keys.
         tokens: how many of the N are filled, in the longest row.
         page_size: P, tokens a page.
+        dtype: of the index, or None for the keys'.
 
     Returns:
-        [B, Hkv, T, rows, 128] in the keys' dtype; entries of pages that are not full are zero.
+        [B, Hkv, T, rows, 128]; entries of pages that are not full are zero.
     """
     batch, kv_heads, capacity, head_dim = keys.shape
     rows = index_rows(head_dim, page_size)
     tiles = tile_count(capacity, page_size)
-    index = keys.new_zeros(batch, kv_heads, tiles, rows, TILE_PAGES)
+    index = keys.new_zeros(batch, kv_heads, tiles, rows, TILE_PAGES, dtype=dtype or keys.dtype)
     full = tokens // page_size
     if full:
         pages = keys[:, :, : full * page_size].reshape(batch, kv_heads, full, page_size, head_dim)
-        bounds = page_bounds(pages, page_size)
+        bounds = rounded(page_bounds(pages, page_size), index.dtype)
         whole, rest = divmod(full, TILE_PAGES)
         split = whole * TILE_PAGES
         index[:, :, :whole] = bounds[:, :, :split].reshape(batch, kv_heads, whole, TILE_PAGES, rows).transpose(-1, -2)
@@ -78,7 +107,8 @@ def grow_index(index: Tensor, capacity: int, page_size: int) -> Tensor:
     missing = tile_count(capacity, page_size) - index.shape[2]
     if missing <= 0:
         return index
-    return torch.cat((index, index.new_zeros(*index.shape[:2], missing, *index.shape[3:])), dim=2)
+    empty = index.new_zeros(*index.shape[:2], missing, *index.shape[3:])
+    return restored(torch.cat((movable(index), movable(empty)), dim=2), index.dtype)
 
 
 def close_page(index: Tensor, keys: Tensor, page: int, page_size: int) -> None:
@@ -91,7 +121,8 @@ def close_page(index: Tensor, keys: Tensor, page: int, page_size: int) -> None:
         page_size: P, tokens a page.
     """
     tile, column = divmod(page, TILE_PAGES)
-    index[:, :, tile, :, column] = page_bounds(keys[:, :, page * page_size : (page + 1) * page_size], page_size)
+    bounds = page_bounds(keys[:, :, page * page_size : (page + 1) * page_size], page_size)
+    index[:, :, tile, :, column] = rounded(bounds, index.dtype)
 
 
 def close_pages(index: Tensor, keys: Tensor, lengths: Tensor, page_size: int) -> None:
@@ -110,8 +141,9 @@ def close_pages(index: Tensor, keys: Tensor, lengths: Tensor, page_size: int) ->
     full = (lengths > 0) & (lengths % page_size == 0)
     row = torch.arange(rows, device=keys.device)
     entry = ((page // TILE_PAGES)[..., None] * rows + row) * TILE_PAGES + (page % TILE_PAGES)[..., None]
-    flat = index.view(batch, kv_heads, tiles * rows * TILE_PAGES)
-    flat.scatter_(2, entry, torch.where(full[..., None], bounds, flat.gather(2, entry)))
+    flat = movable(index.view(batch, kv_heads, tiles * rows * TILE_PAGES))
+    new = movable(rounded(bounds, index.dtype))
+    flat.scatter_(2, entry, torch.where(full[..., None], new, flat.gather(2, entry)))
 
 
 def gather_tokens(positions: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -124,4 +156,4 @@ def gather_tokens(positions: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     start = torch.arange(0, batch * kv_heads * size, size, device=positions.device).view(batch, kv_heads, 1)
     rows = (positions + start).view(-1)
     flat = (tensor.view(batch * kv_heads * size, -1).index_select(0, rows) for tensor in tensors)
-    return tuple(tensor.view(batch, kv_heads, count, -1) for tensor in flat)
+    return tuple(tensor.view(batch, kv_heads, count, tensor.shape[-1]) for tensor in flat)

@@ -8,15 +8,17 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache import FastAttention, claim
 from .dense import dense_attention
+from .layer import FastAttention, claim
 from .masks import LazyMask, MaskFunction, VisibleBlock, causal_block
 
 NAME = "rocketkv"
 # What some models give their attention beside what `rocketkv_attention` names, and what changes its weights.
 UNKNOWN = ("position_bias", "sinks", "indices", "block_indices")
+_JUST_CAUSAL: Any = causal_mask_function  # declared for ints, called with tensors
 IMPLEMENTATION = "_rocketkv_implementation"  # on each attention module of a patched model: what ran before
 
 
@@ -227,7 +229,9 @@ def rocketkv_mask(
         query_offset=q_offset,
         kv_length=kv_length,
         kv_offset=kv_offset,
-        causal=allow_is_causal_skip and (local_size is None or kv_length < local_size),
+        # Before transformers 5 a compileable cache has its masks made in full; a function that is just causal shows.
+        causal=mask_function is _JUST_CAUSAL
+        or (allow_is_causal_skip and (local_size is None or kv_length < local_size)),
         window=local_size if allow_is_causal_skip else None,
         device=torch.device("cpu" if device is None else device),
         dtype=dtype,

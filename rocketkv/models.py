@@ -24,6 +24,18 @@ REFUSED = {
 }
 
 
+def given_cache(kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Return a copy of the arguments, in which `cache` has the name that this transformers knows, and the cache.
+
+    The old name is left to transformers, which takes it too and says that it will not for ever.
+    """
+    given = {name: kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None}
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("cache", "past_key_values")}
+    if CACHE_ARGUMENT != "cache" and "cache" in given:
+        given = {CACHE_ARGUMENT: given["cache"]}
+    return {**kwargs, **given}, next(iter(given.values()), None)
+
+
 def find_decoder(model: PreTrainedModel) -> tuple[PreTrainedModel, list[nn.Module]]:
     """Return the innermost model that owns the causal self-attention layers, and those layers.
 

@@ -28,10 +28,10 @@ from transformers import (
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .budget import METHODS, BudgetSplit
-from .config import RocketKVConfig
-from .index import TILE_PAGES, index_rows, tile_count
+from .config import INDEX_DTYPES, RocketKVConfig
+from .index import TILE_PAGES, index_rows, tile_count, torch_dtype
 from .models import find_decoder, refuse_unsupported
-from .stats import NOMINAL_ITEMSIZE, CacheStats, LayerStats, step_elements
+from .stats import NOMINAL_ITEMSIZE, CacheStats, LayerStats, step_bytes, step_elements
 from .store import decode_room
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -96,6 +96,7 @@ class Plan:
             "context": self.context,
             "batch": self.batch,
             "dtype": self.dtype,
+            "index_dtype": self.config.index_dtype,
             "layers": self.layer_kinds,
             "split": None if self.split is None else asdict(self.split),
             "memory": {
@@ -123,9 +124,10 @@ class Plan:
         kv, index = _size(total("key_bytes") + total("value_bytes")), _size(total("index_bytes"))
         dense, compressed = _size(total("dense_step_bytes")), _size(total("step_bytes"))
         attention, end_to_end = _times(self.attention_ceiling), _times(self.end_to_end_ceiling)
+        own = "" if self.config.index_dtype == "keys" else f", index {self.config.index_dtype}"
         rows = (
             ("model", f"{self.model}, {layers}"),
-            ("input", f"batch {self.batch}, prompts of {self.context} tokens, {self.dtype}"),
+            ("input", f"batch {self.batch}, prompts of {self.context} tokens, {self.dtype}{own}"),
             ("method", f"{self.config.method}, token budget {self.config.token_budget}"),
             ("split", _split_text(self.split, self.context)),
             ("memory", f"full cache {full}; compressed {live}, {self.cache.memory_ratio:.3f} of it"),
@@ -147,6 +149,7 @@ def plan(
     method: str = "rocketkv",
     reserve: int = RocketKVConfig.decode_reserve,
     dtype: str = "bfloat16",
+    index_dtype: str = "keys",
 ) -> Plan:
     """Work out what a budget means for a model.
 
@@ -158,6 +161,7 @@ def plan(
         method: one of `rocketkv.METHODS`.
         reserve: generated tokens that the split counts in, and room is made for.
         dtype: of keys, values and weights: bfloat16, float16 or float32.
+        index_dtype: see `RocketKVConfig`.
 
     Raises:
         TypeError: a count is not an integer.
@@ -171,8 +175,9 @@ def plan(
             raise ValueError(f"{name} must be at least 1, got {count}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    settings = RocketKVConfig(method=method, token_budget=budget, decode_reserve=reserve)
+    settings = RocketKVConfig(method=method, token_budget=budget, decode_reserve=reserve, index_dtype=index_dtype)
     itemsize = DTYPES[dtype].itemsize
+    sizes = (itemsize, (torch_dtype(index_dtype) or DTYPES[dtype]).itemsize)
     model = _on_meta(config)
     decoder, attentions = find_decoder(model)
     refuse_unsupported(model, decoder, attentions)
@@ -190,7 +195,7 @@ def plan(
             stored, room = _stored(split, context), decode_room(split, reserve)
         elif isinstance(kind, DynamicSlidingWindowLayer):
             stored = min(context, kind.sliding_window - 1)  # the window less the token that attends
-        layers.append(_count_layer(split, context, stored, room, (batch * kv_heads, head_dim, value_dim), itemsize))
+        layers.append(_count_layer(split, context, stored, room, (batch * kv_heads, head_dim, value_dim), sizes))
     weight_bytes, notes = _step_weights(model, decoder, batch, itemsize)
     longest = getattr(decoder.config, "max_position_embeddings", None)
     if isinstance(longest, int) and context > longest:
@@ -237,7 +242,7 @@ def _kv_shape(module: nn.Module | None, config: PretrainedConfig) -> tuple[int, 
 
 
 def _count_layer(
-    split: BudgetSplit | None, context: int, stored: int, room: int, shape: tuple[int, int, int], size: int
+    split: BudgetSplit | None, context: int, stored: int, room: int, shape: tuple[int, int, int], sizes: tuple[int, int]
 ) -> LayerStats:
     """Count a layer as its cache will be when the prompt has ended.
 
@@ -247,9 +252,9 @@ def _count_layer(
         stored: tokens that stay.
         room: slots beyond those.
         shape: B * Hkv, D and Dv.
-        size: bytes of an element of K and V.
+        sizes: bytes of an element of K and V, and of the index.
     """
-    rows, head_dim, value_dim = shape
+    (rows, head_dim, value_dim), (size, index_size) = shape, sizes
     capacity, dense = stored + room, stored if split is None else context
     index = 0
     if split is not None and split.channels is not None:
@@ -263,10 +268,10 @@ def _count_layer(
         tokens_stored=stored,
         key_bytes=rows * capacity * head_dim * size,
         value_bytes=rows * capacity * value_dim * size,
-        index_bytes=rows * index * size,
+        index_bytes=rows * index * index_size,
         other_bytes=0 if split is None else rows * (capacity + 1) * INTEGER,
         full_bytes=rows * dense * token * size,
-        step_bytes=rows * step_elements(split, read, token, nominal=False) * size,
+        step_bytes=rows * step_bytes(split, read, token, size, index_size),
         dense_step_bytes=rows * dense_read * token * size,
         nominal_step_bytes=rows * step_elements(split, read, token, nominal=True) * NOMINAL_ITEMSIZE,
         nominal_dense_step_bytes=rows * dense_read * token * NOMINAL_ITEMSIZE,
@@ -360,13 +365,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the plan's options."""
     parser.add_argument("--model", required=True, help="a config.json, a folder that holds one, or a name on the hub")
     parser.add_argument("--context", type=int, required=True, metavar="TOKENS", help="prompt length")
-    parser.add_argument(
-        "--budget",
-        type=int,
-        default=RocketKVConfig.token_budget,
-        metavar="T",
-        help="token budget (default %(default)s)",
-    )
+    budget = RocketKVConfig.token_budget
+    parser.add_argument("--budget", type=int, default=budget, metavar="T", help="token budget (default %(default)s)")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows (default %(default)s)")
     parser.add_argument("--method", default="rocketkv", help=f"{', '.join(METHODS)} (default %(default)s)")
     parser.add_argument(
@@ -379,19 +379,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=list(DTYPES), default="bfloat16", help="of keys, values and weights (default %(default)s)"
     )
+    parser.add_argument(
+        "--index-dtype", choices=INDEX_DTYPES, default="keys", help="of the pages' bounds (default %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; returns the exit code."""
-    made = plan(
-        load_config(args.model),
-        context=args.context,
-        budget=args.budget,
-        batch=args.batch,
-        method=args.method,
-        reserve=args.reserve,
-        dtype=args.dtype,
-    )
+    names = ("context", "budget", "batch", "method", "reserve", "dtype", "index_dtype")
+    made = plan(load_config(args.model), **{name: getattr(args, name) for name in names})
     sys.stdout.write((json.dumps(made.to_dict(), indent=2) if args.json else str(made)) + "\n")
     return 0

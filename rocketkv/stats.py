@@ -59,9 +59,11 @@ class CacheStats:
 
     Attributes:
         layers: one entry a layer, in order.
+        workspace_bytes: bytes of what the kernels work in, which the layers share.
     """
 
     layers: tuple[LayerStats, ...]
+    workspace_bytes: int = 0
 
     @property
     def tokens_seen(self) -> int:
@@ -75,7 +77,7 @@ class CacheStats:
     @property
     def total_bytes(self) -> int:
         """All bytes that live in the cache."""
-        return self.total("total_bytes")
+        return self.total("total_bytes") + self.workspace_bytes
 
     @property
     def memory_ratio(self) -> float:
@@ -92,6 +94,7 @@ class CacheStats:
             "total_bytes": self.total_bytes,
             "memory_ratio": self.memory_ratio,
             **totals,
+            "workspace_bytes": self.workspace_bytes,
             "layers": [asdict(layer) for layer in self.layers],
         }
 
@@ -126,7 +129,7 @@ def store_stats(store: KVStore) -> LayerStats:
     shared = keys.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
     # The next step appends its token first.
     stored, shortest = store.stored + 1, store.shortest + 1
-    read = step_elements(store.split, stored, token, nominal=False, shortest=shortest)
+    sizes = (keys.itemsize, keys.itemsize if store.index is None else store.index.itemsize)
     nominal_read = step_elements(store.split, stored, token, nominal=True, shortest=shortest)
     dense = rows * (store.seen + 1) * token
     return LayerStats(
@@ -136,9 +139,9 @@ def store_stats(store: KVStore) -> LayerStats:
         key_bytes=live_bytes(keys),
         value_bytes=0 if shared else live_bytes(values),
         index_bytes=live_bytes(store.index),
-        other_bytes=sum(storages.values()),
+        other_bytes=sum(storages.values()) + live_bytes(store.ticks),
         full_bytes=rows * store.seen * token * keys.itemsize,
-        step_bytes=rows * read * keys.itemsize,
+        step_bytes=rows * step_bytes(store.split, stored, token, *sizes, shortest=shortest),
         dense_step_bytes=dense * keys.itemsize,
         nominal_step_bytes=rows * nominal_read * NOMINAL_ITEMSIZE,
         nominal_dense_step_bytes=dense * NOMINAL_ITEMSIZE,
@@ -160,8 +163,32 @@ def step_elements(split: BudgetSplit | None, stored: int, token: int, *, nominal
         return stored * token
     # Rows of at most t tokens read all of them, and the others as many slots.
     attended = split.token_budget if 0 < shortest <= split.token_budget else split.top_k
-    read = min(attended, stored) * token
+    return scored_elements(split, stored, nominal=nominal) + min(attended, stored) * token
+
+
+def scored_elements(split: BudgetSplit | None, stored: int, *, nominal: bool) -> int:
+    """Return those of `step_elements` that belong to the index."""
+    if split is None or split.top_k is None or stored <= split.token_budget:
+        return 0
     if split.channels is None or (nominal and split.oracle):
-        return read
+        return 0
     pages = page_count(stored, split.page_size) if nominal else tile_count(stored, split.page_size) * TILE_PAGES
-    return pages * split.channels + read
+    return pages * split.channels
+
+
+def step_bytes(
+    split: BudgetSplit | None, stored: int, token: int, itemsize: int, index_itemsize: int, *, shortest: int = 0
+) -> int:
+    """Return the bytes of index, keys and values that a decode step reads per row and KV head.
+
+    Args:
+        split: see `step_elements`.
+        stored: likewise.
+        token: likewise.
+        itemsize: bytes of an element of K and V.
+        index_itemsize: bytes of an element of the index.
+        shortest: see `step_elements`.
+    """
+    scored = scored_elements(split, stored, nominal=False)
+    read = step_elements(split, stored, token, nominal=False, shortest=shortest) - scored
+    return read * itemsize + scored * index_itemsize

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from .budget import BudgetSplit
+from .counts import TokenCounts
 from .eviction import prompt_positions, recent_positions
-from .index import build_index, close_page, close_pages, gather_tokens, grow_index
+from .index import close_page, close_pages, gather_tokens, grow_index, movable, restored
+from .layout import LayOut, lay_out
 
 # A rolling store keeps half of its room when it rolls, for drafts that are taken back.
 ROLLING_ROOM = 64
@@ -31,7 +33,7 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.itemsize else tensor.clone()
 
 
-class KVStore:
+class KVStore(TokenCounts):
     """Keys, values, index, positions, lengths and window queries of one layer.
 
     Attributes:
@@ -57,9 +59,6 @@ class KVStore:
     lengths: Tensor | None
     window: Tensor | None
     split: BudgetSplit | None
-    seen: int
-    stored: int
-    shortest: int
     closed: bool
     aligned: bool
     _holes: bool  # whether slots of a prompt may hold no token
@@ -75,7 +74,7 @@ class KVStore:
         """Forget everything."""
         self.keys = self.values = self.index = self.positions = self.lengths = self.window = None
         self.split = None
-        self.seen = self.stored = self.shortest = 0
+        self._clear_counts()
         self.closed = self._holes = False
         self.aligned = self._complete = True
         self._prompt_start = self._prompt_end = self._restorable = 0
@@ -88,17 +87,16 @@ class KVStore:
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by a function of it, for instance to reorder rows (their first dimension)."""
         for name, tensor in self.tensors().items():
-            setattr(self, name, function(tensor))
+            changed = restored(function(movable(tensor)), tensor.dtype)
+            if self.decode_capacity is not None and self.closed and changed.shape == tensor.shape:
+                tensor.copy_(changed)  # a static buffer stays where it is
+            else:
+                setattr(self, name, changed)
 
     @property
     def uniform(self) -> bool:
         """Whether every row has the same number of tokens."""
         return self.shortest == self.stored
-
-    @property
-    def capacity(self) -> int:
-        """Slots that there is room for."""
-        return 0 if self.keys is None else self.keys.shape[2]
 
     def valid(self) -> Tensor | None:
         """Return [B, 1 or Hkv, N] bool, True at slots of a prompt that hold a token, or None where all do."""
@@ -173,6 +171,10 @@ class KVStore:
         scaling: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        decode_capacity: int | None = None,
+        index_dtype: torch.dtype | None = None,
+        rank: Callable[..., Tensor] = prompt_positions,
+        place: LayOut = lay_out,
     ) -> None:
         """End the prompt: evict by stage 1 where a row exceeds its share, drop padding, build the index.
 
@@ -183,6 +185,11 @@ class KVStore:
             scaling: factor of the logits.
             softcap: the model's soft-cap of the logits, or None.
             sinks: [H], the model's learned sinks, or None.
+            decode_capacity: slots to make room for instead, never to be moved or added to until the next prompt ends;
+                or None for buffers that grow.
+            index_dtype: of the index, or None for the keys'.
+            rank: `eviction.prompt_positions`, or what stands in its place.
+            place: `layout.lay_out`, or what stands in its place.
 
         Raises:
             ValueError: there is no prompt.
@@ -202,7 +209,7 @@ class KVStore:
         if split.kept_tokens is not None and longest > split.kept_tokens:
             if split.sinks is None:
                 restorable -= self.window.shape[2]
-                slots = prompt_positions(
+                slots = rank(
                     self.window,
                     keys,
                     split.kept_tokens,
@@ -221,10 +228,17 @@ class KVStore:
             slots = torch.arange(self.stored, device=keys.device).expand(*keys.shape[:3])
         self.window = None
         self.aligned = self.aligned and slots is None
-        self._lay_out(keys, values, slots, valid, longest, longest + decode_room(split, decode_reserve))
+        room = decode_room(split, decode_reserve) if decode_capacity is None else decode_capacity
+        page_size = None if split.channels is None else split.page_size
+        self.keys, self.values, self.positions, self.lengths, self.index = place(
+            keys, values, slots, valid, self.positions, longest, longest + room, page_size, index_dtype
+        )
         self.stored, self.shortest, self.closed, self._holes = longest, shortest, True, False
         self._restorable, self._prompt_end = restorable, self.seen
-        self._index_pages()
+        self.decode_capacity = decode_capacity
+        self._captured = False
+        if decode_capacity is not None:
+            self.clock()
 
     def _refuse_padded_ends(self, valid: Tensor, counts: Tensor) -> None:
         """Refuse a row that stage 1 would rank by padding, because its prompt does not end with a token."""
@@ -246,42 +260,6 @@ class KVStore:
             return valid.expand(*self.keys.shape[:2], self.stored)
         return torch.ones(*self.keys.shape[:2], self.stored, dtype=torch.bool, device=self.keys.device)
 
-    @torch.inference_mode(False)  # buffers may be written in a later call that is not in inference mode
-    def _index_pages(self) -> None:
-        """Build the index, where this split scores anything."""
-        if self.split is not None and self.split.channels is not None and self.keys is not None:
-            self.index = build_index(self.keys, self.stored, self.split.page_size)
-
-    @torch.inference_mode(False)
-    def _lay_out(
-        self, keys: Tensor, values: Tensor, slots: Tensor | None, valid: Tensor | None, count: int, capacity: int
-    ) -> None:
-        """Copy the chosen slots (all where None) of each row to its front, in buffers of the given capacity."""
-        positions = torch.full((*keys.shape[:2], capacity), -1, dtype=torch.int32, device=keys.device)
-        if slots is None:
-            found = torch.arange(self.stored, device=keys.device) if self.positions is None else self.positions
-            positions[:, :, :count] = found[..., :count]
-            self.lengths = positions.new_full(keys.shape[:2], count)
-        else:
-            if valid is not None:
-                # Padding among the chosen goes behind the tokens.
-                chosen = valid.expand(*keys.shape[:2], -1).gather(2, slots)
-                slots = torch.where(chosen, slots, self.stored).sort(-1).values[..., :count]
-                chosen = slots < self.stored
-                slots = slots.clamp(max=self.stored - 1)
-            else:
-                chosen = torch.ones_like(slots, dtype=torch.bool)
-            source = slots if self.positions is None else self.positions.expand(*keys.shape[:2], -1).gather(2, slots)
-            positions[:, :, :count] = torch.where(chosen, source, -1)
-            self.lengths = chosen.sum(-1, dtype=torch.int32)
-            keys, values = gather_tokens(slots, keys, values)
-        # Slots without a token are zero, not garbage: a masked weight of zero times NaN would be NaN.
-        self.keys = keys.new_zeros(*keys.shape[:2], capacity, keys.shape[3])
-        self.values = values.new_zeros(*values.shape[:2], capacity, values.shape[3])
-        self.keys[:, :, :count] = keys
-        self.values[:, :, :count] = values
-        self.positions = positions
-
     def append(self, key: Tensor, value: Tensor) -> None:
         """Append one generated token to every row, growing by doubling, without a host sync.
 
@@ -296,12 +274,7 @@ class KVStore:
             raise ValueError("append comes after close_prompt")
         if self.lengths is None or self.split is None:
             raise ValueError("append comes after close_prompt")
-        if self.stored == self.capacity:
-            if self.split.rolling and self.split.kept_tokens is not None and self.stored > self.split.kept_tokens:
-                self._roll(self.split.kept_tokens, (self.capacity - self.split.kept_tokens) // 2)
-            else:
-                self._reserve(2 * self.capacity)
-            return self.append(key, value)
+        self.make_room()
         key, value = key.detach(), value.detach()
         if self.uniform:
             self.keys.select(2, self.stored).copy_(key)
@@ -313,16 +286,27 @@ class KVStore:
             self.values.scatter_(2, slot[..., None].expand(-1, -1, 1, value.shape[-1]), value[:, :, None])
             self.positions.scatter_(2, slot, self.seen)
         self.lengths += 1
-        self.stored += 1
-        self.shortest += 1
-        self.seen += 1
+        self.advance()
+        if self.decode_capacity is not None:
+            self.clock()
         if self.index is not None:
             page_size = self.split.page_size
             if not self.uniform:
                 close_pages(self.index, self.keys, self.lengths, page_size)
             elif self.stored % page_size == 0:
                 close_page(self.index, self.keys, self.stored // page_size - 1, page_size)
-        return None
+
+    def make_room(self) -> None:
+        """See to it that every row has room for one more token: grow by doubling, or roll."""
+        if self.stored < self.capacity or self.split is None:
+            return
+        if self.decode_capacity is not None:
+            raise ValueError(self.at_end())
+        kept = self.split.kept_tokens
+        if self.split.rolling and kept is not None and self.stored > kept:
+            self._roll(kept, (self.capacity - kept) // 2)
+        else:
+            self._reserve(2 * self.capacity)
 
     @torch.inference_mode(False)
     def _reserve(self, capacity: int) -> None:
@@ -394,6 +378,8 @@ class KVStore:
                 self.shortest -= removed
             else:
                 self.shortest, self.stored = (int(n) for n in torch.stack(self.lengths.aminmax()).tolist())
+            if self.decode_capacity is not None:
+                self.clock()
             return
         if self.window is not None:
             self.window = self.window[:, :, : max(0, self.window.shape[2] - removed)]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+# Kernels are for the interpreter or the compiler from their import on: without a GPU only the former runs them.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # PyTorch lists its factory functions once, at the first use of a device context: before they are replaced below.
 with torch.device("cpu"):

@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from rocketkv.backend import decode_step
+from rocketkv import backend
+from rocketkv.attention import select
+from rocketkv.backend import close_prompt, decode_step
 from rocketkv.budget import BudgetSplit
-from rocketkv.cache import RocketKVLayer, claim
 from rocketkv.config import RocketKVConfig
+from rocketkv.layer import RocketKVLayer, claim
 from rocketkv.store import KVStore
 
 from .close import assert_near
@@ -40,6 +42,15 @@ def explicit_split(budget: int, params: dict[str, Any]) -> BudgetSplit:
     )
 
 
+@pytest.fixture(params=["torch", "triton"])
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every case by the reference, and by the kernels: in Triton's interpreter where there is no GPU."""
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="Triton has no package for this platform")
+    monkeypatch.setenv("ROCKETKV_BACKEND", request.param)
+
+
+@pytest.mark.usefixtures("_backend")
 @pytest.mark.parametrize("budget", [64, 128, 256])
 @pytest.mark.parametrize("layer", [7, 22])
 def test_one_turn(layer: int, budget: int) -> None:
@@ -99,6 +110,7 @@ class Turns:
 
 
 @pytest.mark.integration
+@pytest.mark.usefixtures("_backend")
 @pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("prompt_end", ["known", "unknown"])
 @pytest.mark.parametrize("budget", [64, 128])
@@ -121,3 +133,34 @@ def test_two_turns(budget: int, prompt_end: str, chunks: int) -> None:
     assert turns.layer.get_seq_length() == info["total_length"]
     assert turns.layer.store.stored == params["stored_tokens_at_end"]
     assert turns.layer.store.uniform
+
+
+@pytest.mark.parametrize("budget", [64, 128, 256])
+@pytest.mark.parametrize("layer", [7, 22])
+def test_backends_select_the_same_tokens(layer: int, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = json.loads((GOLDEN / "params.json").read_text())
+    split = explicit_split(budget, info["params"][f"layer_{layer}.budget_{budget}"])
+    data = load_file(GOLDEN / f"layer_{layer}.safetensors")
+    key, value, prompt = data["key"], data["value"], info["prompt_length"]
+    stores = {name: KVStore() for name in ("torch", "triton")}
+    for name, store in stores.items():
+        store.extend(key[:, :, :prompt], value[:, :, :prompt])
+        store.remember_queries(data["query_window"], info["window_size"])
+        close_prompt(store, split, backend=name, decode_reserve=16, kernel_size=info["kernel_size"], scaling=SCALING)
+    for field in ("positions", "keys", "values", "index", "lengths"):
+        assert torch.equal(getattr(stores["torch"], field), getattr(stores["triton"], field)), field
+    selected: list[Tensor] = []
+
+    def noted(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        positions, weight = select(*args, **kwargs)
+        selected.append(positions)
+        return positions, weight
+
+    monkeypatch.setattr(backend, "select", noted)
+    workspaces: dict[Any, Any] = {}
+    for i in range(info["decode_steps"]):
+        step = data["query_decode"][:, :, i], key[:, :, prompt + i], value[:, :, prompt + i]
+        decode_step(*step, stores["torch"], scaling=SCALING, backend="torch")
+        decode_step(*step, stores["triton"], scaling=SCALING, backend="triton", workspaces=workspaces)
+        (workspace,) = workspaces.values()
+        assert workspace.chosen.tolist() == selected[-1].flatten(0, 1).tolist()

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import rocketkv
-from rocketkv.cache import RocketKVLayer, rocketkv_layers
+from rocketkv.cache import rocketkv_layers
+from rocketkv.layer import RocketKVLayer
 
 pytestmark = pytest.mark.integration
 

@@ -14,7 +14,8 @@ from tiny import COMMON, SETTINGS, build, greedy, left_padded, prompt
 from torch import Tensor, nn
 
 import rocketkv
-from rocketkv.cache import RocketKVLayer, rocketkv_layers
+from rocketkv.cache import rocketkv_layers
+from rocketkv.layer import RocketKVLayer
 from rocketkv.models import CACHE_ARGUMENT
 
 pytestmark = pytest.mark.integration

@@ -12,7 +12,7 @@ from tiny import SMALL, build, greedy, left_padded, prompt
 from torch import Tensor
 
 import rocketkv
-from rocketkv.cache import RocketKVLayer
+from rocketkv.layer import RocketKVLayer
 from rocketkv.models import CACHE_ARGUMENT
 
 pytestmark = pytest.mark.integration

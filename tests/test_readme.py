@@ -29,11 +29,11 @@ def test_missing_markers_are_an_error() -> None:
         with_tables("# empty", EVIDENCE)
 
 
-@pytest.mark.parametrize("folder", ["rocketkv", "eval"])
+@pytest.mark.parametrize("folder", ["rocketkv", "kernels", "eval"])
 def test_the_tree_lists_every_file(folder: str) -> None:
     tree = README.split("## The tree")[1].split("```")[1]
     section = tree.split(f"{folder}/ ")[1]
-    listed = re.findall(r"^  (\w+\.py) ", section.split("\neval/")[0].split("\ntests/")[0], flags=re.MULTILINE)
+    listed = re.findall(r"^  (\w+\.py) ", re.split(r"\n\w+/", section)[0], flags=re.MULTILINE)
     private = {"__init__.py", "_version.py"}
     assert sorted(listed) == sorted({path.name for path in (ROOT / folder).glob("*.py")} - private)
 

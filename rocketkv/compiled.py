@@ -1,0 +1,124 @@
+"""Decode steps of a static cache under `torch.compile`: when they can be compiled, and the end of the cache's room.
+
+A compiled forward neither reads nor raises the host's counts, so the room is watched outside of it.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor
+
+from .cache import rocketkv_layers
+from .layer import RocketKVLayer
+from .models import given_cache
+
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+def uncompiled_reason(cache: Any) -> str | None:
+    """Return why the decode steps of a cache cannot be compiled, whatever its prompt, or None if they can."""
+    if TORCH < (2, 7):
+        return f"PyTorch {torch.__version__} does not trace the models that it should compile; 2.7 is the first to try"
+    layers = rocketkv_layers(cache)
+    if not layers:
+        return "the cache holds no layer that RocketKV compresses"
+    if any(layer.config.decode_capacity is None for layer in layers):
+        return "the cache grows; set decode_capacity"
+    others = (layer for layer in cache.layers if not isinstance(layer, RocketKVLayer))
+    growing = sorted({type(layer).__name__ for layer in others if not layer.is_compileable})
+    if growing:
+        return f"the model's other layers have caches of changing shapes ({', '.join(growing)})"
+    return None
+
+
+def say_uncompiled(reason: str, warned: set[str]) -> None:
+    """Warn that decode steps run without being compiled, once for each reason."""
+    if reason not in warned:
+        warned.add(reason)
+        warnings.warn(f"RocketKV runs these decode steps eagerly, not compiled: {reason}", stacklevel=3)
+
+
+class RoomCheck(LogitsProcessor):
+    """Ends a compiled `generate` with an error where its static cache is full; leaves the logits alone.
+
+    Args:
+        running: the generation, whose `cache` may be replaced by another one.
+    """
+
+    def __init__(self, running: Any) -> None:
+        self.running = running
+        self.layer: RocketKVLayer | None = None
+        self.last = 0  # length of the sequence up to which its store has room
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores.
+
+        Raises:
+            ValueError: the forward that they come from had no room for its token.
+        """
+        layer = rocketkv_layers(self.running.cache)[0]
+        if layer is not self.layer or input_ids.shape[1] > self.last:
+            # Asked for its tokens, the store counts what the device has done, and raises where that was too much.
+            self.layer, self.last = layer, input_ids.shape[1] + layer.store.capacity - layer.store.stored
+        return scores
+
+
+def _alone(value: Any) -> Any:
+    """Return a tensor with strides of its own: those of a slice change with what it is a slice of."""
+    return value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
+
+
+class CompiledStep:
+    """A model's forward for a loop of one's own: compiled for decode steps of a static cache, eager for all else.
+
+    The steps under `torch.compile` do not watch the cache's room; this does, and counts for them.
+
+    Args:
+        model: the patched model.
+        warned: reasons that were given before.
+        **options: of `torch.compile`; by default `mode="reduce-overhead"` (CUDA graphs) and `fullgraph=True`.
+    """
+
+    def __init__(self, model: nn.Module, warned: set[str], **options: Any) -> None:
+        self.model = model
+        self._warned = warned
+        named = "backend" in options or "options" in options  # those take no mode
+        defaults: dict[str, Any] = {"fullgraph": True} if named else {"fullgraph": True, "mode": "reduce-overhead"}
+        self._compiled: Callable[..., Any] = torch.compile(model.__call__, **(defaults | options))
+        self._takes_positions = "cache_position" in inspect.signature(model.forward).parameters
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's forward; give it what you would give the model.
+
+        Raises:
+            ValueError: the cache has no room for the token.
+        """
+        kwargs, cache = given_cache(kwargs)
+        layers = rocketkv_layers(cache)
+        ids = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
+        given = ids.shape[1] if isinstance(ids, Tensor) else 0
+        if not layers or not all(layer.steps_statically(given) for layer in layers):
+            return self.model(*args, **kwargs)
+        reason = uncompiled_reason(cache)
+        if reason is None and torch.is_grad_enabled():
+            reason = "gradients are enabled; run them under torch.inference_mode()"
+        if reason is not None:
+            say_uncompiled(reason, self._warned)
+            return self.model(*args, **kwargs)
+        for layer in layers:
+            layer.store.make_room()
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            del kwargs["attention_mask"]  # it grows from step to step, and every row's tokens lie without padding
+        if self._takes_positions and kwargs.get("cache_position") is None:
+            kwargs["cache_position"] = layers[0].static_clock()  # transformers before 5 would ask the device for it
+        if isinstance(ids, Tensor) and ids.is_cuda:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # PyTorch's own is not typed
+        out = self._compiled(*map(_alone, args), **{name: _alone(value) for name, value in kwargs.items()})
+        for layer in layers:
+            layer.store.count_step()
+        return out

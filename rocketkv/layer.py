@@ -1,0 +1,407 @@
+"""A compressed layer of a cache: a store, and the hand-over of new keys and values to the attention function.
+
+Letters: B batch, H query heads, Hkv KV heads, D head dim, n tokens of a forward, W observation window.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from .backend import close_prompt, decode_step
+from .config import RocketKVConfig
+from .dense import dense_attention
+from .index import torch_dtype
+from .masks import LazyMask, VisibleBlock, causal_block
+from .ops import StaticStep, static_step
+from .stats import LayerStats, live_bytes, store_stats
+from .store import KVStore
+
+# The model's own fast attention for causal queries at the end of the keys, (query, key, value, padding) to
+# [B, n, H, Dv]; None where it cannot do the shape.
+FastAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None]
+
+
+class _HandOver(threading.local):
+    """What `update` left for the attention call that follows it in the same thread."""
+
+    layer: "RocketKVLayer | None" = None
+
+
+_hand_over = _HandOver()
+
+
+def claim(key: Tensor) -> "RocketKVLayer | None":
+    """Return the layer whose `update` returned this very key, or None where a layer of another kind did.
+
+    Raises:
+        ValueError: a layer of ours handed over another tensor: the model changes keys between cache and attention.
+    """
+    layer = _hand_over.layer
+    _hand_over.layer = None
+    if layer is None:
+        return None
+    if layer.pending is None or layer.pending[0] is not key:
+        raise ValueError(
+            "this model changes keys between its cache and its attention (as models with latent or shared KV do); "
+            "RocketKV cannot compress it. Call rocketkv.unpatch(model)."
+        )
+    return layer
+
+
+def forget_hand_over() -> None:
+    """Drop what an interrupted forward may have left."""
+    _hand_over.layer = None
+
+
+def prompt_part(seen: int, given: int, prompt_end: int | None, speculative: bool) -> int:
+    """Return how many of the `given` tokens of a forward belong to a prompt; the rest are decoded.
+
+    Args:
+        seen: tokens of the sequence before this forward.
+        given: tokens of this forward.
+        prompt_end: tokens of the sequence when the prompt ends, or None where nobody knows: then a forward of several
+            tokens is a prompt (or a chunk of one), and a single token after it is decoded.
+        speculative: whether forwards of several tokens are verify steps, which may begin in the prompt's forward.
+    """
+    if prompt_end is not None and seen < prompt_end:
+        return min(given, prompt_end - seen) if speculative else given
+    if seen == 0 or (given > 1 and not speculative):
+        return given
+    return 0
+
+
+class RocketKVLayer(CacheLayerMixin):
+    """One full-attention layer's cache: transformers calls `update`, the attention function claims it and `attend`s.
+
+    Lengths reported to transformers are those of the sequence, evicted tokens included: positions stay true.
+
+    Attributes:
+        config: the compression's settings.
+        store: keys, values and index.
+        prompt_end: tokens of the sequence when the present prompt ends, or None where unknown.
+        prompt_tokens: tokens of the longest row up to the last prompt's end, evicted ones included, padding not.
+        speculative: whether forwards of several tokens verify a draft.
+        armed: whether a patched model's forward is about to use this layer.
+        pending: key and value [B, Hkv, n, D] handed over and not yet in the store.
+        step: the decode step of a static store, or None in prompts and in stores that grow.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, config: RocketKVConfig, workspaces: dict[Any, Any] | None = None) -> None:
+        self.config = config
+        self.workspaces = {} if workspaces is None else workspaces
+        self.store = KVStore()
+        self.prompt_end: int | None = None
+        self.prompt_tokens = 0
+        self.speculative = False
+        self.armed = False
+        self.pending: tuple[Tensor, Tensor] | None = None
+        self.step: StaticStep | None = None
+
+    def __repr__(self) -> str:
+        return f"RocketKVLayer(method={self.config.method!r}, seen={self.store.seen}, stored={self.store.stored})"
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]  # derived from the store
+        """The stored keys [B, Hkv, N, D]."""
+        return None if self.store.keys is None else self.store.keys[:, :, : self.store.stored]
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]  # derived from the store
+        """The stored values [B, Hkv, N, Dv]."""
+        return None if self.store.values is None else self.store.values[:, :, : self.store.stored]
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]  # derived from the store
+        """Whether any token has come."""
+        return self.store.keys is not None or self.pending is not None
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]  # it depends on the settings, and on the prompt
+        """Whether the next forward of one token after the prompt is a static step, which can be compiled."""
+        if self.config.decode_capacity is None or self.speculative:
+            return False
+        return self.step is not None or self.prompt_end is not None
+
+    def steps_statically(self, given: int) -> bool:
+        """Whether a forward of that many tokens is a static step."""
+        return given == 1 and self.step is not None and self.prompt_end is None
+
+    def static_clock(self) -> Tensor:
+        """Return [1] int64, the tokens of the sequence so far as the device knows them.
+
+        Raises:
+            ValueError: no static step is ready.
+        """
+        if self.step is None:
+            raise ValueError("only a static cache whose prompt is closed has a clock")
+        return self.step.clock.long()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        """Do nothing: the first tokens bring shape, dtype and device."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Hand the new key and value [B, Hkv, n, D] over to the attention function, which will append them.
+
+        Raises:
+            ValueError: the model is not patched, so nobody would claim them.
+        """
+        if not self.armed:
+            raise ValueError(
+                "this RocketKV cache was given to a model that is not patched, or a layer of the model uses it twice "
+                "in one forward; call rocketkv.patch(model) before passing a RocketKVCache to it"
+            )
+        self.armed = False
+        self._settle()
+        self.pending = (key_states, value_states)
+        _hand_over.layer = self
+        return key_states, value_states
+
+    def _settle(self) -> None:
+        """Append what an interrupted forward handed over and nobody claimed."""
+        if self.pending is None:
+            return
+        key, value = self.pending
+        self.pending = None
+        if self.store.closed and key.shape[2] == 1:
+            self.store.append(key[:, :, 0], value[:, :, 0])
+        else:
+            self.step = None
+            self.store.extend(key, value)
+
+    def attend(
+        self,
+        query: Tensor,
+        mask: LazyMask | None,
+        *,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+        fast: FastAttention,
+    ) -> Tensor:
+        """Take the pending tokens in and attend: a prompt densely, then stage 1 at its end; decoded tokens by stage 2.
+
+        Args:
+            query: [B, H, n, D], after rotary embedding.
+            mask: the model's mask, or None where it has none: causal.
+            scaling: factor of the logits.
+            softcap: the model's soft-cap of the logits, or None.
+            sinks: [H], the model's learned sinks, or None.
+            fast: the model's own attention for plain causal prompts.
+
+        Returns:
+            [B, n, H, Dv].
+
+        Raises:
+            ValueError: nothing is pending.
+        """
+        if self.pending is None:
+            raise ValueError("attend follows update, which hands the keys and values over")
+        key, value = self.pending
+        self.pending = None
+        given = query.shape[2]
+        if self.step is not None and self.steps_statically(given):
+            out = self._step_statically(self.step, query, key, value, scaling, softcap, sinks)
+            if out is not None:
+                return out
+        prompt = prompt_part(self.store.seen, given, self.prompt_end, self.speculative)
+        exact: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
+        parts = []
+        if prompt:
+            query_part, key_part, value_part = (tensor[:, :, :prompt] for tensor in (query, key, value))
+            parts.append(self._prefill(query_part, key_part, value_part, mask, fast, exact))
+            if self.prompt_end is not None and self.store.seen >= self.prompt_end:
+                self._close_prompt(exact)
+        elif not self.store.closed:
+            self._close_prompt(exact)
+        if self.store.closed and self.step is None and self.config.decode_capacity is not None:
+            backend = self.config.backend
+            self.step = static_step(query[:, :, 0], self.store, backend=backend, workspaces=self.workspaces)
+        for i in range(prompt, given):
+            step = decode_step(
+                query[:, :, i],
+                key[:, :, i],
+                value[:, :, i],
+                self.store,
+                backend=self.config.backend,
+                workspaces=self.workspaces,
+                **exact,
+            )
+            parts.append(step[:, None])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _step_statically(
+        self,
+        step: StaticStep,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor | None:
+        """Run a static step and return [B, 1, H, Dv], or None where gradients are asked for, which it does not have."""
+        if torch.is_grad_enabled() and query.requires_grad:
+            if torch.compiler.is_compiling():
+                raise ValueError("a compiled decode step has no gradients: run it under torch.inference_mode()")
+            return None
+        traced = torch.compiler.is_compiling()
+        captured = not traced and query.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not (traced or captured):
+            self.store.make_room()
+        out = step(query[:, :, 0], key[:, :, 0], value[:, :, 0], scaling=scaling, softcap=softcap, sinks=sinks)
+        if traced or captured:
+            # What is read here would be burnt in; what is written is written anew after each run of a compiled forward.
+            self.store.advance_uncounted(captured=captured)
+        else:
+            self.store.advance(clocked=True)
+        return out[:, None]
+
+    def _prefill(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: LazyMask | None,
+        fast: FastAttention,
+        exact: dict[str, Any],
+    ) -> Tensor:
+        """Append a prompt's tokens and attend from them to everything stored and, causally, to themselves."""
+        store, self.step = self.store, None
+        start, length = store.seen, query.shape[2]
+        valid = None if mask is None else mask.valid_tokens(start, start + length)
+        valid = None if valid is None else valid.to(key.device)
+        store.extend(key, value, valid, expected=self.prompt_end or 0)
+        store.remember_queries(query, self.config.window_size)
+        self.prompt_tokens = store.seen if mask is None else mask.longest_row(store.seen)
+        stored = store.stored
+        if stored == length:
+            keys, values = key, value  # gradients flow through them, not through what is stored
+        elif store.keys is not None and store.values is not None:
+            keys, values = store.keys[:, :, :stored], store.values[:, :, :stored]
+        else:
+            raise ValueError("the store has no tokens")
+        holes = store.valid() is not None
+        causal = mask is None or mask.causal
+        if store.aligned and causal:
+            padding = mask.padding if mask is not None and mask.padded else None
+            if padding is not None or not holes:
+                out = fast(query, keys, values, None if padding is None else padding.to(key.device))
+                if out is not None:
+                    return out
+        offset = stored - length
+
+        def visible(first: int, last: int) -> VisibleBlock:
+            if mask is not None and store.aligned:
+                return mask.block(first, last, stored)
+            if causal and not holes:
+                return causal_block(first, last, offset, query.device)
+            if mask is None or store.positions is None:
+                raise ValueError("a batch with padding needs its attention_mask in every prompt")
+            return VisibleBlock(0, stored, mask.block_at(first, last, store.positions[:, :, :stored]))
+
+        mask_heads = 1 if store.aligned or (causal and not holes) else keys.shape[1]
+        return dense_attention(query, keys, values, visible, mask_heads=mask_heads, **exact)
+
+    def _close_prompt(self, exact: dict[str, Any]) -> None:
+        """Run stage 1 at the end of a prompt."""
+        store, config = self.store, self.config
+        if store.keys is None:
+            raise ValueError("there is no prompt to close")
+        split = config.split_for(self.prompt_tokens, store.keys.shape[3])
+        close_prompt(
+            store,
+            split,
+            backend=config.backend,
+            decode_reserve=config.decode_reserve,
+            kernel_size=config.kernel_size,
+            decode_capacity=config.decode_capacity,
+            index_dtype=torch_dtype(config.index_dtype),
+            **exact,
+        )
+        self.prompt_end = None
+
+    @property
+    def tokens_seen(self) -> int:
+        """The tokens of the sequence so far, evicted ones included."""
+        return self.store.seen + (0 if self.pending is None else self.pending[0].shape[2])
+
+    def get_seq_length(self) -> int:
+        """Return the tokens of the sequence so far, evicted ones included.
+
+        While a forward is compiled, and after compiled steps that the host did not count, it is a tensor of no
+        dimensions, as that of transformers' own static cache.
+        """
+        if self.step is not None and (torch.compiler.is_compiling() or not self.store.counted):
+            seen: Any = self.static_clock()[0]
+            return seen  # type: ignore[no-any-return]  # transformers itself declares an int
+        return self.tokens_seen
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """Return (keys of the sequence, 0) for a forward of that many tokens (a tensor of positions before 5.4).
+
+        A static step needs no mask and must have the same sizes every time: those of its buffers.
+        """
+        given = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+        if self.step is not None and self.steps_statically(given):
+            return self.step.keys.shape[2], 0
+        return self.tokens_seen + given, 0
+
+    def get_max_length(self) -> int:
+        """Return -1: there is no maximum."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """Return -1: there is no maximum (the name before transformers 5.16)."""
+        return -1
+
+    def crop(self, max_length: int) -> None:
+        """Forget tokens at the end.
+
+        Args:
+            max_length: negative, how many to remove; positive, how many of the sequence stay.
+
+        Raises:
+            ValueError: tokens that stage 1 evicted would be needed.
+        """
+        self._settle()
+        self.store.crop(self.store.seen + max_length if max_length <= 0 else max_length)
+        if not self.store.closed:
+            self.step = None
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.store.clear()
+        self.pending = self.prompt_end = self.step = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows for beam search; a row may come several times."""
+        self._settle()
+        self.store.map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self._settle()
+        self.step = None
+        self.store.map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows only."""
+        self._settle()
+        self.step = None
+        self.store.map(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def stats(self) -> LayerStats:
+        """Count this layer."""
+        stats = store_stats(self.store)
+        if self.step is None:
+            return stats
+        return replace(stats, other_bytes=stats.other_bytes + live_bytes(self.step.out))
