@@ -7,6 +7,7 @@ attention over a preallocated cache.
 """
 
 import argparse
+import importlib
 import json
 import platform
 import sys
@@ -43,7 +44,11 @@ class Arm(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the benchmark's options."""
-    parser.add_argument("what", choices=("attention", "decode"), help="one attention layer, or a model's decode step")
+    parser.add_argument(
+        "what",
+        choices=("attention", "decode", "kernels", "model"),
+        help="on a CPU, one attention layer or a model's decode step; on a GPU, a layer's kernels or a model of 8B",
+    )
     parser.add_argument("--context", type=int, help="prompt tokens (default 32768, or 8192 less the steps for decode)")
     parser.add_argument("--budget", type=int, help="token budget (default 1024, or 256 for decode)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"alternating rounds (default {ROUNDS})")
@@ -51,10 +56,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--model", help="for decode: a hub name or local folder; default SmolLM2-135M-Instruct")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+    on_gpu = parser.add_argument_group("kernels and model")
+    on_gpu.add_argument("--cases", help="BATCHxCONTEXT/BUDGET, separated by commas, as 1x8192/512,8x32768/1024")
+    on_gpu.add_argument("--quick", action="store_true", help="the small cases only")
+    on_gpu.add_argument("--check", action="store_true", help="the checks of every case at tiny sizes, without timing")
+    dtypes = ("bfloat16", "float16", "float32")
+    on_gpu.add_argument("--dtype", choices=dtypes, default=dtypes[0], help=f"for kernels (default {dtypes[0]})")
+    on_gpu.add_argument("--shape", help="for model: llama-3.1-8b (the default) or qwen3-8b")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run a benchmark and print it; returns the exit code."""
+    if args.what in ("kernels", "model"):  # which need what is not everywhere
+        return int(importlib.import_module(f".bench_{args.what}", __package__).run(args))
     torch.set_num_threads(args.threads)
     options = {"rounds": args.rounds, "steps": args.steps}
     if args.what == "attention":
