@@ -8,9 +8,14 @@ VENV ?= .venv
 PINS ?=
 OLDEST_TRANSFORMERS := 4.57.0
 OVERLAY := .overlay/transformers-$(OLDEST_TRANSFORMERS)
+OLDEST_TRITON := 3.2.0
+TRITON_OVERLAY := .overlay/triton-$(OLDEST_TRITON)
+PLATFORM := $(shell uname -sm)
 WHEEL_CHECK := build/wheel-check
 
 BIN := $(VENV)/bin
+# A file's tests stay together: they share what is slow to make.
+PYTEST := $(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # The root stays off sys.path (Python 3.11 and newer), for every Python below and its children: see CONTRIBUTING.md.
@@ -21,22 +26,24 @@ export TOKENIZERS_PARALLELISM := false
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint test-newest test-oldest format wheel evidence hooks clean distclean
+.PHONY: help demo test lint test-newest test-oldest test-oldest-triton format wheel evidence kernels-report \
+	hooks clean distclean
 
 help:
 	@echo "make demo       a real model answers from a long context, full cache beside compressed (under 4 minutes)"
-	@echo "make test       everything CI checks: lint, the tests, the integration tests on the oldest transformers"
+	@echo "make test       everything CI checks: lint, the tests, parts of them on the oldest transformers and Triton"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make wheel      build dist/*.whl and check it from an empty folder"
 	@echo "make evidence   measure the figures that README.md quotes"
+	@echo "make kernels-report  registers, spills and width of loads of every kernel, for devices that need not be there"
 	@echo "make hooks      run the checks at each commit (pre-commit)"
 	@echo "make clean      remove what was built; make distclean: the environments too"
 
 demo: $(VENV)/.demo
 	$(BIN)/rocketkv demo
 
-test: lint test-newest test-oldest
+test: lint test-newest test-oldest test-oldest-triton
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -44,10 +51,18 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 test-newest: $(VENV)/.dev
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-oldest: $(VENV)/.dev $(OVERLAY)/.done
-	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/pytest tests -m integration
+	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(PYTEST) tests -m integration
+
+ifeq ($(PLATFORM),Linux x86_64)
+test-oldest-triton: $(VENV)/.dev $(TRITON_OVERLAY)/.done
+	PYTHONPATH=$(CURDIR)/$(TRITON_OVERLAY) $(PYTEST) tests/test_kernels_*.py
+else
+test-oldest-triton:
+	@echo "The kernels' tests on the oldest Triton are left out: it has no package for $(PLATFORM), only for Linux x86_64."
+endif
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -63,6 +78,9 @@ wheel: $(VENV)/.demo
 
 evidence: $(VENV)/.demo
 	$(BIN)/python -m rocketkv.eval.evidence
+
+kernels-report: $(VENV)/.dev
+	$(BIN)/python -m rocketkv.kernels.aot
 
 hooks: $(VENV)/.dev
 	$(BIN)/pre-commit install
@@ -105,4 +123,11 @@ $(OVERLAY)/.done: $(VENV)/.made
 	@rm -rf $(OVERLAY)
 	@$(PIP_INSTALL) --no-deps --target $(OVERLAY) \
 		'transformers==$(OLDEST_TRANSFORMERS)' 'huggingface_hub>=0.34,<1' 'tokenizers>=0.22,<=0.23.0'
+	@touch $@
+
+# The oldest Triton, the same way. Its interpreter counts loops by what numpy 2.4 no longer takes for an integer.
+$(TRITON_OVERLAY)/.done: $(VENV)/.made
+	@echo "fetching Triton $(OLDEST_TRITON) into $(TRITON_OVERLAY)"
+	@rm -rf $(TRITON_OVERLAY)
+	@$(PIP_INSTALL) --no-deps --target $(TRITON_OVERLAY) 'triton==$(OLDEST_TRITON)' 'numpy<2.4'
 	@touch $@
