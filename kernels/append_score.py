@@ -13,12 +13,12 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
-def _channel_sums(query, row, channel, G: tl.constexpr, D: tl.constexpr):
+def _channel_sums(queries, query_head, channel, G: tl.constexpr, D: tl.constexpr):
     """Return, over the group's queries, sums of |q| and of q: head after head, so in one order whatever the layout."""
     magnitude = tl.zeros(channel.shape, tl.float32)
     total = tl.zeros(channel.shape, tl.float32)
     for g in range(G):
-        q = tl.load(query + (row * G + g) * D + channel, mask=channel < D, other=0.0).to(tl.float32)
+        q = tl.load(queries + g * query_head + channel, mask=channel < D, other=0.0).to(tl.float32)
         magnitude += tl.abs(q)
         total += q
     # NaN would rank nowhere and leave a hole in the list of channels.
@@ -26,13 +26,16 @@ def _channel_sums(query, row, channel, G: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _ranks(query, row, channel, magnitude, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr):
+def _ranks(
+    queries, query_head, channel, magnitude,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """Return each channel's rank by magnitude, ties to the lower channel: how many channels come before it."""
     magnitude = tl.where(channel < D, magnitude, -2.0)
     rank = tl.zeros([DP], tl.int32)
     for start in range(0, DP, CHUNK):
         other = start + tl.arange(0, CHUNK)
-        rival, _ = _channel_sums(query, row, other, G, D)
+        rival, _ = _channel_sums(queries, query_head, other, G, D)
         rival = tl.where(other < D, rival, -2.0)[None, :]
         tied = (rival == magnitude[:, None]) & (other[None, :] < channel[:, None])
         rank += tl.sum(((rival > magnitude[:, None]) | tied).to(tl.int32), 1)
@@ -41,9 +44,9 @@ def _ranks(query, row, channel, magnitude, G: tl.constexpr, D: tl.constexpr, DP:
 
 @triton.jit
 def append_score_kernel(
-    query,  # [B, H, D]
-    key,  # [B, Hkv, D]
-    value,  # [B, Hkv, DV]
+    query,  # [B, H, D], channels side by side
+    key,  # [B, Hkv, D], likewise
+    value,  # [B, Hkv, DV], likewise
     keys,  # [B, Hkv, capacity, D]
     values,  # [B, Hkv, capacity, DV]
     positions,  # [B, Hkv, capacity] int32
@@ -54,15 +57,23 @@ def append_score_kernel(
     peaks,  # [B, Hkv, SPLITS, GP] float32, written
     sums,  # [B, Hkv, SPLITS, GP] float32, written
     ranked,  # [B, Hkv, SPLITS, RP] int32, written
+    query_batch,  # strides of the first three, by row and by head
+    query_head,
+    key_batch,
+    key_head,
+    value_batch,
+    value_head,
     capacity,
     tiles,
+    kv_heads,
+    token_budget,
+    channels,
     scaling,
     softcap,
     G: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     P: tl.constexpr,
-    R: tl.constexpr,
     SPLITS: tl.constexpr,
     SCORE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -77,47 +88,28 @@ def append_score_kernel(
     """Append a token to each row and score its pages; grid (B * Hkv, SPLITS)."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
+    batch, kv_head = row // kv_heads, row % kv_heads
+    queries = query + batch * query_batch + kv_head * G * query_head
     length = tl.load(lengths + row)
+    inside = length < capacity
+    closed = length // P
     channel = tl.arange(0, DP)
     own = channel < D
-    new = tl.load(key + row * D + channel, mask=own, other=0.0)
+    rows: tl.constexpr = D if P == 1 else 2 * D
     # The last split has the fewest tiles: it appends, and scores the page that the token falls into.
     owner = split == SPLITS - 1
+    top = tl.zeros([DP], tl.float32)
+    bottom = tl.zeros([DP], tl.float32)
     if owner:
         slot = row * capacity + length
-        inside = length < capacity
+        new = tl.load(key + batch * key_batch + kv_head * key_head + channel, mask=own, other=0.0)
+        new = new.to(keys.dtype.element_ty)
         tl.store(keys + slot * D + channel, new, mask=channel < D * inside.to(tl.int32))
         column = tl.arange(0, DVP)
-        vector = tl.load(value + row * DV + column, mask=column < DV, other=0.0)
+        vector = tl.load(value + batch * value_batch + kv_head * value_head + column, mask=column < DV, other=0.0)
         tl.store(values + slot * DV + column, vector, mask=column < DV * inside.to(tl.int32))
         tl.store(positions + slot, tl.load(seen), mask=inside)
-
-    if SCORE:
-        rows: tl.constexpr = D if P == 1 else 2 * D
-        magnitude, total = _channel_sums(query, row, channel, G, D)
-        rank = _ranks(query, row, channel, magnitude, G, D, DP, DC)
-        # The index holds maxima, then minima: where the group's sum is not positive the minimum bounds the products.
-        lower = total <= 0.0
-        entry = tl.where(own, channel, 0)
-        if P > 1:
-            entry += tl.where(lower & own, D, 0)
-        listed = ranked + (row * SPLITS + split) * RP
-        tl.store(listed + rank, entry, mask=rank < RP)
-
-        head = tl.arange(0, GP)
-        queries = query + (row * G + head[:, None]) * D
-        real = head[:, None] < G
-        q = tl.load(queries + channel[None, :], mask=real & own[None, :], other=0.0).to(tl.float32)
-        chosen = rank[None, :] < R
-        kept = tl.sum(tl.where(chosen, tl.abs(q), 0.0), 1)
-        factor = tl.sqrt(tl.sum(tl.abs(q), 1) / tl.maximum(kept, TINY)) * scaling
-
-        peak = tl.full([GP], float("-inf"), tl.float32)
-        mass = tl.zeros([GP], tl.float32)
-        scored = scores + (row * G + head[:, None]) * tiles * TILE_PAGES
-        closed = length // P
-
-        if owner:
+        if SCORE:
             top = new.to(tl.float32)
             bottom = top
             for i in tl.static_range(P - 1):
@@ -134,50 +126,79 @@ def append_score_kernel(
             full = (length + 1) % P == 0
             top = tl.where(full, rounded(top, index.dtype.element_ty), top)
             bottom = tl.where(full, rounded(bottom, index.dtype.element_ty), bottom)
-            bound = tl.where(lower, bottom, top)
-            # Zero times what was not chosen must not spoil the sum.
-            logit = tl.sum(tl.where(chosen, q * bound[None, :], 0.0), 1) * factor
-            if SOFTCAP:
-                logit = soft_capped(logit, softcap)
-            tl.store(scored + closed, logit[:, None], mask=real)
-            peak = logit
-            mass = tl.where(logit == logit, 1.0, logit) * (length + 1 - closed * P).to(tl.float32)
             place = (row * tiles + closed // TILE_PAGES) * rows * TILE_PAGES + closed % TILE_PAGES
             entries = index + place + channel.to(tl.int64) * TILE_PAGES
-            writes = channel < D * (full & (length < capacity)).to(tl.int32)
+            writes = channel < D * (full & inside).to(tl.int32)
             tl.store(entries, as_bound(top, index.dtype.element_ty), mask=writes)
             if P > 1:
                 tl.store(entries + D * TILE_PAGES, as_bound(bottom, index.dtype.element_ty), mask=writes)
 
-        tl.debug_barrier()  # the list is read by other threads than wrote it
-        page = tl.arange(0, TILE_PAGES)
-        for tile in range(split, (closed + TILE_PAGES - 1) // TILE_PAGES, SPLITS):
-            bounds = index + (row * tiles + tile) * rows * TILE_PAGES
-            estimate = tl.zeros([GP, TILE_PAGES], tl.float32)
-            for first in range(0, RP, RC):
-                order = first + tl.arange(0, RC)
-                line = tl.load(listed + order)
-                # Whole lines, whatever lies behind the last page: a mask on columns would cost the wide loads.
-                block = widened(tl.load(bounds + line[:, None] * TILE_PAGES + page[None, :]))
-                within = line % D if P > 1 else line
-                part = tl.load(queries + within[None, :], mask=real & (order[None, :] < R), other=0.0)
-                if EXACT:
-                    part = part.to(tl.float32)
-                    block = block.to(tl.float32)
-                else:
-                    block = block.to(part.dtype)
-                estimate = tl.dot(part, block, estimate, input_precision="ieee")
-            estimate *= factor[:, None]
-            if SOFTCAP:
-                estimate = soft_capped(estimate, softcap)
-            number = tile * TILE_PAGES + page
-            tl.store(scored + number[None, :], estimate, mask=real & (number[None, :] < closed))
-            estimate = tl.where(number[None, :] < closed, estimate, float("-inf"))
-            higher = tl.maximum(peak, tl.max(estimate, 1))
-            anchor = tl.where(higher == float("-inf"), 0.0, higher)
-            weight = tl.exp(estimate - anchor[:, None])
-            mass = mass * tl.exp(peak - anchor) + tl.sum(weight, 1) * P
-            peak = higher
-        partial = (row * SPLITS + split) * GP + head
-        tl.store(peaks + partial, peak)
-        tl.store(sums + partial, mass)
+    if SCORE:  # noqa: SIM102  # decided when compiling, the other at run time
+        # A row that stores no more than the budget attends to all of it: nothing is to be ranked.
+        if length >= token_budget:
+            magnitude, total = _channel_sums(queries, query_head, channel, G, D)
+            rank = _ranks(queries, query_head, channel, magnitude, G, D, DP, DC)
+            # The index holds maxima, then minima: where the group's sum is not positive the minimum bounds a product.
+            lower = total <= 0.0
+            entry = tl.where(own, channel, 0)
+            if P > 1:
+                entry += tl.where(lower & own, D, 0)
+            listed = ranked + (row * SPLITS + split) * RP
+            tl.store(listed + rank, entry, mask=rank < RP)
+
+            head = tl.arange(0, GP)
+            heads = queries + head[:, None] * query_head
+            real = head[:, None] < G
+            q = tl.load(heads + channel[None, :], mask=real & own[None, :], other=0.0).to(tl.float32)
+            chosen = rank[None, :] < channels
+            kept = tl.sum(tl.where(chosen, tl.abs(q), 0.0), 1)
+            factor = tl.sqrt(tl.sum(tl.abs(q), 1) / tl.maximum(kept, TINY)) * scaling
+
+            peak = tl.full([GP], float("-inf"), tl.float32)
+            mass = tl.zeros([GP], tl.float32)
+            scored = scores + (row * G + head[:, None]) * tiles * TILE_PAGES
+            if owner:
+                # Zero times what was not chosen must not spoil the sum.
+                logit = tl.sum(tl.where(chosen, q * tl.where(lower, bottom, top)[None, :], 0.0), 1) * factor
+                if SOFTCAP:
+                    logit = soft_capped(logit, softcap)
+                room = (closed < tiles * TILE_PAGES).to(tl.int32)  # none in a full row
+                tl.store(scored + closed, logit[:, None], mask=head[:, None] < G * room)
+                peak = logit
+                mass = tl.where(logit == logit, 1.0, logit) * (length + 1 - closed * P).to(tl.float32)
+
+            tl.debug_barrier()  # the list is read by other threads than wrote it
+            page = tl.arange(0, TILE_PAGES)
+            for tile in range(split, (closed + TILE_PAGES - 1) // TILE_PAGES, SPLITS):
+                bounds = index + (row * tiles + tile) * rows * TILE_PAGES
+                estimate = tl.zeros([GP, TILE_PAGES], tl.float32)
+                for first in range(0, RP, RC):
+                    order = first + tl.arange(0, RC)
+                    line = tl.load(listed + order)
+                    # Whole lines, whatever lies behind the last page: a mask on columns would cost the wide loads.
+                    # The list goes on to a whole block: zero times a channel that was not chosen may be NaN.
+                    listed_too = order[:, None] < channels
+                    block = tl.load(bounds + line[:, None] * TILE_PAGES + page[None, :], mask=listed_too, other=0.0)
+                    block = widened(block)
+                    within = line % D if P > 1 else line
+                    part = tl.load(heads + within[None, :], mask=real & (order[None, :] < channels), other=0.0)
+                    if EXACT:
+                        part = part.to(tl.float32)
+                        block = block.to(tl.float32)
+                    else:
+                        block = block.to(part.dtype)
+                    estimate = tl.dot(part, block, estimate, input_precision="ieee")
+                estimate *= factor[:, None]
+                if SOFTCAP:
+                    estimate = soft_capped(estimate, softcap)
+                number = tile * TILE_PAGES + page
+                tl.store(scored + number[None, :], estimate, mask=real & (number[None, :] < closed))
+                estimate = tl.where(number[None, :] < closed, estimate, float("-inf"))
+                higher = tl.maximum(peak, tl.max(estimate, 1))
+                anchor = tl.where(higher == float("-inf"), 0.0, higher)
+                weight = tl.exp(estimate - anchor[:, None])
+                mass = mass * tl.exp(peak - anchor) + tl.sum(weight, 1) * P
+                peak = higher
+            partial = (row * SPLITS + split) * GP + head
+            tl.store(peaks + partial, peak)
+            tl.store(sums + partial, mass)

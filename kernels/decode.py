@@ -27,6 +27,7 @@ SELECT_CHUNK = 2048
 LARGEST_PAGE = 16
 LARGEST_HEAD_DIM = 256
 LARGEST_GROUP = 128
+LARGEST_QUERIES = 32768  # bytes of one group's queries, which lie in shared memory beside blocks of keys and values
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 E4M3_SINCE = (8, 9)  # compute capability of the first GPUs that convert it
 
@@ -116,9 +117,20 @@ def refusal(
         return f"head_dim is {max(shape.head_dim, shape.value_dim)}; the kernels take up to {LARGEST_HEAD_DIM}"
     if shape.group > LARGEST_GROUP:
         return f"{shape.group} query heads share a KV head; the kernels take up to {LARGEST_GROUP}"
+    held = max(16, triton.next_power_of_2(shape.group)) * triton.next_power_of_2(shape.head_dim) * dtype.itemsize
+    if held > LARGEST_QUERIES:
+        return (
+            f"the {shape.group} queries of a KV head take {held} bytes of shared memory in {dtype} with "
+            f"head_dim={shape.head_dim}; the kernels take up to {LARGEST_QUERIES}"
+        )
     if shape.scored and shape.page_size > LARGEST_PAGE:
         return f"pages hold {shape.page_size} tokens; the kernels take up to {LARGEST_PAGE}"
     return index_refusal(index_dtype, capability) if shape.scored else None
+
+
+def _power_of_two_within(count: int) -> int:
+    """Return the largest power of two that is no more than `count`, which is at least one."""
+    return 1 << (count.bit_length() - 1)
 
 
 class DecodeWorkspace:
@@ -147,8 +159,12 @@ class DecodeWorkspace:
         self.group_block = max(16, triton.next_power_of_2(shape.group))
         self.value_block = max(16, triton.next_power_of_2(shape.value_dim))
         # Two waves of scoring programs, since most have one tile; of the others no more than have a block to read.
-        self.splits = min(shape.tiles, 2 * wanted) if shape.scored else 1
-        self.parts = max(1, min(wanted, triton.cdiv(shape.top_k or shape.capacity, TOKEN_BLOCK)))
+        # Powers of two: each number is compiled for, and prompts of every length come.
+        self.splits = _power_of_two_within(min(shape.tiles, 2 * wanted)) if shape.scored else 1
+        self.parts = _power_of_two_within(min(wanted, triton.cdiv(shape.top_k or shape.capacity, TOKEN_BLOCK)))
+        if torch.version.hip is not None:
+            # An announcement covers the stores of its own wave alone: others' may not have reached memory yet.
+            self.parts = 1
         self.page_capacity = shape.tiles * TILE_PAGES
         self.separate = shape.scored and self.page_capacity > REGISTER_PAGES
         self.rank_block = triton.cdiv(shape.channels or 1, ROW_CHUNK) * ROW_CHUNK
@@ -220,7 +236,7 @@ def decode_step(
         [B, H, Dv] in the query's dtype.
     """
     shape, space = workspace.shape, workspace
-    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    query, key, value = (tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in (query, key, value))
     if out is None:
         out = query.new_empty(shape.batch, shape.heads, shape.value_dim)
     rows = shape.batch * shape.kv_heads
@@ -230,8 +246,9 @@ def decode_step(
     append_score_kernel[(rows, space.splits)](
         query, key, value, keys, values, positions, index if shape.scored else keys, lengths, seen,
         space.scores, space.peaks, space.sums, space.ranked,
-        shape.capacity, shape.tiles, scaling, cap,
-        G=shape.group, D=shape.head_dim, DV=shape.value_dim, P=shape.page_size, R=shape.channels or 1,
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
+        shape.capacity, shape.tiles, shape.kv_heads, shape.token_budget, shape.channels or 0, scaling, cap,
+        G=shape.group, D=shape.head_dim, DV=shape.value_dim, P=shape.page_size,
         SPLITS=space.splits, SCORE=shape.scored, SOFTCAP=softcap is not None, EXACT=exact,
         GP=space.group_block, DP=head_block, DC=min(32, head_block),
         DVP=space.value_block, RP=space.rank_block, RC=ROW_CHUNK,
@@ -250,22 +267,24 @@ def decode_step(
             lengths, lengths if sinks is None else sinks, space.scores, space.peaks, space.sums, space.ordered,
             space.chosen, shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, top_k,
             G=shape.group, P=page_size, SPLITS=space.splits, SINKS=sinks is not None,
-            GP=space.group_block, SP=split_block, CHUNK=SELECT_CHUNK, num_warps=8,
+            GP=space.group_block, SP=split_block, CHUNK=SELECT_CHUNK, num_warps=16,
         )  # fmt: skip
     page_block = triton.next_power_of_2(space.page_capacity) if mode == RANKED.value else 1
     # As many registers as the weights of all pages take, or the float32 sums of a large group.
     warps = 4 if max(page_block, 16 * space.group_block) <= 1024 else 8
     if exact and space.group_block > 32:
         warps = 16
+    # Blocks of keys and values fit beside the queries into the shared memory of every device.
+    wide = head_block * keys.itemsize > 512
     select_attend_kernel[(rows, space.parts)](
         query, keys, values, lengths, seen, lengths if sinks is None else sinks,
         space.scores, space.peaks, space.sums, space.chosen,
         space.partial_out, space.partial_peaks, space.partial_sums, space.arrivals, out,
-        shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, top_k, shape.sinks or 0,
-        scaling, cap,
+        *query.stride()[:2], shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, top_k,
+        shape.sinks or 0, scaling, cap,
         MODE=mode, G=shape.group, D=shape.head_dim, DV=shape.value_dim, P=page_size,
         SPLITS=space.splits, PARTS=space.parts, SINKS=sinks is not None, SOFTCAP=softcap is not None, EXACT=exact,
-        GP=space.group_block, DP=head_block, DVP=space.value_block, SP=split_block, UP=page_block, BT=TOKEN_BLOCK,
-        num_warps=warps,
+        GP=space.group_block, DP=head_block, DVP=space.value_block, SP=split_block, UP=page_block,
+        BT=TOKEN_BLOCK // 2 if wide else TOKEN_BLOCK, num_warps=warps, num_stages=2 if wide else 3,
     )  # fmt: skip
     return out

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from .compact import compact_kernel, tokens_first_kernel
-from .decode import INTERPRETED, TILE_PAGES
+from .decode import DTYPES, INTERPRETED, LARGEST_HEAD_DIM, TILE_PAGES
 from .pool import pool_kernel, side_by_side_kernel
 from .select_top import BINS, DIGITS, count_kernel, digits_kernel, positions_kernel
 from .window_scores import LOG2E, window_merge_kernel, window_statistics_kernel, window_sums_kernel
@@ -39,6 +39,15 @@ def _blocks(rows: int, head_dim: int, low_precision: bool) -> tuple[int, int, in
     block = max(16, min(64 if padded[64] < padded[128] else 128, triton.next_power_of_2(rows)))
     smaller = min(block, 64)
     return (block, 64, smaller, 128, 8) if head_dim <= 128 else (smaller, 32, smaller, 64, 8)
+
+
+def refusal(keys: Tensor) -> str | None:
+    """Return why these kernels cannot end a prompt with such keys [B, Hkv, S, D], or None if they can."""
+    if keys.dtype not in DTYPES:
+        return f"keys are {keys.dtype}; the kernels take float16, bfloat16 and float32"
+    if keys.shape[3] > LARGEST_HEAD_DIM:
+        return f"head_dim is {keys.shape[3]}; the kernels take up to {LARGEST_HEAD_DIM}"
+    return None
 
 
 def window_scores(
@@ -74,7 +83,7 @@ def window_scores(
     query, key = query.contiguous(), _rowwise(key)
     group_rows = heads // kv_heads * window
     rows = batch * kv_heads
-    low_precision = key.dtype == query.dtype != torch.float32
+    low_precision = key.dtype == query.dtype and key.dtype in (torch.float16, torch.bfloat16)
     exact = INTERPRETED or not low_precision
     row_block, key_block, sum_rows, sum_keys, warps = _blocks(group_rows, head_dim, low_precision)
     row_blocks = triton.cdiv(group_rows, row_block)

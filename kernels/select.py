@@ -8,6 +8,8 @@ import triton.language as tl
 
 from .select_attend import HIGHEST, ordered_bits, page_weights
 
+BEYOND = tl.constexpr(0x7F800001)  # the bits of infinity, and one
+
 
 @triton.jit
 def _found(ordered, pages, stored, value, P: tl.constexpr, CHUNK: tl.constexpr):
@@ -70,7 +72,7 @@ def select_kernel(
             tl.store(ordered + page, ordered_bits(weight, pages - page), mask=page < pages)
         tl.debug_barrier()  # what follows reads what other threads wrote
         low = tl.full([], -1, tl.int32)
-        high = tl.full([], HIGHEST, tl.int32)
+        high = tl.full([], BEYOND, tl.int32)
         reached = stored
         while (high - low > 1) & (reached >= read + P):
             middle = low + (high - low) // 2

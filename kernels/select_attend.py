@@ -68,7 +68,7 @@ def threshold(bits, count, stored, k, P: tl.constexpr):
 
 @triton.jit
 def select_attend_kernel(
-    query,  # [B, H, D]
+    query,  # [B, H, D], channels side by side
     keys,  # [B, Hkv, capacity, D]
     values,  # [B, Hkv, capacity, DV]
     lengths,  # [B, Hkv] int32, before this step's token; raised by one
@@ -83,6 +83,8 @@ def select_attend_kernel(
     partial_sums,  # [B, Hkv, PARTS, GP] float32, written
     arrivals,  # [B, Hkv] int32, zero before and after
     out,  # [B, H, DV]
+    query_batch,  # strides of the queries, by row and by head
+    query_head,
     capacity,
     page_capacity,
     kv_heads,
@@ -146,9 +148,14 @@ def select_attend_kernel(
     channel = tl.arange(0, DP)
     column = tl.arange(0, DVP)
     real = head[:, None] < G
-    q = tl.load(query + (row * G + head[:, None]) * D + channel[None, :], mask=real & (channel[None, :] < D), other=0.0)
+    q = tl.load(
+        query + row // kv_heads * query_batch + (row % kv_heads * G + head[:, None]) * query_head + channel[None, :],
+        mask=real & (channel[None, :] < D),
+        other=0.0,
+    )
     if EXACT:
         q = q.to(tl.float32)
+    ranked = tl.where(everything, 0, last)  # a row within the budget has no list
     peak = tl.full([GP], float("-inf"), tl.float32)
     mass = tl.zeros([GP], tl.float32)
     total = tl.zeros([GP, DVP], tl.float32)
@@ -159,7 +166,7 @@ def select_attend_kernel(
         if MODE == RECENT:
             token = tl.where(everything | (number < ends), number, number + stored - read)
         if (MODE == RANKED) | (MODE == GIVEN):
-            token = tl.where(everything, number, tl.load(listed + number, mask=there, other=0))
+            token = tl.where(everything, number, tl.load(listed + number, mask=number < ranked, other=0))
         slot = row * capacity + token
         block = tl.load(
             keys + slot[:, None] * D + channel[None, :], mask=there[:, None] & (channel[None, :] < D), other=0.0

@@ -9,7 +9,6 @@ import os
 import warnings
 from collections.abc import MutableMapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -85,7 +84,7 @@ def close_prompt(store: KVStore, split: BudgetSplit, *, backend: str = "auto", *
     from .kernels import decode, evict  # only where it runs: triton is not everywhere
 
     index_dtype = None if split.channels is None else settings.get("index_dtype")
-    reason = decode.index_refusal(index_dtype, _capability(store.keys.device))
+    reason = evict.refusal(store.keys) or decode.index_refusal(index_dtype, _capability(store.keys.device))
     if reason is not None:
         _say_once(_PROMPT_REFUSED + reason)
         store.close_prompt(split, **settings)
@@ -252,7 +251,8 @@ def _workspace(query: Tensor, store: KVStore, workspaces: MutableMapping[Any, An
     if reason is not None:
         _say_once(_REFUSED + reason)
         return None
-    place = (query.device, replace(shape, capacity=0))
+    # Of prompts one after another each has a shape of its own: the last one's buffers stand for the layer.
+    place = (query.device, shape.heads, shape.kv_heads, shape.head_dim, shape.value_dim)
     workspace = workspaces.get(place)
     if workspace is None or workspace.shape != shape:
         workspace = workspaces[place] = decode.DecodeWorkspace(shape, query.device)

@@ -6,6 +6,7 @@ A compiled forward neither reads nor raises the host's counts, so the room is wa
 import inspect
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +17,20 @@ from .cache import rocketkv_layers
 from .layer import RocketKVLayer
 from .models import given_cache
 
+# A forward is compiled for each budget split, and prompts of many lengths have as many: more than dynamo's own eight.
+COMPILED_FORWARDS = 1024
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+def many_forwards() -> AbstractContextManager[None]:
+    """Return a context in which one model's decode step may be compiled for as many splits as come."""
+    if TORCH < (2, 7):
+        return nullcontext()
+    import torch._dynamo  # only where something is compiled: it takes seconds
+
+    limits = {"recompile_limit": COMPILED_FORWARDS, "accumulated_recompile_limit": COMPILED_FORWARDS}
+    context: AbstractContextManager[None] = torch._dynamo.config.patch(limits)
+    return context
 
 
 def uncompiled_reason(cache: Any) -> str | None:
@@ -118,7 +132,8 @@ class CompiledStep:
             kwargs["cache_position"] = layers[0].static_clock()  # transformers before 5 would ask the device for it
         if isinstance(ids, Tensor) and ids.is_cuda:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # PyTorch's own is not typed
-        out = self._compiled(*map(_alone, args), **{name: _alone(value) for name, value in kwargs.items()})
+        with many_forwards():
+            out = self._compiled(*map(_alone, args), **{name: _alone(value) for name, value in kwargs.items()})
         for layer in layers:
             layer.store.count_step()
         return out

@@ -6,6 +6,7 @@ Nothing here keeps state of a model, a sequence or a call: a patch lives on the 
 import functools
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -15,7 +16,7 @@ from transformers import LogitsProcessorList, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from .cache import RocketKVCache, begin_prompt, cache_stats, compress_layers, make_croppable, rocketkv_layers
-from .compiled import RoomCheck, say_uncompiled, uncompiled_reason
+from .compiled import RoomCheck, many_forwards, say_uncompiled, uncompiled_reason
 from .config import RocketKVConfig
 from .models import CACHE_ARGUMENT, find_decoder, given_cache
 
@@ -133,11 +134,13 @@ def generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     if isinstance(cache, RocketKVCache) or rocketkv_layers(cache):
         running.begin(cache)
         args, kwargs = _watched(model, args, kwargs, running, state.warned)
+    compiles = any(isinstance(processor, RoomCheck) for processor in kwargs.get("logits_processor") or ())
     # An assistant that is the model itself generates within this call.
     outer, state.recorded.running = state.running, running
     state.recorded.stats = None
     try:
-        output = stock(*args, **kwargs)
+        with many_forwards() if compiles else nullcontext():
+            output = stock(*args, **kwargs)
     finally:
         state.recorded.running = outer
         running.end_prompt()

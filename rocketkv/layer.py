@@ -337,13 +337,18 @@ class RocketKVLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         """Return the tokens of the sequence so far, evicted ones included.
 
-        While a forward is compiled, and after compiled steps that the host did not count, it is a tensor of no
+        While a forward is compiled or captured, and after such steps that the host did not count, it is a tensor of no
         dimensions, as that of transformers' own static cache.
         """
-        if self.step is not None and (torch.compiler.is_compiling() or not self.store.counted):
+        if self.step is not None and (torch.compiler.is_compiling() or not self.store.counted or self._captured()):
             seen: Any = self.static_clock()[0]
             return seen  # type: ignore[no-any-return]  # transformers itself declares an int
         return self.tokens_seen
+
+    def _captured(self) -> bool:
+        """Whether a CUDA graph of this forward is being captured."""
+        keys = self.store.keys
+        return keys is not None and keys.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Return (keys of the sequence, 0) for a forward of that many tokens (a tensor of positions before 5.4).

@@ -225,6 +225,7 @@ class StaticStep:
         return self.out
 
 
+@torch.inference_mode(False)  # buffers may be written in a later call that is not in inference mode
 def static_step(
     query: Tensor, store: KVStore, *, backend: str = "auto", workspaces: MutableMapping[Any, Any] | None = None
 ) -> StaticStep:

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -162,6 +163,23 @@ def test_the_helper_takes_a_whole_loop() -> None:
     assert found.equal(expected)
     assert_near(logits, expected_logits, 1e-4)
     assert cache.get_seq_length() == 90 + 11
+
+
+@traced
+def test_prompts_of_more_splits_than_dynamo_compiles_by_itself() -> None:
+    model = build()
+    limit = torch._dynamo.config.recompile_limit
+    with rocketkv.patch(model, **STATIC) as handle, torch.inference_mode():
+        step = handle.compile_step(backend="eager")
+        for channels in range(3, 3 + limit + 2):
+            config = replace(handle.config, split=replace(SMALL["split"], channels=channels))
+            caches = [RocketKVCache(model.config, config, prompt_length=PROMPT.shape[1]) for _ in range(2)]
+            logits = []
+            for forward, cache in zip((step, model), caches, strict=True):
+                forward(PROMPT, **{CACHE_ARGUMENT: cache})
+                logits.append(forward(PROMPT[:, :1], **{CACHE_ARGUMENT: cache}).logits)
+            assert_near(*logits)
+    assert torch._dynamo.config.recompile_limit == limit
 
 
 @traced

@@ -33,7 +33,7 @@ WIDE = {
     "window_sums_kernel": {"key", "query"},
     "compact_kernel": {"keys", "values"},
 }
-NARROW = {"append_score_kernel": {"queries"}}
+NARROW = {"append_score_kernel": {"heads"}}
 
 
 @pytest.fixture(scope="module")

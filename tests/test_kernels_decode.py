@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rocketkv import backend
-from rocketkv.attention import score, select
+from rocketkv.attention import score
+from rocketkv.attention import select as select_tokens
 from rocketkv.budget import BudgetSplit
 from rocketkv.index import FLOAT8
 from rocketkv.store import KVStore
@@ -26,7 +27,7 @@ from .close import assert_near
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
-from rocketkv.kernels import decode
+from rocketkv.kernels import decode, select
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WINDOW = 4
@@ -197,7 +198,7 @@ def expected_logits(case: Case, store: KVStore, query: Tensor) -> Tensor:
 
 
 def expected_positions(case: Case, store: KVStore, query: Tensor, sinks: Tensor | None) -> Tensor:
-    return select(
+    return select_tokens(
         expected_logits(case, store, query),
         min(case.top_k, store.stored),
         stored=store.stored,
@@ -236,6 +237,8 @@ def assert_scores(case: Case, workspace: decode.DecodeWorkspace, plain: KVStore,
     assert plain.lengths is not None
     lengths = plain.lengths.repeat_interleave(case.heads // case.kv_heads, dim=1)
     for b, head in product(range(len(case.lengths)), range(case.heads)):
+        if lengths[b, head] <= case.token_budget:
+            continue  # attends to all of it
         pages = -(-int(lengths[b, head]) // case.page_size)
         assert_near(found[b, head, :pages], expected[b, head, :pages])
 
@@ -379,6 +382,85 @@ def test_a_workspace_serves_one_layer_after_another() -> None:
         for store, single in zip(stores, alone, strict=True):
             expected = kernel_step(case, single, workspace_of(case, single), step, None)
             assert torch.equal(kernel_step(case, store, shared, step, None), expected)
+
+
+def test_queries_keys_and_values_may_be_slices_of_a_fused_projection() -> None:
+    case = Case(lengths=(200, 150), heads=6, kv_heads=2)
+    store, [(query, key, value)], _ = make(case)
+    other = copy.deepcopy(store)
+    expected = kernel_step(case, store, workspace_of(case, store), (query, key, value), None)
+    query, key, value = torch.cat((query, key, value), dim=1).split((6, 2, 2), dim=1)
+    assert not query.is_contiguous()
+    with Counting() as counting:
+        found = kernel_step(case, other, workspace_of(case, other), (query, key, value), None)
+    assert torch.equal(found, expected)
+    assert not [name for name in counting.names if "clone" in name]
+    assert torch.equal(other.keys, store.keys) if other.keys is not None and store.keys is not None else False
+    assert torch.equal(other.values, store.values) if other.values is not None and store.values is not None else False
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_channels_that_are_not_chosen_do_not_matter(bad: float) -> None:
+    case = Case(lengths=(300,), channels=17)
+    store, [(query, key, value)], _ = make(case)
+    assert store.keys is not None
+    assert store.index is not None
+    chosen = query.abs().sum(1).argsort(dim=-1, descending=True)[0]
+    other = copy.deepcopy(store)
+    assert other.index is not None
+    other.index[0, 0, 0, chosen[20], 5] = bad
+    first, second = workspace_of(case, store), workspace_of(case, other)
+    kernel_step(case, store, first, (query, key, value), None)
+    kernel_step(case, other, second, (query, key, value), None)
+    assert torch.equal(second.chosen, first.chosen)
+    assert torch.equal(second.scores.nan_to_num(7.0)[..., :100], first.scores.nan_to_num(7.0)[..., :100])
+
+
+@pytest.mark.parametrize(("length", "separate"), [(120, False), (120, True), (256, False), (256, True)])
+def test_nothing_beyond_the_buffers_is_touched(length: int, separate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row within the budget has no list to read, and one that is full has nowhere to score another page."""
+    if separate:
+        monkeypatch.setattr(decode, "REGISTER_PAGES", 0)
+    case = Case(lengths=(length,), page_size=2, top_k=64, token_budget=128)
+    store, [step], _ = make(case)
+    full = length == 256
+    if full:  # as many slots as one tile of pages holds
+        assert store.keys is not None
+        assert store.values is not None
+        store.keys, store.values = store.keys[:, :, :256].contiguous(), store.values[:, :, :256].contiguous()
+        store.positions = None if store.positions is None else store.positions[:, :, :256].contiguous()
+        store.index = None if store.index is None else store.index[:, :, :1].contiguous()
+    space = workspace_of(case, store)
+    guard = 1000.0
+    scores, chosen = space.scores, space.chosen
+    wide = torch.full((scores.numel() + 256,), guard)
+    space.scores = wide[: scores.numel()].view_as(scores)
+    lists = torch.full((chosen.numel() + 128,), 2**30, dtype=torch.int32)  # a slot that would be far outside
+    space.chosen = lists[: chosen.numel()].view_as(chosen)
+    before = None if store.keys is None else store.keys.clone()
+    out = kernel_step(case, store, space, step, None)
+    assert out.isfinite().all()
+    assert (wide[scores.numel() :] == guard).all()
+    assert (lists[chosen.numel() :] == 2**30).all()
+    if full:
+        assert before is not None
+        assert store.keys is not None
+        assert torch.equal(store.keys, before)
+        assert store.lengths is not None
+        assert store.lengths.tolist() == [[256]]
+
+
+@pytest.mark.parametrize("pages", [256, 2048])
+def test_a_separate_choice_takes_few_passes(pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "REGISTER_PAGES", 0)
+    case = Case(lengths=(pages - 1,), page_size=1, top_k=40, token_budget=80)
+    store, [step], _ = make(case)
+    passes = []
+    counted = select._found
+    monkeypatch.setattr(select, "_found", lambda *args, **kwargs: passes.append(1) or counted(*args, **kwargs))
+    kernel_step(case, store, workspace_of(case, store), step, None)
+    if decode.INTERPRETED:
+        assert 3 <= len(passes) <= 34  # bits of a float32 and two more
 
 
 class Counting(TorchDispatchMode):
