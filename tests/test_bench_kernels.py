@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -44,6 +45,10 @@ FP32, BF16 = torch.float32, torch.bfloat16
         # Head dims and values of another width.
         *((1, 4, 2, 75, d, d, dtype, 4, 32) for d in (80, 128, 256) for dtype in (FP32, BF16)),
         (1, 4, 1, 66, 64, 128, BF16, 8, 32),
+        *(
+            (batch, g * h, h, n, d, d, FP32, 4, 32)
+            for batch, (g, h), n, d in product((1, 2), ((1, 1), (2, 2), (4, 1), (7, 1)), (19, 96, 160), (64, 96))
+        ),
         # One part for all, and more parts than are combined at once.
         (1, 2, 1, 300, 64, 64, BF16, 1, 64),
         (1, 2, 1, 1100, 64, 64, FP32, 20, 32),

@@ -67,9 +67,9 @@ def test_what_the_kernels_do_not_take_runs_on_the_reference_and_says_so_once() -
     with rocketkv.patch(model, **{**SMALL, "split": split}, backend="triton"):
         with pytest.warns(UserWarning, match="run on PyTorch, not on the kernels: pages hold 20 tokens") as said:
             found = greedy(model, prompt(90), 4)[0]
-        assert len(said) == 1
+        assert sum("not on the kernels" in str(warning.message) for warning in said) == 1
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.filterwarnings("error", message=".*not on the kernels")
             greedy(model, prompt(90), 4)
     with rocketkv.patch(model, **{**SMALL, "split": split}, backend="torch"):
         assert greedy(model, prompt(90), 4)[0].equal(found)
