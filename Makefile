@@ -14,8 +14,8 @@ PLATFORM := $(shell uname -sm)
 WHEEL_CHECK := build/wheel-check
 
 BIN := $(VENV)/bin
-# A file's tests stay together: they share what is slow to make.
-PYTEST := $(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+# A file's tests stay together, for they share what is slow to make; files come in the order of tests/conftest.py.
+PYTEST := $(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # The root stays off sys.path (Python 3.11 and newer), for every Python below and its children: see CONTRIBUTING.md.
