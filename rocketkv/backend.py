@@ -247,16 +247,17 @@ def _workspace(query: Tensor, store: KVStore, workspaces: MutableMapping[Any, An
         raise ValueError("a decode step needs a store whose prompt is closed")
     shape = _decode_shape(query, store.keys, store.values, store.split)
     index_dtype = None if store.index is None else store.index.dtype
+    # Of prompts one after another each has a shape of its own: the last one's buffers stand for the layer.
+    place = (query.device, store.keys.dtype, index_dtype, shape.heads, shape.kv_heads, shape.head_dim, shape.value_dim)
+    workspace = workspaces.get(place)
+    if workspace is not None and workspace.shape == shape:
+        return workspace
     reason = decode.refusal(shape, store.keys.dtype, index_dtype, _capability(query.device))
     if reason is not None:
         _say_once(_REFUSED + reason)
         return None
-    # Of prompts one after another each has a shape of its own: the last one's buffers stand for the layer.
-    place = (query.device, shape.heads, shape.kv_heads, shape.head_dim, shape.value_dim)
-    workspace = workspaces.get(place)
-    if workspace is None or workspace.shape != shape:
-        workspace = workspaces[place] = decode.DecodeWorkspace(shape, query.device)
-    return workspace
+    workspaces[place] = decode.DecodeWorkspace(shape, query.device)
+    return workspaces[place]
 
 
 def static_buffers(query: Tensor, store: KVStore, backend: str, workspaces: MutableMapping[Any, Any]) -> list[Tensor]:

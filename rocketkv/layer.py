@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .backend import close_prompt, decode_step
+from .backend import backend_name, close_prompt, decode_step
 from .config import RocketKVConfig
 from .dense import dense_attention
 from .index import torch_dtype
@@ -89,6 +89,7 @@ class RocketKVLayer(CacheLayerMixin):
         armed: whether a patched model's forward is about to use this layer.
         pending: key and value [B, Hkv, n, D] handed over and not yet in the store.
         step: the decode step of a static store, or None in prompts and in stores that grow.
+        backend: what runs decode steps, settled at the end of each prompt.
     """
 
     is_sliding = False
@@ -105,6 +106,7 @@ class RocketKVLayer(CacheLayerMixin):
         self.armed = False
         self.pending: tuple[Tensor, Tensor] | None = None
         self.step: StaticStep | None = None
+        self.backend = config.backend
 
     def __repr__(self) -> str:
         return f"RocketKVLayer(method={self.config.method!r}, seen={self.store.seen}, stored={self.store.stored})"
@@ -223,15 +225,14 @@ class RocketKVLayer(CacheLayerMixin):
         elif not self.store.closed:
             self._close_prompt(exact)
         if self.store.closed and self.step is None and self.config.decode_capacity is not None:
-            backend = self.config.backend
-            self.step = static_step(query[:, :, 0], self.store, backend=backend, workspaces=self.workspaces)
+            self.step = static_step(query[:, :, 0], self.store, backend=self.backend, workspaces=self.workspaces)
         for i in range(prompt, given):
             step = decode_step(
                 query[:, :, i],
                 key[:, :, i],
                 value[:, :, i],
                 self.store,
-                backend=self.config.backend,
+                backend=self.backend,
                 workspaces=self.workspaces,
                 **exact,
             )
@@ -317,10 +318,11 @@ class RocketKVLayer(CacheLayerMixin):
         if store.keys is None:
             raise ValueError("there is no prompt to close")
         split = config.split_for(self.prompt_tokens, store.keys.shape[3])
+        self.backend = backend_name(store.keys.device, config.backend)
         close_prompt(
             store,
             split,
-            backend=config.backend,
+            backend=self.backend,
             decode_reserve=config.decode_reserve,
             kernel_size=config.kernel_size,
             decode_capacity=config.decode_capacity,
