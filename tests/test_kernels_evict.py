@@ -392,20 +392,24 @@ def test_compaction_of_a_prompt_without_padding(shape: tuple[int, ...], page_siz
 
 @pytest.mark.parametrize("evicts", [False, True])
 @pytest.mark.parametrize("page_size", [None, 1, 3])
+@pytest.mark.parametrize("shape", [(2, 2, 61, 12, 9), (3, 1, 48, 16, 16)], ids=["2-2-61", "3-1-48"])
 @pytest.mark.parametrize("kind", PADDING[1:])
 def test_compaction_puts_padding_behind_the_tokens(
-    kind: str, page_size: int | None, evicts: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, shape: tuple[int, ...], page_size: int | None, evicts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evict, "LIST_CHUNK", 16)
-    valid = padding(kind, 2, 2, 61)
+    batch, kv_heads, size, head_dim, value_dim = shape
+    valid = padding(kind, batch, kv_heads, size)
     assert valid is not None
-    keys, values = torch.randn(2, 2, 61, 12).bfloat16(), torch.randn(2, 2, 61, 9).bfloat16()
-    positions = torch.where(valid, torch.arange(61, dtype=torch.int32) + 100, -1).int()
-    slots = torch.arange(61, dtype=torch.int32).expand(2, 2, 61)
+    keys = torch.randn(batch, kv_heads, size, head_dim).bfloat16()
+    values = torch.randn(batch, kv_heads, size, value_dim).bfloat16()
+    place = torch.arange(size, dtype=torch.int32)
+    positions = torch.where(valid, place + 100, -1).int()
+    slots = place.expand(batch, kv_heads, size)
     count = int(valid.sum(-1).max())
     if evicts:
         count = 25
-        slots = eviction.select_top(torch.randn(2, 2, 61).masked_fill(~valid, -INF), count)
+        slots = eviction.select_top(torch.randn(batch, kv_heads, size).masked_fill(~valid, -INF), count)
     for given in (positions, None):
         assert_compacts(keys, values, slots, valid, given, count, count + 6, page_size)
 
