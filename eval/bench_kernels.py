@@ -45,6 +45,7 @@ from .gpu_timing import (
     require_rounds,
     seconds_of,
     spread,
+    verdict_lines,
 )
 from .kernel_cases import TINY_LAYER, Case, CaseBuffers, LayerShape, needed_bytes
 
@@ -294,14 +295,6 @@ def table(result: dict[str, Any]) -> str:
                 f"  {name:22} {times['median']:9.2f} {times['min']:9.2f}-{times['max']:<9.2f} "
                 f"{megabytes:>9} {percent:>8}"
             )
-        ratio = one["speedup"]
-        lines.append(
-            f"  {ratio['median']:.2f}x ({ratio['min']:.2f}-{ratio['max']:.2f}) the speed of {one['best_dense']}; bytes "
-            f"allow {one['byte_ceiling']:.1f}x"
-        )
-        for goal in one["goals"]:
-            met = "met" if goal["met"] else "MISSED"
-            lines.append(f"  goal: {goal['goal']:g} {goal['what']}: {goal['got']:.3g}, {met}")
-        lines += [f"  absent: {name}: {reason}" for name, reason in one["absent"].items()]
+        lines += verdict_lines(one)
     lines += [f"left out: case {one['case']}: {one['reason']}" for one in result["left_out"]]
     return "\n".join(lines)

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from ..cache import cache_stats
 from ..hf import unpatch
 from ..progress import Progress
-from .gpu_timing import WrongResultError, alternate, card, event_seconds, ratios, require_rounds, spread
+from .gpu_timing import WrongResultError, alternate, card, event_seconds, ratios, require_rounds, spread, verdict_lines
 from .kernel_cases import Case
 from .model_arms import (
     DECODE_CAPACITY,
@@ -233,14 +233,6 @@ def table(result: dict[str, Any]) -> str:
         for name, times in one["milliseconds"].items():
             rate, low, high = one["tokens_per_second"][name], times["min"], times["max"]
             lines.append(f"  {name:10} {times['median']:9.3f} ms ({low:.3f}-{high:.3f}) {rate:10.1f} tokens/s")
-        ratio = one["speedup"]
-        lines.append(
-            f"  {ratio['median']:.2f}x ({ratio['min']:.2f}-{ratio['max']:.2f}) the tokens/s of {one['best_dense']}; "
-            f"bytes allow {one['byte_ceiling']:.2f}x"
-        )
-        for goal in one["goals"]:
-            met = "met" if goal["met"] else "MISSED"
-            lines.append(f"  goal: {goal['goal']:g} {goal['what']}: {goal['got']:.3g}, {met}")
-        lines += [f"  absent: {name}: {reason}" for name, reason in one["absent"].items()]
+        lines += verdict_lines(one)
     lines += [f"left out: case {one['case']}: {one['reason']}" for one in result.get("left_out", ())]
     return "\n".join(lines)

@@ -232,3 +232,14 @@ def _driver() -> str | None:
     except OSError:
         return None
     return next((word for word in line.split() if word[:1].isdigit() and "." in word), None)
+
+
+def verdict_lines(one: dict[str, Any]) -> list[str]:
+    """Return what a case comes to, for people: its ratio beside the ceiling, its goals, the arms that were absent."""
+    ratio = one["speedup"]
+    spread = f"{ratio['median']:.2f}x ({ratio['min']:.2f}-{ratio['max']:.2f})"
+    lines = [f"  {spread} the speed of {one['best_dense']}; bytes allow {one['byte_ceiling']:.2f}x"]
+    for goal in one["goals"]:
+        met = "met" if goal["met"] else "MISSED"
+        lines.append(f"  goal: {goal['goal']:g} {goal['what']}: {goal['got']:.3g}, {met}")
+    return lines + [f"  absent: {name}: {reason}" for name, reason in one["absent"].items()]

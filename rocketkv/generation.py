@@ -82,6 +82,7 @@ class Generation:
         self.speculative = speculative
         self.croppable = croppable
         self.cache: Any = None
+        self.compiles = False  # whether transformers may compile the decode steps
 
     def begin(self, cache: Any) -> None:
         """Tell a cache of ours, before its first forward of this call, where the prompt ends."""
@@ -134,12 +135,11 @@ def generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     if isinstance(cache, RocketKVCache) or rocketkv_layers(cache):
         running.begin(cache)
         args, kwargs = _watched(model, args, kwargs, running, state.warned)
-    compiles = any(isinstance(processor, RoomCheck) for processor in kwargs.get("logits_processor") or ())
     # An assistant that is the model itself generates within this call.
     outer, state.recorded.running = state.running, running
     state.recorded.stats = None
     try:
-        with many_forwards() if compiles else nullcontext():
+        with many_forwards() if running.compiles else nullcontext():
             output = stock(*args, **kwargs)
     finally:
         state.recorded.running = outer
@@ -170,6 +170,7 @@ def _watched(
     if reason is not None:
         say_uncompiled(reason, warned)
         return args, kwargs | {"disable_compile": True}
+    running.compiles = True
     given = kwargs.get("logits_processor", args[2] if len(args) > 2 else None)
     processors = LogitsProcessorList([*(given or ()), RoomCheck(running)])
     if len(args) > 2:
