@@ -12,11 +12,8 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn import functional as F
 
-from .eviction import select_top
 from .index import TILE_PAGES, gather_tokens, movable, page_count, restored
 
-# Up to here weights repeated for every token of their unit are quicker to choose from than units.
-REPEATED_SIZE = 2048
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -53,12 +50,13 @@ def score(
     """
     batch, heads, head_dim = query.shape
     kv_heads, tiles, rows = index.shape[1:4]
-    grouped = query.float().view(batch, kv_heads, heads // kv_heads, head_dim)
+    grouped = query.float().view(batch * kv_heads, heads // kv_heads, head_dim)
+    size = grouped.abs()
     # The rule of `select_top`, by a stable sort: the order of channels does not matter, ties go to the lower one.
-    chosen = grouped.abs().sum(2).sort(dim=-1, descending=True, stable=True).indices[..., :channels]
-    scored = grouped.gather(-1, chosen[:, :, None].expand(-1, -1, grouped.shape[2], -1))
-    negative = scored.sum(2) <= 0
-    missed = vector_norm(grouped, 1, -1, keepdim=True) / vector_norm(scored, 1, -1, keepdim=True).clamp(min=_TINY)
+    chosen = size.sum(1).sort(dim=-1, descending=True, stable=True).indices[:, :channels]
+    scored = grouped.gather(-1, chosen[:, None].expand(-1, grouped.shape[1], -1))
+    negative = scored.sum(1) <= 0
+    missed = size.sum(-1, keepdim=True) / vector_norm(scored, 1, -1, keepdim=True).clamp(min=_TINY)
     scored = scored * (missed.sqrt() * scaling)
     bound_row = torch.add(chosen, negative, alpha=head_dim) if rows > head_dim else chosen
 
@@ -66,31 +64,30 @@ def score(
     pages = page_count(stored, page_size)
     used = -(-pages // TILE_PAGES)
     first_row = torch.arange(0, batch * kv_heads * tiles * rows, rows, device=index.device).view(-1, tiles)[:, :used]
-    row = first_row[..., None] + bound_row.view(-1, 1, channels)
-    estimate = _weighted_rows(index.view(-1, TILE_PAGES), row, scored.view(batch * kv_heads, -1, channels))
-    estimate = estimate.view(batch, kv_heads, -1, used * TILE_PAGES)
+    estimate = _weighted_rows(index.view(-1, TILE_PAGES), first_row[..., None] + bound_row[:, None], scored)
 
     # The open page's bounds are exact; those of closed pages are as coarse as the index's dtype.
     if lengths is None and stored % page_size:
-        open_page = _open_page_scores(scored, keys[:, :, (pages - 1) * page_size : stored], chosen, negative)
-        estimate[..., pages - 1] = open_page
+        own = keys[:, :, (pages - 1) * page_size : stored].flatten(0, 1)
+        estimate[..., pages - 1] = _open_page_scores(scored, own, chosen, negative)
     elif lengths is not None and page_size > 1:
         page = lengths.long() // page_size
         token = page[..., None] * page_size + torch.arange(page_size, device=keys.device)
         # Repeating the page's first token leaves its bounds alone.
         token = torch.where(token < lengths[..., None], token, token[..., :1]).clamp(max=keys.shape[2] - 1)
-        open_page = _open_page_scores(scored, gather_tokens(token, keys)[0], chosen, negative)
-        here = torch.arange(used * TILE_PAGES, device=keys.device) == page[..., None, None]
+        own = gather_tokens(token, keys)[0].flatten(0, 1)
+        open_page = _open_page_scores(scored, own, chosen, negative)
+        here = torch.arange(used * TILE_PAGES, device=keys.device) == page.view(-1, 1, 1)
         estimate = torch.where(here, open_page[..., None], estimate)
-    logits = estimate[..., :pages].reshape(batch, heads, pages)
+    logits = estimate[..., :pages].view(batch, heads, pages)
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 def _open_page_scores(scored: Tensor, keys: Tensor, chosen: Tensor, negative: Tensor) -> Tensor:
-    """Return the scores [B, Hkv, G] of a page that is not full, from chosen channels of its keys [B, Hkv, < P, D]."""
-    own = keys.gather(-1, chosen[:, :, None].expand(-1, -1, keys.shape[2], -1)).float()
-    bounds = torch.where(negative, own.amin(2), own.amax(2))
-    return torch.matmul(scored, bounds[..., None])[..., 0]
+    """Return the scores [rows, G] of a page that is not full, from chosen channels of its keys [rows, < P, D]."""
+    own = keys.gather(-1, chosen[:, None].expand(-1, keys.shape[1], -1)).float()
+    bounds = own[:, 0] if own.shape[1] == 1 else torch.where(negative, own.amin(1), own.amax(1))
+    return torch.bmm(scored, bounds[..., None])[..., 0]
 
 
 def _weighted_rows(table: Tensor, row: Tensor, weight: Tensor) -> Tensor:
@@ -161,12 +158,10 @@ def select(
         total = total + torch.exp(sinks.float()[:, None] - logits.logsumexp(-1, keepdim=True))
     weight = weight / total
     shared = weight.view(batch, kv_heads, group, units).mean(2)
-    if lengths is None and stored <= REPEATED_SIZE:
-        repeated = shared[..., None].expand(-1, -1, -1, unit_size).flatten(2)
-        positions = select_top(repeated[..., :stored], k)
+    if lengths is None:
+        positions = select_even(shared, k, stored, unit_size)
     else:
-        held = torch.full((1, 1), stored, device=logits.device) if lengths is None else lengths
-        positions = select_units(shared, _unit_tokens(units, unit_size, held).expand_as(shared), k, unit_size)
+        positions = select_units(shared, _unit_tokens(units, unit_size, lengths).expand_as(shared), k, unit_size)
     return positions.int(), weight
 
 
@@ -174,6 +169,38 @@ def _unit_tokens(units: int, unit_size: int, lengths: Tensor) -> Tensor:
     """Return how many tokens each unit holds, [B, Hkv, U], of rows of these lengths [B, Hkv]."""
     start = torch.arange(0, units * unit_size, unit_size, device=lengths.device)
     return (lengths[..., None] - start).clamp(min=0, max=unit_size)
+
+
+def select_even(weight: Tensor, k: int, stored: int, unit_size: int) -> Tensor:
+    """Do what `select_units` does where all rows have as many tokens, in fewer operations.
+
+    A unit's rank is one integer: its weight, whose bits are ordered as it is, over its place from the end. No two are
+    equal, so any top-k gives the one choice.
+
+    Args:
+        weight: [..., U] float32, at least 0; NaN ranks last.
+        k: tokens to choose, at most `stored`.
+        stored: tokens of every row; the last unit has what the others leave.
+        unit_size: tokens of a full unit.
+
+    Returns:
+        Positions [..., k] int64, ascending.
+    """
+    units = weight.shape[-1]
+    bits = weight.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).view(torch.int32)
+    rank = bits.long().bitwise_left_shift(32).sub(torch.arange(units, device=weight.device))
+    # A unit more where one has fewer tokens: together they are k at least.
+    short = units * unit_size - stored
+    unit = rank.topk(min(units, page_count(k, unit_size) + (short > 0)), dim=-1).indices
+    if unit_size > 1:
+        token = torch.add(unit[..., None] * unit_size, torch.arange(unit_size, device=weight.device)).flatten(-2)
+    else:
+        token = unit
+    if short:
+        held = token < stored
+        token = token.masked_fill(~held | (held.cumsum(-1) > k), stored)
+        return token.sort(dim=-1).values[..., :k]
+    return token[..., :k].sort(dim=-1).values
 
 
 def select_units(weight: Tensor, count: Tensor, k: int, unit_size: int) -> Tensor:

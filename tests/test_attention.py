@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rocketkv import attention as attention_module
-from rocketkv.attention import attend, score, select, select_units, softmax_attention
+from rocketkv.attention import attend, score, select, select_even, select_units, softmax_attention
 from rocketkv.eviction import select_top
 from rocketkv.index import build_index, page_count
 
@@ -160,6 +159,8 @@ def test_select_units_is_the_rule_over_repeated_weights(values: int, unit_size: 
             for i, positions in enumerate(found.view(-1, k)):
                 row, own = (tensor.view(-1, shape[-1])[i] for tensor in (weight, count))
                 assert torch.equal(positions, select_top(row.repeat_interleave(own), k))
+            if not ragged:
+                assert torch.equal(select_even(weight, k, available, unit_size), found)
 
 
 def test_select_units_with_too_few_tokens_takes_all_of_them_first() -> None:
@@ -185,12 +186,6 @@ def mass_of(positions: Tensor, weight: Tensor, unit_size: int) -> Tensor:
     return weight.gather(-1, (positions.long() // unit_size).repeat_interleave(group, dim=1)).sum(-1)
 
 
-@pytest.fixture(params=[0, 2048], ids=["by-unit", "by-token"])
-def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_module, "REPEATED_SIZE", request.param)
-
-
-@pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
 @pytest.mark.parametrize("unit_size", PAGE_SIZES)
@@ -225,14 +220,12 @@ def test_select_takes_the_largest_mean_weight_and_reports_weights(
             assert_near(mass[b, own], expected)
 
 
-@pytest.mark.usefixtures("_way")
 def test_selecting_everything_has_all_the_mass() -> None:
     positions, weight = select(torch.randn(1, 4, 9), 26, stored=26, lengths=None, kv_heads=2, unit_size=3)
     assert positions.tolist() == [[list(range(26))] * 2]
     assert_near(mass_of(positions, weight, 3), torch.ones(1, 4))
 
 
-@pytest.mark.usefixtures("_way")
 def test_broken_logits_spoil_their_own_row_and_head_only() -> None:
     logits = torch.randn(2, 4, 30)
     clean, clean_weight = select(logits, 7, stored=60, lengths=None, kv_heads=2, unit_size=2)
