@@ -221,9 +221,9 @@ class RocketKVLayer(CacheLayerMixin):
             query_part, key_part, value_part = (tensor[:, :, :prompt] for tensor in (query, key, value))
             parts.append(self._prefill(query_part, key_part, value_part, mask, fast, exact))
             if self.prompt_end is not None and self.store.seen >= self.prompt_end:
-                self._close_prompt(exact)
+                self.close_prompt(exact)
         elif not self.store.closed:
-            self._close_prompt(exact)
+            self.close_prompt(exact)
         if self.store.closed and self.step is None and self.config.decode_capacity is not None:
             self.step = static_step(query[:, :, 0], self.store, backend=self.backend, workspaces=self.workspaces)
         for i in range(prompt, given):
@@ -312,8 +312,8 @@ class RocketKVLayer(CacheLayerMixin):
         mask_heads = 1 if store.aligned or (causal and not holes) else keys.shape[1]
         return dense_attention(query, keys, values, visible, mask_heads=mask_heads, **exact)
 
-    def _close_prompt(self, exact: dict[str, Any]) -> None:
-        """Run stage 1 at the end of a prompt."""
+    def close_prompt(self, exact: dict[str, Any]) -> None:
+        """Run stage 1 at the end of a prompt, given scaling, softcap and sinks."""
         store, config = self.store, self.config
         if store.keys is None:
             raise ValueError("there is no prompt to close")
