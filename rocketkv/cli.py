@@ -1,4 +1,4 @@
-"""The command line: `rocketkv demo | plan | env | bench`.
+"""The command line: `rocketkv demo | plan | env | bench | eval | lm-eval`.
 
 A command is a module with `add_arguments(parser)` and `run(args)`, which returns the exit code. Only the module that is
 asked for is imported.
@@ -17,6 +17,8 @@ COMMANDS = {
     "plan": (".plan", "what a budget means for a model: split, memory, ceilings on speed"),
     "env": (".env", "versions, devices and backends, for bug reports"),
     "bench": (".eval.bench", "decode speed against dense attention"),
+    "eval": (".eval.command", "accuracy against memory and latency, over methods, budgets, tasks and lengths"),
+    "lm-eval": (".eval.lm_command", "lm-eval's command line with the model rocketkv in it"),
 }
 
 

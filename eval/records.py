@@ -1,0 +1,217 @@
+"""The record of one cell of an evaluation: a JSON file, whole or absent.
+
+A cell is one task at one length, by one method at one budget. Its record holds the scores, every answer, what they cost
+and where all that comes from. It is written beside its place and renamed into it, carries a checksum, and is set aside
+when it does not read back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypedDict, cast
+
+SCHEMA = 1
+CELLS = "cells"  # folder of the records, inside the folder of the results
+
+
+class CellDict(TypedDict):
+    """What a cell is; equal for equal cells, whoever ran them (see `sweep.Cell`)."""
+
+    task: str
+    task_version: int
+    method: str
+    token_budget: int | None  # tokens; None: `full`
+    length: int | None  # tokens of prompt and answer; None: the data's own
+    mode: Literal["aware", "agnostic"]  # whether a method sees the question before it compresses the context
+    chat: bool
+    samples: int
+    max_new_tokens: int | None  # None: the task's own
+    seed: int
+    model: str
+    dtype: str
+    settings: dict[str, Any]  # further fields of RocketKVConfig, and of the task
+
+
+class CostDict(TypedDict, total=False):
+    """What one generation cost, or the mean of several; seconds and bytes; None where it could not be measured."""
+
+    prompt_tokens: float
+    new_tokens: float
+    first_token_seconds: float  # prefill, stage 1 in it
+    compression_seconds: float | None  # stage 1 alone
+    step_seconds: float  # median of the decoded tokens after the first
+    step_seconds_p95: float
+    kv_bytes: float  # keys, values, index and all else that lives in the cache, at the end
+    index_bytes: float
+    full_kv_bytes: float  # what a full cache would hold
+    step_bytes: float  # read by one decode step
+    dense_step_bytes: float  # read by one decode step over a full cache
+    nominal_step_bytes: float  # as budgets count: in 16 bits
+    nominal_dense_step_bytes: float
+    peak_prefill_bytes: float | None  # of the process (CPU) or of the device's allocator
+    peak_decode_bytes: float | None
+
+
+class TurnDict(TypedDict):
+    """One answer."""
+
+    prediction: str
+    answers: list[str]
+    score: float
+
+
+class SampleDict(TypedDict):
+    """One sample's answers."""
+
+    id: str
+    prompt_sha256: str
+    score: float  # the mean of its turns'
+    turns: list[TurnDict]
+    cost: CostDict
+    notes: dict[str, Any]
+    trace: list[list[int]]  # [generated tokens, bytes of the cache], over time
+
+
+class DataDict(TypedDict):
+    """Where the samples come from."""
+
+    sha256: str  # of the prepared file
+    source: str
+
+
+class ProvenanceDict(TypedDict):
+    """Who made the record."""
+
+    created: str  # ISO 8601, UTC
+    rocketkv: str
+    git_hash: str | None
+    versions: dict[str, str]  # python, torch, transformers, lm_eval, ...
+    hardware: dict[str, Any]  # processor, cores, threads, device, memory
+
+
+class Record(TypedDict):
+    """All that is known of one cell."""
+
+    schema: int
+    key: str
+    cell: CellDict
+    status: Literal["complete", "out_of_memory"]
+    message: str  # of what went wrong, or empty
+    metric: str
+    higher_is_better: bool
+    score: float | None  # mean over samples, 0 to 100 (other metrics: their own unit)
+    interval: list[float] | None  # [low, high], 95 %, of the score
+    values: dict[str, float | None]  # further figures, such as `perplexity`
+    samples: list[SampleDict]
+    cost: CostDict
+    data: DataDict
+    provenance: ProvenanceDict
+    checksum: str  # of everything else
+
+
+def canonical(value: Any) -> bytes:
+    """Return the one JSON text of a value, for hashes."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest(value: Any) -> str:
+    """Return the SHA-256 of a value's canonical JSON, or of a text's UTF-8."""
+    return hashlib.sha256(value.encode() if isinstance(value, str) else canonical(value)).hexdigest()
+
+
+def cell_key(cell: CellDict) -> str:
+    """Return a cell's key: 16 hexadecimal digits."""
+    return digest(cell)[:16]
+
+
+def record_path(results: Path, cell: CellDict) -> Path:
+    """Return where the record of a cell lies: a name to read, and the key."""
+    budget = "" if cell["token_budget"] is None else f"-{cell['token_budget']}"
+    length = "" if cell["length"] is None else f"-{cell['length']}"
+    name = f"{cell['task']}{length}-{cell['method']}{budget}-{cell['mode']}-{cell_key(cell)}"
+    return results / CELLS / f"{''.join(c if c.isalnum() or c in '-_.+' else '_' for c in name)}.json"
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record so that it is there whole or not at all, also after a crash."""
+    sealed = cast(dict[str, Any], record) | {"checksum": ""}
+    sealed["checksum"] = digest(sealed)
+    write_atomically(path, json.dumps(sealed, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file beside its place, bring it to the disk, and rename it into its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            beside.unlink()
+
+
+def read_record(path: Path) -> Record:
+    """Read a record.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file is cut short, damaged, or no record of this schema.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        checksum = digest(found | {"checksum": ""}) if isinstance(found, dict) else ""
+    except ValueError as error:  # no JSON, no UTF-8, or NaN among the numbers
+        raise ValueError(f"{path.name} is not a whole record: {error}") from error
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise ValueError(f"{path.name} is not a record of schema {SCHEMA}")
+    if found.get("checksum") != checksum:
+        raise ValueError(f"{path.name} does not match its checksum: it was damaged or edited")
+    if found["key"] != cell_key(found["cell"]):
+        raise ValueError(f"{path.name} has another cell's key")
+    return cast(Record, found)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file that does not read back, so that its cell is run again and nothing is lost; return its new name."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        number += 1
+    path.replace(aside)
+    return aside
+
+
+def finished(path: Path) -> Record | None:
+    """Return the record at a path, or None where there is none; one that is damaged is set aside."""
+    try:
+        return read_record(path)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        with contextlib.suppress(FileNotFoundError):  # another process has set it aside
+            set_aside(path)
+        return None
+
+
+def records(results: Path) -> Iterator[Record]:
+    """Yield every record below a folder of results, in the order of their names.
+
+    Raises:
+        ValueError: one of them is damaged.
+    """
+    for path in sorted((results / CELLS).glob("*.json")):
+        yield read_record(path)
+
+
+def label(cell: Mapping[str, Any]) -> str:
+    """Return how a cell's method is called in tables, such as `rocketkv 512`."""
+    budget = cell["token_budget"]
+    return str(cell["method"]) if budget is None else f"{cell['method']} {budget}"
