@@ -35,7 +35,7 @@ class Plan:
         lengths: tokens of prompt and answer, for tasks that are made to a length; cuts longer prompts of the others,
             and where there is none, those are cut at what the model takes. Stock tasks of lm-eval have their own.
         samples: of each task.
-        max_new_tokens: at most so many for every question; None leaves it to the task.
+        max_new_tokens: at most so many for every question; None leaves it to the task. `kl` and `latency` ask none.
         seed: of samples.
         chat: whether prompts are put into the model's chat template, where the official rule leaves it open; None: if
             the tokenizer has one.
@@ -151,7 +151,7 @@ def cells(plan: Plan, *, chat: bool) -> list[CellDict]:
                     "mode": mode,
                     "chat": False if name in MEASURED else chat if rule is None else rule,
                     "samples": plan.samples,
-                    "max_new_tokens": plan.max_new_tokens,
+                    "max_new_tokens": None if name in MEASURED else plan.max_new_tokens,
                     "seed": plan.seed,
                     "model": plan.model,
                     "dtype": plan.dtype,
