@@ -80,6 +80,23 @@ def arms_of(records: Sequence[Record]) -> list[Arm]:
     return arms
 
 
+def with_metrics(records: Sequence[Record]) -> list[Record]:
+    """Return records, those out of memory with the metric of their task, which they do not know themselves."""
+    known = {_task(record): record for record in reversed(records) if record["status"] == "complete"}
+    found: list[Record] = []
+    for record in records:
+        other = known.get(_task(record), record)
+        metric, direction = other["metric"], other["higher_is_better"]
+        found.append(
+            record if record["status"] == "complete" else record | {"metric": metric, "higher_is_better": direction}
+        )
+    return found
+
+
+def _task(record: Record) -> tuple[str, int]:
+    return record["cell"]["task"], record["cell"]["task_version"]
+
+
 def column_key(record: Record) -> ColumnKey:
     """Return what records must share to be compared: task, version, prompt and metric."""
     cell = record["cell"]

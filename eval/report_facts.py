@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Literal
 
 from .records import Record
-from .report_arms import Arm, arms_of, column_key, column_names, grouped
+from .report_arms import Arm, arms_of, column_key, column_names, grouped, with_metrics
 
 _MOST_DEPTHS = 11  # more are put together in tenths
 
@@ -53,7 +53,7 @@ class Provenance:
 
 def depth_maps(records: Sequence[Record]) -> list[DepthMap]:
     """Return a map for each task whose samples note a `depth`, a share from 0 to 1."""
-    parts = grouped(records, lambda r: (r["cell"]["model"], r["cell"]["dtype"], r["cell"]["mode"]))
+    parts = grouped(with_metrics(records), lambda r: (r["cell"]["model"], r["cell"]["dtype"], r["cell"]["mode"]))
     maps = []
     for _, part in sorted(parts.items()):
         tasks = grouped(part, column_key)
@@ -129,10 +129,11 @@ def provenance(records: Sequence[Record]) -> Provenance:
     if len(code) > 1:
         warnings.append("Records come from different versions of the code or of what it runs on.")
     for task, members in sorted(grouped(records, lambda r: r["cell"]["task"]).items()):
-        facts.append((f"Data of {task}", _counted(_data(record) for record in members)))
+        made = [record for record in members if record["status"] == "complete"]  # others do not know their data
+        facts.append((f"Data of {task}", _counted(map(_data, made)) or ("unknown",)))
         if len({record["cell"]["task_version"] for record in members}) > 1:
             warnings.append(f"Records of {task} are of different versions of the task; those are not compared.")
-        if any(len({_data(r) for r in same}) > 1 for same in grouped(members, _data_key).values()):
+        if any(len({_data(r) for r in same}) > 1 for same in grouped(made, _data_key).values()):
             warnings.append(f"Records of {task} at one length were made from different data.")
     return Provenance(facts=tuple(facts), warnings=tuple(warnings))
 

@@ -144,6 +144,7 @@ tbody:not(.sorted) tr:not(.first) > * { border-top-color: transparent; }
   .plot { height: 280px; }
   th[scope="row"] .arm { white-space: normal; max-width: 15ch; }
   th[scope="row"] { padding-right: 8px; }
+  .origin th[scope="row"] { width: 112px; padding-right: 14px; }
 }
 @page { size: A4; margin: 13mm; }
 @page wide { size: A4 landscape; }
@@ -155,7 +156,7 @@ tbody:not(.sorted) tr:not(.first) > * { border-top-color: transparent; }
   h1 { font-size: 22pt; }
   h2 { font-size: 16pt; }
   h3 { font-size: 12pt; margin-top: 22pt; }
-  h2, h3, h4 { break-after: avoid; }
+  h2, h3, h4, .legend { break-after: avoid; }
   figure, tr, .method > h4 { break-inside: avoid; }
   .scroll + .note, tbody tr:first-child { break-before: avoid; }
   tr.first { break-after: avoid; }

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from .intervals import Interval, mean_of_means_interval, paired_interval
 from .records import Record
-from .report_arms import FULL, Arm, arms_of, column_key, column_names, grouped
+from .report_arms import FULL, Arm, arms_of, column_key, column_names, grouped, with_metrics
 
 LATENCY = "latency"  # the task whose records hold the times, where there are any
 
@@ -194,7 +194,8 @@ def length_text(length: int | None) -> str:
 
 def sections(records: Sequence[Record]) -> list[Section]:
     """Compare records: one section for each model, mode and length."""
-    groups = grouped(records, lambda r: (r["cell"]["model"], r["cell"]["dtype"], r["cell"]["mode"], _length(r)))
+    known = with_metrics(records)
+    groups = grouped(known, lambda r: (r["cell"]["model"], r["cell"]["dtype"], r["cell"]["mode"], _length(r)))
     return [_section(members) for _, members in sorted(groups.items())]
 
 
@@ -230,7 +231,8 @@ def _section(records: Sequence[Record]) -> Section:
     distances = tuple(column for column in columns if not column.higher_is_better and column not in latency)
     notes += [note for column in (*scores, *distances) for note in _pairing_notes(column, arms)]
 
-    too_large = [arm for arm in arms if _out_of_memory(scores, arm)]
+    asked = [column for column in scores if any(column.complete(arm) for arm in arms)]
+    too_large = [arm for arm in arms if any(column.figures[arm].status == "out_of_memory" for column in asked)]
     scored = [arm for arm in arms if arm not in too_large and any(column.complete(arm) for column in scores)]
     common = tuple(column for column in scores if all(column.complete(arm) for arm in scored))
     notes += _common_notes(scores, common, scored, too_large)
@@ -351,10 +353,6 @@ def _common_notes(
         names = ", ".join(arm.name for arm in too_large)
         notes.append(f"Without a mean, because memory did not suffice for every task: {names}.")
     return notes
-
-
-def _out_of_memory(columns: Sequence[Column], arm: Arm) -> bool:
-    return any(column.figures[arm].status == "out_of_memory" for column in columns)
 
 
 def _cost(sources: Sequence[Column], arm: Arm, key: str) -> float | None:

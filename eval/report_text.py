@@ -44,12 +44,10 @@ def arm_text(arm: Arm) -> str:
 
 def mean_title(section: Section) -> str:
     """Return the head of the column of means."""
-    some = (
-        ""
-        if len(section.common) == len(section.scores)
-        else f" of {len(section.common)} task{'' if len(section.common) == 1 else 's'}"
-    )
-    return f"mean{some}"
+    count = len(section.common)
+    if count == len(section.scores):
+        return "mean"
+    return f"mean of {count} task{'' if count == 1 else 's'}"
 
 
 def number(value: float, *, percent: bool = True) -> str:

@@ -413,3 +413,20 @@ def test_without_plotly_the_page_names_the_extra(tmp_path: Path, monkeypatch: py
     with pytest.raises(ImportError, match=r"rocketkv\[eval\]"):
         report.write_report(results, tmp_path / "r.html")
     report.write_report(results, tmp_path / "r.md")
+
+
+def test_an_arm_out_of_memory_stands_in_the_column_of_its_task() -> None:
+    far: dict[str, Any] = {"task": "kl", "metric": "KL, nats", "higher_is_better": False}
+    rocket: dict[str, Any] = {"method": "rocketkv", "token_budget": 512, "status": "out_of_memory"}
+    records = [
+        made_record([100]),
+        made_record([0], **rocket),
+        made_record([0], **far),
+        made_record([0], **far, **rocket),
+    ]
+    assert records[3]["metric"] == ""  # it ended before it knew
+    section = section_of(records)
+    assert [c.name for c in section.scores] == ["niah"]
+    assert [c.name for c in section.distances] == ["kl"]
+    assert column(section, "kl").figures[ROCKET].status == "out_of_memory"
+    assert provenance(records).warnings == ()
