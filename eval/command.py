@@ -67,7 +67,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run a subcommand; returns the exit code."""
     if args.eval_command == "report":
-        from .report import write_report
+        from .report.write import write_report
 
         write_report(args.results, args.output)
         sys.stdout.write(f"{args.output}\n")
@@ -178,7 +178,7 @@ def _run(args: argparse.Namespace) -> int:
     if presses and apart and not args.only_presses:
         code = run_presses(args.kvpress_python, [*sys.argv[1:], "--only-presses"])
     if number == 1 and not args.only_presses:
-        from .report import load, summary
+        from .report.write import load, summary
 
         sys.stdout.write(f"{summary(load(args.output))}\n")
     sys.stderr.write(f"{counts}; records in {args.output}\n")

@@ -129,7 +129,8 @@ class Conversation:
     def fork(self) -> Conversation:
         """Return a copy that goes its own way from here; its cache is copied, its times are apart."""
         other = copy.copy(self)
-        other.cache, other.ids = copy.deepcopy(self.cache), list(self.ids)
+        with torch.inference_mode(False):  # a copy made in inference mode could not be written to outside of it
+            other.cache, other.ids = copy.deepcopy(self.cache), list(self.ids)
         other.step_seconds, other.trace = [], []
         return other
 

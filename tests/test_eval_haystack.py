@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from rocketkv.eval import words
 from rocketkv.eval.fill import fill
 from rocketkv.eval.haystack import haystack, split_sentences
+from rocketkv.eval.ruler import words
 from rocketkv.eval.task import Preparation, Sample, Turn
 
 

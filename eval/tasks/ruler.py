@@ -6,9 +6,9 @@ import functools
 from collections.abc import Callable, Sequence
 
 from ..metrics import string_match_all, string_match_part
-from ..ruler_niah import NIAH, niah_samples
-from ..ruler_qa import FILES, qa_samples
-from ..ruler_synthetic import cwe_samples, fwe_samples, vt_samples
+from ..ruler.niah import NIAH, niah_samples
+from ..ruler.qa import FILES, qa_samples
+from ..ruler.synthetic import cwe_samples, fwe_samples, vt_samples
 from ..task import Preparation, Sample, Task, Turn
 
 _SOURCE = (

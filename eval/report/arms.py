@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..budget import METHODS
-from ..config import RocketKVConfig
-from .records import CellDict, Record, canonical, label
+from ...budget import METHODS
+from ...config import RocketKVConfig
+from ..records import CellDict, Record, canonical, label
 
 FULL = "full"
 

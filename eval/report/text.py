@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .intervals import Interval
-from .report_arms import Arm
-from .report_facts import DepthMap
-from .report_tables import COSTS, Column, Costs, Figure, Section
+from ..intervals import Interval
+from .arms import Arm
+from .facts import DepthMap
+from .tables import COSTS, Column, Costs, Figure, Section
 
 ADAPTER = "†"
 METHODS_NOTE = (

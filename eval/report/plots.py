@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .report_arms import FULL, Arm
-from .report_tables import Column, Figure, Point, Section
-from .report_text import arm_text, difference_text, number, score_text, three_digits
+from .arms import FULL, Arm
+from .tables import Column, Figure, Point, Section
+from .text import arm_text, difference_text, number, score_text, three_digits
 
 # After Okabe and Ito (2008), kept apart in lightness too, as two in twelve men need; marks tell methods apart besides.
 _COLORS = ("#0072b2", "#d55e00", "#2fb39a", "#a8407c", "#c9a227", "#7fa6e8")

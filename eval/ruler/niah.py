@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Literal, NamedTuple
 
-from . import ruler_templates
-from .fill import fill, room
-from .haystack import haystack
-from .task import Preparation, Sample, Turn
+from ..fill import fill, room
+from ..haystack import haystack
+from ..task import Preparation, Sample, Turn
+from . import templates
 from .words import english
 
 NEW_TOKENS = 128
@@ -74,9 +74,9 @@ def niah_samples(task: str, prepared: Preparation) -> list[Sample]:
     """
     room(prepared, NEW_TOKENS)
     needles = NIAH[task]
-    wording = ruler_templates.niah(one=needles.queries * needles.values == 1)
-    sentence = ruler_templates.needle()
-    noise = ruler_templates.noise()
+    wording = templates.niah(one=needles.queries * needles.values == 1)
+    sentence = templates.needle()
+    noise = templates.noise()
     essay = haystack(prepared.data_dir, prepared.seed) if needles.filler == "essay" else None
 
     def sample(index: int) -> Sample:
@@ -104,7 +104,7 @@ def niah_samples(task: str, prepared: Preparation) -> list[Sample]:
 
 
 def _ask(
-    needles: Needles, wording: ruler_templates.Wording, sentence: str, rng: random.Random
+    needles: Needles, wording: templates.Wording, sentence: str, rng: random.Random
 ) -> tuple[list[str], list[_Hidden], str, Turn]:
     """Draw keys and values; return the keys, the needles in the order of the text, its preface, and the question."""
     keys = _distinct(needles.key, needles.keys, rng)

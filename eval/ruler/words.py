@@ -7,7 +7,7 @@ import importlib.resources
 import importlib.util
 from typing import NamedTuple
 
-from .sources import INSTALL
+from ..sources import INSTALL
 
 
 class Words(NamedTuple):

@@ -11,13 +11,12 @@ import hashlib
 import html
 from collections.abc import Sequence
 
-from .report import Report
-from .report_arms import FULL, Arm
-from .report_facts import DepthMap
-from .report_plots import Plot, Style, distance_plots, score_plots, styles
-from .report_style import CSS, JS
-from .report_tables import COSTS, MODES, Column, Figure, Section
-from .report_text import (
+from .arms import FULL, Arm
+from .facts import DepthMap
+from .plots import Plot, Style, distance_plots, score_plots, styles
+from .style import CSS, JS
+from .tables import COSTS, MODES, Column, Figure, Section
+from .text import (
     ADAPTER,
     DISTANCES_NOTE,
     METHODS_NOTE,
@@ -34,6 +33,7 @@ from .report_text import (
     signed,
     value_text,
 )
+from .write import Report
 
 _WIDE = 9  # columns; a table of more is printed across
 # On a square of 12 by 12, as plotly draws them.

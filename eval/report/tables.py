@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from .intervals import Interval, mean_of_means_interval, paired_interval
-from .records import Record
-from .report_arms import FULL, Arm, arms_of, column_key, column_names, grouped, with_metrics
+from ..intervals import Interval, mean_of_means_interval, paired_interval
+from ..records import Record
+from .arms import FULL, Arm, arms_of, column_key, column_names, grouped, with_metrics
 
 LATENCY = "latency"  # the task whose records hold the times, where there are any
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import records as stored
-from .records import CostDict, Record
-from .report_arms import Arm
-from .report_facts import DepthMap, Provenance, depth_maps, provenance
-from .report_tables import COSTS, LATENCY, MODES, Column, Figure, Section, length_text, sections
-from .report_text import (
+from .. import records as stored
+from ..records import CostDict, Record
+from .arms import Arm
+from .facts import DepthMap, Provenance, depth_maps, provenance
+from .tables import COSTS, LATENCY, MODES, Column, Figure, Section, length_text, sections
+from .text import (
     DISTANCES_NOTE,
     METHODS_NOTE,
     SCORES_NOTE,
@@ -75,7 +75,7 @@ def write_report(results: Path, output: Path) -> None:
         raise ValueError(f"output must end in .html, .md or .csv, got {output.name!r}; choose a format by its suffix")
     report = gather(load(results))
     if output.suffix == ".html":
-        from .report_page import page  # here: needs plotly
+        from .page import page  # here: needs plotly
 
         text = page(report)
     else:

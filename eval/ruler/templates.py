@@ -9,7 +9,7 @@ import ast
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .sources import lm_eval_file, python_constant
+from ..sources import lm_eval_file, python_constant
 
 
 class Wording(NamedTuple):

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import ruler_templates
-from .fill import room
-from .haystack import ruler_package
-from .prompts import sample_tokens
-from .sources import data_file, read_json
-from .task import Preparation, Sample, Turn
+from ..fill import room
+from ..haystack import ruler_package
+from ..prompts import sample_tokens
+from ..sources import data_file, read_json
+from ..task import Preparation, Sample, Turn
+from . import templates
 
 NEW_TOKENS = 32
 _BATCH = 64  # documents tokenised at once
@@ -67,7 +67,7 @@ def qa_samples(task: str, prepared: Preparation) -> list[Sample]:
 
 def _sample(task: str, prepared: Preparation, collection: Collection, index: int) -> Sample:
     question = collection.questions[index]
-    wording, document = ruler_templates.question_answering()
+    wording, document = templates.question_answering()
     name = f"{task}/{prepared.length}/{prepared.seed}/{index}"
     turn = Turn(
         question=wording.after.format(query=question.text),

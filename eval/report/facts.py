@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from .records import Record
-from .report_arms import Arm, arms_of, column_key, column_names, grouped, with_metrics
+from ..records import Record
+from .arms import Arm, arms_of, column_key, column_names, grouped, with_metrics
 
 _MOST_DEPTHS = 11  # more are put together in tenths
 

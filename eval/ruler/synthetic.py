@@ -8,9 +8,9 @@ import random
 import string
 from collections.abc import Sequence
 
-from . import ruler_templates
-from .fill import fill, room
-from .task import Preparation, Sample, Turn
+from ..fill import fill, room
+from ..task import Preparation, Sample, Turn
+from . import templates
 from .words import english
 
 VT_NEW_TOKENS = 30
@@ -33,8 +33,8 @@ def vt_samples(prepared: Preparation) -> list[Sample]:
         ValueError: the length is missing or too short.
     """
     room(prepared, VT_NEW_TOKENS)
-    wording = ruler_templates.variable_tracking()
-    noise = ruler_templates.noise() + "\n"
+    wording = templates.variable_tracking()
+    noise = templates.noise() + "\n"
     example_noise = [noise] * _example_lines(prepared, wording, noise)
 
     def sample(index: int) -> Sample:
@@ -58,7 +58,7 @@ def vt_samples(prepared: Preparation) -> list[Sample]:
     return [sample(index) for index in range(prepared.count)]
 
 
-def _vt_turn(wording: ruler_templates.Wording, names: list[str], value: str) -> Turn:
+def _vt_turn(wording: templates.Wording, names: list[str], value: str) -> Turn:
     return Turn(
         question=wording.after.format(query=value),
         answers=tuple(names),
@@ -87,7 +87,7 @@ def _hide_chain(chain: list[str], lines: list[str], rng: random.Random) -> tuple
     return " ".join(text), places
 
 
-def _vt_example(wording: ruler_templates.Wording, lines: list[str], rng: random.Random) -> str:
+def _vt_example(wording: templates.Wording, lines: list[str], rng: random.Random) -> str:
     """Return a worked example: a chain of variables of three letters, and the answer."""
     names, chain, value = _chain(3, rng)
     turn = _vt_turn(wording, names, value)
@@ -95,7 +95,7 @@ def _vt_example(wording: ruler_templates.Wording, lines: list[str], rng: random.
     return f"{wording.before}{text}{turn.question}{turn.answer_prefix} {' '.join(names)}"
 
 
-def _example_lines(prepared: Preparation, wording: ruler_templates.Wording, noise: str) -> int:
+def _example_lines(prepared: Preparation, wording: templates.Wording, noise: str) -> int:
     """Return the lines of noise in the worked example: the fives of them that RULER's 500 tokens take, ten at least."""
     fives = 2
     while True:
@@ -114,7 +114,7 @@ def cwe_samples(prepared: Preparation) -> list[Sample]:
     """
     short = room(prepared, CWE_NEW_TOKENS) + CWE_NEW_TOKENS < _SHORT
     example_words, example_repeats, repeats = (20, (3, 1), (6, 1)) if short else (40, (10, 3), (30, 3))
-    wording = ruler_templates.word_extraction("cwe")
+    wording = templates.word_extraction("cwe")
     words = english().all
 
     def sample(index: int) -> Sample:
@@ -174,7 +174,7 @@ def fwe_samples(prepared: Preparation) -> list[Sample]:
         ValueError: the length is missing or too short.
     """
     length = room(prepared, FWE_NEW_TOKENS) + FWE_NEW_TOKENS
-    wording = ruler_templates.word_extraction("fwe")
+    wording = templates.word_extraction("fwe")
     ranks = range(1, max(length // 50, 5) + 1)
     shares = [rank**-2.0 / _ZETA_2 for rank in ranks]
 
