@@ -9,7 +9,6 @@ r channels, k tokens.
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 from torch.nn import functional as F
 
 from .index import TILE_PAGES, gather_tokens, movable, page_count, restored
@@ -56,7 +55,7 @@ def score(
     chosen = size.sum(1).sort(dim=-1, descending=True, stable=True).indices[:, :channels]
     scored = grouped.gather(-1, chosen[:, None].expand(-1, grouped.shape[1], -1))
     negative = scored.sum(1) <= 0
-    missed = size.sum(-1, keepdim=True) / vector_norm(scored, 1, -1, keepdim=True).clamp(min=_TINY)
+    missed = size.sum(-1, keepdim=True) / scored.abs().sum(-1, keepdim=True).clamp(min=_TINY)
     scored = scored * (missed.sqrt() * scaling)
     bound_row = torch.add(chosen, negative, alpha=head_dim) if rows > head_dim else chosen
 
