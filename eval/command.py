@@ -50,7 +50,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: where there is one)"
     )
     parser.add_argument(
-        "--agnostic", action="store_const", const=True, help="compress the context before the question is seen"
+        "--agnostic", action=argparse.BooleanOptionalAction, help="compress the context before the question is seen"
     )
     parser.add_argument("--data-dir", help="a folder with the benchmarks' files, in place of the hub")
     parser.add_argument("--set", action="append", metavar="FIELD=VALUE", help="a field of RocketKVConfig; repeatable")
@@ -176,7 +176,7 @@ def _run(args: argparse.Namespace) -> int:
     counts = run_cells(bench, wanted)
     code = 0
     if presses and apart and not args.only_presses:
-        code = run_presses(args.kvpress_python, [*sys.argv[1:], "--only-presses"])
+        code = run_presses(args.kvpress_python, [*args.given, "--only-presses"])
     if number == 1 and not args.only_presses:
         from .report.write import load, summary
 

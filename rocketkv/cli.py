@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 module = importlib.import_module(module_name, __package__)
                 module.add_arguments(command)
                 run = module.run
-        parsed = parser.parse_args(arguments)
+        parsed = parser.parse_args(arguments, argparse.Namespace(given=arguments))
         return int(run(parsed)) if run is not None else 2
     except KeyboardInterrupt:
         return 130

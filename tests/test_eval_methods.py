@@ -1,4 +1,4 @@
-"""Methods by name: the library's own, presses of a made-up kvpress, functions of the user's own, and what is refused."""
+"""Methods by name: the library's own, presses of a made-up kvpress, functions of the user's own; what is refused."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_a_press_keeps_its_budget_and_tokens_their_positions(mode: str) -> None:
 
 def test_without_kvpress_it_is_said_how_to_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kvpress", None)
-    with pytest.raises(ImportError, match="kvpress:KnormPress needs the package kvpress.*--kvpress-python PATH"):
+    with pytest.raises(ImportError, match=r"kvpress:KnormPress needs the package kvpress.*--kvpress-python PATH"):
         find_method("kvpress:KnormPress", 30)
 
 

@@ -1,0 +1,44 @@
+"""Command lines in processes of their own, forked from one that has imported everything: a start takes milliseconds.
+
+Reads a line of JSON for each: `["start", ARGUMENTS]`, answered by the process's id, and `["wait", ID]`, answered by how
+it ended, as `os.waitpid` has it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+
+import torch
+from datasets import Dataset  # noqa: F401  # before a fork, as all that a sweep imports
+from lm_eval.api.task import ConfigurableTask  # noqa: F401
+
+from rocketkv.cli import main
+from rocketkv.eval import cells, command, lm, report, run  # noqa: F401
+
+
+def serve() -> None:
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        order, what = json.loads(line)
+        if order == "wait":
+            answer = os.waitpid(what, 0)[1]
+        else:
+            answer = os.fork()
+            if answer == 0:
+                code = 1
+                try:
+                    code = main(what)
+                except BaseException:  # noqa: BLE001  # also SystemExit: this process is to end here and nowhere else
+                    traceback.print_exc()
+                finally:
+                    sys.stdout.flush()
+                    os._exit(code)
+        sys.__stdout__.write(f"{answer}\n")  # type: ignore[union-attr]
+        sys.__stdout__.flush()  # type: ignore[union-attr]
+
+
+if __name__ == "__main__":
+    serve()
