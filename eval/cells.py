@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from .._version import __version__
 from ..env import processor
@@ -29,6 +30,7 @@ from .latency import Configuration, measure_apart, measure_latency
 from .lm import RocketKVLM
 from .memory import is_out_of_memory
 from .methods import find_method
+from .prompts import longest
 from .records import (
     SCHEMA,
     CellDict,
@@ -56,11 +58,13 @@ class Bench:
         lm: the model.
         results: the folder of the results.
         data_dir: a folder with the benchmarks' files, or None for the hub.
+        retry_out_of_memory: whether to run cells again for which memory did not suffice.
     """
 
     lm: RocketKVLM
     results: Path
     data_dir: Path | None
+    retry_out_of_memory: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +89,7 @@ def run_cell(bench: Bench, cell: CellDict) -> Record:
     runs = {KL: _divergence, LATENCY: _latency}
     run = _stock if cell["task"].startswith(LM_EVAL) else runs.get(cell["task"], _asked)
     try:
-        return _record(cell, run(bench, cell))
+        return _record(bench, cell, run(bench, cell))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -93,7 +97,21 @@ def run_cell(bench: Bench, cell: CellDict) -> Record:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     nothing = Outcome(metric="", samples=[], data={"sha256": "", "source": ""})
-    return _record(cell, nothing) | {"status": "out_of_memory", "message": message, "score": None}
+    return _record(bench, cell, nothing) | {"status": "out_of_memory", "message": message, "score": None}
+
+
+def prepare_cell(bench: Bench, cell: CellDict) -> None:
+    """Make a cell's samples, if it has any and they are not there yet.
+
+    Raises:
+        ValueError: they cannot be made for its length, or their data are not to be had.
+        OSError: likewise.
+    """
+    name = cell["task"]
+    if name == KL:
+        texts(_preparation(bench, cell), find_text(bench.data_dir))
+    elif name != LATENCY and not name.startswith(LM_EVAL):
+        prepare(bench.results, find_tasks([name])[0], _preparation(bench, cell))
 
 
 def journal_path(results: Path, cell: CellDict) -> Path:
@@ -158,7 +176,7 @@ def _preparation(bench: Bench, cell: CellDict) -> Preparation:
         seed=cell["seed"],
         data_dir=bench.data_dir,
         chat=cell["chat"],
-        max_length=bench.lm.max_length,
+        max_length=longest(bench.lm.model.config),
     )
 
 
@@ -223,7 +241,7 @@ def _stock(bench: Bench, cell: CellDict) -> Outcome:
     return Outcome(metric=samples[0]["notes"]["metric"], samples=samples, data=data)
 
 
-def _record(cell: CellDict, outcome: Outcome) -> Record:
+def _record(bench: Bench, cell: CellDict, outcome: Outcome) -> Record:
     scores = [sample["score"] for sample in outcome.samples]
     interval = mean_interval(scores, percent=outcome.higher_is_better) if scores else None
     return {
@@ -240,25 +258,25 @@ def _record(cell: CellDict, outcome: Outcome) -> Record:
         "samples": outcome.samples,
         "cost": mean_cost([sample["cost"] for sample in outcome.samples]) if outcome.cost is None else outcome.cost,
         "data": outcome.data,
-        "provenance": provenance(),
+        "provenance": provenance(bench.lm.model),
         "checksum": "",
     }
 
 
 def mean_cost(costs: Sequence[CostDict]) -> CostDict:
-    """Return the mean of each field over the generations that have it; of peaks, the largest."""
+    """Return each field over the generations that have it: the mean, of times the median, of peaks the largest."""
     names = {name for cost in costs for name in cost}
     found: dict[str, float | None] = {}
     for name in sorted(names):
         values: list[Any] = [cost.get(name) for cost in costs]
         known = [value for value in values if value is not None]
-        combine = max if name.startswith("peak_") else fmean
+        combine = max if name.startswith("peak_") else median if "seconds" in name else fmean
         found[name] = combine(known) if known else None
     return found  # type: ignore[return-value]  # the same names
 
 
-def provenance() -> ProvenanceDict:
-    """Return who makes records in this process."""
+def provenance(model: PreTrainedModel) -> ProvenanceDict:
+    """Return who makes records in this process, and on what."""
     name, cores = processor()
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -271,6 +289,9 @@ def provenance() -> ProvenanceDict:
             "cores": cores,
             "threads": torch.get_num_threads(),
             "devices": devices,
+            "device": str(model.device),
+            "attention": model.config._attn_implementation,
+            "model_revision": getattr(model.config, "_commit_hash", None),
         },
     }
 

@@ -57,6 +57,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("this run")
     run.add_argument("-o", "--output", type=Path, default=Path("results"), help="folder of the results (results)")
     run.add_argument("--shard", metavar="I/N", help="run the I-th of N parts of the cells")
+    run.add_argument("--retry-oom", action="store_true", help="run cells again that ran out of memory")
     run.add_argument("--dry-run", action="store_true", help="print the cells and what they may take")
     run.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)")
     run.add_argument("--threads", type=int, help="of PyTorch on the CPU")
@@ -163,7 +164,7 @@ def _run(args: argparse.Namespace) -> int:
 
         sys.stdout.write(dry_run(plan, args.output, device, (number, count)))
         return 0
-    bench = make_bench(plan, args.output, device)
+    bench = make_bench(plan, args.output, device, retry_out_of_memory=args.retry_oom)
     wanted = shard(cells(plan, chat=bench.lm.tokenizer.chat_template is not None), number, count)
     presses = [cell for cell in wanted if is_press(cell)]
     apart = args.kvpress_python is not None
@@ -180,12 +181,13 @@ def _run(args: argparse.Namespace) -> int:
     if number == 1 and not args.only_presses:
         from .report.write import load, summary
 
-        sys.stdout.write(f"{summary(load(args.output))}\n")
+        if counts.done or counts.done_before:
+            sys.stdout.write(f"{summary(load(args.output))}\n")
     sys.stderr.write(f"{counts}; records in {args.output}\n")
     return code
 
 
-def make_bench(plan: Plan, results: Path, device: torch.device) -> Any:
+def make_bench(plan: Plan, results: Path, device: torch.device, *, retry_out_of_memory: bool = False) -> Any:
     """Load a plan's model and make what its cells run on."""
     from .cells import Bench
     from .engine import quiet
@@ -195,4 +197,4 @@ def make_bench(plan: Plan, results: Path, device: torch.device) -> Any:
     model, tokenizer = load_model(plan.model, getattr(torch, plan.dtype))
     with quiet():
         lm = RocketKVLM(model.to(device), method=Full(), tokenizer=tokenizer)  # type: ignore[arg-type]  # torch types `to`
-    return Bench(lm, results, plan.data_dir)
+    return Bench(lm, results, plan.data_dir, retry_out_of_memory)

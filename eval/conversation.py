@@ -24,11 +24,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from ..cache import begin_prompt, cache_stats
-from ..models import CACHE_ARGUMENT, find_decoder
+from ..models import CACHE_ARGUMENT
 from .latency import percentile, synchronize, time_stage_1
 from .memory import cache_cost, peak_bytes, reset_peak
 from .methods import Method
-from .prompts import encode, follow_up, render
+from .prompts import continued, encode, follow_up, longest, render
 from .records import CostDict, digest
 from .task import Sample, Turn
 
@@ -65,7 +65,7 @@ class Conversation:
     def __init__(self, model: PreTrainedModel, method: Method, first: int) -> None:
         self._model = model
         self.cache: Cache = method.new_cache(model, first)
-        self._stage_1 = time_stage_1(self.cache, model.device)
+        self._stage_1 = time_stage_1(self.cache)
         self.ids: list[int] = []
         self._seen = 0  # tokens that the model has read, its own included
         self.step_seconds: list[float] = []
@@ -79,8 +79,8 @@ class Conversation:
             ValueError: it does not fit the model.
         """
         self.ids += ids
-        most = getattr(find_decoder(self._model)[0].config, "max_position_embeddings", None)
-        if most is not None and len(self.ids) > most:
+        most = longest(self._model.config)
+        if len(self.ids) > most:
             raise ValueError(
                 f"a prompt must have at most the {most} tokens that the model takes, got {len(self.ids)}; ask for a "
                 "shorter length"
@@ -189,6 +189,7 @@ def ask(
         talk = asked = Conversation(model, method, head if agnostic else len(ids))
         if agnostic:
             _, first_seconds = talk.read(ids[:head])
+            peak_prefill = peak_bytes(model.device) if watched else None  # before a question has a copy of the cache
         for number, turn in enumerate(turns):
             aside = number + 1 < len(turns)  # what the model writes is not to stay
             if agnostic:
@@ -200,7 +201,8 @@ def ask(
                 asked = talk.fork() if aside else talk
             if not number:
                 first_seconds += seconds
-                peak_prefill = peak_bytes(model.device) if watched else None
+                if not agnostic:
+                    peak_prefill = peak_bytes(model.device) if watched else None
             given.append(list(asked.ids))
             limit = turn.max_new_tokens if max_new_tokens is None else min(max_new_tokens, turn.max_new_tokens)
             written = asked.write(logits, limit, ends)
@@ -226,6 +228,4 @@ def _further(tokenizer: PreTrainedTokenizerBase, before: Turn, turn: Turn, *, ch
     # An answer of several parts is given back whole.
     right = str(before.extra.get("given_back", before.answers[0] if before.answers else ""))
     between = follow_up(tokenizer, turn.question, turn.answer_prefix, chat=chat)
-    return list(
-        tokenizer(f" {right}" if before.answer_prefix else right, add_special_tokens=False)["input_ids"]
-    ) + list(tokenizer(between, add_special_tokens=False)["input_ids"])
+    return continued(tokenizer, f" {right}" if before.answer_prefix else right) + continued(tokenizer, between)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ from ..progress import Progress
 from .memory import cache_cost
 from .methods import Full, Method
 from .needle import prose
-from .records import SampleDict, digest, set_aside
+from .records import SampleDict, digest, set_aside, write_atomically
 from .task import Preparation
 
 METRIC = "kl"  # in nats a token; lower is better
@@ -71,17 +70,9 @@ class DivergenceDict(TypedDict):
 
 
 def find_text(folder: Path | None) -> Path | None:
-    """Return the text in a folder: `text.txt`, or the only `*.txt`; None where there is none.
-
-    Raises:
-        ValueError: there are several, and none is called `text.txt`.
-    """
-    found = [] if folder is None else sorted(folder.glob("*.txt"))
-    named = [path for path in found if path.name == "text.txt"]
-    if len(found) > 1 and not named:
-        names = ", ".join(path.name for path in found)
-        raise ValueError(f"data_dir must hold one text, or one called text.txt; got {names}. Rename one of them")
-    return next(iter(named or found), None)
+    """Return the file `text.txt` of a folder, or None where there is none."""
+    path = None if folder is None else folder / "text.txt"
+    return path if path is not None and path.exists() else None
 
 
 def texts(preparation: Preparation, path: Path | None) -> list[Window]:
@@ -234,22 +225,8 @@ def full_logprobs(
         set_aside(path)
     logprobs = decode_logprobs(model, Full(), prompt_ids, continuation_ids, progress)
     if path is not None:
-        _write_bytes(path, safetensors.torch.save({"logprobs": logprobs}))
+        write_atomically(path, safetensors.torch.save({"logprobs": logprobs}))
     return logprobs
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    """Write a file beside its place, bring it to the disk, and rename it into its place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def divergence(reference: Tensor, other: Tensor, targets: Sequence[int]) -> DivergenceDict:

@@ -134,12 +134,18 @@ def ask_stock(lm: RocketKVLM, name: str, *, samples: int, chat: bool, max_new_to
         )
     if list(results["samples"]) != [name]:
         raise ValueError(f"{name!r} must be a single task of lm-eval, got {', '.join(results['samples'])}")
+    logged_rows = results["samples"][name]
+    kept = logged_rows[0].get("filter", "none")  # lm-eval logs a row a filter; the task's first one counts
     found: list[SampleDict] = []
-    for logged in results["samples"][name]:
+    for logged in (row for row in logged_rows if row.get("filter", "none") == kept):
         metric = next((key for key in logged["metrics"] if isinstance(logged[key], (int, float))), None)
         response = logged["resps"][0][0]
         if metric is None or not isinstance(response, str):
             raise ValueError(f"{name!r} must generate text and score it with a number; it has {logged['metrics']}")
+        if not results["higher_is_better"][name].get(metric, True) or not 0 <= float(logged[metric]) <= 1:
+            raise ValueError(
+                f"{name!r} must have a score from 0 to 1 of which more is better, got {metric} {logged[metric]}"
+            )
         score = 100.0 * float(logged[metric])
         prompt = str(logged["arguments"][0][0])
         cost = lm.costs.get(prompt, {})
@@ -150,7 +156,7 @@ def ask_stock(lm: RocketKVLM, name: str, *, samples: int, chat: bool, max_new_to
                 "score": score,
                 "turns": [{"prediction": response, "answers": [str(logged["target"])], "score": score}],
                 "cost": {key: value for key, value in cost.items() if key != "trace"},  # type: ignore[typeddict-item]
-                "notes": {"metric": metric},
+                "notes": {"metric": metric, "filter": kept, "task_version": results["versions"].get(name)},
                 "trace": cost.get("trace", []),
             }
         )

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .records import set_aside
+
 
 class Journal:
     """Lines of JSON by key, appended as they come; what a kill has cut short is dropped when it is read.
@@ -25,8 +27,14 @@ class Journal:
         if len(whole) < len(content):  # the next line must not be joined to half a one
             with path.open("r+b") as file:
                 file.truncate(len(whole))
-        for line in whole.splitlines():
-            key, value = json.loads(line)
+        for line in whole.split(b"\n")[:-1]:
+            try:
+                key, value = json.loads(line)
+            except (ValueError, TypeError):  # not what was written: what a disk made of it when the power failed
+                set_aside(path)
+                for good in self._found.items():
+                    self._write(*good)
+                return
             self._found[key] = value
 
     def __len__(self) -> int:
@@ -38,12 +46,15 @@ class Journal:
 
     def put(self, key: str, value: Any) -> None:
         """Write a line, and bring it to the disk."""
+        self._write(key, value)
+        self._found[key] = value
+
+    def _write(self, key: str, value: Any) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab") as file:
             file.write(json.dumps([key, value], ensure_ascii=False, allow_nan=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        self._found[key] = value
 
     def remove(self) -> None:
         """Remove the file, its cell being finished."""

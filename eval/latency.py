@@ -9,7 +9,6 @@ those of the whole process, so each configuration is measured in a process of it
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
 import math
@@ -26,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..cache import cache_stats, rocketkv_layers
+from ..layer import RocketKVLayer
 from ..models import CACHE_ARGUMENT
 from ..progress import Progress
 from .divergence import decode_logprobs
@@ -36,7 +36,6 @@ from .models import load_model
 from .records import CostDict
 
 CHECK_TOKENS, CHECK_STEPS = 512, 3
-_STAGE_1 = "close_prompt"  # the method of RocketKVLayer that runs stage 1
 _SIGKILL = -9  # as `subprocess` reports it
 # With this process's own path: `-m` would put the working directory before it, where a folder `kernels` would be a
 # module of a name that transformers looks for.
@@ -244,7 +243,7 @@ def _run(model: PreTrainedModel, method: Method, prompt: Tensor, new_tokens: int
 
     base = begin_peak() if memory else None
     cache = method.new_cache(model, prompt.shape[1])
-    stage_1 = time_stage_1(cache, device)
+    stage_1 = time_stage_1(cache)
     token, first_token_seconds = step(prompt, 0)
     peak_prefill = None if base is None else peak_bytes(device)
     prefill_kv_bytes = cache_stats(cache).total_bytes
@@ -272,24 +271,41 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def time_stage_1(cache: Any, device: torch.device) -> Callable[[], float] | None:
-    """Time stage 1 of each layer of a cache from now on.
+class _TimedLayer(RocketKVLayer):
+    """A layer that notes how long its stage 1 takes.
+
+    A class, not a function put on the layer: that would hold the layer, which holds it, and a cache that is a part of
+    such a ring stays in memory until the garbage collector comes by.
+    """
+
+    spans: list[Callable[[], float]]  # each gives seconds; shared by the layers of a cache
+
+    def close_prompt(self, exact: dict[str, Any]) -> None:
+        """Run stage 1, and note its span."""
+        end = _begin_on_cuda() if self.store.keys is not None and self.store.keys.is_cuda else _begin()
+        super().close_prompt(exact)
+        self.spans.append(end())
+
+
+def time_stage_1(cache: Any) -> Callable[[], float] | None:
+    """Time stage 1 of each layer of a cache, and of those of its copies, from now on.
 
     Returns:
         What gives the seconds of all layers so far, or None where no layer is ours.
     """
     layers = rocketkv_layers(cache)
-    spans: list[Callable[[], float]] = []
-    begin = _begin_on_cuda if device.type == "cuda" else _begin
-
-    def timed(stage_1: Callable[..., None], *args: Any) -> None:
-        end = begin()
-        stage_1(*args)
-        spans.append(end())
-
+    spans: list[Callable[[], float]] = _Shared()
     for layer in layers:
-        setattr(layer, _STAGE_1, functools.partial(timed, getattr(layer, _STAGE_1)))
+        layer.__class__ = _TimedLayer
+        layer.spans = spans  # type: ignore[attr-defined]  # of the class that it has now
     return (lambda: sum(span() for span in spans)) if layers else None
+
+
+class _Shared(list[Callable[[], float]]):
+    """A list that copies of what holds it go on to share."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
 
 
 def _begin() -> Callable[[], Callable[[], float]]:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from datetime import date
+from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .task import Preparation, Sample
 
+UNBOUNDED = 2**31 - 1  # of a model whose configuration has no number of positions
+# Some templates print the date: the same one in every record, or two days' would not compare.
+DAY = date(2026, 1, 1)
+# In place of the clock that templates are given, and that no argument can replace.
+_CLOCK = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(
+        f"|replace('{code}', '{DAY.strftime(code)}')"
+        for code in ("%Y", "%y", "%B", "%b", "%m", "%d", "%A", "%a", "%H", "%M", "%S")
+    )
+    + " }}{%- endmacro -%}"
+)
 # Put where the context ends, or an answer, to find it again in what a chat template makes of the text. From the private
 # use area of Unicode: no text has them, and no template strips them.
 _MARK = "\ue0f1\ue0f2"
+_SPACE = "\u2581"  # how SentencePiece writes a space
 
 
 class Prompt(NamedTuple):
@@ -65,7 +79,10 @@ def follow_up(tokenizer: PreTrainedTokenizerBase, question: str, answer_prefix: 
 def _chat(tokenizer: PreTrainedTokenizerBase, talk: list[dict[str, str]]) -> str:
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template; evaluate without one (--no-chat)")
-    return str(tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True))
+    settings: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "date_string": f"{DAY:%d %b %Y}"}
+    if "strftime_now" in str(tokenizer.chat_template):
+        settings["chat_template"] = _CLOCK + tokenizer.get_chat_template()
+    return str(tokenizer.apply_chat_template(talk, **settings))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, apart: bool = False) -> tuple[list[int], int]:
@@ -79,8 +96,31 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, apart: bool = 
     """
     head = list(tokenizer(prompt.head, add_special_tokens=prompt.special)["input_ids"])
     if apart:
-        return head + list(tokenizer(prompt.tail, add_special_tokens=False)["input_ids"]), len(head)
+        return head + continued(tokenizer, prompt.tail), len(head)
     return list(tokenizer(prompt.text, add_special_tokens=prompt.special)["input_ids"]), len(head)
+
+
+def continued(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of a text that goes on after another: without the space that some put before every text."""
+
+    def ids(piece: str) -> list[int]:
+        return list(tokenizer(piece, add_special_tokens=False)["input_ids"])
+
+    if not str(tokenizer.convert_ids_to_tokens(ids("a")[:1])[0]).startswith(_SPACE):
+        return ids(text)
+    # After a character that no vocabulary has, and so no token has with others.
+    return ids(_MARK[0] + text)[len(ids(_MARK[0])) :]
+
+
+def longest(config: PretrainedConfig) -> int:
+    """Return how many tokens a model takes at most, as its configuration has it, rotary scaling counted."""
+    config = config.get_text_config()
+    stated = int(getattr(config, "max_position_embeddings", None) or UNBOUNDED)
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind, factor = scaling.get("rope_type", scaling.get("type")), scaling.get("factor")
+    if kind not in ("linear", "dynamic", "yarn") or factor is None:
+        return stated
+    return max(stated, int(factor * scaling.get("original_max_position_embeddings", stated)))
 
 
 def sample_tokens(prepared: Preparation, sample: Sample) -> int:

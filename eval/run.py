@@ -14,7 +14,7 @@ from pathlib import Path
 import filelock
 
 from ..progress import Progress
-from .cells import Bench, journal_path, run_cell
+from .cells import Bench, journal_path, prepare_cell, run_cell
 from .journal import Journal
 from .methods import KVPRESS
 from .records import CELLS, CellDict, Record, finished, label, read_record, record_path, write_record
@@ -68,6 +68,12 @@ def run_cells(bench: Bench, cells: Sequence[CellDict]) -> Counts:
         ValueError: a cell cannot run (see `run_cell`); those before it have their records.
     """
     counts = Counts()
+    prepared = set()
+    for cell in cells:  # what is missing is said before hours of work, not after
+        samples = (cell["task"], cell["length"], cell["chat"])
+        if samples not in prepared and not record_path(bench.results, cell).exists():
+            prepare_cell(bench, cell)
+            prepared.add(samples)
     with Progress("beginning", total=len(cells)) as progress:
         for cell in cells:
             path = record_path(bench.results, cell)
@@ -82,7 +88,8 @@ def _run_one(bench: Bench, cell: CellDict, path: Path, counts: Counts, mine: boo
     if not mine:
         counts.elsewhere += 1
         return
-    if finished(path) is not None:
+    found = finished(path)
+    if found is not None and not (bench.retry_out_of_memory and found["status"] == "out_of_memory"):
         counts.done_before += 1
         return
     start = time.monotonic()
@@ -145,10 +152,10 @@ def _take(path: Path, target: Path) -> bool:
     record = read_record(path)
     place = record_path(target, record["cell"])
     there = finished(place)
-    if there is None:
+    if there is None or (there["status"] != "complete" and record["status"] == "complete"):
         write_record(place, record)
         return True
-    if substance(there) != substance(record):
+    if record["status"] == "complete" and substance(there) != substance(record):
         raise ValueError(f"two records of the cell {place.stem} differ in what was asked or scored; remove one of them")
     return False
 

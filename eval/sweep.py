@@ -53,7 +53,7 @@ class Plan:
     tasks: tuple[str, ...] = ("niah_single_1", "niah_single_2", "niah_multikey_1")
     methods: tuple[str, ...] = ("full", "rocketkv")
     budgets: tuple[int, ...] = (512,)
-    lengths: tuple[int, ...] = (4096,)
+    lengths: tuple[int, ...] = ()
     samples: int = 50
     max_new_tokens: int | None = None
     seed: int = 0
@@ -109,10 +109,12 @@ def plan_from(given: Mapping[str, Any]) -> Plan:
         ValueError: a field is unknown or has an impossible value.
     """
     known = {known_field.name for known_field in fields(Plan)}
-    unknown = sorted(set(given) - known)
+    values = dict(given)
+    if "set" in values:  # the flag's name
+        values["settings"] = values.pop("set")
+    unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"unknown fields {', '.join(unknown)}; a sweep has {', '.join(sorted(known))}")
-    values = dict(given)
     for name in ("tasks", "methods", "budgets", "lengths"):
         if name in values:
             value = values[name]
@@ -149,7 +151,7 @@ def cells(plan: Plan, *, chat: bool) -> list[CellDict]:
                     "token_budget": budget,
                     "length": length,
                     "mode": mode,
-                    "chat": False if name in MEASURED else chat if rule is None else rule,
+                    "chat": name not in MEASURED and chat and rule is not False,
                     "samples": plan.samples,
                     "max_new_tokens": None if name in MEASURED else plan.max_new_tokens,
                     "seed": plan.seed,

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from eval_case import END, know_tasks, made_task, model, sample, tokenizer, words
 from tiny import NEVER
+from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.cache_utils import Cache
 
 from rocketkv import patch
 from rocketkv.cache import begin_prompt, cache_stats
 from rocketkv.eval.conversation import Conversation, ask, end_tokens
 from rocketkv.eval.methods import Compressed, Full, Method, find_method
-from rocketkv.eval.prompts import encode, follow_up, render, sample_tokens, truncate_middle
+from rocketkv.eval.prompts import encode, follow_up, longest, render, sample_tokens, truncate_middle
 from rocketkv.eval.records import digest
 from rocketkv.eval.task import Preparation, Sample, Turn, catalogue, find_tasks
+from rocketkv.layer import RocketKVLayer
 from rocketkv.models import CACHE_ARGUMENT
 
 BUDGET = 40
@@ -362,6 +367,39 @@ def test_a_prompt_is_parted_where_the_context_ends() -> None:
     assert chat.text == WORDS.apply_chat_template(whole, tokenize=False, add_generation_prompt=True) + " an answer"
 
 
+def test_a_tokenizer_that_puts_a_space_before_a_text_puts_none_between_head_and_tail() -> None:
+    made = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    made.decoder = decoders.Metaspace(prepend_scheme="always")
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<unk>"], initial_alphabet=[chr(i) for i in range(32, 127)] + ["\u2581"]
+    )
+    made.train_from_iterator(["a doc is what you read"], trainer)
+    spaced = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    ids, head = encode(spaced, render(spaced, "a doc", "what? yes"), apart=True)
+    assert spaced.decode(ids) == "a docwhat? yes"
+    assert head == len(spaced("a doc")["input_ids"])
+
+
+def test_every_day_has_the_same_prompt() -> None:
+    dated = tokenizer()
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }} {{ date_string }} {{ messages[0].content }}"
+    assert render(dated, "the", " grass", chat=True).text == "01 Jan 2026 01 Jan 2026 the grass"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, 2048),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}, 512),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}}, 256),
+        ({}, 256),
+    ],
+)
+def test_the_longest_prompt_counts_rotary_scaling(fields: dict[str, Any], expected: int) -> None:
+    assert longest(LlamaConfig(max_position_embeddings=256, **fields)) == expected
+
+
 def test_encoded_apart_the_heads_tokens_do_not_depend_on_the_question() -> None:
     for question in ("green", " is", "", "\n"):
         prompt = render(WORDS, "the gre", question)
@@ -380,6 +418,7 @@ def test_special_tokens_are_added_once_and_not_to_a_chat_template() -> None:
     class Starting:
         chat_template = WORDS.chat_template
         apply_chat_template = WORDS.apply_chat_template
+        convert_ids_to_tokens = WORDS.convert_ids_to_tokens
 
         def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
             return {"input_ids": [7] * add_special_tokens + ids_of(text)}
@@ -448,3 +487,20 @@ def test_a_sample_may_have_turns_of_its_own_length(tiny: PreTrainedModel) -> Non
     turns = tuple(Turn(question=f"\n{n}?", answers=("a",), max_new_tokens=n) for n in (1, 4))
     made = Sample(id="a", context=words(1, 50), turns=turns)
     assert ask(tiny, UNENDING, Full(), made).cost["new_tokens"] == 5
+
+
+@pytest.mark.parametrize("mode", ["aware", "agnostic"])
+def test_caches_do_not_wait_for_the_garbage_collector(tiny: PreTrainedModel, mode: str) -> None:
+    made = sample()
+    live = []
+    method = Watched(method_of("rocketkv"))
+    gc.collect()
+    gc.disable()
+    try:
+        ask(tiny, UNENDING, method, made, mode=mode)
+        live = [weakref.ref(cache.layers[0]) for cache in method.caches]
+        method.caches.clear()
+        assert [reference() for reference in live] == [None] * len(live)
+        assert not [found for found in gc.get_objects() if issubclass(type(found), RocketKVLayer)]
+    finally:
+        gc.enable()

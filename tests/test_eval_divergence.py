@@ -374,10 +374,7 @@ def test_windows_need_a_length(length: int | None) -> None:
 def test_the_text_of_a_folder(tmp_path: Path) -> None:
     assert find_text(None) is None
     assert find_text(tmp_path) is None
-    (tmp_path / "one.txt").touch()
-    assert find_text(tmp_path) == tmp_path / "one.txt"
-    (tmp_path / "two.txt").touch()
-    with pytest.raises(ValueError, match=r"got one\.txt, two\.txt"):
-        find_text(tmp_path)
+    (tmp_path / "0shot.txt").touch()  # another benchmark's
+    assert find_text(tmp_path) is None
     (tmp_path / "text.txt").touch()
     assert find_text(tmp_path) == tmp_path / "text.txt"

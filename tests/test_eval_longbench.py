@@ -72,7 +72,9 @@ class Words:
         assert skip_special_tokens
         return "".join(self.known[number] for number in ids if number)
 
-    def apply_chat_template(self, talk: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str:
+    def apply_chat_template(
+        self, talk: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool, **_: Any
+    ) -> str:
         assert not tokenize
         assert add_generation_prompt
         return f"<s> user {talk[0]['content']} end assistant"

@@ -27,8 +27,8 @@ HALF = [0.0, 100.0] * 5
 
 def made_arms() -> list[Record]:
     """Return three tasks: `a` and `b` have scores, `kl` a distance; quest is out of memory on `b`, snapkv has none."""
-    cost: CostDict = {"kv_bytes": 1000.0, "full_kv_bytes": 1000.0, "step_seconds": 0.010, "nominal_step_bytes": 800.0}
-    less: CostDict = {"kv_bytes": 250.0, "full_kv_bytes": 1000.0, "step_seconds": 0.005, "nominal_step_bytes": 80.0}
+    cost: CostDict = {"kv_bytes": 1000.0, "full_kv_bytes": 1000.0, "step_seconds": 0.010, "step_bytes": 800.0}
+    less: CostDict = {"kv_bytes": 250.0, "full_kv_bytes": 1000.0, "step_seconds": 0.005, "step_bytes": 80.0}
     rocket: dict[str, Any] = {"method": "rocketkv", "token_budget": 512, "cost": less}
     snap: dict[str, Any] = {"method": "snapkv", "token_budget": 512, "cost": less}
     quest: dict[str, Any] = {"method": "quest", "token_budget": 512, "cost": less}

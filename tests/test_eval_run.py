@@ -381,7 +381,6 @@ def test_merge_refuses_two_different_records_of_a_cell(tmp_path: Path) -> None:
         "score": changed(made_record([100.0, 100.0])),
         "prompt": made_record([100.0, 0.0], prompts={"0000": "another"}),
         "answer": made_record([100.0, 0.0], prediction="another"),
-        "status": made_record([100.0, 0.0], status="out_of_memory"),
         "data": changed(record, data={"sha256": "0", "source": "another"}),
     }
     for name, other in different.items():
@@ -389,6 +388,17 @@ def test_merge_refuses_two_different_records_of_a_cell(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"two records of the cell niah.* differ.*remove one of them"):
             merge([one, folder_of(tmp_path / name, other)], target)
         assert list(records(target)) == list(records(one))  # what was there stays
+
+
+def test_merge_prefers_a_record_of_a_machine_with_enough_memory(tmp_path: Path) -> None:
+    whole, short = made_record([100.0, 0.0]), made_record([100.0, 0.0], status="out_of_memory")
+    for first, second in ((whole, short), (short, whole)):
+        folders = [
+            folder_of(tmp_path / first["status"] / name, record) for name, record in (("a", first), ("b", second))
+        ]
+        target = tmp_path / first["status"] / "merged"
+        merge(folders, target)
+        assert [record["status"] for record in records(target)] == ["complete"]
 
 
 def test_merge_takes_no_damaged_record(tmp_path: Path) -> None:

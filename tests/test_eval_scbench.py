@@ -34,7 +34,9 @@ class Pieces:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return "".join(self.pieces[each] for each in ids)
 
-    def apply_chat_template(self, talk: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str:
+    def apply_chat_template(
+        self, talk: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool, **_: Any
+    ) -> str:
         return "".join(f"<{part['role']}> {part['content']} </>" for part in talk) + "<assistant>"
 
 

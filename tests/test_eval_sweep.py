@@ -29,7 +29,7 @@ def _tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan(**fields: Any) -> Plan:
-    return Plan(**{"tasks": ("sized",), **fields})
+    return Plan(**{"tasks": ("sized",), "lengths": (4096,), **fields})
 
 
 def given(*arguments: str) -> Plan:
@@ -97,12 +97,12 @@ def test_settings_are_for_the_librarys_methods_alone() -> None:
     ("asked", "has", "expected"),
     [
         (None, True, {"sized": True, "plain": False, "talk": True}),
-        (None, False, {"sized": False, "plain": False, "talk": True}),
-        (False, True, {"sized": False, "plain": False, "talk": True}),
+        (None, False, {"sized": False, "plain": False, "talk": False}),
+        (False, True, {"sized": False, "plain": False, "talk": False}),
         (True, False, {"sized": True, "plain": False, "talk": True}),
     ],
 )
-def test_the_official_rule_on_chat_templates_stands_over_the_plans(
+def test_a_chat_template_is_used_where_it_is_wanted_and_the_official_rule_allows_it(
     asked: bool | None, has: bool, expected: dict[str, bool]
 ) -> None:
     found = cells(plan(tasks=("sized", "rules"), methods=("full",), chat=asked), chat=has)
@@ -214,7 +214,7 @@ def test_a_plan_refuses_what_is_impossible(fields: dict[str, Any], error: type[E
 
 def test_a_plan_in_a_file_may_have_single_values_for_lists() -> None:
     found = plan_from({"tasks": "sized", "budgets": 256, "methods": ["full", "quest"], "data_dir": "here"})
-    assert found == plan(budgets=(256,), methods=("full", "quest"), data_dir=Path("here"))
+    assert found == plan(budgets=(256,), methods=("full", "quest"), data_dir=Path("here"), lengths=())
     with pytest.raises(ValueError, match="unknown fields budget, task; a sweep has agnostic, budgets"):
         plan_from({"task": "sized", "budget": 5})
 
@@ -353,3 +353,7 @@ def test_a_dry_run_leaves_a_damaged_record_where_it_is(tmp_path: Path, capsys: p
 
 def test_running_nothing_is_nothing(tmp_path: Path) -> None:
     assert str(run_cells(None, [])) == "0 cells done, 0 were before"  # type: ignore[arg-type]  # no cell needs a bench
+
+
+def test_settings_go_by_the_flags_name_too() -> None:
+    assert plan_from({"tasks": "sized", "set": {"window_size": 64}}).settings == {"window_size": 64}

@@ -139,7 +139,13 @@ def provenance(records: Sequence[Record]) -> Provenance:
 
 
 def _data(record: Record) -> str:
-    return f"{record['data']['sha256'][:12]}, {record['data']['source']}"
+    made = {
+        f"{name} {sample['notes'][name]}"
+        for sample in record["samples"]
+        for name in ("template", "haystack", "text")
+        if name in sample["notes"]
+    }
+    return ", ".join([record["data"]["sha256"][:12], record["data"]["source"], *sorted(made)])
 
 
 def _data_key(record: Record) -> tuple[str, int | None, int, bool, int]:

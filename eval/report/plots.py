@@ -64,7 +64,7 @@ def score_plots(section: Section, looks: dict[str, Style]) -> list[Plot]:
     axes: tuple[tuple[str, str, Callable[[Point], float | None], Callable[[float], str], bool], ...] = (
         ("KV memory", "KV memory, share of a full cache", lambda p: p.memory_share, _percent, True),
         ("time per output token", "Time per output token, ms", lambda p: p.step_seconds, _milliseconds, False),
-        ("bytes read per step", "Read per decode step, in 16 bits", lambda p: p.step_bytes, _bytes, True),
+        ("bytes read per step", "Read per decode step, all counted", lambda p: p.step_bytes, _bytes, True),
     )
     plots = []
     for name, title, value, text, log in axes:
@@ -86,7 +86,7 @@ def distance_plots(section: Section, looks: dict[str, Style]) -> list[Plot]:
     for column in section.distances:
         marks = [mark for arm in section.arms if (mark := _distance_mark(column, arm)) is not None]
         if marks:
-            figure = _figure(marks, looks, "Read per decode step, in 16 bits", column.metric, _bytes)
+            figure = _figure(marks, looks, "Read per decode step, all counted", column.metric, _bytes)
             plots.append(_plot(f"{column.name} against bytes read per step", figure, section))
     return plots
 
@@ -95,7 +95,7 @@ def _distance_mark(column: Column, arm: Arm) -> _Mark | None:
     figure = column.figures[arm]
     if figure.score is None:
         return None
-    x = column.cells[arm]["cost"].get("nominal_step_bytes")
+    x = column.cells[arm]["cost"].get("step_bytes")
     if not x:
         return None
     text = _hover(arm, figure, f"bytes read per step: {_bytes(x)}", percent=False)

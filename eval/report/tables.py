@@ -118,7 +118,7 @@ class Point:
         figure: the score.
         memory_share: bytes of its cache, index counted, of those of a full cache.
         step_seconds: per output token.
-        step_bytes: read by a decode step, index and all else counted, in 16 bits.
+        step_bytes: read by a decode step, index, scales and an oracle's scores counted, in the model's dtype.
     """
 
     arm: Arm
@@ -183,7 +183,8 @@ COSTS: tuple[tuple[str, str, Literal["seconds", "bytes"]], ...] = (
     ("peak_prefill_bytes", "Peak memory, prefill", "bytes"),
     ("peak_decode_bytes", "Peak memory, decode", "bytes"),
     ("kv_bytes", "KV cache with index", "bytes"),
-    ("nominal_step_bytes", "Read per step, in 16 bits", "bytes"),
+    ("step_bytes", "Read per step", "bytes"),
+    ("nominal_step_bytes", "Read per step, as budgets count", "bytes"),
 )
 
 
@@ -385,14 +386,21 @@ def ratio(value: float | None, reference: float | None) -> float | None:
     return None if value is None or not reference else value / reference
 
 
+def _memory_share(column: Column, arm: Arm) -> float | None:
+    """Return an arm's cache by the full one of the same task: a press's own knows only what it has kept."""
+    cost, full = column.cells[arm]["cost"], reference(arm, column.cells)
+    whole = cost.get("full_kv_bytes") if full is None else column.cells[full]["cost"].get("kv_bytes")
+    return ratio(cost.get("kv_bytes"), whole)
+
+
 def _point(arm: Arm, figure: Figure, common: Sequence[Column], costs: Costs) -> Point:
     time = costs.rows[arm]["step_seconds"].value if arm in costs.rows else None
-    shares = [ratio(cost.get("kv_bytes"), cost.get("full_kv_bytes")) for cost in (c.cells[arm]["cost"] for c in common)]
+    shares = [_memory_share(column, arm) for column in common]
     known = [share for share in shares if share is not None]
     return Point(
         arm=arm,
         figure=figure,
         memory_share=fmean(known) if len(known) == len(shares) else None,
         step_seconds=time,
-        step_bytes=_cost(common, arm, "nominal_step_bytes"),
+        step_bytes=_cost(common, arm, "step_bytes"),
     )
