@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .cache import RocketKVCache
     from .config import RocketKVConfig
     from .hf import PatchHandle, patch, unpatch
+    from .saving import load_cache, load_inputs, save_cache
     from .stats import CacheStats
 
 __all__ = [
@@ -28,7 +29,10 @@ __all__ = [
     "RocketKVCache",
     "RocketKVConfig",
     "__version__",
+    "load_cache",
+    "load_inputs",
     "patch",
+    "save_cache",
     "unpatch",
 ]
 
@@ -39,7 +43,10 @@ _MODULES = {
     "PatchHandle": ".hf",
     "RocketKVCache": ".cache",
     "RocketKVConfig": ".config",
+    "load_cache": ".saving",
+    "load_inputs": ".saving",
     "patch": ".hf",
+    "save_cache": ".saving",
     "unpatch": ".hf",
 }
 

@@ -3,6 +3,8 @@
 Letters: B batch, H query heads, Hkv KV heads, D head dim, n tokens of a forward, W observation window.
 """
 
+import weakref
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +13,23 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from .config import RocketKVConfig
 from .layer import RocketKVLayer
+from .snapshot import give_back, kept_state
 from .stats import CacheStats, LayerStats, live_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """The state of a cache at one time: what `RocketKVCache.snapshot` returns, and `rollback` goes back to.
+
+    Attributes:
+        cache: the cache that it is of.
+        life: of the cache, from one `reset` to the next.
+        layers: the cache's layers, and the state of each.
+    """
+
+    cache: "weakref.ref[RocketKVCache]"
+    life: object
+    layers: tuple[tuple[Any, Any], ...]
 
 
 class RocketKVCache(DynamicCache):
@@ -42,6 +60,7 @@ class RocketKVCache(DynamicCache):
         super().__init__(config=model_config)
         if config is not None and fields:
             raise TypeError(f"give either config or fields, got both (fields: {', '.join(fields)})")
+        self._life = object()
         compress_layers(self, config or RocketKVConfig(**fields))
         if prompt_length is not None:
             begin_prompt(self, prompt_length)
@@ -49,6 +68,53 @@ class RocketKVCache(DynamicCache):
     def stats(self) -> CacheStats:
         """Count tokens and bytes of every layer."""
         return cache_stats(self)
+
+    def snapshot(self) -> Snapshot:
+        """Return the present state, to which `rollback` goes back: between two forwards, at any time.
+
+        For many questions on one context, or drafts that may be dropped. It copies no keys and values of compressed or
+        sliding-window layers; what would be written over later is copied then, while the snapshot lives.
+        """
+        states = tuple((layer, _state(layer)) for layer in self.layers)
+        return Snapshot(weakref.ref(self), self._life, states)
+
+    def rollback(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot, as often as you like and in any order: exactly, and without a forward.
+
+        What stage 1 has evicted since is there again. Buffers of a static cache are those of the snapshot's time, at
+        the same addresses.
+
+        Raises:
+            ValueError: the snapshot is of another cache, or was taken before this one was reset.
+        """
+        if snapshot.cache() is not self:
+            raise ValueError(
+                "this snapshot is of another cache (a copy of a cache is another one): give rollback() one that this "
+                "cache's own snapshot() returned"
+            )
+        if snapshot.life is not self._life:
+            raise ValueError("this snapshot was taken before the cache was reset: take one after it")
+        self.layers[:] = [layer for layer, _ in snapshot.layers]
+        for layer, state in snapshot.layers:
+            if isinstance(layer, RocketKVLayer):
+                layer.restore(state)
+            else:
+                give_back(layer, state, written=_writes(layer))
+
+    def reset(self) -> None:
+        """Forget everything; snapshots too."""
+        super().reset()  # type: ignore[no-untyped-call]  # transformers does not say that it returns nothing
+        self._life = object()
+
+
+def _state(layer: Any) -> Any:
+    """Return the state of a cache's layer, for its snapshot."""
+    return layer.snapshot() if isinstance(layer, RocketKVLayer) else kept_state(layer, written=_writes(layer))
+
+
+def _writes(layer: Any) -> bool:
+    """Whether a layer of transformers writes into its tensors; those that keep keys and values alone replace them."""
+    return type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def compress_layers(cache: DynamicCache, config: RocketKVConfig, model_config: PretrainedConfig | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `rocketkv demo | plan | env | bench | eval | lm-eval`.
+"""The command line: `rocketkv demo | compress | ask | plan | env | bench | eval | lm-eval`.
 
 A command is a module with `add_arguments(parser)` and `run(args)`, which returns the exit code. Only the module that is
 asked for is imported.
@@ -14,6 +14,8 @@ from ._version import __version__
 # Name: module, one line of help.
 COMMANDS = {
     "demo": (".eval.demo", "a real model finds a number in a long text, with and without compression"),
+    "compress": (".eval.compress", "read a long text once, and keep its compressed cache in a file"),
+    "ask": (".eval.ask", "a question about a text that `compress` has read"),
     "plan": (".plan", "what a budget means for a model: split, memory, ceilings on speed"),
     "env": (".env", "versions, devices and backends, for bug reports"),
     "bench": (".eval.bench", "decode speed against dense attention"),

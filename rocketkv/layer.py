@@ -18,12 +18,17 @@ from .dense import dense_attention
 from .index import torch_dtype
 from .masks import LazyMask, VisibleBlock, causal_block
 from .ops import StaticStep, static_step
+from .snapshot import StoreSnapshot
 from .stats import LayerStats, live_bytes, store_stats
 from .store import KVStore
 
 # The model's own fast attention for causal queries at the end of the keys, (query, key, value, padding) to
 # [B, n, H, Dv]; None where it cannot do the shape.
 FastAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None]
+
+
+# What a layer's snapshot holds beside its store's.
+_SNAPPED = ("prompt_end", "prompt_tokens", "speculative", "step", "backend")
 
 
 class _HandOver(threading.local):
@@ -383,6 +388,26 @@ class RocketKVLayer(CacheLayerMixin):
         self.store.crop(self.store.seen + max_length if max_length <= 0 else max_length)
         if not self.store.closed:
             self.step = None
+
+    def snapshot(self) -> tuple[StoreSnapshot, dict[str, Any]]:
+        """Return the present state, to which `restore` goes back."""
+        self._settle()
+        return self.store.snapshot(), {name: getattr(self, name) for name in _SNAPPED}
+
+    def restore(self, snapshot: tuple[StoreSnapshot, dict[str, Any]]) -> None:
+        """Go back to a snapshot.
+
+        Raises:
+            ValueError: it is of another layer, or was taken before this one was reset.
+        """
+        taken, fields = snapshot
+        step = self.step
+        self.store.restore(taken)
+        self.pending, self.armed = None, False
+        for name, value in fields.items():
+            setattr(self, name, value)
+        if step is not None and self.store.closed and step.keys is self.store.keys:
+            self.step = step  # what was compiled or captured since holds on to it
 
     def reset(self) -> None:
         """Forget everything."""

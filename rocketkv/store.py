@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from .budget import BudgetSplit
-from .counts import TokenCounts
 from .eviction import prompt_positions, recent_positions
 from .index import close_page, close_pages, gather_tokens, grow_index, movable, restored
 from .layout import LayOut, lay_out
+from .snapshot import Restorable
 
 # A rolling store keeps half of its room when it rolls, for drafts that are taken back.
 ROLLING_ROOM = 64
-TENSORS = ("keys", "values", "index", "positions", "lengths", "window")
 
 
 def decode_room(split: BudgetSplit, decode_reserve: int) -> int:
@@ -33,7 +32,7 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.itemsize else tensor.clone()
 
 
-class KVStore(TokenCounts):
+class KVStore(Restorable):
     """Keys, values, index, positions, lengths and window queries of one layer.
 
     Attributes:
@@ -52,20 +51,11 @@ class KVStore(TokenCounts):
         aligned: whether slot and position in the sequence are the same for every token.
     """
 
-    keys: Tensor | None
-    values: Tensor | None
-    index: Tensor | None
-    positions: Tensor | None
-    lengths: Tensor | None
     window: Tensor | None
-    split: BudgetSplit | None
-    closed: bool
-    aligned: bool
     _holes: bool  # whether slots of a prompt may hold no token
     _prompt_start: int  # slot of the prompt's first token
     _complete: bool  # whether every token seen is still stored
     _restorable: int  # a crop to fewer tokens than these would need what was evicted
-    _prompt_end: int  # tokens seen when the prompt was closed: those after it are in every row
 
     def __init__(self) -> None:
         self.clear()
@@ -75,17 +65,16 @@ class KVStore(TokenCounts):
         self.keys = self.values = self.index = self.positions = self.lengths = self.window = None
         self.split = None
         self._clear_counts()
+        self._forget_snapshots()
         self.closed = self._holes = False
         self.aligned = self._complete = True
         self._prompt_start = self._prompt_end = self._restorable = 0
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return every tensor that lives in this store, by name: the one walk for counting, copying and moving."""
-        return {name: tensor for name in TENSORS if (tensor := getattr(self, name)) is not None}
-
     @torch.inference_mode(False)
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by a function of it, for instance to reorder rows (their first dimension)."""
+        if self.decode_capacity is not None and self.closed:
+            self._protect(0, 0)
         for name, tensor in self.tensors().items():
             changed = restored(function(movable(tensor)), tensor.dtype)
             if self.decode_capacity is not None and self.closed and changed.shape == tensor.shape:
@@ -333,6 +322,7 @@ class KVStore(TokenCounts):
         """
         if self.keys is None or self.values is None or self.lengths is None or self.split is None:
             raise ValueError("there is nothing to roll")
+        self._protect(0, 0)
         count = kept + slack
         slot = torch.arange(self.stored, device=self.keys.device)
         slots = recent_positions(slot < self.lengths[..., None], count, self.split.sinks or 0)
@@ -369,6 +359,7 @@ class KVStore(TokenCounts):
                 f"cannot crop to {length} tokens: stage 1 evicted tokens of the first {self._restorable}, and what it "
                 f"evicted is gone. Crop to {self._restorable} or more, or start from a new cache."
             )
+        self._protect_from_crop(length)
         self.seen = length
         if self.closed and self.positions is not None and self.lengths is not None:
             self.positions.masked_fill_(self.positions >= length, -1)

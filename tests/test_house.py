@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 TREE = (ROOT / "README.md").read_text(encoding="utf-8").split("## The tree")[1].split("\nkernels/")[0]
 ORDER = re.findall(r"^  (\w+)\.py ", TREE, flags=re.MULTILINE)  # as the README lists them: each imports earlier ones
-FACES_TRANSFORMERS = {"layer", "cache", "models", "interface", "compiled", "generation", "hf", "plan"}
+FACES_TRANSFORMERS = {"layer", "cache", "models", "interface", "compiled", "generation", "hf", "plan", "saving"}
 
 
 def imports(path: Path) -> tuple[set[str], set[str]]:

@@ -13,6 +13,7 @@ import rocketkv
 pytestmark = pytest.mark.integration
 
 NAMES = {"BudgetSplit", "CacheStats", "METHODS", "PatchHandle", "RocketKVCache", "RocketKVConfig", "patch", "unpatch"}
+NAMES |= {"load_cache", "load_inputs", "save_cache"}
 METHODS = {"full", "rocketkv", "snapkv", "quest", "sparq", "streaming", "exact-topk", "stored-topk"}
 IMPORTING = """
 import json, sys
@@ -37,7 +38,8 @@ print(json.dumps({
 PARTS = """
 import sys
 import rocketkv
-for part in ("attention", "backend", "budget", "config", "dense", "eviction", "index", "masks", "stats", "store"):
+parts = "attention backend budget config dense eviction index masks snapshot stats store tensorfile"
+for part in parts.split():
     __import__("rocketkv." + part)
 assert rocketkv.BudgetSplit(token_budget=1) and rocketkv.METHODS and rocketkv.RocketKVConfig()
 print("transformers" in sys.modules)
