@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -208,8 +207,3 @@ def shard(all_cells: Sequence[CellDict], number: int, count: int) -> list[CellDi
     order = sorted(all_cells, key=cell_key)
     mine = {cell_key(cell) for cell in order[number - 1 :: count]}
     return [cell for cell in all_cells if cell_key(cell) in mine]
-
-
-def replaced(plan: Plan, **changes: Any) -> Plan:
-    """Return a plan with other values in some fields."""
-    return dataclasses.replace(plan, **changes)

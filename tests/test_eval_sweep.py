@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rocketkv.cli import main
 from rocketkv.eval.command import add_arguments, given_plan, part_of
 from rocketkv.eval.records import CellDict, cell_key, record_path, write_record
 from rocketkv.eval.run import run_cells
-from rocketkv.eval.sweep import SETTINGS, Plan, arms, cells, plan_from, replaced, shard
+from rocketkv.eval.sweep import SETTINGS, Plan, arms, cells, plan_from, shard
 
 
 @pytest.fixture(autouse=True)
@@ -240,7 +241,7 @@ def test_flags_stand_over_the_file_and_the_file_over_the_defaults(tmp_path: Path
         "window_size=32", "--samples", "3", "--lengths", "64", "--methods", "full,a:b", "--data-dir", "d",
         "--model", "m", "--dtype", "float16", "--max-new-tokens", "1",
     )  # fmt: skip
-    assert over == replaced(
+    assert over == dataclasses.replace(
         alone, tasks=("unsized",), budgets=(1, 2), seed=0, chat=True, settings={"window_size": 32, "kernel_size": 5},
         samples=3, lengths=(64,), methods=("full", "a:b"), data_dir=Path("d"), model="m", dtype="float16",
         max_new_tokens=1,

@@ -139,7 +139,7 @@ EXTRAS = ["plain", "softcap", "sinks", "both", "padded"]
 
 @pytest.fixture
 def _torch_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the interpreter multiply by PyTorch: on some processors NumPy's BLAS rounds more, which is not the kernel's."""
+    """Let the interpreter multiply by PyTorch: on some processors NumPy rounds more, and the kernel is not to blame."""
     if not evict.INTERPRETED:
         return
     interpreter = importlib.import_module("triton.runtime.interpreter")
