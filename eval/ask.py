@@ -15,6 +15,7 @@ from ..models import CACHE_ARGUMENT
 from ..saving import load_cache, load_inputs
 from .compress import add_model_arguments, question_prompt
 from .models import load_model
+from .prompts import continued
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     read = load_inputs(args.cache)["input_ids"]
     cache = load_cache(args.cache, model)
     # As `compress` encoded the text: apart from any question.
-    tail = tokenizer(question_prompt(tokenizer, "", args.question).tail, add_special_tokens=False)["input_ids"]
+    tail = continued(tokenizer, question_prompt(tokenizer, "", args.question).tail)
     ids = torch.cat((read, torch.tensor([tail])), dim=1).to(model.device)
     settings: dict[str, Any] = {"max_new_tokens": args.new_tokens, "do_sample": False}
     if tokenizer.pad_token_id is not None:
