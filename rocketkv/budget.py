@@ -154,6 +154,7 @@ SplitFunction = Callable[[int, int, int, int], BudgetSplit]
 METHODS: dict[str, SplitFunction] = {
     "full": full_split,
     "rocketkv": rocketkv_split,
+    "rocketkv-mt": rocketkv_split,
     "snapkv": snapkv_split,
     "quest": quest_split,
     "sparq": sparq_split,
@@ -162,6 +163,9 @@ METHODS: dict[str, SplitFunction] = {
     "stored-topk": stored_topk_split,
 }
 """Every method by name: a function of (prompt_length, token_budget, head_dim, decode_reserve)."""
+
+MULTI_TURN = frozenset({"rocketkv-mt"})
+"""Methods that keep every token, and of which each prompt selects anew what its turn decodes from."""
 
 
 def least_token_budget(method: str, window_size: int, decode_reserve: int) -> int:
@@ -172,7 +176,7 @@ def least_token_budget(method: str, window_size: int, decode_reserve: int) -> in
         return window_size + 1
     if method == "streaming":
         return STREAMING_SINKS + 1
-    if method in ("rocketkv", "stored-topk") and decode_reserve <= window_size:
+    if method in ("rocketkv", "rocketkv-mt", "stored-topk") and decode_reserve <= window_size:
         # Stage 1 keeps at least max(t, 2 * reserve) - reserve tokens, and the window must be fewer than those.
         return window_size + decode_reserve + 1
     return 2

@@ -69,6 +69,18 @@ class RocketKVCache(DynamicCache):
         """Count tokens and bytes of every layer."""
         return cache_stats(self)
 
+    def begin_turn(self, prompt_length: int | None = None) -> None:
+        """Say that the next forward begins a turn, where its number of tokens does not: a prompt of one token, say.
+
+        Without it, several tokens at once after decoding are a turn's prompt.
+
+        Args:
+            prompt_length: tokens of that prompt, padding included, where several forwards bring it; None: those of the
+                next forward.
+        """
+        for layer in rocketkv_layers(self):
+            layer.begin_turn(prompt_length)
+
     def snapshot(self) -> Snapshot:
         """Return the present state, to which `rollback` goes back: between two forwards, at any time.
 
@@ -135,6 +147,9 @@ def compress_layers(cache: DynamicCache, config: RocketKVConfig, model_config: P
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and not layer.is_initialized:
             cache.layers[i] = RocketKVLayer(config, workspaces)
+    histories = [layer.history for layer in rocketkv_layers(cache) if layer.history is not None]
+    for history in histories:
+        history.line = histories
     if lazy:
         keep_whole(cache)
 
@@ -193,7 +208,8 @@ def _stock_stats(layer: Any) -> LayerStats:
     states = [state for value in others for state in (value.values() if isinstance(value, dict) else [value])]
     other_bytes = sum(live_bytes(state) for state in states if isinstance(state, Tensor))
     if not isinstance(keys, Tensor) or not isinstance(values, Tensor) or not keys.numel():
-        return LayerStats(compressed=False, other_bytes=other_bytes)
+        device = next((str(state.device) for state in states if isinstance(state, Tensor)), None)
+        return LayerStats(compressed=False, other_bytes=other_bytes, device=device)
     size = keys.numel() * keys.itemsize + values.numel() * values.itemsize
     nominal = 2 * (keys.numel() + values.numel())
     return LayerStats(
@@ -203,6 +219,7 @@ def _stock_stats(layer: Any) -> LayerStats:
         key_bytes=live_bytes(keys),
         value_bytes=live_bytes(values),
         other_bytes=other_bytes,
+        device=str(keys.device),
         full_bytes=size,
         step_bytes=size,
         dense_step_bytes=size,

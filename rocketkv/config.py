@@ -3,7 +3,7 @@
 import difflib
 from dataclasses import dataclass
 
-from .budget import METHODS, BudgetSplit, least_token_budget
+from .budget import METHODS, MULTI_TURN, BudgetSplit, least_token_budget
 
 BACKENDS = ("auto", "torch", "triton")
 INDEX_DTYPES = ("keys", "float8_e5m2", "float8_e4m3fn")
@@ -31,6 +31,8 @@ class RocketKVConfig:
         index_dtype: of the pages' bounds: `keys`, the keys' own; or 8 bits, a quarter to a half of its bytes:
             `float8_e5m2`, of a wide range, or `float8_e4m3fn`, which is finer and ends at 448. Budgets are counted for
             16 bits all the same.
+        history_device: where `rocketkv-mt` keeps the history between prompts, for instance `cpu` (in pinned memory
+            beside a GPU); None: where the model's layers are.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -46,6 +48,7 @@ class RocketKVConfig:
     backend: str = "auto"
     decode_capacity: int | None = None
     index_dtype: str = "keys"
+    history_device: str | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -64,6 +67,7 @@ class RocketKVConfig:
                 raise TypeError(f"{name} must be an int (tokens), got {value!r} of type {type(value).__name__}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        self._check_history_device(self.history_device)
         if self.kernel_size % 2 == 0:
             raise ValueError(
                 f"kernel_size must be odd, so that a token lies in the middle of its pool; got {self.kernel_size}. "
@@ -85,6 +89,24 @@ class RocketKVConfig:
                 f"token_budget must be at least {least} for method {self.method!r} with window_size={self.window_size} "
                 f"and decode_reserve={self.decode_reserve}; got {self.token_budget}. Use {least} or more."
             )
+
+    def _check_history_device(self, device: object) -> None:
+        if device is None:
+            return
+        if not isinstance(device, str):
+            raise TypeError(
+                f"history_device must be the name of a device, such as 'cpu', or None; got {type(device).__name__}"
+            )
+        if not self.keeps_history:
+            raise ValueError(
+                f"history_device={device!r} is for methods that keep a history, {', '.join(sorted(MULTI_TURN))}; "
+                f"{self.method!r} keeps none. Leave it None."
+            )
+
+    @property
+    def keeps_history(self) -> bool:
+        """Whether stage 1 only filters: all tokens stay, and every prompt selects from them anew (RocketKV-MT)."""
+        return self.method in MULTI_TURN
 
     def split_for(self, prompt_length: int, head_dim: int) -> BudgetSplit:
         """Return the split for a prompt whose longest row has `prompt_length` tokens (an integer, in tokens).

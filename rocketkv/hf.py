@@ -26,8 +26,8 @@ from .generation import (
     refuse_empty_rows,
     state_of,
 )
+from .handover import forget_hand_over
 from .interface import IMPLEMENTATION, NAME, rocketkv_attention, rocketkv_mask
-from .layer import forget_hand_over
 from .models import CACHE_ARGUMENT, find_decoder, given_cache, refuse_unsupported
 from .stats import CacheStats
 

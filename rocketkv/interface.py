@@ -12,7 +12,8 @@ from transformers.masking_utils import causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .dense import dense_attention
-from .layer import FastAttention, claim
+from .handover import claim
+from .layer import FastAttention, RocketKVLayer
 from .masks import LazyMask, MaskFunction, VisibleBlock, causal_block
 
 NAME = "rocketkv"
@@ -79,7 +80,7 @@ def rocketkv_attention(
                 f"{type(module).__name__} gives its attention {name!r}, with which RocketKV cannot decode; call "
                 "rocketkv.unpatch(model)"
             )
-    layer = claim(key)
+    layer: RocketKVLayer | None = claim(key)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     own: FastAttention = functools.partial(
         _model_attention,

@@ -3,9 +3,8 @@
 Letters: B batch, H query heads, Hkv KV heads, D head dim, n tokens of a forward, W observation window.
 """
 
-import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,12 +14,15 @@ from transformers.cache_utils import CacheLayerMixin
 from .backend import backend_name, close_prompt, decode_step
 from .config import RocketKVConfig
 from .dense import dense_attention
+from .handover import hand_over
+from .history import History, HistorySnapshot
 from .index import torch_dtype
 from .masks import LazyMask, VisibleBlock, causal_block
 from .ops import StaticStep, static_step
 from .snapshot import StoreSnapshot
 from .stats import LayerStats, live_bytes, store_stats
 from .store import KVStore
+from .turns import prompt_part
 
 # The model's own fast attention for causal queries at the end of the keys, (query, key, value, padding) to
 # [B, n, H, Dv]; None where it cannot do the shape.
@@ -28,56 +30,16 @@ FastAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None]
 
 
 # What a layer's snapshot holds beside its store's.
-_SNAPPED = ("prompt_end", "prompt_tokens", "speculative", "step", "backend")
+_SNAPPED = ("prompt_end", "prompt_tokens", "turn_begins", "speculative", "step", "backend")
 
 
-class _HandOver(threading.local):
-    """What `update` left for the attention call that follows it in the same thread."""
+@dataclass(frozen=True, eq=False)
+class LayerSnapshot:
+    """The state of one layer at one time: its store's, its history's, and its own fields by name."""
 
-    layer: "RocketKVLayer | None" = None
-
-
-_hand_over = _HandOver()
-
-
-def claim(key: Tensor) -> "RocketKVLayer | None":
-    """Return the layer whose `update` returned this very key, or None where a layer of another kind did.
-
-    Raises:
-        ValueError: a layer of ours handed over another tensor: the model changes keys between cache and attention.
-    """
-    layer = _hand_over.layer
-    _hand_over.layer = None
-    if layer is None:
-        return None
-    if layer.pending is None or layer.pending[0] is not key:
-        raise ValueError(
-            "this model changes keys between its cache and its attention (as models with latent or shared KV do); "
-            "RocketKV cannot compress it. Call rocketkv.unpatch(model)."
-        )
-    return layer
-
-
-def forget_hand_over() -> None:
-    """Drop what an interrupted forward may have left."""
-    _hand_over.layer = None
-
-
-def prompt_part(seen: int, given: int, prompt_end: int | None, speculative: bool) -> int:
-    """Return how many of the `given` tokens of a forward belong to a prompt; the rest are decoded.
-
-    Args:
-        seen: tokens of the sequence before this forward.
-        given: tokens of this forward.
-        prompt_end: tokens of the sequence when the prompt ends, or None where nobody knows: then a forward of several
-            tokens is a prompt (or a chunk of one), and a single token after it is decoded.
-        speculative: whether forwards of several tokens are verify steps, which may begin in the prompt's forward.
-    """
-    if prompt_end is not None and seen < prompt_end:
-        return min(given, prompt_end - seen) if speculative else given
-    if seen == 0 or (given > 1 and not speculative):
-        return given
-    return 0
+    store: StoreSnapshot
+    history: HistorySnapshot | None
+    fields: dict[str, Any]
 
 
 class RocketKVLayer(CacheLayerMixin):
@@ -88,8 +50,10 @@ class RocketKVLayer(CacheLayerMixin):
     Attributes:
         config: the compression's settings.
         store: keys, values and index.
+        history: all tokens of the sequence while the store holds one turn's selection of them, for `rocketkv-mt`.
         prompt_end: tokens of the sequence when the present prompt ends, or None where unknown.
         prompt_tokens: tokens of the longest row up to the last prompt's end, evicted ones included, padding not.
+        turn_begins: whether the next forward begins a turn, however few tokens it has.
         speculative: whether forwards of several tokens verify a draft.
         armed: whether a patched model's forward is about to use this layer.
         pending: key and value [B, Hkv, n, D] handed over and not yet in the store.
@@ -105,6 +69,8 @@ class RocketKVLayer(CacheLayerMixin):
         self.config = config
         self.workspaces = {} if workspaces is None else workspaces
         self.store = KVStore()
+        self.history = History(config.history_device) if config.keeps_history else None
+        self.turn_begins = False
         self.prompt_end: int | None = None
         self.prompt_tokens = 0
         self.speculative = False
@@ -140,7 +106,7 @@ class RocketKVLayer(CacheLayerMixin):
 
     def steps_statically(self, given: int) -> bool:
         """Whether a forward of that many tokens is a static step."""
-        return given == 1 and self.step is not None and self.prompt_end is None
+        return given == 1 and self.step is not None and self.prompt_end is None and not self.turn_begins
 
     def static_clock(self) -> Tensor:
         """Return [1] int64, the tokens of the sequence so far as the device knows them.
@@ -169,7 +135,7 @@ class RocketKVLayer(CacheLayerMixin):
         self.armed = False
         self._settle()
         self.pending = (key_states, value_states)
-        _hand_over.layer = self
+        hand_over(self)
         return key_states, value_states
 
     def _settle(self) -> None:
@@ -181,8 +147,21 @@ class RocketKVLayer(CacheLayerMixin):
         if self.store.closed and key.shape[2] == 1:
             self.store.append(key[:, :, 0], value[:, :, 0])
         else:
-            self.step = None
+            self._reopen(key.shape[2])
             self.store.extend(key, value)
+
+    def _reopen(self, given: int) -> None:
+        """Make ready for a prompt, or a chunk of one, of so many tokens."""
+        self.step, self.turn_begins = None, False
+        if self.history is not None and self.store.closed:
+            rest = 0 if self.prompt_end is None else self.prompt_end - self.store.seen
+            self.history.resume(self.store, max(given, rest))
+
+    def begin_turn(self, prompt_length: int | None = None) -> None:
+        """Have the next forward begin a turn, whose prompt has `prompt_length` tokens, or as many as that forward."""
+        self._settle()
+        self.turn_begins = True
+        self.prompt_end = None if prompt_length is None else self.store.seen + prompt_length
 
     def attend(
         self,
@@ -219,7 +198,9 @@ class RocketKVLayer(CacheLayerMixin):
             out = self._step_statically(self.step, query, key, value, scaling, softcap, sinks)
             if out is not None:
                 return out
-        prompt = prompt_part(self.store.seen, given, self.prompt_end, self.speculative)
+        prompt = prompt_part(
+            self.store.seen, given, self.prompt_end, begins=self.turn_begins, verifies=self.speculative
+        )
         exact: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
         parts = []
         if prompt:
@@ -281,10 +262,11 @@ class RocketKVLayer(CacheLayerMixin):
         exact: dict[str, Any],
     ) -> Tensor:
         """Append a prompt's tokens and attend from them to everything stored and, causally, to themselves."""
-        store, self.step = self.store, None
+        store = self.store
         start, length = store.seen, query.shape[2]
         valid = None if mask is None else mask.valid_tokens(start, start + length)
         valid = None if valid is None else valid.to(key.device)
+        self._reopen(length)
         store.extend(key, value, valid, expected=self.prompt_end or 0)
         store.remember_queries(query, self.config.window_size)
         self.prompt_tokens = store.seen if mask is None else mask.longest_row(store.seen)
@@ -324,6 +306,8 @@ class RocketKVLayer(CacheLayerMixin):
             raise ValueError("there is no prompt to close")
         split = config.split_for(self.prompt_tokens, store.keys.shape[3])
         self.backend = backend_name(store.keys.device, config.backend)
+        if self.history is not None:
+            self.history.keep(store)
         close_prompt(
             store,
             split,
@@ -334,6 +318,8 @@ class RocketKVLayer(CacheLayerMixin):
             index_dtype=torch_dtype(config.index_dtype),
             **exact,
         )
+        if self.history is not None:
+            store.allow_crops()
         self.prompt_end = None
 
     @property
@@ -385,26 +371,36 @@ class RocketKVLayer(CacheLayerMixin):
             ValueError: tokens that stage 1 evicted would be needed.
         """
         self._settle()
-        self.store.crop(self.store.seen + max_length if max_length <= 0 else max_length)
+        length = self.store.seen + max_length if max_length <= 0 else max_length
+        if length == 0:
+            self.reset()
+            return
+        if self.history is not None:
+            if not self.store.closed:
+                self.history.guard(self.store, length)
+            self.history.crop(length)
+        self.store.crop(length)
         if not self.store.closed:
             self.step = None
 
-    def snapshot(self) -> tuple[StoreSnapshot, dict[str, Any]]:
+    def snapshot(self) -> LayerSnapshot:
         """Return the present state, to which `restore` goes back."""
         self._settle()
-        return self.store.snapshot(), {name: getattr(self, name) for name in _SNAPPED}
+        history = None if self.history is None else self.history.snapshot()
+        return LayerSnapshot(self.store.snapshot(), history, {name: getattr(self, name) for name in _SNAPPED})
 
-    def restore(self, snapshot: tuple[StoreSnapshot, dict[str, Any]]) -> None:
+    def restore(self, snapshot: LayerSnapshot) -> None:
         """Go back to a snapshot.
 
         Raises:
             ValueError: it is of another layer, or was taken before this one was reset.
         """
-        taken, fields = snapshot
         step = self.step
-        self.store.restore(taken)
+        self.store.restore(snapshot.store)
+        if self.history is not None and snapshot.history is not None:
+            self.history.restore(snapshot.history)
         self.pending, self.armed = None, False
-        for name, value in fields.items():
+        for name, value in snapshot.fields.items():
             setattr(self, name, value)
         if step is not None and self.store.closed and step.keys is self.store.keys:
             self.step = step  # what was compiled or captured since holds on to it
@@ -412,28 +408,41 @@ class RocketKVLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.store.clear()
+        if self.history is not None:
+            self.history.clear()
         self.pending = self.prompt_end = self.step = None
+        self.turn_begins = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search; a row may come several times."""
         self._settle()
-        self.store.map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         self._settle()
         self.step = None
-        self.store.map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows only."""
         self._settle()
         self.step = None
-        self.store.map(lambda tensor: tensor[indices.to(tensor.device)])
+        self._map(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor by a function of it, which changes rows."""
+        self.store.map(function)
+        if self.history is not None:
+            self.history.map(function)
 
     def stats(self) -> LayerStats:
         """Count this layer."""
         stats = store_stats(self.store)
-        if self.step is None:
-            return stats
-        return replace(stats, other_bytes=stats.other_bytes + live_bytes(self.step.out))
+        if self.step is not None:
+            stats = replace(stats, other_bytes=stats.other_bytes + live_bytes(self.step.out))
+        held = {} if self.history is None else self.history.tensors()
+        if held:
+            size = sum(live_bytes(tensor) for tensor in held.values())
+            stats = replace(stats, history_bytes=size, history_device=str(held["keys"].device))
+        return stats

@@ -11,7 +11,7 @@ import copy
 import json
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -195,7 +195,10 @@ def plan(
             stored, room = _stored(split, context), decode_room(split, reserve)
         elif isinstance(kind, DynamicSlidingWindowLayer):
             stored = min(context, kind.sliding_window - 1)  # the window less the token that attends
-        layers.append(_count_layer(split, context, stored, room, (batch * kv_heads, head_dim, value_dim), sizes))
+        counted = _count_layer(split, context, stored, room, (batch * kv_heads, head_dim, value_dim), sizes)
+        if split is not None and settings.keeps_history:
+            counted = replace(counted, history_bytes=counted.full_bytes)
+        layers.append(counted)
     weight_bytes, notes = _step_weights(model, decoder, batch, itemsize)
     longest = getattr(decoder.config, "max_position_embeddings", None)
     if isinstance(longest, int) and context > longest:

@@ -24,6 +24,7 @@ from .budget import BudgetSplit
 from .cache import RocketKVCache, rocketkv_layers
 from .config import RocketKVConfig
 from .generation import state_of
+from .history import NAMES
 from .index import index_rows, movable, tile_count
 from .layer import RocketKVLayer
 from .models import find_decoder
@@ -201,6 +202,11 @@ def _packed(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors[name] = tensors[name][:, :, : store.stored]
     if store.index is not None and store.split is not None:
         tensors["index"] = store.index[:, :, : tile_count(store.stored, store.split.page_size)]
+    history = layer.history
+    if history is not None:
+        history.absorb(store)
+        held = {name: tensor[:, :, : history.seen] for name, tensor in history.tensors().items()}
+        tensors |= {f"history.{name}": tensor for name, tensor in held.items()}
     fields = {name: getattr(store, name) for name in FIELDS}
     return tensors, {
         "kind": "RocketKVLayer",
@@ -235,7 +241,10 @@ def _cache(decoder: PreTrainedModel, document: dict[str, Any], tensors: dict[str
         kind = entry["kind"]
         layer: Any = cache.layers[i]
         if kind == "RocketKVLayer" and isinstance(layer, RocketKVLayer):
+            past = {name: held.pop(f"history.{name}") for name in NAMES if f"history.{name}" in held}
             _fill(layer.store, held, entry)
+            if layer.history is not None:
+                layer.history.fill(past, layer.store)
             layer.prompt_tokens = int(entry["prompt_tokens"])
             layer.backend = backend_name(held["keys"].device, config.backend)
             continue

@@ -3,7 +3,7 @@
 Letters: B batch, Hkv KV heads, D head dim, S tokens seen, N tokens stored, P page size, r channels, k tokens read.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +27,9 @@ class LayerStats:
         value_bytes: bytes of the value buffers, likewise.
         index_bytes: bytes of stage 2's index.
         other_bytes: bytes of positions, lengths and pending window queries.
+        history_bytes: bytes of the tokens that a multi-turn method keeps beside those that its turn decodes from.
+        device: where keys, values and index are, or None where there are none.
+        history_device: where the history is, or None where there is none.
         full_bytes: bytes of keys and values that a full cache would hold.
         step_bytes: bytes of keys, values and index that the next decode step reads.
         dense_step_bytes: bytes that a decode step over a full cache reads.
@@ -41,6 +44,9 @@ class LayerStats:
     value_bytes: int = 0
     index_bytes: int = 0
     other_bytes: int = 0
+    history_bytes: int = 0
+    device: str | None = field(default=None, compare=False)
+    history_device: str | None = field(default=None, compare=False)
     full_bytes: int = 0
     step_bytes: int = 0
     dense_step_bytes: int = 0
@@ -50,7 +56,7 @@ class LayerStats:
     @property
     def total_bytes(self) -> int:
         """All bytes that live in this layer."""
-        return self.key_bytes + self.value_bytes + self.index_bytes + self.other_bytes
+        return self.key_bytes + self.value_bytes + self.index_bytes + self.other_bytes + self.history_bytes
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,18 @@ class CacheStats:
         """All bytes that live in the cache."""
         return self.total("total_bytes") + self.workspace_bytes
 
+    def bytes_by_device(self) -> dict[str, int]:
+        """Return the live bytes of the layers on each device, by its name."""
+        found: dict[str, int] = {}
+        for layer in self.layers:
+            for device, size in (
+                (layer.device, layer.total_bytes - layer.history_bytes),
+                (layer.history_device, layer.history_bytes),
+            ):
+                if device is not None:
+                    found[device] = found.get(device, 0) + size
+        return found
+
     @property
     def memory_ratio(self) -> float:
         """Live bytes over the bytes of a full cache; 0 for an empty one."""
@@ -95,6 +113,7 @@ class CacheStats:
             "memory_ratio": self.memory_ratio,
             **totals,
             "workspace_bytes": self.workspace_bytes,
+            "bytes_by_device": self.bytes_by_device(),
             "layers": [asdict(layer) for layer in self.layers],
         }
 
@@ -140,6 +159,7 @@ def store_stats(store: KVStore) -> LayerStats:
         value_bytes=0 if shared else live_bytes(values),
         index_bytes=live_bytes(store.index),
         other_bytes=sum(storages.values()) + live_bytes(store.ticks),
+        device=str(keys.device),
         full_bytes=rows * store.seen * token * keys.itemsize,
         step_bytes=rows * step_bytes(store.split, stored, token, *sizes, shortest=shortest),
         dense_step_bytes=dense * keys.itemsize,

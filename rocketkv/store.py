@@ -27,7 +27,7 @@ def decode_room(split: BudgetSplit, decode_reserve: int) -> int:
     return max(decode_reserve, ROLLING_ROOM) if split.rolling else decode_reserve
 
 
-def _alone(tensor: Tensor) -> Tensor:
+def alone(tensor: Tensor) -> Tensor:
     """Return a tensor that keeps no more alive than itself."""
     return tensor if tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.itemsize else tensor.clone()
 
@@ -110,7 +110,7 @@ class KVStore(Restorable):
             # Held as they are: an unchunked prompt is never copied before stage 1 has made it small. But one that does
             # not end yet must not keep a fused projection alive with them.
             ends = stop >= expected > 0
-            self.keys, self.values = (key, value) if ends else (_alone(key), _alone(value))
+            self.keys, self.values = (key, value) if ends else (alone(key), alone(value))
         else:
             foreign = self.keys.is_inference() and not torch.is_inference_mode_enabled()
             if stop > self.capacity or foreign:
@@ -129,6 +129,32 @@ class KVStore(Restorable):
         self._prompt_start = self.stored
         self._holes = not self.uniform
         self.index = self.lengths = None
+
+    def reopen(self, keys: Tensor, values: Tensor, positions: Tensor | None, stored: int) -> None:
+        """Turn from decoding to a prompt that goes on from other buffers, in which slot and position are the same.
+
+        Args:
+            keys: [B, Hkv, capacity, D], all of the sequence's.
+            values: [B, Hkv, capacity, Dv].
+            positions: [B, 1, capacity] int32, -1 for padding, or None without padding.
+            stored: slots of those in use.
+        """
+        self._reopen()
+        self.keys, self.values, self.positions, self.window = keys, values, positions, None
+        self.stored = self.shortest = self._prompt_start = stored
+        self._holes = positions is not None
+        self.aligned = self._complete = True
+
+    @torch.inference_mode(False)
+    def move(self) -> None:
+        """Go over to copies of the buffers."""
+        for name in ("keys", "values", "positions"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor.clone())
+
+    def allow_crops(self) -> None:
+        """Let crops go back to any length: what stage 1 left out is not lost."""
+        self._restorable = 0
 
     @torch.inference_mode(False)
     def _extend_positions(self, start: int, stop: int, valid: Tensor | None) -> None:
@@ -266,15 +292,17 @@ class KVStore(Restorable):
         self.make_room()
         key, value = key.detach(), value.detach()
         if self.uniform:
-            self.keys.select(2, self.stored).copy_(key)
-            self.values.select(2, self.stored).copy_(value)
-            self.positions.select(2, self.stored).fill_(self.seen)
+            slot = self.stored
+            self.keys.select(2, slot).copy_(key)
+            self.values.select(2, slot).copy_(value)
+            self.positions.select(2, slot).fill_(self.seen)
+            self.lengths.fill_(slot + 1)
         else:
             slot = self.lengths.long()[..., None]
             self.keys.scatter_(2, slot[..., None].expand(-1, -1, 1, key.shape[-1]), key[:, :, None])
             self.values.scatter_(2, slot[..., None].expand(-1, -1, 1, value.shape[-1]), value[:, :, None])
             self.positions.scatter_(2, slot, self.seen)
-        self.lengths += 1
+            self.lengths += 1
         self.advance()
         if self.decode_capacity is not None:
             self.clock()

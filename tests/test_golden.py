@@ -19,7 +19,8 @@ from rocketkv.attention import select
 from rocketkv.backend import close_prompt, decode_step
 from rocketkv.budget import BudgetSplit
 from rocketkv.config import RocketKVConfig
-from rocketkv.layer import RocketKVLayer, claim
+from rocketkv.handover import claim
+from rocketkv.layer import RocketKVLayer
 from rocketkv.store import KVStore
 
 from .close import assert_near
@@ -89,8 +90,9 @@ def causal(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) ->
 class Turns:
     """Two turns through one cache layer, as transformers and the attention function drive it."""
 
-    def __init__(self, split: BudgetSplit, data: dict[str, Tensor], info: dict[str, Any]) -> None:
+    def __init__(self, method: str, split: BudgetSplit, data: dict[str, Tensor], info: dict[str, Any]) -> None:
         config = RocketKVConfig(
+            method=method,
             split=split,
             window_size=info["window_size"],
             kernel_size=info["kernel_size"],
@@ -114,11 +116,12 @@ class Turns:
 @pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("prompt_end", ["known", "unknown"])
 @pytest.mark.parametrize("budget", [64, 128])
-def test_two_turns(budget: int, prompt_end: str, chunks: int) -> None:
+@pytest.mark.parametrize(("method", "name"), [("rocketkv", "rocket"), ("rocketkv-mt", "rocket_mt")])
+def test_two_turns(method: str, name: str, budget: int, prompt_end: str, chunks: int) -> None:
     info = json.loads((GOLDEN / "multi_turn_layer_7.json").read_text())
     data = load_file(GOLDEN / "multi_turn_layer_7.safetensors")
-    params = info["params"][f"rocket.budget_{budget}"]
-    turns = Turns(explicit_split(budget, params), data, info)
+    params = info["params"][f"{name}.budget_{budget}"]
+    turns = Turns(method, explicit_split(budget, params), data, info)
     for number, turn in enumerate(info["turns"]):
         start, stop = turn["prefill"]
         assert turns.layer.get_seq_length() == start
@@ -126,13 +129,19 @@ def test_two_turns(budget: int, prompt_end: str, chunks: int) -> None:
             turns.layer.prompt_end = stop
         bounds = [start + (stop - start) * i // chunks for i in range(chunks + 1)]
         outputs = [turns.forward(first, last) for first, last in pairwise(bounds)]
-        expected = f"rocket.budget_{budget}.turn_{number}."
+        expected = f"{name}.budget_{budget}.turn_{number}."
         assert_near(outputs[-1][:, :, -4:], data[expected + "prefill_last4"])
         decoded = [turns.forward(at, at + 1) for at in range(stop, stop + turn["decode_steps"])]
         assert_near(torch.cat(decoded, dim=2), data[expected + "decode"])
     assert turns.layer.get_seq_length() == info["total_length"]
-    assert turns.layer.store.stored == params["stored_tokens_at_end"]
-    assert turns.layer.store.uniform
+    store, history = turns.layer.store, turns.layer.history
+    assert store.uniform
+    if history is None:
+        assert store.stored == params["stored_tokens_at_end"]
+    else:
+        history.absorb(store)
+        assert history.seen == params["stored_tokens_at_end"]
+        assert store.stored == params["prompt_budget"] + info["turns"][-1]["decode_steps"]
 
 
 @pytest.mark.parametrize("budget", [64, 128, 256])

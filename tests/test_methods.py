@@ -146,6 +146,7 @@ def stored_topk(head: Head) -> Steps:
 DEFINITIONS: dict[str, Callable[[Head], Steps]] = {
     "full": full,
     "rocketkv": rocketkv,
+    "rocketkv-mt": rocketkv,  # of one turn, its filter decodes as the eviction does
     "snapkv": snapkv,
     "quest": quest,
     "sparq": sparq,

@@ -1,0 +1,22 @@
+"""Where a turn begins: which tokens of a forward are a prompt's, and which are decoded."""
+
+
+def prompt_part(seen: int, given: int, prompt_end: int | None, *, begins: bool = False, verifies: bool = False) -> int:
+    """Return how many of the `given` tokens of a forward belong to a prompt; the rest are decoded.
+
+    Several tokens after decoding are a new turn's prompt (the last generated token, which no forward has taken yet,
+    comes with them), unless they verify a draft.
+
+    Args:
+        seen: tokens of the sequence before this forward.
+        given: tokens of this forward.
+        prompt_end: tokens of the sequence when the prompt ends, or None where nobody knows: then a forward of several
+            tokens is a prompt (or a chunk of one), and a single token after it is decoded.
+        begins: whether the caller said that a turn begins with this forward, however few tokens it has.
+        verifies: whether forwards of several tokens are verify steps, which may begin in the prompt's forward.
+    """
+    if prompt_end is not None and seen < prompt_end:
+        return min(given, prompt_end - seen) if verifies else given
+    if seen == 0 or begins or (given > 1 and not verifies):
+        return given
+    return 0
