@@ -1,0 +1,368 @@
+"""Stage 2's other index: a sketch of every stored key in 1 to 4 bits a channel, by which each token has its own score.
+
+A key's difference from a mean key is rotated, which spreads it evenly over its channels, and each channel is rounded to
+one of 2^bits equally spaced levels (those that fit a Gaussian best; J. Max, "Quantizing for minimum distortion", 1960).
+A 16-bit scale a token makes the sketch's product with the key itself right, |x|^2 = <x, sketch>, so that estimates have
+no bias over rotations (RaBitQ, arXiv 2405.12497, section 3.2).
+
+    sketch of key = mean + scale * R^T (code - (2^bits - 1) / 2)
+    logit         = scaling * (q . mean + scale * (R q) . (code - (2^bits - 1) / 2))
+
+The mean is fixed when the sketch is built. It counts in every logit, so these stand beside exact ones in one softmax.
+
+Exact in any order: a difference is first rounded to integers of at most `grid` in size and R's entries are integers, so
+that all sums are of integers that float32 holds. A token's bits are the same whether it is written alone or with
+thousands, by any library and device.
+
+Layout: codes `[B, Hkv, N, C]` uint8, scales `[B, Hkv, N]` bfloat16, mean `[B, Hkv, D]` float32. A token's C bytes are
+contiguous and owe nothing to its neighbours: growth, crop, fork and reorder are those of the buffer of keys. Byte c
+holds the channels c, c + C, c + 2C, ... in its digits from the lowest up, so digit i of all bytes is a contiguous piece
+of the channels. 3 bits are the low two of all channels, C = ceil(D/4) bytes, then the high one, ceil(D/8).
+
+A NaN or infinite key (or one so large that its scale is infinite) has a logit that is not finite, and where the mean is
+built with it, so have all of its row and KV head. A key equal to the mean has the scale 0 and an exact logit.
+
+Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, N stored tokens, k selected tokens, C code bytes.
+"""
+
+import math
+import random
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .eviction import full_precision
+from .index import gather_tokens
+
+# Distance of equally spaced levels that fit a normal distribution best, by bits (Max 1960, table II).
+LEVEL_STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352}
+
+# Blocks of tokens whose channels, [B, Hkv, block, D] in float32, stay under this.
+BLOCK_BYTES = 8 * 2**20
+
+
+class Sketch(NamedTuple):
+    """The sketch of a buffer of keys; written in place by `write_tokens`.
+
+    Attributes:
+        codes: [B, Hkv, N, C] uint8.
+        scales: [B, Hkv, N] bfloat16.
+        mean: [B, Hkv, D] float32.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    mean: Tensor
+
+
+def planes(bits: int) -> tuple[tuple[int, int], ...]:
+    """Return the digits that a code is packed as: how far each is shifted within the code, and its width in bits.
+
+    Raises:
+        ValueError: bits are not 1 to 4.
+    """
+    if bits not in LEVEL_STEP:
+        raise ValueError(f"bits must be 1, 2, 3 or 4, got {bits}")
+    return ((0, 2), (2, 1)) if bits == 3 else ((0, bits),)
+
+
+def code_bytes(head_dim: int, bits: int) -> int:
+    """Return C, the bytes of a token's packed codes."""
+    return sum(-(-head_dim * width // 8) for _, width in planes(bits))
+
+
+def token_bytes(head_dim: int, bits: int) -> int:
+    """Return the bytes that a token's sketch takes and a decode step reads: codes and scale."""
+    return code_bytes(head_dim, bits) + torch.bfloat16.itemsize
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes [..., D] uint8, each less than 2^bits, to [..., C] uint8."""
+    head_dim = codes.shape[-1]
+    packed = []
+    for shift, width in planes(bits):
+        size = -(-head_dim * width // 8)
+        digits = codes if width == bits else (codes >> shift) & (2**width - 1)
+        if size * 8 != head_dim * width:
+            digits = functional.pad(digits, (0, size * 8 // width - head_dim))
+        plane, *others = digits.split(size, -1)
+        for place, digit in zip(range(width, 8, width), others, strict=True):
+            plane = plane.add(digit, alpha=2**place)
+        packed.append(plane)
+    return packed[0] if len(packed) == 1 else torch.cat(packed, -1)
+
+
+def unpack(packed: Tensor, bits: int, head_dim: int) -> Tensor:
+    """Return the codes [..., D] uint8 of which `pack` made [..., C]."""
+    planar = []
+    start = 0
+    for shift, width in planes(bits):
+        size = -(-head_dim * width // 8)
+        plane = packed[..., start : start + size]
+        middle = [(plane >> place) & (2**width - 1) for place in range(width, 8 - width, width)]
+        digits = torch.cat((plane & (2**width - 1), *middle, plane >> (8 - width)), -1)[..., :head_dim]
+        planar.append(digits << shift if shift else digits)
+        start += size
+    return planar[0] if len(planar) == 1 else planar[0] | planar[1]
+
+
+def odd_part(head_dim: int) -> int:
+    """Return the largest odd factor of D: 1 for a power of two."""
+    return head_dim // (head_dim & -head_dim)
+
+
+def rotation_norm(head_dim: int) -> float:
+    """Return the length of a row of `rotation`."""
+    return math.sqrt(odd_part(head_dim) * head_dim)
+
+
+def rotation(head_dim: int, device: torch.device | str | None = None) -> Tensor:
+    """Return R times the length of its rows, [D, D] float32, all entries integers.
+
+    Random signs, then a Hadamard matrix of the largest power of two in D, times (Kronecker) the reflection m I - 2 J of
+    the odd rest m, which is 1 up to a sign where D is a power of two. The same for every call, version and device.
+    """
+    odd = odd_part(head_dim)
+    matrix = odd * torch.eye(odd) - 2
+    while matrix.shape[0] < head_dim:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
+    draw = random.Random(head_dim)  # whose `random()` is the same in all versions of Python
+    signs = torch.tensor([1.0 if draw.random() < 0.5 else -1.0 for _ in range(head_dim)])
+    return (matrix * signs).to(device)
+
+
+def grid(head_dim: int) -> int:
+    """Return the largest integer to which differences are rounded: a power of two, at most 256.
+
+    With entries up to it a rotated vector has at most sqrt(m) D^1.5 times it as the sum of its sizes; times the largest
+    level, 15 half steps, that must be within the integers that float32 holds. Numbers up to 256 are exact even in
+    bfloat16, so no matrix multiplication in lower precision changes a bit.
+    """
+    most = 2**24 / (15 * head_dim * rotation_norm(head_dim))
+    return min(256, 1 << max(0, math.floor(math.log2(most))))
+
+
+def mean_key(keys: Tensor, tokens: int, lengths: Tensor | None = None) -> Tensor:
+    """Return the mean key of each row and KV head, [B, Hkv, D] float32; zeros where a row has no token.
+
+    Args:
+        keys: [B, Hkv, N, D], the buffer of stored keys.
+        tokens: how many of the N are filled, in the longest row.
+        lengths: [B, Hkv], tokens of each row, or None where all have as many.
+    """
+    if lengths is None:
+        return keys[:, :, :tokens].sum(2, dtype=torch.float32) / max(tokens, 1)
+    filled = torch.arange(tokens, device=keys.device) < lengths[..., None]
+    total = torch.where(filled[..., None], keys[:, :, :tokens], 0).sum(2, dtype=torch.float32)
+    return total / lengths[..., None].clamp(min=1)
+
+
+def encode(keys: Tensor, mean: Tensor, turn: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return the packed codes and the scales of keys, each token for itself.
+
+    Args:
+        keys: [B, Hkv, n, D], any float dtype.
+        mean: [B, Hkv, D] float32.
+        turn: [D, D], `rotation(D)`.
+        bits: of a channel, 1 to 4.
+
+    Returns:
+        [B, Hkv, n, C] uint8 and [B, Hkv, n] bfloat16.
+    """
+    half = 2 ** (bits - 1)
+    head_dim = keys.shape[-1]
+    top = grid(head_dim)
+    difference = keys.float() - mean[:, :, None]
+    largest = difference.abs().amax(-1, keepdim=True)
+    # NaN where the key is not finite, or is the mean itself: 0 / 0.
+    whole = (difference / largest).mul_(top).round_().nan_to_num_(nan=0.0)
+    with full_precision(keys.device):
+        turned = torch.matmul(whole, turn.t())
+    square = whole.square().sum(-1, keepdim=True)
+    # Steps from the middle, which is a border; the largest difference is `top`, so only zeros have squares under 1.
+    step = square.clamp(min=1).sqrt_().mul_(LEVEL_STEP[bits] * math.sqrt(odd_part(head_dim)))
+    level = (turned / step).floor_().clamp_(-half, half - 1)
+    product = (turned * (level + 0.5)).sum(-1, keepdim=True)
+    scale = largest * (square * (rotation_norm(head_dim) / top) / product.clamp_(min=0.5))
+    return pack(level.add_(half).to(torch.uint8), bits), scale[..., 0].to(torch.bfloat16)
+
+
+def build_sketch(keys: Tensor, tokens: int, turn: Tensor, bits: int, lengths: Tensor | None = None) -> Sketch:
+    """Build the sketch of the first `tokens` tokens, with room for the whole buffer.
+
+    Args:
+        keys: [B, Hkv, N, D], the buffer of stored keys.
+        tokens: how many of the N are filled, in the longest row.
+        turn: [D, D], `rotation(D)`.
+        bits: of a channel, 1 to 4.
+        lengths: [B, Hkv], tokens of each row, or None where all have as many.
+
+    Returns:
+        The sketch; zeros from `tokens` on.
+    """
+    batch, kv_heads, capacity, head_dim = keys.shape
+    sketch = Sketch(
+        keys.new_zeros(batch, kv_heads, capacity, code_bytes(head_dim, bits), dtype=torch.uint8),
+        keys.new_zeros(batch, kv_heads, capacity, dtype=torch.bfloat16),
+        mean_key(keys, tokens, lengths),
+    )
+    write_tokens(sketch, keys[:, :, :tokens], 0, turn, bits)
+    return sketch
+
+
+def write_tokens(sketch: Sketch, keys: Tensor, start: int | Tensor, turn: Tensor, bits: int) -> None:
+    """Write the sketch of tokens that are stored from `start` on, in place; with a tensor, without a host sync.
+
+    Args:
+        sketch: of the buffer, with room for them.
+        keys: [B, Hkv, n, D], the tokens.
+        start: where the first of them is stored, in all rows, or in each, [B, Hkv] (an integer dtype).
+        turn: [D, D], `rotation(D)`.
+        bits: of a channel, 1 to 4.
+    """
+    count = keys.shape[2]
+    block = _block_tokens(keys)
+    for first in range(0, count, block):
+        last = min(first + block, count)
+        codes, scales = encode(keys[:, :, first:last], sketch.mean, turn, bits)
+        if isinstance(start, int):
+            sketch.codes[:, :, start + first : start + last] = codes
+            sketch.scales[:, :, start + first : start + last] = scales
+        else:
+            place = start.long()[..., None] + torch.arange(first, last, device=keys.device)
+            sketch.codes.scatter_(2, place[..., None].expand_as(codes), codes)
+            sketch.scales.scatter_(2, place, scales)
+
+
+def grow_sketch(sketch: Sketch, capacity: int) -> Sketch:
+    """Return the sketch with room for `capacity` tokens: itself, or a larger copy with zeros at the end."""
+    missing = capacity - sketch.codes.shape[2]
+    if missing <= 0:
+        return sketch
+    return Sketch(
+        functional.pad(sketch.codes, (0, 0, 0, missing)), functional.pad(sketch.scales, (0, missing)), sketch.mean
+    )
+
+
+def decode(sketch: Sketch, tokens: int, turn: Tensor, bits: int) -> Tensor:
+    """Return the keys of which the sketch gives the logits, [B, Hkv, tokens, D] float32."""
+    head_dim = sketch.mean.shape[-1]
+    level = unpack(sketch.codes[:, :, :tokens], bits, head_dim).float() - (2**bits - 1) / 2
+    difference = torch.matmul(level, turn) / rotation_norm(head_dim)
+    return sketch.mean[:, :, None] + sketch.scales[:, :, :tokens, None].float() * difference
+
+
+def score_sketch(
+    query: Tensor,
+    sketch: Sketch,
+    turn: Tensor,
+    bits: int,
+    *,
+    stored: int,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Estimate the logit of every stored token from its packed codes, in blocks of tokens.
+
+    Args:
+        query: [B, H, D].
+        sketch: of the stored keys.
+        turn: [D, D], `rotation(D)`.
+        bits: of a channel, 1 to 4.
+        stored: N, tokens of the longest row.
+        scaling: factor of the true logits.
+        softcap: c of `c * tanh(logit / c)`, or None.
+
+    Returns:
+        [B, H, N] float32; arbitrary at tokens beyond a row's length.
+    """
+    batch, heads, head_dim = query.shape
+    kv_heads = sketch.mean.shape[1]
+    rows = query.float().view(batch, kv_heads, heads // kv_heads, head_dim) * scaling
+    turned = torch.matmul(rows, turn.t()) / rotation_norm(head_dim)
+    centre = turned.sum(-1, keepdim=True) * ((2**bits - 1) / 2)
+    shift = torch.matmul(rows, sketch.mean[..., None])
+    blocks = []
+    block = _block_tokens(sketch.mean[:, :, None])
+    for start in range(0, stored, block):
+        stop = min(start + block, stored)
+        codes = unpack(sketch.codes[:, :, start:stop], bits, head_dim).float()
+        product = torch.matmul(turned, codes.transpose(-1, -2)).sub_(centre)
+        blocks.append(product.mul_(sketch.scales[:, :, None, start:stop].float()).add_(shift))
+    logits = (blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)).view(batch, heads, stored)
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def _block_tokens(keys: Tensor) -> int:
+    """Return how many tokens of [B, Hkv, any, D] make up a block."""
+    batch, kv_heads, _, head_dim = keys.shape
+    return max(1, BLOCK_BYTES // (4 * batch * kv_heads * head_dim))
+
+
+def residual_attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    logits: Tensor,
+    value_sum: Tensor,
+    *,
+    lengths: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend exactly to chosen tokens, and to all others as one: their mean value, with their estimated weight.
+
+    The weight of the chosen tokens comes from their exact logits, that of the others from the estimates (the mean value
+    is SparQ's, arXiv 2312.04985, section 3; there it is of all tokens, and both weights are estimates).
+
+    Args:
+        query: [B, H, D].
+        keys: [B, Hkv, capacity, D].
+        values: [B, Hkv, capacity, Dv].
+        positions: [B, Hkv, k] (an integer dtype), the chosen tokens, none twice; those beyond a row's length do not
+            count.
+        logits: [B, H, N] float32, the estimated logits of all tokens; those of the chosen are not used.
+        value_sum: [B, Hkv, Dv] float32, the sum of the values of all of a row's tokens.
+        lengths: [B, Hkv], tokens of each row, or None where every row has N.
+        scaling: factor of the logits.
+        softcap: c of `c * tanh(logit / c)`, or None.
+        sinks: [H], one learned logit a head that joins the softmax's denominator, or None.
+
+    Returns:
+        Out, [B, H, Dv] in the query's dtype, zeros for a row without tokens; and the estimated weight of the tokens
+        that were not chosen, [B, H] float32.
+    """
+    batch, heads, _ = query.shape
+    kv_heads, stored = keys.shape[1], logits.shape[-1]
+    grouped = (batch, kv_heads, heads // kv_heads)
+    real = None if lengths is None else positions < lengths[..., None]
+    if real is not None:
+        positions = positions.clamp(max=stored - 1)
+    own_keys, own_values = (tensor.float() for tensor in gather_tokens(positions, keys, values))
+    exact = torch.matmul(query.float().view(*grouped, -1) * scaling, own_keys.transpose(-1, -2))
+    if softcap is not None:
+        exact = torch.tanh(exact / softcap) * softcap
+    chosen = positions.long()[:, :, None].expand(*grouped, -1)
+    others = logits.view(*grouped, stored).scatter(-1, chosen, -torch.inf)
+    left: Tensor | int = max(1, stored - positions.shape[-1])
+    if lengths is not None and real is not None:
+        exact = exact.masked_fill(~real[:, :, None], -torch.inf)
+        own_values = own_values.masked_fill(~real[..., None], 0)
+        filled = torch.arange(stored, device=query.device) < lengths[..., None]
+        others = others.masked_fill(~filled[:, :, None], -torch.inf)
+        left = (lengths - real.sum(-1)).clamp(min=1)[..., None]
+    mean = (value_sum - own_values.sum(2)) / left
+    # In one softmax the others are one more token, whose logit is the logarithm of their weights' sum.
+    columns = [exact, others.logsumexp(-1, keepdim=True)]
+    if sinks is not None:
+        columns.append(sinks.float().view(1, kv_heads, -1, 1).expand(*grouped, 1))
+    weight = torch.cat(columns, -1).softmax(-1)
+    if lengths is not None:
+        weight = weight.masked_fill((lengths == 0)[..., None, None], 0)
+    rest = weight[..., positions.shape[-1]]
+    out = torch.matmul(weight[..., : positions.shape[-1]], own_values) + rest[..., None] * mean[:, :, None]
+    return out.view(batch, heads, -1).to(query.dtype), rest.view(batch, heads)
