@@ -24,11 +24,17 @@ NAMES = ("keys", "values", "positions")
 
 @dataclass(eq=False, frozen=True)
 class HistorySnapshot:
-    """The state of one history at one time: the buffers that it had, and how many tokens of them are its own."""
+    """The state of one history at one time: the buffers that it had, and how many tokens of them are its own.
+
+    While a prompt runs on one device, the store has those buffers, and `held` of their tokens are not to be written
+    over either.
+    """
 
     life: object
     tensors: dict[str, Tensor]
     seen: int
+    keys: Tensor | None
+    held: int
 
 
 class History:
@@ -174,12 +180,14 @@ class History:
 
     def guard(self, store: KVStore, length: int) -> None:
         """Have a store that runs a prompt on our buffers leave those to the snapshots that hold more than `length`."""
-        if any(taken.tensors.get("keys") is store.keys and taken.seen > length for taken in self._living()):
+        if any(taken.keys is store.keys and taken.held > length for taken in self._living()):
             store.move()
 
-    def snapshot(self) -> HistorySnapshot:
-        """Return the present state, to which `restore` goes back. It copies nothing."""
-        taken = HistorySnapshot(self._life, self.tensors(), self.seen)
+    def snapshot(self, store: KVStore) -> HistorySnapshot:
+        """Return the present state, to which `restore` goes back, beside that of the store. It copies nothing."""
+        lent = self.keys is None
+        keys, held = (store.keys, store.stored) if lent else (self.keys, self.seen)
+        taken = HistorySnapshot(self._life, self.tensors(), self.seen, keys, held)
         self._snapshots = [*(reference for reference in self._snapshots if reference() is not None), weakref.ref(taken)]
         return taken
 
@@ -206,7 +214,7 @@ class History:
 
     def _protect(self, start: int) -> None:
         """Have buffers of our own before slots from `start` on are written, if a snapshot holds those."""
-        if any(taken.tensors.get("keys") is self.keys and taken.seen > start for taken in self._living()):
+        if any(taken.keys is self.keys and taken.held > start for taken in self._living()):
             for name, tensor in self.tensors().items():
                 setattr(self, name, _like(tensor, tensor.shape[2], start, tensor.device))
 
