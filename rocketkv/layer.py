@@ -386,7 +386,7 @@ class RocketKVLayer(CacheLayerMixin):
     def snapshot(self) -> LayerSnapshot:
         """Return the present state, to which `restore` goes back."""
         self._settle()
-        history = None if self.history is None else self.history.snapshot()
+        history = None if self.history is None else self.history.snapshot(self.store)
         return LayerSnapshot(self.store.snapshot(), history, {name: getattr(self, name) for name in _SNAPPED})
 
     def restore(self, snapshot: LayerSnapshot) -> None:
@@ -399,6 +399,8 @@ class RocketKVLayer(CacheLayerMixin):
         self.store.restore(snapshot.store)
         if self.history is not None and snapshot.history is not None:
             self.history.restore(snapshot.history)
+            if not self.store.closed:
+                self.history.guard(self.store, self.store.stored)
         self.pending, self.armed = None, False
         for name, value in snapshot.fields.items():
             setattr(self, name, value)
