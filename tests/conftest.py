@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +17,29 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+
+def _hasten_interpreter() -> None:
+    """Let Triton's interpreter not look for the same things at every call of a function: a fifth of its time.
+
+    It lists the whole language to find the functions to replace by its own; what is replaced, and by what, stays.
+    """
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    is_builtin = importlib.import_module("triton.language").core.is_builtin
+    names: dict[Any, list[str]] = {}  # of what is replaced: complete, as nothing is when an owner is first met
+
+    def patch_builtin(owner: Any, *rest: Any) -> None:
+        if owner not in names:
+            names[owner] = [name for name, member in inspect.getmembers(owner) if is_builtin(member)]
+        if names[owner] and is_builtin(getattr(owner, names[owner][0])):  # all of them are replaced at once
+            for name in names[owner]:
+                interpreter._patch_attr(owner, name, getattr(owner, name), *rest)
+
+    interpreter._patch_builtin = patch_builtin
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    _hasten_interpreter()
+
 # PyTorch lists its factory functions once, at the first use of a device context: before they are replaced below.
 with torch.device("cpu"):
     torch.empty(0)
@@ -22,6 +48,14 @@ with torch.device("cpu"):
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer() -> Any:
+    """SmolLM2's tokenizer, read once for all files: it takes seconds."""
+    from rocketkv.eval.models import load_smollm2_tokenizer
+
+    return load_smollm2_tokenizer()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,10 +2,10 @@
 
 import json
 import random
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from words import Words
 
 from rocketkv.eval.prompts import sample_tokens
 from rocketkv.eval.task import Preparation, Turn
@@ -24,17 +24,6 @@ FAMILIES = {
     "number",
     "exclamation",
 }
-
-
-class Words:
-    """A tokenizer that cuts at white space."""
-
-    chat_template = None
-
-    def __call__(self, text: Any, *, add_special_tokens: bool = True) -> Mapping[str, Any]:
-        if isinstance(text, list):
-            return {"input_ids": [[len(word) for word in one.split()] for one in text]}
-        return {"input_ids": [0] * add_special_tokens + [len(word) for word in text.split()]}
 
 
 def prepare(count: int = 1, *, length: int = 1024, seed: int = 0, tokenizer: Any = None) -> Preparation:

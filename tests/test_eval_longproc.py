@@ -3,14 +3,13 @@
 import json
 import random
 import re
-from collections.abc import Mapping
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
 import pytest
+from words import Words
 
-from rocketkv.eval.models import load_smollm2
 from rocketkv.eval.prompts import sample_tokens
 from rocketkv.eval.task import Preparation, Sample, Task, Turn
 from rocketkv.eval.tasks import instructions, longproc
@@ -18,17 +17,6 @@ from rocketkv.eval.tasks.longproc import evaluate
 
 COUNTDOWN, ROUTE = longproc.TASKS
 TASKS = pytest.mark.parametrize("task", longproc.TASKS, ids=lambda task: task.name)
-
-
-class Words:
-    """A tokenizer that cuts at white space."""
-
-    chat_template = None
-
-    def __call__(self, text: Any, *, add_special_tokens: bool = True) -> Mapping[str, Any]:
-        if isinstance(text, list):
-            return {"input_ids": [[len(word) for word in one.split()] for one in text]}
-        return {"input_ids": [0] * add_special_tokens + [len(word) for word in text.split()]}
 
 
 def prepare(count: int = 1, *, length: int = 1024, seed: int = 0) -> Preparation:
@@ -276,8 +264,8 @@ def test_deep_parentheses_are_evaluated() -> None:
 
 
 @pytest.mark.real_model
-def test_a_real_tokenizer_with_its_chat_template() -> None:
-    prepared = Preparation(tokenizer=load_smollm2()[1], length=2048, count=2, chat=True)
+def test_a_real_tokenizer_with_its_chat_template(smollm2_tokenizer: Any) -> None:
+    prepared = Preparation(tokenizer=smollm2_tokenizer, length=2048, count=2, chat=True)
     for task in (*longproc.TASKS, *instructions.TASKS):
         for sample in task.samples(prepared):
             (turn,) = sample.turns

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
-from rocketkv.eval import models
 from rocketkv.eval.haystack import haystack, ruler_package
 from rocketkv.eval.needle import prose
 from rocketkv.eval.ruler import qa, templates, words
@@ -126,15 +124,6 @@ def numbered(text: str) -> list[str]:
     return items
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    # Not load_smollm2: the model takes many times longer than its tokenizer.
-    file = models._gguf_file()
-    found = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    models._settle_tokenizer(found)
-    return found
-
-
 def tokens(tokenizer: Any, sample: Sample, chat: bool) -> int:
     (turn,) = sample.turns
     message = sample.context + turn.question
@@ -153,21 +142,23 @@ def test_the_tasks_are_rulers_thirteen() -> None:
 @pytest.mark.real_model
 @pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
 @pytest.mark.parametrize("length", [4096, 16384])
-@pytest.mark.parametrize("name", [*TASKS, "needle_grid"])  # the grid too: the tokenizer is loaded once
+@pytest.mark.parametrize("name", [*TASKS, "needle_grid"])  # the grid too, as its prompts are cut by a real tokenizer
 def test_prompt_and_answer_fill_their_length(
-    name: str, length: int, chat: bool, data_dir: Path, tokenizer: Any
+    name: str, length: int, chat: bool, data_dir: Path, smollm2_tokenizer: Any
 ) -> None:
     (task,) = needle.TASKS if name == "needle_grid" else (TASKS[name],)
-    (sample,) = task.samples(prepare(length, tokenizer=tokenizer, chat=chat, data_dir=data_dir))
+    (sample,) = task.samples(prepare(length, tokenizer=smollm2_tokenizer, chat=chat, data_dir=data_dir))
     assert sample.turns[0].max_new_tokens == NEW_TOKENS.get(name, 128)
-    assert 0.95 * length <= tokens(tokenizer, sample, chat) <= length
+    assert 0.95 * length <= tokens(smollm2_tokenizer, sample, chat) <= length
 
 
 @pytest.mark.real_model
 @pytest.mark.parametrize(("name", "length"), [("niah_single_3", 131072), ("vt", 1024), ("cwe", 1024), ("fwe", 1024)])
-def test_generated_prose_short_and_very_long_prompts_fill_their_length(name: str, length: int, tokenizer: Any) -> None:
-    for sample in TASKS[name].samples(prepare(length, tokenizer=tokenizer)):
-        assert 0.95 * length <= tokens(tokenizer, sample, False) <= length
+def test_generated_prose_short_and_very_long_prompts_fill_their_length(
+    name: str, length: int, smollm2_tokenizer: Any
+) -> None:
+    for sample in TASKS[name].samples(prepare(length, tokenizer=smollm2_tokenizer)):
+        assert 0.95 * length <= tokens(smollm2_tokenizer, sample, False) <= length
         assert sample.notes.get("haystack") == {"niah_single_3": "generated", "vt": "noise"}.get(name)
 
 
