@@ -22,6 +22,16 @@ TEMPLATE = (
 )
 STATS = re.compile(r"(\d+) tokens seen, (\d+) stored a head; .* MiB live .* a step reads .* MiB, a dense one .* MiB")
 NEW_TOKENS = 12
+NAMES = ("generate", "manual_loop", "chat")
+RUN = """
+import runpy, sys
+names, folder = sys.argv[1].split(","), sys.argv[2]
+del sys.argv[1:3]
+for name in names:
+    sys.argv[0] = f"{folder}/{name}.py"
+    print("\\f", end="", flush=True)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +58,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def stats_of(example: str, folder: Path) -> list[tuple[int, int]]:
-    """Run an example and return the tokens seen and stored of each line of statistics."""
+@pytest.fixture(scope="module")
+def printed(folder: Path) -> dict[str, str]:
+    """What each example prints, one after the other in a process of their own: to import is most of their time."""
     options = ["--model", folder, "--file", folder / "text.txt", "--budget", 64, "--new-tokens", NEW_TOKENS]
     done = subprocess.run(
-        [sys.executable, EXAMPLES / f"{example}.py", *map(str, options)],
+        [sys.executable, "-c", RUN, ",".join(NAMES), EXAMPLES, *map(str, options)],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
         encoding="utf-8",
@@ -60,19 +71,28 @@ def stats_of(example: str, folder: Path) -> list[tuple[int, int]]:
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    return [(int(seen), int(stored)) for seen, stored in STATS.findall(done.stdout)]
+    return dict(zip(NAMES, done.stdout.split("\f")[1:], strict=True))
+
+
+def stats_of(printed: str) -> list[tuple[int, int]]:
+    """Return the tokens seen and stored of each line of statistics."""
+    return [(int(seen), int(stored)) for seen, stored in STATS.findall(printed)]
+
+
+def test_every_example_is_run() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(NAMES)
 
 
 @pytest.mark.parametrize("example", ["generate", "manual_loop"])
-def test_the_text_is_continued_and_compressed(example: str, folder: Path) -> None:
-    [(seen, stored)] = stats_of(example, folder)
+def test_the_text_is_continued_and_compressed(example: str, folder: Path, printed: dict[str, str]) -> None:
+    [(seen, stored)] = stats_of(printed[example])
     prompt = len((folder / "text.txt").read_text(encoding="utf-8"))
     assert prompt < seen < prompt + NEW_TOKENS, "the last new token is never cached"
     assert stored < prompt
 
 
-def test_the_second_turn_goes_on_where_the_first_ended(folder: Path) -> None:
-    (first, _), (second, stored) = stats_of("chat", folder)
+def test_the_second_turn_goes_on_where_the_first_ended(folder: Path, printed: dict[str, str]) -> None:
+    (first, _), (second, stored) = stats_of(printed["chat"])
     prompt = len((folder / "text.txt").read_text(encoding="utf-8"))
     assert prompt < first < second < first + NEW_TOKENS + 100, "the text was not read twice"
     assert stored < prompt
