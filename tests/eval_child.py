@@ -1,7 +1,8 @@
 """Command lines in processes of their own, forked from one that has imported everything: a start takes milliseconds.
 
-Reads a line of JSON for each: `["start", ARGUMENTS]`, answered by the process's id, and `["wait", ID]`, answered by how
-it ended, as `os.waitpid` has it.
+Reads a line of JSON for each: `["start", ARGUMENTS]`, answered by the process's id; `["hold", PATH]`, the same for one
+that claims a record and keeps it, which it says in a file beside it with the suffix `.held`; and `["wait", ID]`,
+answered by how it ended, as `os.waitpid` has it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
+from pathlib import Path
 
 import torch
 from datasets import Dataset  # noqa: F401  # before a fork, as all that a sweep imports
@@ -17,6 +20,13 @@ from lm_eval.api.task import ConfigurableTask  # noqa: F401
 
 from rocketkv.cli import main
 from rocketkv.eval import cells, command, lm, report, run  # noqa: F401
+
+
+def hold(path: Path) -> int:
+    with run.claimed(path) as mine:
+        path.with_suffix(".held").write_text(str(mine))
+        time.sleep(600)
+    return 0
 
 
 def serve() -> None:
@@ -30,7 +40,7 @@ def serve() -> None:
             if answer == 0:
                 code = 1
                 try:
-                    code = main(what)
+                    code = hold(Path(what)) if order == "hold" else main(what)
                 except BaseException:  # noqa: BLE001  # also SystemExit: this process is to end here and nowhere else
                     traceback.print_exc()
                 finally:

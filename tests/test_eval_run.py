@@ -78,6 +78,14 @@ class Children:
     def start(self, folder: Path, results: Path, *more: str) -> int:
         return self._tell("start", ["eval", "run", "--model", str(folder), *FLAGS, "-o", str(results), *more])
 
+    def hold(self, path: Path) -> int:
+        pid = self._tell("hold", str(path))
+        said, patience = path.with_suffix(".held"), time.monotonic() + 60
+        while not (said.exists() and said.read_text()) and time.monotonic() < patience:
+            time.sleep(0.002)
+        assert said.read_text() == "True"
+        return pid
+
     def wait(self, pid: int) -> int:
         return self._tell("wait", pid)
 
@@ -249,23 +257,16 @@ def test_what_a_journal_has_is_not_asked_again(bench: Bench, monkeypatch: pytest
     assert not path.exists()
 
 
-def test_a_cell_that_another_process_holds_is_left_to_it(bench: Bench) -> None:
+def test_a_cell_that_another_process_holds_is_left_to_it(children: Children, bench: Bench) -> None:
     first, second = made_cells()
-    script = (
-        "import sys\nfrom pathlib import Path\nfrom rocketkv.eval.run import claimed\n"
-        "with claimed(Path(sys.argv[1])) as mine:\n    print(mine, flush=True)\n    sys.stdin.read()\n"
-    )
     path = record_path(bench.results, first)
-    with subprocess.Popen(
-        [sys.executable, "-c", script, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "True\n"
-        counts = run_cells(bench, [first, second])
-        assert counts == Counts(done=1, elsewhere=1)
-        assert str(counts) == "1 cells done, 0 were before, 1 left to another process"
-        assert finished(path) is None
-        holder.kill()
+    holder = children.hold(path)
+    counts = run_cells(bench, [first, second])
+    assert counts == Counts(done=1, elsewhere=1)
+    assert str(counts) == "1 cells done, 0 were before, 1 left to another process"
+    assert finished(path) is None
+    os.kill(holder, signal.SIGKILL)
+    assert children.wait(holder) == signal.SIGKILL
     assert run_cells(bench, [first, second]) == Counts(done=1, done_before=1)  # its hold has ended with it
 
 
