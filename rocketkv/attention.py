@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .index import TILE_PAGES, gather_tokens, movable, page_count, restored
+from .index import TILE_PAGES, gather_tokens, movable, page_bounds, page_count, restored
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -50,66 +50,38 @@ def score(
     batch, heads, head_dim = query.shape
     kv_heads, tiles, rows = index.shape[1:4]
     grouped = query.float().view(batch * kv_heads, heads // kv_heads, head_dim)
-    size = grouped.abs()
     # The rule of `select_top`, by a stable sort: the order of channels does not matter, ties go to the lower one.
-    chosen = size.sum(1).sort(dim=-1, descending=True, stable=True).indices[:, :channels]
-    scored = grouped.gather(-1, chosen[:, None].expand(-1, grouped.shape[1], -1))
+    size = grouped.abs()
+    chosen = size.sum(1).sort(dim=-1, descending=True, stable=True).indices.narrow(-1, 0, channels)
+    scored = grouped.gather(-1, chosen.unsqueeze(1).expand(-1, grouped.shape[1], -1))
     negative = scored.sum(1) <= 0
-    missed = size.sum(-1, keepdim=True) / scored.abs().sum(-1, keepdim=True).clamp(min=_TINY)
-    scored = scored * (missed.sqrt() * scaling)
     bound_row = torch.add(chosen, negative, alpha=head_dim) if rows > head_dim else chosen
+    missed = size.sum(-1, keepdim=True) / (scored.abs().sum(-1, keepdim=True) + _TINY)
+    scored = scored * (missed.sqrt() * scaling)
 
-    # Only the tiles in use are read: [B * Hkv, used, r] rows of 128 pages each.
+    # Only the tiles in use are read, and of them the chosen rows of 128 pages.
     pages = page_count(stored, page_size)
     used = -(-pages // TILE_PAGES)
-    first_row = torch.arange(0, batch * kv_heads * tiles * rows, rows, device=index.device).view(-1, tiles)[:, :used]
-    estimate = _weighted_rows(index.view(-1, TILE_PAGES), first_row[..., None] + bound_row[:, None], scored)
+    first_row = torch.arange(0, batch * kv_heads * tiles * rows, rows, device=index.device).view(-1, 1, tiles)
+    row = bound_row.unsqueeze(-1) + first_row.narrow(-1, 0, used)
+    bounds = restored(F.embedding(row, movable(index).view(-1, TILE_PAGES)), index.dtype).float().flatten(2)
 
     # The open page's bounds are exact; those of closed pages are as coarse as the index's dtype.
     if lengths is None and stored % page_size:
-        own = keys[:, :, (pages - 1) * page_size : stored].flatten(0, 1)
-        estimate[..., pages - 1] = _open_page_scores(scored, own, chosen, negative)
-    elif lengths is not None and page_size > 1:
+        own = page_bounds(keys[:, :, (pages - 1) * page_size : stored], page_size).flatten(0, 1)
+        bounds.select(-1, pages - 1).copy_(own.gather(-1, bound_row))
+    estimate = torch.bmm(scored, bounds.narrow(-1, 0, pages))
+    if lengths is not None and page_size > 1:
         page = lengths.long() // page_size
         token = page[..., None] * page_size + torch.arange(page_size, device=keys.device)
         # Repeating the page's first token leaves its bounds alone.
         token = torch.where(token < lengths[..., None], token, token[..., :1]).clamp(max=keys.shape[2] - 1)
-        own = gather_tokens(token, keys)[0].flatten(0, 1)
-        open_page = _open_page_scores(scored, own, chosen, negative)
-        here = torch.arange(used * TILE_PAGES, device=keys.device) == page.view(-1, 1, 1)
-        estimate = torch.where(here, open_page[..., None], estimate)
-    logits = estimate[..., :pages].view(batch, heads, pages)
+        own = page_bounds(gather_tokens(token, keys)[0], page_size).flatten(0, 1)
+        open_page = torch.bmm(scored, own.gather(-1, bound_row).float().unsqueeze(-1))
+        here = torch.arange(pages, device=keys.device) == page.view(-1, 1, 1)
+        estimate = torch.where(here, open_page, estimate)
+    logits = estimate.view(batch, heads, pages)
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
-
-
-def _open_page_scores(scored: Tensor, keys: Tensor, chosen: Tensor, negative: Tensor) -> Tensor:
-    """Return the scores [rows, G] of a page that is not full, from chosen channels of its keys [rows, < P, D]."""
-    own = keys.gather(-1, chosen[:, None].expand(-1, keys.shape[1], -1)).float()
-    bounds = own[:, 0] if own.shape[1] == 1 else torch.where(negative, own.amin(1), own.amax(1))
-    return torch.bmm(scored, bounds[..., None])[..., 0]
-
-
-def _weighted_rows(table: Tensor, row: Tensor, weight: Tensor) -> Tensor:
-    """Return sums of rows of a table, in float32.
-
-    Args:
-        table: [rows, 128].
-        row: [groups, used, r], the rows to sum.
-        weight: [groups, G, r] float32, the weights of those rows.
-
-    Returns:
-        [groups, G, used * 128].
-    """
-    groups, used, channels = row.shape
-    over_group = weight.shape[1]
-    if table.device.type == "cpu" and table.dtype == torch.float32:
-        # Sums rows where they lie, in half the time of gathering them first.
-        bag = row[:, None].expand(-1, over_group, -1, -1).reshape(-1, channels)
-        weights = weight[:, :, None].expand(-1, -1, used, -1).reshape(-1, channels)
-        return F.embedding_bag(bag, table, per_sample_weights=weights, mode="sum").view(groups, over_group, -1)
-    rows = restored(movable(table).index_select(0, row.view(-1)), table.dtype)
-    rows = rows.float().view(groups, used, channels, -1)
-    return torch.matmul(weight[:, None], rows).transpose(1, 2).reshape(groups, over_group, -1)
 
 
 def select(
@@ -121,6 +93,7 @@ def select(
     kv_heads: int,
     unit_size: int,
     sinks: Tensor | None = None,
+    ordered: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Choose the k stored tokens of largest estimated weight for each KV head.
 
@@ -134,6 +107,7 @@ def select(
         kv_heads: Hkv.
         unit_size: tokens a unit stands for.
         sinks: [H], one learned logit a head that joins the softmax's denominator, or None.
+        ordered: whether positions must ascend, for which attention does not care.
 
     Returns:
         Positions [B, Hkv, k] int32, ascending (a row with fewer tokens than k has others make up the number), and the
@@ -147,7 +121,7 @@ def select(
         weight = logits.softmax(-1)
         missing = units * unit_size - stored  # tokens that the last unit is short of
         if missing:
-            total = unit_size - missing * weight[..., -1:]
+            total = weight.narrow(-1, units - 1, 1) * -missing + unit_size
     else:
         over_heads = _unit_tokens(units, unit_size, lengths).repeat_interleave(group, dim=1)
         logits = logits.masked_fill(over_heads == 0, -torch.inf)
@@ -156,9 +130,10 @@ def select(
     if sinks is not None:
         total = total + torch.exp(sinks.float()[:, None] - logits.logsumexp(-1, keepdim=True))
     weight = weight / total
-    shared = weight.view(batch, kv_heads, group, units).mean(2)
+    shared = weight.view(batch, kv_heads, group, units).sum(2)  # ranks as the average does
     if lengths is None:
-        positions = select_even(shared, k, stored, unit_size)
+        positions = ranked_even(shared, k, stored, unit_size)
+        positions = positions.sort(-1).values if ordered else positions
     else:
         positions = select_units(shared, _unit_tokens(units, unit_size, lengths).expand_as(shared), k, unit_size)
     return positions.int(), weight
@@ -170,8 +145,8 @@ def _unit_tokens(units: int, unit_size: int, lengths: Tensor) -> Tensor:
     return (lengths[..., None] - start).clamp(min=0, max=unit_size)
 
 
-def select_even(weight: Tensor, k: int, stored: int, unit_size: int) -> Tensor:
-    """Do what `select_units` does where all rows have as many tokens, in fewer operations.
+def ranked_even(weight: Tensor, k: int, stored: int, unit_size: int) -> Tensor:
+    """Do what `select_units` does where all rows have as many tokens, in fewer operations and in order of weight.
 
     A unit's rank is one integer: its weight, whose bits are ordered as it is, over its place from the end. No two are
     equal, so any top-k gives the one choice.
@@ -183,23 +158,23 @@ def select_even(weight: Tensor, k: int, stored: int, unit_size: int) -> Tensor:
         unit_size: tokens of a full unit.
 
     Returns:
-        Positions [..., k] int64, ascending.
+        Positions [..., k] int64, those of the unit of largest weight first.
     """
     units = weight.shape[-1]
     bits = weight.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).view(torch.int32)
-    rank = bits.long().bitwise_left_shift(32).sub(torch.arange(units, device=weight.device))
+    rank = torch.add(torch.arange(0, -units, -1, device=weight.device), bits, alpha=1 << 32)
     # A unit more where one has fewer tokens: together they are k at least.
     short = units * unit_size - stored
     unit = rank.topk(min(units, page_count(k, unit_size) + (short > 0)), dim=-1).indices
-    if unit_size > 1:
-        token = torch.add(unit[..., None] * unit_size, torch.arange(unit_size, device=weight.device)).flatten(-2)
-    else:
-        token = unit
-    if short:
-        held = token < stored
-        token = token.masked_fill(~held | (held.cumsum(-1) > k), stored)
-        return token.sort(dim=-1).values[..., :k]
-    return token[..., :k].sort(dim=-1).values
+    if unit_size == 1:
+        return unit
+    token = torch.add(torch.arange(unit_size, device=weight.device), unit.unsqueeze(-1), alpha=unit_size).flatten(-2)
+    first = token.narrow(-1, 0, k)
+    if not short:
+        return first
+    # The tokens that the last unit lacks are neighbours: what comes after them moves up.
+    lacking = first.cummax(-1).values >= stored
+    return torch.where(lacking, token.narrow(-1, short, k), first)
 
 
 def select_units(weight: Tensor, count: Tensor, k: int, unit_size: int) -> Tensor:

@@ -315,7 +315,7 @@ def _torch_step(
         positions = recent(store.lengths, split.top_k, split.sinks)
     else:
         with full_precision(query.device):
-            positions = _select(query, store, scaling=scaling, softcap=softcap, sinks=sinks)
+            positions = _select(query, store, stored, lengths, **exact)
     mask = None
     if lengths is not None and store.shortest <= split.token_budget:
         # A row that stores at most t tokens attends to all of them.
@@ -323,31 +323,22 @@ def _torch_step(
     return attend(query, store.keys, store.values, positions, mask=mask, **exact)
 
 
-def _select(query: Tensor, store: KVStore, *, scaling: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
-    """Return the positions [B, Hkv, k] that the index ranks highest."""
+def _select(query: Tensor, store: KVStore, stored: int, lengths: Tensor | None, **settings: Any) -> Tensor:
+    """Return the positions [B, Hkv, k] that the index ranks highest, in any order."""
     split = store.split
     if store.index is None or store.keys is None or split is None or split.channels is None or split.top_k is None:
         raise ValueError("selection by attention needs an index; this store was closed without one")
-    lengths = None if store.uniform else store.lengths
-    logits = score(
-        query,
-        store.index,
-        store.keys,
-        stored=store.stored,
-        lengths=lengths,
-        page_size=split.page_size,
-        channels=split.channels,
-        scaling=scaling,
-        softcap=softcap,
-    )
+    page_size, sinks = split.page_size, settings.pop("sinks")
+    shape: dict[str, Any] = {"stored": stored, "lengths": lengths}
+    logits = score(query, store.index, store.keys, page_size=page_size, channels=split.channels, **shape, **settings)
     positions, _ = select(
         logits,
-        min(split.top_k, store.stored),
-        stored=store.stored,
-        lengths=lengths,
+        min(split.top_k, stored),
         kv_heads=store.keys.shape[1],
-        unit_size=split.page_size,
+        unit_size=page_size,
         sinks=sinks,
+        ordered=False,
+        **shape,
     )
     return positions
 

@@ -15,6 +15,7 @@ Letters: B batch, Hkv KV heads, D head dim, P page size, N stored tokens, T tile
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 TILE_PAGES = 128
 FLOAT8 = (torch.float8_e5m2, torch.float8_e4m3fn)
@@ -67,11 +68,7 @@ def page_bounds(keys: Tensor, page_size: int) -> Tensor:
     """
     if page_size == 1:
         return keys[..., 0, :]
-    head_dim = keys.shape[-1]
-    bounds = keys.new_empty(*keys.shape[:-2], 2 * head_dim)
-    bounds[..., :head_dim] = keys.amax(-2)
-    bounds[..., head_dim:] = keys.amin(-2)
-    return bounds
+    return torch.cat((keys.amax(-2), keys.amin(-2)), dim=-1)
 
 
 def build_index(keys: Tensor, tokens: int, page_size: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -148,12 +145,12 @@ def close_pages(index: Tensor, keys: Tensor, lengths: Tensor, page_size: int) ->
 
 def gather_tokens(positions: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Gather whole tokens of tensors [B, Hkv, N, D] at positions [B, Hkv, k] (an integer dtype) to [B, Hkv, k, D]."""
-    batch, kv_heads, count = positions.shape
     size = tensors[0].shape[2]
-    if not all(tensor.is_contiguous() and tensor.shape[2] == size for tensor in tensors):
-        index = positions.long()[..., None]
-        return tuple(tensor.gather(2, index.expand(-1, -1, -1, tensor.shape[3])) for tensor in tensors)
-    start = torch.arange(0, batch * kv_heads * size, size, device=positions.device).view(batch, kv_heads, 1)
-    rows = (positions + start).view(-1)
-    flat = (tensor.view(batch * kv_heads * size, -1).index_select(0, rows) for tensor in tensors)
-    return tuple(tensor.view(batch, kv_heads, count, tensor.shape[-1]) for tensor in flat)
+    for tensor in tensors:
+        if not tensor.is_contiguous() or tensor.shape[2] != size:
+            index = positions.long()[..., None]
+            return tuple(tensor.gather(2, index.expand(-1, -1, -1, tensor.shape[3])) for tensor in tensors)
+    batch, kv_heads, _ = positions.shape
+    start = torch.arange(0, batch * kv_heads * size, size, device=positions.device)
+    rows = positions + start.view(batch, kv_heads, 1)
+    return tuple([F.embedding(rows, tensor.view(-1, tensor.shape[3])) for tensor in tensors])

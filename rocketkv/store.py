@@ -291,27 +291,27 @@ class KVStore(Restorable):
             raise ValueError("append comes after close_prompt")
         self.make_room()
         key, value = key.detach(), value.detach()
-        if self.uniform:
-            slot = self.stored
+        uniform, slot = self.uniform, self.stored
+        if uniform:
             self.keys.select(2, slot).copy_(key)
             self.values.select(2, slot).copy_(value)
             self.positions.select(2, slot).fill_(self.seen)
             self.lengths.fill_(slot + 1)
         else:
-            slot = self.lengths.long()[..., None]
-            self.keys.scatter_(2, slot[..., None].expand(-1, -1, 1, key.shape[-1]), key[:, :, None])
-            self.values.scatter_(2, slot[..., None].expand(-1, -1, 1, value.shape[-1]), value[:, :, None])
-            self.positions.scatter_(2, slot, self.seen)
+            place = self.lengths.long()[..., None]
+            self.keys.scatter_(2, place[..., None].expand(-1, -1, 1, key.shape[-1]), key[:, :, None])
+            self.values.scatter_(2, place[..., None].expand(-1, -1, 1, value.shape[-1]), value[:, :, None])
+            self.positions.scatter_(2, place, self.seen)
             self.lengths += 1
         self.advance()
         if self.decode_capacity is not None:
             self.clock()
         if self.index is not None:
             page_size = self.split.page_size
-            if not self.uniform:
+            if not uniform:
                 close_pages(self.index, self.keys, self.lengths, page_size)
-            elif self.stored % page_size == 0:
-                close_page(self.index, self.keys, self.stored // page_size - 1, page_size)
+            elif (slot + 1) % page_size == 0:
+                close_page(self.index, self.keys, slot // page_size, page_size)
 
     def make_room(self) -> None:
         """See to it that every row has room for one more token: grow by doubling, or roll."""
