@@ -1,19 +1,25 @@
-"""SmolLM2-135M-Instruct through the drop-in: the stock model within the budget, itself beyond it."""
+"""SmolLM2-135M-Instruct through the drop-in: the stock model within the budget; beyond it, it finds its needles."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
+import torch
 from tiny import greedy, left_padded
 from torch import Tensor
 from transformers import pipeline
+from transformers.cache_utils import Cache, DynamicCache
 
 import rocketkv
 from rocketkv.cache import rocketkv_layers
+from rocketkv.eval.evidence import NEEDLE_ARMS, NEEDLE_COUNT, NEEDLE_SEED, NEEDLE_TOKENS
 from rocketkv.eval.models import load_smollm2
+from rocketkv.eval.needle import found, needle_grid
+from rocketkv.models import CACHE_ARGUMENT
 
-pytestmark = [pytest.mark.integration, pytest.mark.real_model]
+pytestmark = pytest.mark.real_model
 
 LARGE = {"token_budget": 1024}
 SPLIT = rocketkv.BudgetSplit(token_budget=64, kept_tokens=96, page_size=2, channels=24, top_k=32)
@@ -44,6 +50,7 @@ def answers(model: Any, inputs: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Any
     return greedy(model, inputs, 12, min_new_tokens=12, **kwargs)
 
 
+@pytest.mark.integration
 def test_within_the_budget_the_stock_model(smollm2: Any) -> None:
     model, tokenizer = smollm2
     inputs = left_padded([ids_of(tokenizer, 3), ids_of(tokenizer, 1)])
@@ -58,6 +65,7 @@ def test_within_the_budget_the_stock_model(smollm2: Any) -> None:
     assert answers(model, inputs)[1].equal(expected_logits)
 
 
+@pytest.mark.integration
 def test_a_left_padded_batch_is_its_rows_alone(smollm2: Any) -> None:
     model, tokenizer = smollm2
     rows = [ids_of(tokenizer, 5), ids_of(tokenizer, 3)]
@@ -72,6 +80,7 @@ def test_a_left_padded_batch_is_its_rows_alone(smollm2: Any) -> None:
     assert (logits[:1] - stock)[:, 1:].abs().max() > 0.01
 
 
+@pytest.mark.integration
 def test_chat_pipeline(smollm2: Any) -> None:
     model, tokenizer = smollm2
     chat = [{"role": "user", "content": "What is the capital of France? Answer in one short sentence."}]
@@ -85,3 +94,58 @@ def test_chat_pipeline(smollm2: Any) -> None:
     assert "Paris" in expected
     with rocketkv.patch(model, **LARGE):
         assert answer() == expected
+
+
+# Needles spread over depths; all twenty are asked for by `make evidence`.
+ASKED = (0, 4, 8, 11, 15, 18)
+TAIL = 64  # tokens of a prompt that every arm reads for itself: more than the observation window
+
+
+@pytest.fixture(scope="module")
+def right(smollm2: Any) -> dict[str, list[bool]]:
+    """Ask each arm for the needles.
+
+    Nothing is evicted before a prompt's end, whatever the method: what comes before the tail is read once for all.
+    """
+    model, tokenizer = smollm2
+    prompts = needle_grid(tokenizer, tokens=NEEDLE_TOKENS, count=NEEDLE_COUNT, seed=NEEDLE_SEED)
+    answers: dict[str, list[bool]] = {name: [] for name in ("full cache", "rocketkv 512", "streaming 512")}
+    for prompt in (prompts[i] for i in ASKED):
+        ids = tokenizer(prompt.text, return_tensors="pt").input_ids
+        with rocketkv.patch(model, NEEDLE_ARMS["rocketkv 512"]) as handle, torch.inference_mode():
+            head = rocketkv.RocketKVCache(model.config, handle.config, prompt_length=ids.shape[1])
+            model(ids[:, :-TAIL], **{CACHE_ARGUMENT: head}, use_cache=True, logits_to_keep=1)
+        for name in answers:
+            text = tokenizer.decode(continued(model, ids, head, NEEDLE_ARMS[name]))
+            answers[name].append(found(prompt.answer, text))
+    return answers
+
+
+def continued(model: Any, ids: Tensor, head: rocketkv.RocketKVCache, config: rocketkv.RocketKVConfig | None) -> Tensor:
+    """Generate twelve tokens after a prompt that `head` holds but for its tail, by a method, or the stock model."""
+    cache: Cache
+    if config is None:
+        cache = DynamicCache(config=model.config)
+        for place, layer in enumerate(head.layers):
+            cache.update(layer.keys, layer.values, place)
+        return greedy(model, ids, 12, min_new_tokens=12, **{CACHE_ARGUMENT: cache})[0][0]
+    cache = copy.deepcopy(head)
+    for layer in rocketkv_layers(cache):
+        layer.config = config
+    with rocketkv.patch(model, config):
+        tokens = greedy(model, ids, 12, min_new_tokens=12, **{CACHE_ARGUMENT: cache})[0][0]
+    assert cache.get_seq_length() == ids.shape[1] + 11
+    assert {layer.store.closed for layer in rocketkv_layers(cache)} == {True}
+    return tokens
+
+
+def test_the_full_cache_finds_the_needles(right: dict[str, list[bool]]) -> None:
+    assert sum(right["full cache"]) >= len(ASKED) - 1
+
+
+def test_rocketkv_loses_at_most_one_needle(right: dict[str, list[bool]]) -> None:
+    assert sum(right["rocketkv 512"]) >= sum(right["full cache"]) - 1
+
+
+def test_a_window_alone_does_not_find_them(right: dict[str, list[bool]]) -> None:
+    assert sum(right["streaming 512"]) <= 1
