@@ -57,6 +57,7 @@ def append_score_kernel(
     peaks,  # [B, Hkv, SPLITS, GP] float32, written
     sums,  # [B, Hkv, SPLITS, GP] float32, written
     ranked,  # [B, Hkv, SPLITS, RP] int32, written
+    ring,  # [B, H, RING, D], written: the query of token i at place i mod RING
     query_batch,  # strides of the first three, by row and by head
     query_head,
     key_batch,
@@ -84,6 +85,7 @@ def append_score_kernel(
     DVP: tl.constexpr,
     RP: tl.constexpr,
     RC: tl.constexpr,
+    RING: tl.constexpr,  # 0 where queries are not remembered
 ):
     """Append a token to each row and score its pages; grid (B * Hkv, SPLITS)."""
     row = tl.program_id(0).to(tl.int64)
@@ -109,6 +111,11 @@ def append_score_kernel(
         vector = tl.load(value + batch * value_batch + kv_head * value_head + column, mask=column < DV, other=0.0)
         tl.store(values + slot * DV + column, vector, mask=column < DV * inside.to(tl.int32))
         tl.store(positions + slot, tl.load(seen), mask=inside)
+        if RING > 0:
+            place = tl.load(seen) % RING
+            for g in range(G):
+                remembered = tl.load(queries + g * query_head + channel, mask=own, other=0.0)
+                tl.store(ring + ((row * G + g) * RING + place) * D + channel, remembered, mask=own)
         if SCORE:
             top = new.to(tl.float32)
             bottom = top

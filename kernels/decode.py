@@ -50,6 +50,7 @@ class DecodeShape:
         top_k: k, or None where every stored token is read.
         token_budget: t: a row that stores no more attends to all of it.
         sinks: for `streaming`, how many first tokens are read beside the most recent; else None.
+        protected: how many first tokens are read whatever their rank.
     """
 
     batch: int
@@ -63,6 +64,7 @@ class DecodeShape:
     top_k: int | None
     token_budget: int
     sinks: int | None
+    protected: int = 0
 
     @property
     def group(self) -> int:
@@ -205,6 +207,7 @@ def decode_step(
     index: Tensor | None,
     lengths: Tensor,
     seen: Tensor,
+    ring: Tensor | None = None,
     workspace: DecodeWorkspace,
     scaling: float,
     softcap: float | None = None,
@@ -226,6 +229,7 @@ def decode_step(
             page is written when it fills.
         lengths: [B, Hkv] int32, tokens of each row; raised by one.
         seen: [1] int32, position of the new token; raised by one.
+        ring: [B, H, W, D], where the query of token i is written at place i mod W, or None.
         workspace: made for these shapes.
         scaling: factor of the logits.
         softcap: c of `c * tanh(logit / c)`, or None.
@@ -245,13 +249,13 @@ def decode_step(
     cap = 1.0 if softcap is None else softcap
     append_score_kernel[(rows, space.splits)](
         query, key, value, keys, values, positions, index if shape.scored else keys, lengths, seen,
-        space.scores, space.peaks, space.sums, space.ranked,
+        space.scores, space.peaks, space.sums, space.ranked, lengths if ring is None else ring,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
         shape.capacity, shape.tiles, shape.kv_heads, shape.token_budget, shape.channels or 0, scaling, cap,
         G=shape.group, D=shape.head_dim, DV=shape.value_dim, P=shape.page_size,
         SPLITS=space.splits, SCORE=shape.scored, SOFTCAP=softcap is not None, EXACT=exact,
         GP=space.group_block, DP=head_block, DC=min(32, head_block),
-        DVP=space.value_block, RP=space.rank_block, RC=ROW_CHUNK,
+        DVP=space.value_block, RP=space.rank_block, RC=ROW_CHUNK, RING=0 if ring is None else ring.shape[2],
         num_warps=4 if space.group_block <= 32 else 8,
     )  # fmt: skip
     mode = ALL.value
@@ -266,7 +270,7 @@ def decode_step(
         select_kernel[(rows,)](
             lengths, lengths if sinks is None else sinks, space.scores, space.peaks, space.sums, space.ordered,
             space.chosen, shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, top_k,
-            G=shape.group, P=page_size, SPLITS=space.splits, SINKS=sinks is not None,
+            shape.protected, G=shape.group, P=page_size, SPLITS=space.splits, SINKS=sinks is not None,
             GP=space.group_block, SP=split_block, CHUNK=SELECT_CHUNK, num_warps=16,
         )  # fmt: skip
     page_block = triton.next_power_of_2(space.page_capacity) if mode == RANKED.value else 1
@@ -281,7 +285,7 @@ def decode_step(
         space.scores, space.peaks, space.sums, space.chosen,
         space.partial_out, space.partial_peaks, space.partial_sums, space.arrivals, out,
         *query.stride()[:2], shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, top_k,
-        shape.sinks or 0, scaling, cap,
+        shape.sinks or 0, shape.protected, scaling, cap,
         MODE=mode, G=shape.group, D=shape.head_dim, DV=shape.value_dim, P=page_size,
         SPLITS=space.splits, PARTS=space.parts, SINKS=sinks is not None, SOFTCAP=softcap is not None, EXACT=exact,
         GP=space.group_block, DP=head_block, DVP=space.value_block, SP=split_block, UP=page_block,

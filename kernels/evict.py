@@ -3,6 +3,8 @@
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, S tokens, W window queries, P page size.
 """
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -185,10 +187,9 @@ def select_top(scores: Tensor, n: int) -> Tensor:
     return positions
 
 
-def prompt_positions(
+def prompt_scores(
     query: Tensor,
     key: Tensor,
-    kept: int,
     *,
     kernel_size: int,
     scaling: float,
@@ -196,17 +197,32 @@ def prompt_positions(
     sinks: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> Tensor:
+    """Return by what stage 1 ranks the tokens of a prompt: the window before all, the rest after max-pooling.
+
+    Args:
+        query: [B, H, W, D], the queries of the prompt's last W tokens.
+        key: [B, Hkv, S, D], all keys of the prompt; any strides.
+        kernel_size: odd width of the max-pooling over positions.
+        scaling: factor of the logits.
+        softcap: see `window_scores`.
+        sinks: see `window_scores`.
+        valid: [B, 1 or Hkv, S] bool, False at padding, or None.
+
+    Returns:
+        [B, Hkv, S] float32: plus infinity in the window, minus infinity at padding.
+    """
+    scores = window_scores(query, key, scaling=scaling, softcap=softcap, sinks=sinks, valid=valid)
+    return pool_scores(scores, query.shape[2], kernel_size=kernel_size, valid=valid)
+
+
+def prompt_positions(query: Tensor, key: Tensor, kept: int, **ranking: Any) -> Tensor:
     """Return which `kept` tokens of a prompt survive stage 1: the window, and the best of the rest after max-pooling.
 
     Args:
         query: [B, H, W, D], the queries of the prompt's last W tokens.
         key: [B, Hkv, S, D], all keys of the prompt, S > kept >= W; any strides.
         kept: tokens per KV head that survive.
-        kernel_size: odd width of the max-pooling over positions.
-        scaling: factor of the logits.
-        softcap: see `window_scores`.
-        sinks: see `window_scores`.
-        valid: [B, 1 or Hkv, S] bool, False at padding, or None.
+        **ranking: the other arguments of `prompt_scores`.
 
     Returns:
         [B, Hkv, kept] int32, ascending. Where a row has fewer than `kept` tokens, padding makes up the number.
@@ -217,8 +233,7 @@ def prompt_positions(
     window = query.shape[2]
     if kept < window:
         raise ValueError(f"kept must be at least the window of {window} tokens, got {kept}")
-    scores = window_scores(query, key, scaling=scaling, softcap=softcap, sinks=sinks, valid=valid)
-    return select_top(pool_scores(scores, window, kernel_size=kernel_size, valid=valid), kept)
+    return select_top(prompt_scores(query, key, **ranking), kept)
 
 
 def compact(

@@ -48,6 +48,7 @@ def select_kernel(
     kv_heads,
     token_budget,
     k,
+    protected,
     G: tl.constexpr,
     P: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -69,7 +70,7 @@ def select_kernel(
             weight = page_weights(
                 scores, peaks, sums, sinks, row, page, pages, page_capacity, kv_heads, G, GP, SPLITS, SP, SINKS
             )
-            tl.store(ordered + page, ordered_bits(weight, pages - page), mask=page < pages)
+            tl.store(ordered + page, ordered_bits(weight, pages - page, page * P < protected), mask=page < pages)
         tl.debug_barrier()  # what follows reads what other threads wrote
         low = tl.full([], -1, tl.int32)
         high = tl.full([], BEYOND, tl.int32)

@@ -14,6 +14,7 @@ RANKED = tl.constexpr(2)  # the k of largest weight, ranked here
 GIVEN = tl.constexpr(3)  # the k that an earlier launch ranked
 
 HIGHEST = tl.constexpr(2147483647)
+INFINITE = tl.constexpr(0x7F800000)  # the bits of infinity
 
 
 @triton.jit
@@ -38,9 +39,13 @@ def page_weights(
 
 
 @triton.jit
-def ordered_bits(weight, count):
-    """Return integers in the order of the weights, which are not negative: NaN last, pages without tokens after it."""
+def ordered_bits(weight, count, first):
+    """Return integers in the order of the weights, which are not negative.
+
+    Pages that begin with one of the `first` tokens come before all; NaN comes last, and pages without tokens after it.
+    """
     bits = tl.where(weight == weight, weight.to(tl.int32, bitcast=True), -1)
+    bits = tl.where(first, INFINITE, bits)
     return tl.where(count > 0, bits, -2)
 
 
@@ -91,6 +96,7 @@ def select_attend_kernel(
     token_budget,
     k,
     ends,
+    protected,
     scaling,
     softcap,
     MODE: tl.constexpr,
@@ -132,7 +138,7 @@ def select_attend_kernel(
             weight = page_weights(
                 scores, peaks, sums, sinks, row, page, pages, page_capacity, kv_heads, G, GP, SPLITS, SP, SINKS
             )
-            bits = ordered_bits(weight, count)
+            bits = ordered_bits(weight, count, page * P < protected)
             value, above = threshold(bits, count, stored, read, P)
             # Above the threshold every token of a page; at it the lowest positions, until there are k.
             tied = tl.where(bits == value, count, 0)

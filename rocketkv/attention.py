@@ -93,6 +93,7 @@ def select(
     kv_heads: int,
     unit_size: int,
     sinks: Tensor | None = None,
+    protected: int = 0,
     ordered: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Choose the k stored tokens of largest estimated weight for each KV head.
@@ -107,6 +108,7 @@ def select(
         kv_heads: Hkv.
         unit_size: tokens a unit stands for.
         sinks: [H], one learned logit a head that joins the softmax's denominator, or None.
+        protected: how many first tokens are chosen before all others, by whole units.
         ordered: whether positions must ascend, for which attention does not care.
 
     Returns:
@@ -131,6 +133,8 @@ def select(
         total = total + torch.exp(sinks.float()[:, None] - logits.logsumexp(-1, keepdim=True))
     weight = weight / total
     shared = weight.view(batch, kv_heads, group, units).sum(2)  # ranks as the average does
+    if protected:
+        shared[..., : page_count(protected, unit_size)] = torch.inf
     if lengths is None:
         positions = ranked_even(shared, k, stored, unit_size)
         positions = positions.sort(-1).values if ordered else positions

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import bounded
 from .attention import attend, score, select
 from .budget import BudgetSplit
 from .config import BACKENDS
@@ -92,7 +93,31 @@ def close_prompt(store: KVStore, split: BudgetSplit, *, backend: str = "auto", *
     # Buffers may be written in a later call that is not in inference mode.
     place = torch.inference_mode(False)(evict.compact)
     with _current(store.keys.device):
-        store.close_prompt(split, rank=evict.prompt_positions, place=place, **settings)
+        store.close_prompt(split, scores=evict.prompt_scores, choose=evict.select_top, place=place, **settings)
+
+
+def evict_generated(store: KVStore, kept: int, *, backend: str = "auto", **settings: Any) -> None:
+    """Evict generated tokens as `bounded.evict_generated` does, ranking them by the kernels where they run.
+
+    Args:
+        store: the layer's store.
+        kept: generated tokens that stay.
+        backend: see `backend_name`.
+        **settings: the other arguments of `bounded.evict_generated`.
+
+    Raises:
+        ValueError: there is nothing to evict, or the backend cannot run here.
+    """
+    if store.keys is None or backend_name(store.keys.device, backend) == "torch":
+        bounded.evict_generated(store, kept, **settings)
+        return
+    from .kernels import evict  # only where it runs: triton is not everywhere
+
+    if evict.refusal(store.keys) is not None:  # said at the prompt's end
+        bounded.evict_generated(store, kept, **settings)
+        return
+    with _current(store.keys.device):
+        bounded.evict_generated(store, kept, scores=evict.window_scores, **settings)
 
 
 def decode_step(
@@ -166,6 +191,7 @@ def _triton_step(
         store.index,
         store.lengths,
         store.clock(),
+        ring=store.window,
         split=split,
         workspace=workspace,
         scaling=scaling,
@@ -187,6 +213,7 @@ def run_kernels(
     lengths: Tensor,
     clock: Tensor,
     *,
+    ring: Tensor | None,
     split: BudgetSplit,
     workspace: Any,
     scaling: float,
@@ -194,7 +221,7 @@ def run_kernels(
     sinks: Tensor | None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Run a decode step by the kernels, on a store's tensors, its clock, and their workspace or the buffers of one."""
+    """Run a decode step by the kernels, on a store's tensors, its clock, its ring, and a workspace or its buffers."""
     from .kernels import decode  # only where it runs: triton is not everywhere
 
     if not isinstance(workspace, decode.DecodeWorkspace):
@@ -211,6 +238,7 @@ def run_kernels(
             index=index,
             lengths=lengths,
             seen=clock,
+            ring=ring,
             workspace=workspace,
             scaling=scaling,
             softcap=softcap,
@@ -236,6 +264,7 @@ def _decode_shape(query: Tensor, keys: Tensor, values: Tensor, split: BudgetSpli
         top_k=split.top_k,
         token_budget=split.token_budget,
         sinks=split.sinks,
+        protected=split.protected,
     )
 
 
@@ -301,6 +330,7 @@ def _torch_step(
     sinks: Tensor | None,
 ) -> Tensor:
     """Run the step by the reference."""
+    store.note_query(query)
     store.append(key, value)
     if store.keys is None or store.values is None or store.lengths is None or store.split is None:
         raise ValueError("a decode step needs a store whose prompt is closed")
@@ -337,6 +367,7 @@ def _select(query: Tensor, store: KVStore, stored: int, lengths: Tensor | None, 
         kv_heads=store.keys.shape[1],
         unit_size=page_size,
         sinks=sinks,
+        protected=split.protected,
         ordered=False,
         **shape,
     )

@@ -27,6 +27,7 @@ class BudgetSplit:
         sinks: None where tokens are ranked by attention; else they are ranked by position, and the first `sinks` and
             the most recent ones win, in both stages.
         oracle: whether the scores come for free in nominal bytes, as those of a method that nobody could run.
+        protected: tokens of the longest row that are stored first, before all others, and attended to at every step.
 
     Raises:
         TypeError: a count is not an int.
@@ -40,6 +41,7 @@ class BudgetSplit:
     top_k: int | None = None
     sinks: int | None = None
     oracle: bool = False
+    protected: int = 0
 
     def __post_init__(self) -> None:
         for name in ("token_budget", "kept_tokens", "page_size", "channels", "top_k", "sinks"):
@@ -50,6 +52,8 @@ class BudgetSplit:
                 raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1 (or None where allowed), got {value}")
+        if self.protected < 0:
+            raise ValueError(f"protected must be a number of tokens, 0 or more; got {self.protected!r}")
         if self.channels is not None and (self.top_k is None or self.sinks is not None):
             raise ValueError("channels are scored to choose top_k tokens by attention: set top_k and leave sinks None")
         if self.top_k is not None and self.channels is None and self.sinks is None:
@@ -99,6 +103,23 @@ def rocketkv_split(prompt_length: int, token_budget: int, head_dim: int, decode_
         page_size=page_size,
         channels=max(1, math.floor(head_dim * page_size / remaining_ratio)),
         top_k=max(1, token_budget // 2),
+    )
+
+
+def with_protected(split: BudgetSplit, count: int) -> BudgetSplit:
+    """Return a split that stores and reads `count` protected tokens beside all that it would without them.
+
+    Protection takes nothing from the other tokens: what is kept without it is kept with it.
+    """
+    if count == 0:
+        return split
+    read = math.ceil(count / split.page_size) * split.page_size  # whole pages, since those are what is ranked
+    return replace(
+        split,
+        token_budget=split.token_budget + read,
+        kept_tokens=None if split.kept_tokens is None else split.kept_tokens + count,
+        top_k=None if split.top_k is None else split.top_k + read,
+        protected=count,
     )
 
 
@@ -163,6 +184,9 @@ METHODS: dict[str, SplitFunction] = {
     "stored-topk": stored_topk_split,
 }
 """Every method by name: a function of (prompt_length, token_budget, head_dim, decode_reserve)."""
+
+UNRANKED = frozenset({"full", "streaming"})
+"""Methods that rank no token by attention."""
 
 MULTI_TURN = frozenset({"rocketkv-mt"})
 """Methods that keep every token, and of which each prompt selects anew what its turn decodes from."""

@@ -7,10 +7,12 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from .chat import ChatMarks, row_marks
 from .config import RocketKVConfig
 from .layer import RocketKVLayer
 from .snapshot import give_back, kept_state
@@ -168,6 +170,49 @@ def begin_prompt(cache: Any, end: int, *, speculative: bool = False) -> None:
         seen = layer.tokens_seen
         layer.prompt_end = end if seen == 0 or end > seen + 1 else None
         layer.speculative = speculative
+
+
+def mark_prompt(cache: Any, ids: Tensor | None, mask: Any, chat: ChatMarks | None) -> None:
+    """Mark the tokens of a prompt, or of a chunk of one, in the layers of a cache before their forward.
+
+    Args:
+        cache: the cache.
+        ids: [B, n] token ids of the forward, or None where it gets embeddings.
+        mask: the forward's attention mask [B, tokens], or anything else where there is none.
+        chat: of the tokenizer, or None where it is not known.
+
+    Raises:
+        ValueError: messages are to be found, and there is no chat template to find them by, or no token ids.
+    """
+    layers = rocketkv_layers(cache)
+    if not layers or not layers[0].config.marks_prompts or ids is None or not layers[0].prompt_part(ids.shape[1]):
+        return
+    config = layers[0].config
+    by_chat = config.protect == "system" or config.fair_shares
+    if by_chat and chat is None:
+        raise ValueError(
+            "protect='system' and fair_shares find messages by a chat template: rocketkv.patch(model, ..., "
+            "tokenizer=tokenizer)"
+        )
+    if ids.is_floating_point():
+        if by_chat:
+            raise ValueError("messages cannot be found in inputs_embeds; give token ids, or ranges to protect")
+        ids = ids.new_zeros(ids.shape[:2], dtype=torch.long)
+    first, store = layers[0], layers[0].store
+    earlier = None if first.prompt_ids is None else first.prompt_ids
+    first.prompt_ids = ids if earlier is None else torch.cat((earlier, ids), dim=1)
+    start = store.seen - (0 if earlier is None else earlier.shape[1])
+    padding = [0] * ids.shape[0]
+    if start == 0 and isinstance(mask, Tensor) and mask.dim() == 2:
+        padding = mask.to(torch.int).argmax(-1).tolist()
+    before = None if start == 0 else store.marks
+    settings: dict[str, Any] = {"protect": config.protect, "fair_shares": config.fair_shares, "chat": chat}
+    marks = tuple(
+        row_marks(row[skipped:], None if before is None else before[i], start + skipped, **settings)
+        for i, (row, skipped) in enumerate(zip(first.prompt_ids.tolist(), padding, strict=True))
+    )
+    for layer in layers:
+        layer.store.marks = marks
 
 
 def make_croppable(cache: Any) -> None:

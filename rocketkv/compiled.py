@@ -57,7 +57,7 @@ def say_uncompiled(reason: str, warned: set[str]) -> None:
 
 
 class RoomCheck(LogitsProcessor):
-    """Ends a compiled `generate` with an error where its static cache is full; leaves the logits alone.
+    """Evicts, or ends a compiled `generate` with an error, where its static cache is full; leaves the logits alone.
 
     Args:
         running: the generation, whose `cache` may be replaced by another one.
@@ -74,10 +74,14 @@ class RoomCheck(LogitsProcessor):
         Raises:
             ValueError: the forward that they come from had no room for its token.
         """
-        layer = rocketkv_layers(self.running.cache)[0]
-        if layer is not self.layer or input_ids.shape[1] > self.last:
+        layers = rocketkv_layers(self.running.cache)
+        layer, length = layers[0], input_ids.shape[1]
+        if layer is not self.layer or length > self.last or (length == self.last and layer.bounded is not None):
+            for each in layers:
+                if each.bounded is not None:
+                    each.make_room()
             # Asked for its tokens, the store counts what the device has done, and raises where that was too much.
-            self.layer, self.last = layer, input_ids.shape[1] + layer.store.capacity - layer.store.stored
+            self.layer, self.last = layer, length + layer.store.capacity - layer.store.stored
         return scores
 
 
@@ -124,7 +128,7 @@ class CompiledStep:
             say_uncompiled(reason, self._warned)
             return self.model(*args, **kwargs)
         for layer in layers:
-            layer.store.make_room()
+            layer.make_room()
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2:
             del kwargs["attention_mask"]  # it grows from step to step, and every row's tokens lie without padding

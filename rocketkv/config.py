@@ -3,9 +3,10 @@
 import difflib
 from dataclasses import dataclass
 
-from .budget import METHODS, MULTI_TURN, BudgetSplit, least_token_budget
+from .budget import METHODS, MULTI_TURN, UNRANKED, BudgetSplit, least_token_budget
 
 BACKENDS = ("auto", "torch", "triton")
+WHEN_FULL = ("evict", "evict-random", "raise")
 INDEX_DTYPES = ("keys", "float8_e5m2", "float8_e4m3fn")
 
 
@@ -28,9 +29,18 @@ class RocketKVConfig:
             them. The environment variable ROCKETKV_BACKEND decides where this is `auto`.
         decode_capacity: generated tokens that the cache has room for after each prompt, in buffers that never move, so
             that decode steps can be compiled and captured in CUDA graphs; None: a cache that grows.
+        when_full: what happens at the end of that room. `evict`: stage 1 runs again, over the generated tokens and with
+            the queries of their last W; half of them stay, and so does what the prompt kept, so that memory and steps
+            stay the same for any length. `evict-random`: what stays is chosen by chance, the control. `raise`: an
+            error, as with methods without a stage 1, and where there is room for fewer than 2W.
         index_dtype: of the pages' bounds: `keys`, the keys' own; or 8 bits, a quarter to a half of its bytes:
             `float8_e5m2`, of a wide range, or `float8_e4m3fn`, which is finer and ends at 448. Budgets are counted for
             16 bits all the same.
+        protect: tokens that stage 1 never evicts and every step attends to, beside the budget: `system`, the
+            conversation's system message, found by the chat template of the tokenizer that `patch` is given; or ranges
+            (start, stop), counted from each row's first token; None for none.
+        fair_shares: whether each message of a conversation, found by the chat template, has its share of what stage 1
+            keeps: as large a part as of the prompt's tokens.
         history_device: where `rocketkv-mt` keeps the history between prompts, for instance `cpu` (in pinned memory
             beside a GPU); None: where the model's layers are.
 
@@ -47,7 +57,10 @@ class RocketKVConfig:
     split: BudgetSplit | None = None
     backend: str = "auto"
     decode_capacity: int | None = None
+    when_full: str = "evict"
     index_dtype: str = "keys"
+    protect: str | tuple[tuple[int, int], ...] | None = None
+    fair_shares: bool = False
     history_device: str | None = None
 
     def __post_init__(self) -> None:
@@ -57,8 +70,9 @@ class RocketKVConfig:
             raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}.{hint}")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}")
-        if self.index_dtype not in INDEX_DTYPES:
-            raise ValueError(f"index_dtype must be one of {', '.join(INDEX_DTYPES)}; got {self.index_dtype!r}")
+        for name, known in (("index_dtype", INDEX_DTYPES), ("when_full", WHEN_FULL)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
         for name in ("token_budget", "decode_reserve", "window_size", "kernel_size", "decode_capacity"):
             value = getattr(self, name)
             if value is None and name == "decode_capacity":
@@ -68,6 +82,7 @@ class RocketKVConfig:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self._check_history_device(self.history_device)
+        self._check_protect(self.protect)
         if self.kernel_size % 2 == 0:
             raise ValueError(
                 f"kernel_size must be odd, so that a token lies in the middle of its pool; got {self.kernel_size}. "
@@ -102,6 +117,31 @@ class RocketKVConfig:
                 f"history_device={device!r} is for methods that keep a history, {', '.join(sorted(MULTI_TURN))}; "
                 f"{self.method!r} keeps none. Leave it None."
             )
+
+    def _check_protect(self, protect: object) -> None:
+        if protect is None and not self.fair_shares:
+            return
+        if self.method in UNRANKED:
+            raise ValueError(
+                f"protect and fair_shares are for methods that rank tokens by attention; {self.method!r} does not"
+            )
+        if protect is None or protect == "system":
+            return
+        if isinstance(protect, str):
+            raise ValueError(f"protect must be 'system', ranges (start, stop) or None; got {protect!r}")
+        pairs = isinstance(protect, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in protect)
+        if not pairs:
+            raise TypeError(f"protect must be 'system' or a tuple of ranges (start, stop), got {protect!r}")
+        for start, stop in protect:  # type: ignore[attr-defined]  # a tuple of pairs, as was just seen
+            if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop):
+                raise ValueError(
+                    f"a range to protect must be (start, stop) with 0 <= start < stop; got {(start, stop)}"
+                )
+
+    @property
+    def marks_prompts(self) -> bool:
+        """Whether tokens of prompts are marked, to be protected or to have fair shares."""
+        return self.protect is not None or self.fair_shares
 
     @property
     def keeps_history(self) -> bool:

@@ -6,6 +6,7 @@ Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, S tokens, 
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,10 +126,14 @@ def window_scores(
     return total
 
 
-def prompt_positions(
+def pooled(scores: Tensor, kernel_size: int) -> Tensor:
+    """Return the maximum of each token's neighbourhood of odd width, of scores [B, Hkv, S]."""
+    return F.max_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
+
+
+def prompt_scores(
     query: Tensor,
     key: Tensor,
-    kept: int,
     *,
     kernel_size: int,
     scaling: float,
@@ -136,17 +141,42 @@ def prompt_positions(
     sinks: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> Tensor:
+    """Return by what stage 1 ranks the tokens of a prompt: the window before all, the rest after max-pooling.
+
+    Args:
+        query: [B, H, W, D], the queries of the prompt's last W tokens.
+        key: [B, Hkv, S, D], all keys of the prompt.
+        kernel_size: odd width of the max-pooling over positions.
+        scaling: factor of the logits.
+        softcap: see `window_scores`.
+        sinks: see `window_scores`.
+        valid: [B, 1 or Hkv, S] bool, False at padding, or None.
+
+    Returns:
+        [B, Hkv, S] float32: plus infinity in the window, minus infinity at padding.
+    """
+    window = query.shape[2]
+    with full_precision(key.device):
+        scores = window_scores(query, key, scaling=scaling, softcap=softcap, sinks=sinks, valid=valid)
+    if valid is None:
+        scores = pooled(scores, kernel_size)
+    else:
+        # A row's tokens side by side: padding between them must not part neighbours.
+        order = (~valid[..., :-window]).byte().argsort(dim=-1, stable=True).expand_as(scores)
+        scores = torch.zeros_like(scores).scatter_(-1, order, pooled(scores.gather(-1, order), kernel_size))
+    # The window wins over everything, padding (masked after pooling, which spreads into it) over nothing.
+    scores = F.pad(scores, (0, window), value=torch.inf)
+    return scores if valid is None else scores.masked_fill(~valid, -torch.inf)
+
+
+def prompt_positions(query: Tensor, key: Tensor, kept: int, **ranking: Any) -> Tensor:
     """Return which `kept` tokens of a prompt survive stage 1: the window, and the best of the rest after max-pooling.
 
     Args:
         query: [B, H, W, D], the queries of the prompt's last W tokens.
         key: [B, Hkv, S, D], all keys of the prompt, S > kept >= W.
         kept: tokens per KV head that survive.
-        kernel_size: odd width of the max-pooling over positions.
-        scaling: factor of the logits.
-        softcap: see `window_scores`.
-        sinks: see `window_scores`.
-        valid: [B, 1 or Hkv, S] bool, False at padding, or None.
+        **ranking: the other arguments of `prompt_scores`.
 
     Returns:
         [B, Hkv, kept] int64, ascending. Where a row has fewer than `kept` tokens, padding makes up the number.
@@ -157,20 +187,7 @@ def prompt_positions(
     window = query.shape[2]
     if kept < window:
         raise ValueError(f"kept must be at least the window of {window} tokens, got {kept}")
-    with full_precision(key.device):
-        scores = window_scores(query, key, scaling=scaling, softcap=softcap, sinks=sinks, valid=valid)
-    if valid is None:
-        scores = F.max_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
-    else:
-        # A row's tokens side by side: padding between them must not part neighbours.
-        order = (~valid[..., :-window]).byte().argsort(dim=-1, stable=True).expand_as(scores)
-        pooled = F.max_pool1d(scores.gather(-1, order), kernel_size, stride=1, padding=kernel_size // 2)
-        scores = torch.zeros_like(scores).scatter_(-1, order, pooled)
-    # The window wins over everything, padding (masked after pooling, which spreads into it) over nothing.
-    scores = F.pad(scores, (0, window), value=torch.inf)
-    if valid is not None:
-        scores = scores.masked_fill(~valid, -torch.inf)
-    return select_top(scores, kept)
+    return select_top(prompt_scores(query, key, **ranking), kept)
 
 
 def recent_positions(valid: Tensor, kept: int, sinks: int) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import LogitsProcessorList, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from .cache import RocketKVCache, begin_prompt, cache_stats, compress_layers, make_croppable, rocketkv_layers
+from .chat import ChatMarks
 from .compiled import RoomCheck, many_forwards, say_uncompiled, uncompiled_reason
 from .config import RocketKVConfig
 from .models import CACHE_ARGUMENT, find_decoder, given_cache
@@ -28,6 +29,7 @@ class PatchState:
     """What `patch` left on a model: enough to run it and to undo it. Copies and pickles with the model."""
 
     config: RocketKVConfig
+    chat: ChatMarks | None = None
     former_configs: list[tuple[nn.Module, PretrainedConfig]] = field(default_factory=list)
     former_generate: Callable[..., Any] | None = None
     hook: RemovableHandle | None = None

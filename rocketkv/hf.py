@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
-from .cache import RocketKVCache, compress_layers, rocketkv_layers
+from .cache import RocketKVCache, compress_layers, mark_prompt, rocketkv_layers
+from .chat import ChatMarks, chat_marks
 from .compiled import CompiledStep
 from .config import RocketKVConfig
 from .generation import (
@@ -41,7 +42,9 @@ class PatchHandle:
         model: the patched model.
     """
 
-    def __init__(self, model: nn.Module, state: PatchState, before: RocketKVConfig | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, state: PatchState, before: tuple[RocketKVConfig, ChatMarks | None] | None = None
+    ) -> None:
         self.model = model
         self._state = state
         self._before = before
@@ -85,13 +88,15 @@ class PatchHandle:
         if self._before is None:
             unpatch(self.model)
         else:
-            self._state.config = self._before
+            self._state.config, self._state.chat = self._before
 
     def __repr__(self) -> str:
         return f"PatchHandle({type(self.model).__name__}, {self.config})"
 
 
-def patch(model: nn.Module, config: RocketKVConfig | None = None, /, **fields: Any) -> PatchHandle:
+def patch(
+    model: nn.Module, config: RocketKVConfig | None = None, /, *, tokenizer: Any = None, **fields: Any
+) -> PatchHandle:
     """Compress a model's KV cache from now on: `model.generate(...)`, pipelines and loops work as before.
 
     Patching again changes the settings. Only full-attention layers are compressed; sliding-window and linear layers of
@@ -100,6 +105,7 @@ def patch(model: nn.Module, config: RocketKVConfig | None = None, /, **fields: A
     Args:
         model: a causal language model of transformers, bare or wrapped (PEFT).
         config: the settings; None for `RocketKVConfig(**fields)`.
+        tokenizer: the model's, by whose chat template `protect="system"` and `fair_shares` find messages.
         **fields: fields of `RocketKVConfig`; with `config`, they replace its own.
 
     Returns:
@@ -107,16 +113,18 @@ def patch(model: nn.Module, config: RocketKVConfig | None = None, /, **fields: A
 
     Raises:
         TypeError: `model` is not a transformers model, or a field has the wrong type.
-        ValueError: a field has an impossible value, or the model cannot be compressed; the message says why.
+        ValueError: a field has an impossible value, or the model cannot be compressed, or messages cannot be found in
+            its prompts; the message says why.
     """
     if not isinstance(config, (RocketKVConfig, type(None))):
         raise TypeError(f"config must be a RocketKVConfig or None, got {type(config).__name__}")
     settings = RocketKVConfig(**fields) if config is None else replace(config, **fields)
+    chat = _chat_marks(settings, tokenizer)
     outer = _outermost(model)
     state = state_of(outer)
     if state is not None:
-        before = state.config
-        state.config = settings
+        before = state.config, state.chat
+        state.config, state.chat = settings, chat
         return PatchHandle(model, state, before)
     decoder, attentions = find_decoder(outer)
     if any(IMPLEMENTATION in module.__dict__ for module in attentions):
@@ -128,7 +136,7 @@ def patch(model: nn.Module, config: RocketKVConfig | None = None, /, **fields: A
     AttentionInterface.register(NAME, rocketkv_attention)
     AttentionMaskInterface.register(NAME, rocketkv_mask)
     before = decoder.config._attn_implementation
-    state = PatchState(settings, _take_configs(outer), outer.__dict__.get("generate"))
+    state = PatchState(settings, chat, _take_configs(outer), outer.__dict__.get("generate"))
     try:
         decoder.set_attn_implementation(NAME)
         if decoder.config._attn_implementation != NAME:
@@ -149,6 +157,16 @@ def patch(model: nn.Module, config: RocketKVConfig | None = None, /, **fields: A
             outer.__dict__[name] = refuse_continuous_batching
     outer.__dict__[STATE] = state
     return PatchHandle(model, state)
+
+
+def _chat_marks(config: RocketKVConfig, tokenizer: Any) -> ChatMarks | None:
+    """Return what a chat template writes around messages, where the settings need to know."""
+    if config.protect != "system" and not config.fair_shares:
+        return None
+    if tokenizer is None:
+        wanted = "protect='system'" if config.protect == "system" else "fair_shares=True"
+        raise ValueError(f"{wanted} finds messages by the chat template: give patch(..., tokenizer=...), or ranges")
+    return chat_marks(tokenizer)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -229,6 +247,7 @@ class _ForwardHook:
                 self.state.running.begin_anew(cache, inputs.shape[1])
         if cache is not None:
             self._prepare(decoder, cache)
+            mark_prompt(cache, inputs, kwargs.get("attention_mask"), self.state.chat)
             running = self.state.running
             if running is not None and running.cache is None and rocketkv_layers(cache):
                 running.begin(cache)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .backend import backend_name, close_prompt, decode_step
+from .backend import backend_name, close_prompt, decode_step, evict_generated
+from .bounded import kept_of
+from .budget import BudgetSplit
 from .config import RocketKVConfig
 from .dense import dense_attention
 from .handover import hand_over
@@ -30,7 +32,7 @@ FastAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None]
 
 
 # What a layer's snapshot holds beside its store's.
-_SNAPPED = ("prompt_end", "prompt_tokens", "turn_begins", "speculative", "step", "backend")
+_SNAPPED = ("prompt_end", "prompt_tokens", "prompt_ids", "turn_begins", "speculative", "step", "backend", "bounded")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +55,14 @@ class RocketKVLayer(CacheLayerMixin):
         history: all tokens of the sequence while the store holds one turn's selection of them, for `rocketkv-mt`.
         prompt_end: tokens of the sequence when the present prompt ends, or None where unknown.
         prompt_tokens: tokens of the longest row up to the last prompt's end, evicted ones included, padding not.
+        prompt_ids: token ids [B, n] of the present prompt so far, in the layer that its tokens are marked by.
         turn_begins: whether the next forward begins a turn, however few tokens it has.
         speculative: whether forwards of several tokens verify a draft.
         armed: whether a patched model's forward is about to use this layer.
         pending: key and value [B, Hkv, n, D] handed over and not yet in the store.
         step: the decode step of a static store, or None in prompts and in stores that grow.
         backend: what runs decode steps, settled at the end of each prompt.
+        bounded: with what to rank generated tokens where their room ends, or None where that is an error.
     """
 
     is_sliding = False
@@ -73,11 +77,13 @@ class RocketKVLayer(CacheLayerMixin):
         self.turn_begins = False
         self.prompt_end: int | None = None
         self.prompt_tokens = 0
+        self.prompt_ids: Tensor | None = None
         self.speculative = False
         self.armed = False
         self.pending: tuple[Tensor, Tensor] | None = None
         self.step: StaticStep | None = None
         self.backend = config.backend
+        self.bounded: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         return f"RocketKVLayer(method={self.config.method!r}, seen={self.store.seen}, stored={self.store.stored})"
@@ -157,6 +163,11 @@ class RocketKVLayer(CacheLayerMixin):
             rest = 0 if self.prompt_end is None else self.prompt_end - self.store.seen
             self.history.resume(self.store, max(given, rest))
 
+    def prompt_part(self, given: int) -> int:
+        """Return how many of the next forward's `given` tokens belong to a prompt."""
+        seen = self.store.seen
+        return prompt_part(seen, given, self.prompt_end, begins=self.turn_begins, verifies=self.speculative)
+
     def begin_turn(self, prompt_length: int | None = None) -> None:
         """Have the next forward begin a turn, whose prompt has `prompt_length` tokens, or as many as that forward."""
         self._settle()
@@ -198,9 +209,7 @@ class RocketKVLayer(CacheLayerMixin):
             out = self._step_statically(self.step, query, key, value, scaling, softcap, sinks)
             if out is not None:
                 return out
-        prompt = prompt_part(
-            self.store.seen, given, self.prompt_end, begins=self.turn_begins, verifies=self.speculative
-        )
+        prompt = self.prompt_part(given)
         exact: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
         parts = []
         if prompt:
@@ -210,9 +219,12 @@ class RocketKVLayer(CacheLayerMixin):
                 self.close_prompt(exact)
         elif not self.store.closed:
             self.close_prompt(exact)
+        elif self.bounded is None and self.store.window is not None:
+            self._settle_bounds(exact)  # of a cache that was loaded
         if self.store.closed and self.step is None and self.config.decode_capacity is not None:
             self.step = static_step(query[:, :, 0], self.store, backend=self.backend, workspaces=self.workspaces)
         for i in range(prompt, given):
+            self.make_room()
             step = decode_step(
                 query[:, :, i],
                 key[:, :, i],
@@ -243,7 +255,7 @@ class RocketKVLayer(CacheLayerMixin):
         traced = torch.compiler.is_compiling()
         captured = not traced and query.is_cuda and torch.cuda.is_current_stream_capturing()
         if not (traced or captured):
-            self.store.make_room()
+            self.make_room()
         out = step(query[:, :, 0], key[:, :, 0], value[:, :, 0], scaling=scaling, softcap=softcap, sinks=sinks)
         if traced or captured:
             # What is read here would be burnt in; what is written is written anew after each run of a compiled forward.
@@ -315,12 +327,43 @@ class RocketKVLayer(CacheLayerMixin):
             decode_reserve=config.decode_reserve,
             kernel_size=config.kernel_size,
             decode_capacity=config.decode_capacity,
+            remembered=0 if self._kept_when_full(split) is None else config.window_size,
             index_dtype=torch_dtype(config.index_dtype),
             **exact,
         )
         if self.history is not None:
             store.allow_crops()
-        self.prompt_end = None
+        self.prompt_end = self.prompt_ids = None
+        self._settle_bounds(exact)
+
+    def _settle_bounds(self, exact: dict[str, Any]) -> None:
+        """Note with what to rank generated tokens, given scaling, softcap and sinks."""
+        config, self.bounded = self.config, None
+        if self.store.window is not None:
+            self.bounded = exact | {"kernel_size": config.kernel_size, "at_random": config.when_full == "evict-random"}
+
+    def _kept_when_full(self, split: BudgetSplit) -> int | None:
+        """Return how many generated tokens stay where the room for them ends, or None where that is an error."""
+        config = self.config
+        ranked = split.kept_tokens is not None and split.sinks is None
+        if config.decode_capacity is None or config.when_full == "raise" or not ranked:
+            return None
+        return kept_of(config.decode_capacity, config.window_size)
+
+    def make_room(self) -> None:
+        """Have room for one more token: evict generated ones where there is none and the settings allow it.
+
+        Raises:
+            ValueError: there is none, and they do not.
+        """
+        store, split = self.store, self.store.split
+        if self.bounded is not None and split is not None and store.stored >= store.capacity:
+            kept = self._kept_when_full(split)
+            if self.history is not None:
+                self.history.absorb(store)
+            if kept is not None:
+                evict_generated(store, kept, backend=self.backend, **self.bounded)
+        store.make_room()
 
     @property
     def tokens_seen(self) -> int:
@@ -412,7 +455,7 @@ class RocketKVLayer(CacheLayerMixin):
         self.store.clear()
         if self.history is not None:
             self.history.clear()
-        self.pending = self.prompt_end = self.step = None
+        self.pending = self.prompt_end = self.prompt_ids = self.step = self.bounded = None
         self.turn_begins = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

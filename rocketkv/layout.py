@@ -34,7 +34,7 @@ def lay_out(
     Args:
         keys: [B, Hkv, S, D], the prompt's.
         values: [B, Hkv, S, Dv].
-        slots: [B, Hkv, chosen] integers, ascending, or None for the first `count`.
+        slots: [B, Hkv, chosen] integers, in the order in which they will lie, or None for the first `count`.
         valid: [B, 1 or Hkv, S] bool, False at slots without a token, or None where all hold one.
         positions: [B, 1 or Hkv, S or more] int32, each slot's position in the sequence, or None where they are equal.
         count: tokens of the longest row; without `valid`, all chosen.
@@ -59,9 +59,9 @@ def lay_out(
         if valid is not None:
             # Padding among the chosen goes behind the tokens.
             chosen = valid.expand(*rows, -1).gather(2, slots)
-            slots = torch.where(chosen, slots, stored).sort(-1).values[..., :count]
-            chosen = slots < stored
-            slots = slots.clamp(max=stored - 1)
+            order = (~chosen).byte().argsort(dim=-1, stable=True)[..., :count]
+            slots, chosen = slots.gather(2, order), chosen.gather(2, order)
+            slots = torch.where(chosen, slots, stored - 1)
         else:
             chosen = torch.ones_like(slots, dtype=torch.bool)
         source = slots if positions is None else positions.expand(*rows, -1).gather(2, slots)

@@ -21,12 +21,13 @@ from .eviction import full_precision
 from .index import close_pages
 from .store import KVStore
 
-_MUTATED = ("keys", "values", "positions", "index", "lengths", "clock", "buffers", "out")
+_MUTATED = ("keys", "values", "positions", "index", "lengths", "clock", "ring", "buffers", "out")
 # Spelled out, since PyTorch 2.6 infers none from `list[Tensor]`; (a!) marks what a step writes.
 _SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) positions, "
-    "Tensor(d!)? index, Tensor(e!) lengths, Tensor(f!) clock, Tensor(g!)[] buffers, Tensor(h!) out, int page_size, "
-    "int? channels, int? top_k, int token_budget, int? ends, float scaling, float? softcap, Tensor? sinks) -> ()"
+    "Tensor(d!)? index, Tensor(e!) lengths, Tensor(f!) clock, Tensor(g!)? ring, Tensor(h!)[] buffers, Tensor(i!) out, "
+    "int page_size, int? channels, int? top_k, int token_budget, int? ends, int protected, float scaling, "
+    "float? softcap, Tensor? sinks) -> ()"
 )
 
 
@@ -41,6 +42,7 @@ def decode_step_op(
     index: Tensor | None,
     lengths: Tensor,
     clock: Tensor,
+    ring: Tensor | None,
     buffers: list[Tensor],
     out: Tensor,
     page_size: int,
@@ -48,6 +50,7 @@ def decode_step_op(
     top_k: int | None,
     token_budget: int,
     ends: int | None,
+    protected: int,
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
@@ -64,6 +67,7 @@ def decode_step_op(
         index: [B, Hkv, T, rows, 128], written where a page fills; None where nothing is scored.
         lengths: [B, Hkv] int32, slots in use of each row; raised by one.
         clock: [1] int32, tokens of the sequence so far; raised by one.
+        ring: [B, H, W, D], the queries of the last W tokens, written; or None where they are not remembered.
         buffers: what the kernels work in; empty where the reference runs.
         out: [B, H, Dv] in the query's dtype, written.
         page_size: P.
@@ -71,16 +75,26 @@ def decode_step_op(
         top_k: k, or None where every stored token is read.
         token_budget: t: a row that stores no more attends to all of it.
         ends: first tokens that are read where tokens are ranked by position, else None.
+        protected: first tokens that are read whatever their rank.
         scaling: factor of the logits.
         softcap: the model's soft-cap of the logits, or None.
         sinks: [H], the model's learned sinks, or None.
     """
-    split = BudgetSplit(token_budget=token_budget, page_size=page_size, channels=channels, top_k=top_k, sinks=ends)
+    split = BudgetSplit(
+        token_budget=token_budget,
+        page_size=page_size,
+        channels=channels,
+        top_k=top_k,
+        sinks=ends,
+        protected=protected,
+    )
     exact: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
     stored = (keys, values, positions, index, lengths, clock)
     if buffers:
-        run_kernels(query, key, value, *stored, split=split, workspace=buffers, out=out, **exact)
+        run_kernels(query, key, value, *stored, ring=ring, split=split, workspace=buffers, out=out, **exact)
         return
+    if ring is not None:
+        ring.index_copy_(2, clock.long() % ring.shape[2], query[:, :, None].to(ring.dtype))
     _append(key, value, *stored, page_size)
     out.copy_(_attend(query, keys, values, index, lengths, split, **exact))
 
@@ -157,6 +171,7 @@ def _attend(
                 kv_heads=keys.shape[1],
                 unit_size=split.page_size,
                 sinks=sinks,
+                protected=split.protected,
             )
     # A row that stores at most t tokens attends to all of them; only the device knows whether there is one.
     positions, mask = all_where_short(positions, lengths, split.token_budget, split.token_budget)
@@ -174,6 +189,7 @@ class StaticStep:
         index: [B, Hkv, T, rows, 128], or None.
         lengths: [B, Hkv] int32.
         clock: [1] int32.
+        ring: [B, H, W, D], or None.
         buffers: what the kernels work in, or nothing where the reference runs.
         out: [B, H, Dv], what the last step gave: the next one writes over it.
         split: what the step may read.
@@ -185,6 +201,7 @@ class StaticStep:
     index: Tensor | None
     lengths: Tensor
     clock: Tensor
+    ring: Tensor | None
     buffers: list[Tensor]
     out: Tensor
     split: BudgetSplit
@@ -211,6 +228,7 @@ class StaticStep:
             self.index,
             self.lengths,
             self.clock,
+            self.ring,
             self.buffers,
             self.out,
             split.page_size,
@@ -218,6 +236,7 @@ class StaticStep:
             split.top_k,
             split.token_budget,
             split.sinks,
+            split.protected,
             scaling,
             softcap,
             sinks,
@@ -252,6 +271,7 @@ def static_step(
         index=store.index,
         lengths=store.lengths,
         clock=store.clock(),
+        ring=store.window,
         buffers=static_buffers(query, store, backend, {} if workspaces is None else workspaces),
         out=torch.zeros(*query.shape[:2], store.values.shape[3], dtype=query.dtype, device=query.device),
         split=split,

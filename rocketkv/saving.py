@@ -28,6 +28,7 @@ from .history import NAMES
 from .index import index_rows, movable, tile_count
 from .layer import RocketKVLayer
 from .models import find_decoder
+from .protection import RowMarks
 from .snapshot import FIELDS
 from .store import KVStore
 from .tensorfile import open_tensors, raw_bytes, refuse_difference, write_tensors
@@ -210,7 +211,11 @@ def _packed(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     fields = {name: getattr(store, name) for name in FIELDS}
     return tensors, {
         "kind": "RocketKVLayer",
-        "fields": {**fields, "split": None if store.split is None else asdict(store.split)},
+        "fields": {
+            **fields,
+            "split": None if store.split is None else asdict(store.split),
+            "marks": None if store.marks is None else [asdict(mark) for mark in store.marks],
+        },
         "seen": store.seen,
         "stored": store.stored,
         "shortest": store.shortest,
@@ -266,6 +271,8 @@ def _fill(store: KVStore, held: dict[str, Tensor], entry: dict[str, Any]) -> Non
     """Fill an empty store with what is in use of its tensors, in buffers as large as they were."""
     fields = dict(entry["fields"])
     fields["split"] = split = BudgetSplit(**fields["split"])
+    marks = fields["marks"]
+    fields["marks"] = None if marks is None else tuple(_marks(**mark) for mark in marks)
     seen, stored, shortest, capacity = (int(entry[name]) for name in ("seen", "stored", "shortest", "capacity"))
     batch, kv_heads, _, head_dim = held["keys"].shape
     expected: dict[str, tuple[int, ...]] = {
@@ -274,6 +281,8 @@ def _fill(store: KVStore, held: dict[str, Tensor], entry: dict[str, Any]) -> Non
         "positions": (batch, kv_heads, stored),
         "lengths": (batch, kv_heads),
     }
+    if "window" in held:
+        expected["window"] = (batch, *held["window"].shape[1:3], head_dim)
     if split.channels is not None:
         tiles, rows = tile_count(stored, split.page_size), index_rows(head_dim, split.page_size)
         expected["index"] = (batch, kv_heads, tiles, rows, held["index"].shape[-1])
@@ -291,6 +300,8 @@ def _fill(store: KVStore, held: dict[str, Tensor], entry: dict[str, Any]) -> Non
 
     store.keys, store.values = whole("keys", capacity), whole("values", capacity)
     store.positions, store.lengths = whole("positions", capacity, -1), lengths.clone()
+    if "window" in held:
+        store.window = held["window"].clone()
     if split.channels is not None:
         store.index = whole("index", tile_count(capacity, split.page_size))
     for name, value in fields.items():
@@ -298,6 +309,11 @@ def _fill(store: KVStore, held: dict[str, Tensor], entry: dict[str, Any]) -> Non
     store.seen, store.stored, store.shortest = seen, stored, shortest
     if store.decode_capacity is not None:
         store.clock()
+
+
+def _marks(protected: list[list[int]], messages: list[int]) -> RowMarks:
+    """Return a row's marks from what a file says of them."""
+    return RowMarks(tuple((int(start), int(stop)) for start, stop in protected), tuple(map(int, messages)))
 
 
 def _model_mark(outer: PreTrainedModel, decoder: PreTrainedModel) -> dict[str, Any]:

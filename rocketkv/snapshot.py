@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 
 from .budget import BudgetSplit
-from .counts import TokenCounts
 from .index import TILE_PAGES, movable
+from .window import QueryWindow
 
 TENSORS = ("keys", "values", "index", "positions", "lengths", "window")
-# What is written slot by slot; lengths are few and always copied, and a window is replaced, never written.
+# What is written slot by slot; lengths, and the queries of a closed store, are few and always copied; those of a
+# prompt are replaced, never written.
 SLOTTED = ("keys", "values", "index", "positions")
 FIELDS = (
-    *("decode_capacity", "split", "closed", "aligned"),
-    *("_holes", "_prompt_start", "_complete", "_restorable", "_prompt_end"),
+    *("decode_capacity", "split", "marks", "closed", "aligned"),
+    *("_holes", "_prompt_start", "_complete", "_restorable", "_prompt_end", "_ring_from", "_prompt_stored"),
 )
 
 
@@ -38,6 +39,7 @@ class StoreSnapshot:
         life: of the store, from one `clear` to the next.
         home: the tensors that the store had, by name.
         lengths: [B, Hkv] int32, a copy of what they were, or None in a prompt.
+        ring: [B, H, W, D], a copy of the queries that a closed store remembers, or None.
         fields: the store's settings, by name.
         seen: tokens of the sequence.
         stored: slots in use of the longest row.
@@ -51,6 +53,7 @@ class StoreSnapshot:
     life: object
     home: dict[str, Tensor]
     lengths: Tensor | None
+    ring: Tensor | None
     fields: dict[str, Any]
     seen: int
     stored: int
@@ -110,7 +113,7 @@ class StoreSnapshot:
         self.saved.clear()
 
 
-class Restorable(TokenCounts):
+class Restorable(QueryWindow):
     """A store's snapshots, and what protects them.
 
     Attributes:
@@ -119,7 +122,6 @@ class Restorable(TokenCounts):
         positions: [B, 1 or Hkv, capacity] int32, or None.
         lengths: [B, Hkv] int32, slots in use of each row while decoding; None before.
         split: what stage 1 and 2 may store and read, from the last prompt on.
-        closed: whether the prompt is over.
         aligned: whether slot and position in the sequence are the same for every token.
     """
 
@@ -128,7 +130,6 @@ class Restorable(TokenCounts):
     positions: Tensor | None
     lengths: Tensor | None
     split: BudgetSplit | None
-    closed: bool
     aligned: bool
     _prompt_end: int  # tokens seen when the prompt was closed: those after it are in every row
     _highest: int  # slots in use before the last crops, rolls and ways back: what lies behind the tokens ends there
@@ -167,6 +168,7 @@ class Restorable(TokenCounts):
             life=self._life,
             home=self.tensors(),
             lengths=None if self.lengths is None else self.lengths.clone(),
+            ring=self.window.clone() if self.closed and self.window is not None else None,
             fields={name: getattr(self, name) for name in FIELDS},
             seen=seen,
             stored=stored,
@@ -198,6 +200,8 @@ class Restorable(TokenCounts):
         self._clock_shows = snapshot.seen
         if self.ticks is not None:
             self.ticks.fill_(snapshot.seen)
+        if self.window is not None and snapshot.ring is not None:
+            self.window.copy_(snapshot.ring)
         if self.lengths is not None and snapshot.lengths is not None:
             self.lengths.copy_(snapshot.lengths)
             self._empty_behind(self.lengths, used)

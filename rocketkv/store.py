@@ -12,10 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .budget import BudgetSplit
-from .eviction import prompt_positions, recent_positions
+from .budget import BudgetSplit, with_protected
+from .eviction import prompt_scores, recent_positions, select_top
 from .index import close_page, close_pages, gather_tokens, grow_index, movable, restored
 from .layout import LayOut, lay_out
+from .protection import RowMarks, message_numbers, protected_first, protected_slots, with_fair_shares
 from .snapshot import Restorable
 
 # A rolling store keeps half of its room when it rolls, for drafts that are taken back.
@@ -42,7 +43,8 @@ class KVStore(Restorable):
         positions: [B, Hkv, capacity] int32, each slot's position in the sequence, -1 for padding; None in a first
             prompt without padding, where slot and position are the same.
         lengths: [B, Hkv] int32, slots in use of each row while decoding; None before.
-        window: [B, H, <= W, D], the queries of the prompt's last tokens, while they are needed.
+        window: [B, H, <= W, D], queries of the last tokens: see `QueryWindow`.
+        marks: what is marked in each row's prompts, or None for nothing.
         split: what stage 1 and 2 may store and read, from the last prompt on.
         seen: tokens of the sequence so far, padding and evicted ones included.
         stored: N, slots in use of the longest row. Known to the host, like `shortest`: a decode step asks no device.
@@ -51,11 +53,12 @@ class KVStore(Restorable):
         aligned: whether slot and position in the sequence are the same for every token.
     """
 
-    window: Tensor | None
+    marks: tuple[RowMarks, ...] | None
     _holes: bool  # whether slots of a prompt may hold no token
     _prompt_start: int  # slot of the prompt's first token
     _complete: bool  # whether every token seen is still stored
     _restorable: int  # a crop to fewer tokens than these would need what was evicted
+    _prompt_stored: int  # slots in use of the longest row when the prompt was closed
 
     def __init__(self) -> None:
         self.clear()
@@ -63,12 +66,12 @@ class KVStore(Restorable):
     def clear(self) -> None:
         """Forget everything."""
         self.keys = self.values = self.index = self.positions = self.lengths = self.window = None
-        self.split = None
+        self.split = self.marks = None
         self._clear_counts()
         self._forget_snapshots()
         self.closed = self._holes = False
         self.aligned = self._complete = True
-        self._prompt_start = self._prompt_end = self._restorable = 0
+        self._prompt_start = self._prompt_end = self._restorable = self._ring_from = self._prompt_stored = 0
 
     @torch.inference_mode(False)
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -128,7 +131,7 @@ class KVStore(Restorable):
         self.closed = False
         self._prompt_start = self.stored
         self._holes = not self.uniform
-        self.index = self.lengths = None
+        self.index = self.lengths = self.window = None
 
     def reopen(self, keys: Tensor, values: Tensor, positions: Tensor | None, stored: int) -> None:
         """Turn from decoding to a prompt that goes on from other buffers, in which slot and position are the same.
@@ -140,7 +143,7 @@ class KVStore(Restorable):
             stored: slots of those in use.
         """
         self._reopen()
-        self.keys, self.values, self.positions, self.window = keys, values, positions, None
+        self.keys, self.values, self.positions = keys, values, positions
         self.stored = self.shortest = self._prompt_start = stored
         self._holes = positions is not None
         self.aligned = self._complete = True
@@ -169,14 +172,6 @@ class KVStore(Restorable):
         new = torch.arange(self.seen, self.seen + stop - start, dtype=torch.int32, device=device)
         self.positions[:, :, start:stop] = new if valid is None else torch.where(valid, new, -1)[:, None]
 
-    def remember_queries(self, query: Tensor, window_size: int) -> None:
-        """Keep the queries [B, H, n, D] of the last W tokens of the prompt so far."""
-        recent = query[:, :, -window_size:].detach()
-        if self.window is not None and recent.shape[2] < window_size:
-            recent = torch.cat((self.window, recent), dim=2)[:, :, -window_size:]
-        # A copy: a slice would keep the queries of the whole prompt alive.
-        self.window = recent.clone() if recent.shape[2] < query.shape[2] else recent
-
     def close_prompt(
         self,
         split: BudgetSplit,
@@ -188,7 +183,9 @@ class KVStore(Restorable):
         sinks: Tensor | None = None,
         decode_capacity: int | None = None,
         index_dtype: torch.dtype | None = None,
-        rank: Callable[..., Tensor] = prompt_positions,
+        remembered: int = 0,
+        scores: Callable[..., Tensor] = prompt_scores,
+        choose: Callable[[Tensor, int], Tensor] = select_top,
         place: LayOut = lay_out,
     ) -> None:
         """End the prompt: evict by stage 1 where a row exceeds its share, drop padding, build the index.
@@ -203,17 +200,23 @@ class KVStore(Restorable):
             decode_capacity: slots to make room for instead, never to be moved or added to until the next prompt ends;
                 or None for buffers that grow.
             index_dtype: of the index, or None for the keys'.
-            rank: `eviction.prompt_positions`, or what stands in its place.
+            remembered: W, how many queries of the last tokens to remember while decoding; 0 for none.
+            scores: `eviction.prompt_scores`, or what stands in its place.
+            choose: `eviction.select_top`, or what stands in its place.
             place: `layout.lay_out`, or what stands in its place.
 
         Raises:
-            ValueError: there is no prompt.
+            ValueError: there is no prompt, or fewer of its tokens are kept than its queries rank.
         """
         if self.keys is None or self.values is None or self.window is None:
             raise ValueError("close_prompt ends a prompt: extend the store and remember its queries first")
+        window = self.window
         keys, values = self.keys[:, :, : self.stored], self.values[:, :, : self.stored]
         valid = self.valid()
         longest = shortest = self.stored
+        protected = None if self.marks is None else protected_slots(self.marks, self._prompt_positions())
+        if protected is not None:
+            split = with_protected(split, int(protected.sum(-1).max()))
         self.split = split
         if valid is not None:
             counts = valid.sum(-1)
@@ -223,17 +226,14 @@ class KVStore(Restorable):
         slots: Tensor | None = None
         if split.kept_tokens is not None and longest > split.kept_tokens:
             if split.sinks is None:
-                restorable -= self.window.shape[2]
-                slots = rank(
-                    self.window,
-                    keys,
-                    split.kept_tokens,
-                    kernel_size=kernel_size,
-                    scaling=scaling,
-                    softcap=softcap,
-                    sinks=sinks,
-                    valid=valid,
-                )
+                restorable -= window.shape[2]
+                if split.kept_tokens < window.shape[2]:
+                    raise ValueError(
+                        f"kept_tokens must be at least the window of {window.shape[2]} tokens, got {split.kept_tokens}"
+                    )
+                exact = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
+                ranks = scores(window, keys, kernel_size=kernel_size, valid=valid, **exact)
+                slots = choose(self._with_marks(ranks, protected, split.kept_tokens), split.kept_tokens)
             else:
                 restorable -= split.kept_tokens - split.sinks
                 slots = recent_positions(self._all_valid(valid), split.kept_tokens, split.sinks)
@@ -241,7 +241,10 @@ class KVStore(Restorable):
             self._complete = False
         elif valid is not None:
             slots = torch.arange(self.stored, device=keys.device).expand(*keys.shape[:3])
-        self.window = None
+        if protected is not None and split.protected:
+            slots = torch.arange(self.stored, device=keys.device).expand(*keys.shape[:3]) if slots is None else slots
+            slots = protected_first(slots, protected)
+            restorable, self._complete = self.seen, False  # they no longer lie in the order of the sequence
         self.aligned = self.aligned and slots is None
         room = decode_room(split, decode_reserve) if decode_capacity is None else decode_capacity
         page_size = None if split.channels is None else split.page_size
@@ -249,11 +252,46 @@ class KVStore(Restorable):
             keys, values, slots, valid, self.positions, longest, longest + room, page_size, index_dtype
         )
         self.stored, self.shortest, self.closed, self._holes = longest, shortest, True, False
-        self._restorable, self._prompt_end = restorable, self.seen
+        self._restorable, self._prompt_end, self._prompt_stored = restorable, self.seen, longest
+        self.close_window(remembered)
         self.decode_capacity = decode_capacity
         self._captured = False
         if decode_capacity is not None:
             self.clock()
+
+    def _prompt_positions(self) -> Tensor:
+        """Return [B, 1 or Hkv, N] integers, the position in the sequence of each slot of a prompt, -1 for none."""
+        if self.positions is not None:
+            return self.positions[:, :, : self.stored]
+        if self.keys is None:
+            raise ValueError("there are no tokens")
+        return torch.arange(self.stored, device=self.keys.device).repeat(self.keys.shape[0], 1, 1)
+
+    def _with_marks(self, scores: Tensor, protected: Tensor | None, kept: int) -> Tensor:
+        """Return the scores of a prompt in which marked tokens come before those that they must come before."""
+        if self.marks is None or protected is None:
+            return scores
+        scores = scores.masked_fill(protected, torch.inf)
+        if not any(mark.messages for mark in self.marks):
+            return scores
+        return with_fair_shares(scores, message_numbers(self.marks, self._prompt_positions()), kept)
+
+    @property
+    def generated(self) -> int:
+        """Tokens decoded since the prompt that are stored."""
+        return self.stored - self._prompt_stored
+
+    def protect_generated(self, count: int) -> None:
+        """Have snapshots copy what is about to be written over: the last `count` slots of every row."""
+        self._protect(max(0, self.shortest - count), self._prompt_end)
+
+    def drop(self, count: int) -> None:
+        """Count `count` generated tokens less in every row, which were evicted for good; those of the ring stay."""
+        size = 0 if self.window is None else self.window.shape[2]
+        self._restorable = max(self._restorable, self._ring_from, self.seen - size)
+        self._stored -= count
+        self._shortest -= count
+        self.aligned = self._complete = False
 
     def _refuse_padded_ends(self, valid: Tensor, counts: Tensor) -> None:
         """Refuse a row that stage 1 would rank by padding, because its prompt does not end with a token."""
@@ -388,6 +426,7 @@ class KVStore(Restorable):
                 f"evicted is gone. Crop to {self._restorable} or more, or start from a new cache."
             )
         self._protect_from_crop(length)
+        self.crop_window(removed)
         self.seen = length
         if self.closed and self.positions is not None and self.lengths is not None:
             self.positions.masked_fill_(self.positions >= length, -1)
@@ -397,11 +436,10 @@ class KVStore(Restorable):
                 self.shortest -= removed
             else:
                 self.shortest, self.stored = (int(n) for n in torch.stack(self.lengths.aminmax()).tolist())
+                self._prompt_stored = self.stored
             if self.decode_capacity is not None:
                 self.clock()
             return
-        if self.window is not None:
-            self.window = self.window[:, :, : max(0, self.window.shape[2] - removed)]
         behind = removed > self.stored - self._prompt_start  # tokens from before this prompt
         together = not self._holes and (self.aligned or length >= self._prompt_end)
         if not behind or together or self.positions is None:

@@ -20,7 +20,7 @@ from .turns import RESERVE, SCALING, SPLITS, Tokens, extend, left_padding, token
 PROMPT = prompt(90)
 PADDED = left_padded([PROMPT, prompt(41, seed=3), prompt(15, seed=9)])
 ROOM = 16
-STATIC: dict[str, Any] = {**SMALL, "decode_capacity": ROOM}
+STATIC: dict[str, Any] = {**SMALL, "decode_capacity": ROOM, "when_full": "raise"}
 
 
 def in_dtype(given: Tokens, dtype: torch.dtype) -> Tokens:

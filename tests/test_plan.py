@@ -86,6 +86,7 @@ def test_llama_8b_by_hand() -> None:
         "top_k": 256,
         "sinks": None,
         "oracle": False,
+        "protected": 0,
     }
     heads = 32 * 8
     assert found["memory"]["key_bytes"] == found["memory"]["value_bytes"] == heads * 3018 * 128 * 2

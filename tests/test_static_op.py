@@ -63,10 +63,11 @@ def test_opcheck(method: str) -> None:
     _, static, given = static_pair(method, [60, 31], 9)
     step = static_step(given.query[:, :, 0], static)
     split = step.split
+    ring = torch.zeros(2, 6, 4, D) if method == "rocketkv" else None
     arguments = (
         given.query[:, :, 0], given.key[:, :, 0], given.value[:, :, 0], step.keys, step.values, step.positions,
-        step.index, step.lengths, step.clock, step.buffers, step.out, split.page_size, split.channels, split.top_k,
-        split.token_budget, split.sinks, SCALING, 2.0, torch.ones(6),
+        step.index, step.lengths, step.clock, ring, step.buffers, step.out, split.page_size, split.channels,
+        split.top_k, split.token_budget, split.sinks, split.protected, SCALING, 2.0, torch.ones(6),
     )  # fmt: skip
     torch.library.opcheck(torch.ops.rocketkv.decode_step.default, arguments)
 
@@ -126,7 +127,7 @@ def test_a_step_on_the_kernels_does_nothing_else(monkeypatch: pytest.MonkeyPatch
     with torch.inference_mode(), Tracker(known) as tracker:
         out = run_kernels(
             second.query[:, :, 0], second.key[:, :, 0], second.value[:, :, 0], step.keys, step.values, step.positions,
-            step.index, step.lengths, step.clock, split=step.split, workspace=step.buffers, scaling=SCALING,
+            step.index, step.lengths, step.clock, ring=None, split=step.split, workspace=step.buffers, scaling=SCALING,
             softcap=None, sinks=None, out=step.out,
         )  # fmt: skip
     assert launched == kernels

@@ -1,0 +1,91 @@
+"""Which tokens of a prompt stage 1 must keep, and how much of what it keeps each message of a conversation gets.
+
+Marks are kept on the host, as ranges of positions; they become masks only where a prompt ends.
+
+Letters: B batch, Hkv KV heads, S slots of a prompt.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class RowMarks:
+    """What is marked in one row of a batch, by positions in the sequence, padding counted.
+
+    Attributes:
+        protected: (start, stop) of the tokens that are never evicted and always attended to.
+        messages: where each message begins that is to have its fair share, ascending; empty for no shares.
+    """
+
+    protected: Ranges = ()
+    messages: tuple[int, ...] = ()
+
+
+def shifted(ranges: Ranges, offset: int) -> Ranges:
+    """Return ranges that begin `offset` tokens later."""
+    return tuple((start + offset, stop + offset) for start, stop in ranges)
+
+
+def protected_slots(marks: Sequence[RowMarks], positions: Tensor) -> Tensor:
+    """Return [B, 1 or Hkv, S] bool: the slots whose tokens are protected.
+
+    Args:
+        marks: of each of the B rows.
+        positions: [B, 1 or Hkv, S] integers, each slot's position in the sequence, -1 for padding.
+    """
+    found = torch.zeros_like(positions, dtype=torch.bool)
+    for row, mark in enumerate(marks):
+        for start, stop in mark.protected:
+            found[row] |= (positions[row] >= start) & (positions[row] < stop)
+    return found & (positions >= 0)
+
+
+def message_numbers(marks: Sequence[RowMarks], positions: Tensor) -> Tensor:
+    """Return [B, 1 or Hkv, S] int64: the number of the message that each slot's token belongs to, 0 before all.
+
+    Args:
+        marks: of each of the B rows.
+        positions: as those of `protected_slots`.
+    """
+    found = torch.zeros_like(positions, dtype=torch.long)
+    for row, mark in enumerate(marks):
+        for start in mark.messages:
+            found[row] += positions[row] >= start
+    return found
+
+
+def with_fair_shares(scores: Tensor, message: Tensor, kept: int) -> Tensor:
+    """Return scores in which every message's best tokens win, as many as its share of what is kept.
+
+    A message's share is its part of the row's tokens, rounded down; what is left over goes by the scores alone.
+
+    Args:
+        scores: [B, Hkv, S] float32, minus infinity where there is no token.
+        message: [B, 1 or Hkv, S] integers, the message that each token belongs to.
+        kept: how many tokens will be chosen by these scores.
+    """
+    order = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argsort(
+        dim=-1, descending=True, stable=True
+    )
+    there = scores > -torch.inf
+    ranked = message.expand_as(scores).gather(-1, order)
+    real = there.gather(-1, order)
+    total = there.sum(-1, keepdim=True)
+    won = torch.zeros_like(real)
+    for number in range(int(message.max()) + 1):
+        own = (ranked == number) & real
+        share = own.sum(-1, keepdim=True) * kept // total.clamp(min=1)
+        won |= own & (own.cumsum(-1) <= share)
+    return scores.masked_fill(torch.zeros_like(won).scatter_(-1, order, won), torch.inf)
+
+
+def protected_first(slots: Tensor, protected: Tensor) -> Tensor:
+    """Return chosen slots [B, Hkv, n] in their order, but those that are `protected` [B, 1 or Hkv, S] before others."""
+    own = protected.expand(*slots.shape[:2], -1).gather(2, slots.long())
+    return slots.gather(2, (~own).byte().argsort(dim=-1, stable=True))
