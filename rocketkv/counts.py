@@ -90,7 +90,8 @@ class TokenCounts:
         """Return what to say where a static store has no room for a token."""
         return (
             f"the cache has room for decode_capacity={self.decode_capacity} generated tokens, and all of it is used; "
-            "raise decode_capacity to the tokens that you will generate, or leave it None for a cache that grows"
+            "raise decode_capacity to the tokens that you will generate, or leave it None for a cache that grows; with "
+            "when_full='evict' and a method that evicts by attention, twice window_size is enough for any length"
         )
 
     def advance(self, *, clocked: bool = False) -> None:
