@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from chat import WAYS, turn
 from tiny import FAMILIES, LARGE, SMALL, TRANSFORMERS, build, greedy, hand_written, left_padded, prompt
 from torch import Tensor
 from transformers import DynamicCache
@@ -46,23 +47,7 @@ def two_turns(model: Any, first: Any, second: Tensor, way: str) -> tuple[Tensor,
     mask = torch.ones_like(ids)
     if "attention_mask" in inputs:
         mask = torch.cat((inputs["attention_mask"], torch.ones_like(new)), dim=1)
-    uncached = ids[:, cache.get_seq_length() :]
-    if way == "all tokens":
-        return greedy(model, {"input_ids": ids, "attention_mask": mask}, **{CACHE_ARGUMENT: cache})
-    if way == "new tokens":
-        return greedy(model, {"input_ids": uncached, "attention_mask": mask}, **{CACHE_ARGUMENT: cache})
-    if way == "chunks":
-        return greedy(
-            model, {"input_ids": ids, "attention_mask": mask}, **{CACHE_ARGUMENT: cache}, prefill_chunk_size=20
-        )
-    return hand_written(model, uncached, cache=cache, mask=mask, chunk=20 if way == "loop in chunks" else 0)
-
-
-WAYS = ["loop", "loop in chunks"]
-if TRANSFORMERS >= (5, 4):  # older ones take new tokens alone for the whole sequence
-    WAYS += ["new tokens"]
-if TRANSFORMERS >= (5, 23):  # older ones (5.20 is one) read the whole sequence again in chunks, onto the old cache
-    WAYS += ["chunks"]
+    return turn(model, ids, mask, cache, way)
 
 
 @pytest.mark.parametrize("way", ["all tokens", *WAYS])

@@ -54,14 +54,14 @@ def rocket_capacity(head: Head) -> int:
     return max(math.floor(total / c ** min(0.2 + 0.06 * math.log2(c), 0.8)), min(2 * head.reserve, total))
 
 
-def snap(head: Head, kept: int) -> list[int]:
-    """Stage 1: the window, and the tokens before it that it attends to most, after max-pooling."""
-    before = PROMPT - WINDOW
+def snap(head: Head, kept: int, end: int = PROMPT) -> list[int]:
+    """Stage 1: the window before `end`, and the tokens before it that it attends to most, after max-pooling."""
+    before = end - WINDOW
     scores = torch.zeros(before, dtype=torch.float64)
-    for at in range(before, PROMPT):
+    for at in range(before, end):
         scores += head.logits(at, list(range(at + 1))).softmax(-1)[:, :before].sum(0)
     pooled = [float(scores[max(0, i - KERNEL // 2) : i + KERNEL // 2 + 1].max()) for i in range(before)]
-    return best(pooled, kept - WINDOW) + list(range(before, PROMPT))
+    return best(pooled, kept - WINDOW) + list(range(before, end))
 
 
 def sparse(head: Head, at: int, stored: list[int], page: int, channels: int, k: int) -> list[int]:
