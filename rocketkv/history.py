@@ -245,7 +245,7 @@ class History:
                 like = new if buffer is None else buffer
                 buffer = _like(like, capacity, 0 if buffer is None else start, self.device or new.device)
                 setattr(self, name, buffer)
-            buffer[:, :, start:stop].copy_(new, non_blocking=True)
+            buffer[:, :, start:stop].copy_(new)  # a host that may read it next waits for it
 
     @property
     def _capacity(self) -> int:
@@ -293,5 +293,5 @@ def _like(tensor: Tensor, capacity: int, count: int, device: torch.device) -> Te
     value = 0 if tensor.is_floating_point() else -1
     shape = (*tensor.shape[:2], capacity, *tensor.shape[3:])
     buffer = torch.full(shape, value, dtype=tensor.dtype, device=device, pin_memory=pinned)
-    buffer[:, :, :count].copy_(tensor[:, :, :count], non_blocking=True)
+    buffer[:, :, :count].copy_(tensor[:, :, :count], non_blocking=buffer.is_cuda)
     return buffer

@@ -13,8 +13,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .dense import dense_attention
 from .handover import claim
-from .layer import FastAttention, RocketKVLayer
+from .layer import RocketKVLayer
 from .masks import LazyMask, MaskFunction, VisibleBlock, causal_block
+from .prefill import FastAttention
 
 NAME = "rocketkv"
 # What some models give their attention beside what `rocketkv_attention` names, and what changes its weights.

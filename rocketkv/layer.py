@@ -15,21 +15,16 @@ from .backend import backend_name, close_prompt, decode_step, evict_generated
 from .bounded import kept_of
 from .budget import BudgetSplit
 from .config import RocketKVConfig
-from .dense import dense_attention
 from .handover import hand_over
 from .history import History, HistorySnapshot
 from .index import torch_dtype
-from .masks import LazyMask, VisibleBlock, causal_block
+from .masks import LazyMask
 from .ops import StaticStep, static_step
+from .prefill import FastAttention, attend_prompt
 from .snapshot import StoreSnapshot
 from .stats import LayerStats, live_bytes, store_stats
 from .store import KVStore
 from .turns import prompt_part
-
-# The model's own fast attention for causal queries at the end of the keys, (query, key, value, padding) to
-# [B, n, H, Dv]; None where it cannot do the shape.
-FastAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None]
-
 
 # What a layer's snapshot holds beside its store's.
 _SNAPPED = ("prompt_end", "prompt_tokens", "prompt_ids", "turn_begins", "speculative", "step", "backend", "bounded")
@@ -282,34 +277,7 @@ class RocketKVLayer(CacheLayerMixin):
         store.extend(key, value, valid, expected=self.prompt_end or 0)
         store.remember_queries(query, self.config.window_size)
         self.prompt_tokens = store.seen if mask is None else mask.longest_row(store.seen)
-        stored = store.stored
-        if stored == length:
-            keys, values = key, value  # gradients flow through them, not through what is stored
-        elif store.keys is not None and store.values is not None:
-            keys, values = store.keys[:, :, :stored], store.values[:, :, :stored]
-        else:
-            raise ValueError("the store has no tokens")
-        holes = store.valid() is not None
-        causal = mask is None or mask.causal
-        if store.aligned and causal:
-            padding = mask.padding if mask is not None and mask.padded else None
-            if padding is not None or not holes:
-                out = fast(query, keys, values, None if padding is None else padding.to(key.device))
-                if out is not None:
-                    return out
-        offset = stored - length
-
-        def visible(first: int, last: int) -> VisibleBlock:
-            if mask is not None and store.aligned:
-                return mask.block(first, last, stored)
-            if causal and not holes:
-                return causal_block(first, last, offset, query.device)
-            if mask is None or store.positions is None:
-                raise ValueError("a batch with padding needs its attention_mask in every prompt")
-            return VisibleBlock(0, stored, mask.block_at(first, last, store.positions[:, :, :stored]))
-
-        mask_heads = 1 if store.aligned or (causal and not holes) else keys.shape[1]
-        return dense_attention(query, keys, values, visible, mask_heads=mask_heads, **exact)
+        return attend_prompt(store, query, key, value, mask, fast, **exact)
 
     def close_prompt(self, exact: dict[str, Any]) -> None:
         """Run stage 1 at the end of a prompt, given scaling, softcap and sinks."""
