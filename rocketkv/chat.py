@@ -54,8 +54,15 @@ def chat_marks(tokenizer: Any) -> ChatMarks:
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("tokenizer has no chat template, by which messages could be found; give ranges to protect")
+    from jinja2 import TemplateError  # only here: transformers too needs it for templates alone
+
     probe = [{"role": role, "content": said} for role, said in zip(_ROLES, _SAID, strict=True)]
-    text = tokenizer.apply_chat_template(probe, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(probe, tokenize=False)
+    except TemplateError as error:
+        raise ValueError(
+            f"the chat template refuses a conversation with a system message ({error}); give ranges to protect"
+        ) from error
     pieces, rest = [], text
     for said in _SAID:
         before, found, rest = rest.partition(said)
@@ -65,8 +72,11 @@ def chat_marks(tokenizer: Any) -> ChatMarks:
                 "ranges to protect"
             )
         pieces.append(tuple(tokenizer(before, add_special_tokens=False)["input_ids"]))
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not all(piece and occurrences(ids, piece) for piece in pieces) or tuple(ids[: len(pieces[0])]) != pieces[0]:
+    ids, end = tokenizer(text, add_special_tokens=False)["input_ids"], 0
+    for piece in pieces:
+        at = [start for start in occurrences(ids, piece) if start >= end] if piece else []
+        end = at[0] + len(piece) if at else len(ids) + 1
+    if end > len(ids) or tuple(ids[: len(pieces[0])]) != pieces[0]:
         raise ValueError(
             "the token ids that the chat template writes around messages depend on the messages; give ranges to protect"
         )

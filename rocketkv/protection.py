@@ -63,7 +63,8 @@ def message_numbers(marks: Sequence[RowMarks], positions: Tensor) -> Tensor:
 def with_fair_shares(scores: Tensor, message: Tensor, kept: int) -> Tensor:
     """Return scores in which every message's best tokens win, as many as its share of what is kept.
 
-    A message's share is its part of the row's tokens, rounded down; what is left over goes by the scores alone.
+    What is kept beside tokens of infinite score, which win anyway, is shared. A message's share of it is its part of
+    the row's other tokens, rounded down; what is left over goes by the scores alone.
 
     Args:
         scores: [B, Hkv, S] float32, minus infinity where there is no token.
@@ -73,14 +74,15 @@ def with_fair_shares(scores: Tensor, message: Tensor, kept: int) -> Tensor:
     order = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argsort(
         dim=-1, descending=True, stable=True
     )
-    there = scores > -torch.inf
+    ranks = scores.gather(-1, order)
+    free = (ranks > -torch.inf) & (ranks < torch.inf)
+    shared = kept - (ranks == torch.inf).sum(-1, keepdim=True)
+    total = free.sum(-1, keepdim=True)
     ranked = message.expand_as(scores).gather(-1, order)
-    real = there.gather(-1, order)
-    total = there.sum(-1, keepdim=True)
-    won = torch.zeros_like(real)
+    won = torch.zeros_like(free)
     for number in range(int(message.max()) + 1):
-        own = (ranked == number) & real
-        share = own.sum(-1, keepdim=True) * kept // total.clamp(min=1)
+        own = (ranked == number) & free
+        share = own.sum(-1, keepdim=True) * shared // total.clamp(min=1)
         won |= own & (own.cumsum(-1) <= share)
     return scores.masked_fill(torch.zeros_like(won).scatter_(-1, order, won), torch.inf)
 

@@ -62,6 +62,6 @@ class QueryWindow(TokenCounts):
             return
         if self.closed:
             # They have taken the places of those before them.
-            self._ring_from = max(self._ring_from, self.seen - self.window.shape[2])
+            self._ring_from = min(max(self._ring_from, self.seen - self.window.shape[2]), self.seen - removed)
         else:
             self.window = self.window[:, :, : max(0, self.window.shape[2] - removed)]
