@@ -31,6 +31,7 @@ def kept_of(decode_capacity: int, window_size: int) -> int | None:
 
 
 @torch.inference_mode(False)  # buffers may be written in a later call that is not in inference mode
+@torch.no_grad()
 def evict_generated(
     store: KVStore,
     kept: int,
@@ -76,7 +77,7 @@ def evict_generated(
         with full_precision(device):
             ranks = scores(query, keys, scaling=scaling, softcap=softcap, sinks=sinks, valid=valid)
         ranks = pooled(ranks[..., -(count - window) :].contiguous(), kernel_size)
-    chosen = select_top(ranks, kept - window)
+    chosen = select_top(ranks, kept - window) if kept > window else lengths.expand(-1, -1, 0)
     last = torch.arange(count - window, count, device=device).expand(*chosen.shape[:2], -1)
     first = lengths - count  # slot of each row's first generated token
     _move(store, first, torch.cat((chosen, last), dim=-1), count)

@@ -1,0 +1,642 @@
+"""Bounded decoding: exact while there is room, then by its definition; nothing grows, and caches are taken along."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import SETTINGS, SMALL, build, greedy, prompt
+from torch import Tensor
+
+import rocketkv
+from rocketkv.backend import decode_step, evict_generated
+from rocketkv.bounded import kept_of
+from rocketkv.budget import BudgetSplit
+from rocketkv.cache import RocketKVCache, rocketkv_layers
+from rocketkv.compiled import TORCH
+from rocketkv.index import TILE_PAGES, build_index
+from rocketkv.layer import RocketKVLayer
+from rocketkv.models import CACHE_ARGUMENT
+from rocketkv.store import KVStore
+
+from .close import assert_near
+from .naive import softmax_weights, top
+from .static import compiling, inputs_of, own_loop, places
+from .turns import Tokens, left_padding
+
+# That steps are not compiled is said, which is tested in test_compiled.py.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:RocketKV runs these decode steps eagerly"),
+    # Triton 3.2's interpreter
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+]
+traced = pytest.mark.skipif(TORCH < (2, 7), reason="this PyTorch does not trace models of newer transformers")
+
+WINDOW, KERNEL, PROMPT, D, SCALING = 4, 5, 60, 16, 0.3
+CAPACITY, KEPT = 13, 6
+ROOM = 24  # of the models; half of it is kept
+BOUNDED: dict[str, Any] = {**SMALL, "decode_capacity": ROOM}
+
+
+@dataclass
+class Head:
+    """One row and KV head by the definition: queries [tokens, G, D], keys and values [tokens, D], in float64.
+
+    Tokens are named by their position in the sequence; `prompt` and `generated` are those that are stored.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    softcap: float | None
+    sinks: list[float | None]
+    prompt: list[int] = field(default_factory=list)
+    generated: list[int] = field(default_factory=list)
+
+    def weights(self, at: int, tokens: list[int]) -> Tensor:
+        """Return the weights [G, len(tokens)] of the queries of token `at`."""
+        keys = self.keys[tokens]
+        return torch.stack(
+            [
+                softmax_weights(query, keys, SCALING, self.softcap, sink)
+                for query, sink in zip(self.queries[at], self.sinks, strict=True)
+            ]
+        )
+
+    def evict(self, kept: int, end: int) -> None:
+        stored = self.prompt + self.generated
+        ranked = self.generated[:-WINDOW]
+        total = dict.fromkeys(stored, 0.0)
+        for at in range(end - WINDOW, end):
+            seen = [token for token in stored if token <= at]
+            for token, weight in zip(seen, self.weights(at, seen).sum(0).tolist(), strict=True):
+                total[token] += weight
+        own = [total[token] for token in ranked]
+        pooled = [max(own[max(0, i - KERNEL // 2) : i + KERNEL // 2 + 1]) for i in range(len(own))]
+        self.generated = [ranked[i] for i in top(pooled, kept - WINDOW)] + self.generated[-WINDOW:]
+
+    def selected(self, at: int, split: BudgetSplit) -> list[int]:
+        """Return what the queries of token `at` read of the stored tokens, by the pages' bounds."""
+        stored = self.prompt + self.generated
+        if split.top_k is None or len(stored) <= split.token_budget:
+            return stored
+        assert split.channels is not None
+        queries = self.queries[at]
+        chosen = top(queries.abs().sum(0), split.channels)
+        estimate = torch.zeros(len(queries), len(stored), dtype=torch.float64)
+        for start in range(0, len(stored), split.page_size):
+            keys = self.keys[stored[start : start + split.page_size]]
+            bounds = torch.where(queries.sum(0) > 0, keys.amax(0), keys.amin(0))
+            for g, query in enumerate(queries):
+                share = float(query[chosen].abs().sum() / query.abs().sum())
+                promise = query[chosen] @ bounds[chosen] * SCALING / share**0.5
+                estimate[g, start : start + split.page_size] = promise
+        if self.softcap is not None:
+            estimate = self.softcap * torch.tanh(estimate / self.softcap)
+        columns = [[sink] if sink is not None else [] for sink in self.sinks]
+        extra = torch.tensor(columns, dtype=torch.float64).view(len(queries), -1)
+        weights = torch.cat((estimate, extra), dim=1).softmax(-1)[:, : len(stored)].mean(0)
+        return [stored[i] for i in top(weights, split.top_k)]
+
+    def step(self, at: int, split: BudgetSplit) -> Tensor:
+        """Take token `at` in and return [G, Dv]."""
+        if len(self.generated) == CAPACITY:
+            self.evict(KEPT, at)
+        self.generated.append(at)
+        tokens = self.selected(at, split)
+        return self.weights(at, tokens) @ self.values[tokens]
+
+
+SPLITS = {
+    "rocketkv": BudgetSplit(token_budget=16, kept_tokens=20, page_size=2, channels=6, top_k=8),
+    "snapkv": BudgetSplit(token_budget=16, kept_tokens=16),
+    "stored-topk": BudgetSplit(token_budget=16, kept_tokens=20, channels=D, top_k=8, oracle=True),
+    "pages of 5": BudgetSplit(token_budget=15, kept_tokens=23, page_size=5, channels=D, top_k=7),
+    "pages of 1": BudgetSplit(token_budget=15, kept_tokens=21, channels=3, top_k=7),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    split: str = "rocketkv"
+    lengths: tuple[int, ...] = (PROMPT,)
+    heads: int = 6
+    kv_heads: int = 2
+    softcap: float | None = None
+    sinks: bool = False
+
+    def __str__(self) -> str:
+        changed = {name: value for name, value in vars(self).items() if value != getattr(Case(), name)}
+        return "-".join(f"{name}={value}" for name, value in changed.items()) or "plain"
+
+
+CASES = [
+    *(Case(split=name, lengths=lengths) for name in SPLITS for lengths in ((PROMPT, PROMPT), (PROMPT, 33, 9))),
+    Case(heads=3, kv_heads=3),
+    Case(heads=5, kv_heads=1, lengths=(41, 60)),
+    Case(softcap=2.0),
+    Case(sinks=True, lengths=(60, 12)),
+    Case(split="snapkv", softcap=3.0, sinks=True),
+]
+
+
+def started(case: Case, count: int) -> tuple[KVStore, Tokens, Tensor | None, list[list[Head]]]:
+    """Return a store whose prompt is closed, its tokens and those to decode, sinks, and its rows by the definition."""
+    rows = len(case.lengths)
+    given = Tokens(
+        torch.randn(rows, case.heads, PROMPT + count, D) * 1.5,
+        torch.randn(rows, case.kv_heads, PROMPT + count, D),
+        torch.randn(rows, case.kv_heads, PROMPT + count, D),
+    )
+    sinks = torch.randn(case.heads) if case.sinks else None
+    store, first = KVStore(), given[slice(0, PROMPT)]
+    store.extend(first.key, first.value, None if min(case.lengths) == PROMPT else left_padding(case.lengths, PROMPT))
+    store.remember_queries(first.query, WINDOW)
+    store.close_prompt(
+        SPLITS[case.split],
+        decode_reserve=5,
+        kernel_size=KERNEL,
+        decode_capacity=CAPACITY,
+        remembered=WINDOW,
+        **exact(case, sinks),
+    )
+    group = case.heads // case.kv_heads
+    own = [None] * case.heads if sinks is None else sinks.tolist()
+    heads = [
+        [
+            Head(
+                given.query[b, g * group : (g + 1) * group].transpose(0, 1).double(),
+                given.key[b, g].double(),
+                given.value[b, g].double(),
+                case.softcap,
+                own[g * group : (g + 1) * group],
+                prompt=positions(store, b, g),
+            )
+            for g in range(case.kv_heads)
+        ]
+        for b in range(rows)
+    ]
+    return store, given, sinks, heads
+
+
+def exact(case: Case, sinks: Tensor | None) -> dict[str, Any]:
+    return {"scaling": SCALING, "softcap": case.softcap, "sinks": sinks}
+
+
+def positions(store: KVStore, row: int, head: int) -> list[int]:
+    assert store.positions is not None
+    assert store.lengths is not None
+    found: list[int] = store.positions[row, head, : int(store.lengths[row, head])].tolist()
+    return found
+
+
+def step(store: KVStore, given: Tokens, at: int, backend: str = "torch", **settings: Any) -> Tensor:
+    """Decode token `at`, evicting before it where there is no room."""
+    if store.stored >= store.capacity:
+        evict_generated(store, KEPT, kernel_size=KERNEL, backend=backend, **settings)
+    settings.pop("at_random", None)
+    token = (given.query[:, :, at], given.key[:, :, at], given.value[:, :, at])
+    return decode_step(*token, store, backend=backend, **settings)
+
+
+def assert_index_is_anew(store: KVStore) -> None:
+    """Assert that the bounds of every full page are those of its keys."""
+    if store.index is None:
+        return
+    assert store.keys is not None
+    assert store.lengths is not None
+    assert store.split is not None
+    page_size = store.split.page_size
+    rebuilt = build_index(store.keys.clone(), store.stored, page_size)
+    for (b, g), length in zip(torch.cartesian_prod(*map(torch.arange, store.lengths.shape)), store.lengths.flatten(),
+                              strict=True):  # fmt: skip
+        for page in range(int(length) // page_size):
+            at = (b, g, page // TILE_PAGES, slice(None), page % TILE_PAGES)
+            assert store.index[at].equal(rebuilt[at])
+
+
+ON_KERNELS = [
+    Case(lengths=(60, 9), heads=3, kv_heads=1),
+    Case(split="pages of 5", heads=2, kv_heads=2, softcap=2.0, sinks=True),
+    Case(split="snapkv", heads=2, kv_heads=1),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"), [*((case, "torch") for case in CASES), *((case, "triton") for case in ON_KERNELS)], ids=str
+)
+def test_it_is_its_definition(case: Case, backend: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton", reason="Triton has no package for this platform")
+    count = 60 if backend == "torch" else 22  # the interpreter takes its time
+    store, given, sinks, heads = started(case, count)
+    kept = [[list(head.prompt) for head in row] for row in heads]
+    buffers = {name: tensor.data_ptr() for name, tensor in store.tensors().items()}
+    for at in range(PROMPT, PROMPT + count):
+        found = step(store, given, at, backend, **exact(case, sinks))
+        expected = torch.stack([torch.cat([head.step(at, SPLITS[case.split]) for head in row]) for row in heads])
+        for b, row in enumerate(heads):
+            for g, head in enumerate(row):
+                stored = positions(store, b, g)
+                assert stored == head.prompt + head.generated
+                assert stored[: len(kept[b][g])] == kept[b][g], "what the prompt kept stays"
+        assert_near(found, expected)
+        assert_index_is_anew(store)
+        queries = store.last_queries()
+        assert queries is not None
+        assert queries.equal(given.query[:, :, at + 1 - WINDOW : at + 1])
+    assert store.generated <= CAPACITY
+    assert buffers == {name: tensor.data_ptr() for name, tensor in store.tensors().items()}
+    assert store.positions is not None
+    assert store.lengths is not None
+    behind = torch.arange(store.capacity) >= store.lengths[..., None]
+    assert (store.positions[behind] == -1).all()
+
+
+@pytest.mark.parametrize("lengths", [(PROMPT, PROMPT), (PROMPT, 33, 9)], ids=["uniform", "ragged"])
+def test_the_control_keeps_the_window_and_others_by_chance(lengths: tuple[int, ...]) -> None:
+    case = Case(lengths=lengths)
+    store, given, sinks, _ = started(case, 40)
+    again, ranked = copy.deepcopy(store), copy.deepcopy(store)
+    evictions = 0
+    for at in range(PROMPT, PROMPT + 40):
+        full = store.stored == store.capacity
+        for each, by_chance in ((store, True), (again, True), (ranked, False)):
+            step(each, given, at, at_random=by_chance, **exact(case, sinks))
+        assert store.positions is not None
+        assert again.positions is not None
+        assert store.positions.equal(again.positions)
+        if full:
+            evictions += 1
+            for b in range(len(lengths)):
+                generated = [positions(store, b, g)[-KEPT - 1 :] for g in range(2)]
+                assert generated[0] == generated[1], "the same for all heads"
+                assert generated[0][-WINDOW - 1 :] == list(range(at - WINDOW, at + 1))
+                assert generated[0] == sorted(set(generated[0]))
+                assert generated[0][0] >= PROMPT
+    assert evictions == 4
+    assert ranked.positions is not None
+    assert not store.positions.equal(ranked.positions)
+
+
+def test_what_cannot_be_evicted_is_refused() -> None:
+    case = Case()
+    store, given, sinks, _ = started(case, 9)
+    with pytest.raises(ValueError, match="more generated tokens than are kept; got 0 and 6"):
+        evict_generated(store, KEPT, kernel_size=KERNEL, **exact(case, sinks))
+    for at in range(PROMPT, PROMPT + 9):
+        step(store, given, at, **exact(case, sinks))
+    with pytest.raises(ValueError, match="got 9 and 3"):  # fewer than the window
+        evict_generated(store, 3, kernel_size=KERNEL, **exact(case, sinks))
+    with pytest.raises(ValueError, match="comes after close_prompt"):
+        evict_generated(KVStore(), KEPT, kernel_size=KERNEL, **exact(case, sinks))
+    assert kept_of(64, 32) == 32
+    assert kept_of(63, 32) is None
+    assert kept_of(65, 32) == 32
+
+
+@pytest.mark.parametrize("lengths", [(PROMPT,), (PROMPT, 33, 9)], ids=["uniform", "ragged"])
+@pytest.mark.parametrize("taken", [0, 5, 12, 13, 14, 30])
+def test_a_snapshot_comes_back_from_behind_evictions(taken: int, lengths: tuple[int, ...]) -> None:
+    case = Case(lengths=lengths)
+    store, given, sinks, _ = started(case, 60)
+    settings = exact(case, sinks)
+    for at in range(PROMPT, PROMPT + taken):
+        step(store, given, at, **settings)
+    apart, snapshot = copy.deepcopy(store), store.snapshot()
+    buffers = {name: tensor.data_ptr() for name, tensor in store.tensors().items()}
+    for count in (3, 25, 30):
+        expected = copy.deepcopy(apart)
+        for at in range(PROMPT + taken, PROMPT + taken + count):
+            assert step(store, given, at, **settings).equal(step(expected, given, at, **settings))
+        later, kept = store.snapshot(), copy.deepcopy(store)
+        store.restore(snapshot)
+        assert store.seen == apart.seen
+        for b in range(len(lengths)):
+            for g in range(2):
+                assert positions(store, b, g) == positions(apart, b, g)
+        ring = store.last_queries()
+        assert ring is not None
+        assert ring.equal(given.query[:, :, PROMPT + taken - WINDOW : PROMPT + taken])
+        assert_index_is_anew(store)
+        store.restore(later)  # and back to the other branch
+        for at in range(PROMPT + taken + count, PROMPT + 60):
+            assert step(store, given, at, **settings).equal(step(kept, given, at, **settings))
+        store.restore(snapshot)
+    assert buffers == {name: tensor.data_ptr() for name, tensor in store.tensors().items()}
+
+
+@pytest.mark.parametrize("lengths", [(PROMPT,), (PROMPT, 33, 9)], ids=["uniform", "ragged"])
+@pytest.mark.parametrize("removed", [1, 3, 4])
+def test_a_crop_takes_queries_back_with_their_tokens(removed: int, lengths: tuple[int, ...]) -> None:
+    case = Case(lengths=lengths)
+    store, given, sinks, _ = started(case, 60)
+    settings, at = exact(case, sinks), PROMPT
+    while at < PROMPT + 50:
+        for _ in range(removed + 1):
+            step(store, given, at, **settings)
+            at += 1
+        store.crop(at - removed)
+        at -= removed
+        queries = store.last_queries()
+        assert queries is not None
+        assert queries.equal(given.query[:, :, at - queries.shape[2] : at])
+        assert queries.shape[2] == WINDOW - removed
+        assert store.seen == at
+        for b in range(len(lengths)):
+            assert positions(store, b, 0)[-1] == at - 1
+        assert_index_is_anew(store)
+
+
+def test_a_crop_into_what_was_evicted_is_refused_with_the_bound() -> None:
+    case = Case()
+    store, given, sinks, _ = started(case, 20)
+    for at in range(PROMPT, PROMPT + 14):
+        step(store, given, at, **exact(case, sinks))
+    with pytest.raises(ValueError, match="evicted tokens of the first 69"):
+        store.crop(68)
+    store.crop(69)
+    assert positions(store, 0, 0)[-1] < 69
+    queries = store.last_queries()
+    assert queries is not None
+    assert queries.shape[2] == 0
+
+
+def forward(model: Any, cache: Any, ids: Tensor, **kwargs: Any) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(ids, **{CACHE_ARGUMENT: cache}, use_cache=True, **kwargs).logits
+    return logits
+
+
+def read(model: Any, rows: str, **fields: Any) -> tuple[RocketKVCache, Tensor]:
+    """Return a cache that has read a prompt, and the position [B, 1] of what comes next."""
+    inputs = inputs_of(rows)
+    mask = inputs["attention_mask"]
+    cache = RocketKVCache(model.config, prompt_length=mask.shape[1], **{**BOUNDED, **fields})
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    forward(model, cache, inputs["input_ids"], attention_mask=mask, position_ids=position)
+    return cache, position[:, -1:] + 1
+
+
+def forced(model: Any, cache: Any, ids: Tensor, position: Tensor) -> Tensor:
+    """Decode given tokens [B, n], the first at `position`; return their logits [B, n, V]."""
+    logits = []
+    for i in range(ids.shape[1]):
+        given = {"position_ids": position + i}
+        if position.shape[0] == 1:
+            given = {}
+        logits.append(forward(model, cache, ids[:, i : i + 1], **given))
+    return torch.cat(logits, dim=1)
+
+
+def rows_of(rows: str) -> int:
+    return int(inputs_of(rows)["input_ids"].shape[0])
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("rows", ["one", "padded"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt-oss"])
+def test_exact_until_the_room_is_used(family: str, rows: str) -> None:
+    model, count = build(family), 60
+    ids = prompt(count, rows=rows_of(rows), seed=8)
+    with rocketkv.patch(model, **BOUNDED):
+        growing = forced(model, *reversed_pair(ids, read(model, rows, decode_capacity=None)))
+        bounded = forced(model, *reversed_pair(ids, read(model, rows)))
+    assert_near(bounded[:, :ROOM], growing[:, :ROOM], 1e-4)
+    assert bounded.isfinite().all()
+    assert (bounded[:, ROOM:] - growing[:, ROOM:]).abs().max() > 1e-2
+
+
+def reversed_pair(ids: Tensor, made: tuple[RocketKVCache, Tensor]) -> tuple[RocketKVCache, Tensor, Tensor]:
+    return made[0], ids, made[1]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("method", ["rocketkv", "rocketkv-mt", "snapkv", "stored-topk"])
+def test_generate_is_the_loop(method: str) -> None:
+    split = rocketkv.RocketKVConfig(**{**SETTINGS, "token_budget": 24}, method=method).split_for(90, 16)
+    fields = {**BOUNDED, "method": method, "split": split, "when_full": "evict"}
+    model = build()
+    with rocketkv.patch(model, **fields) as handle:
+        for rows in ("one", "padded"):
+            expected, logits, cache = own_loop(model, inputs_of(rows), model, 70, **fields)
+            found, found_logits, _ = greedy(model, inputs_of(rows), 70)
+            assert found.equal(expected)
+            assert_near(found_logits, logits, 1e-4)
+            stats = handle.stats()
+            assert stats.total_bytes == cache.stats().total_bytes
+            assert {layer.tokens_stored for layer in stats.layers} == {cache.layers[0].store.stored}
+            assert stats.layers[0].tokens_stored <= (split.kept_tokens or 0) + ROOM
+            assert stats.tokens_seen == 90 + 69
+
+
+@pytest.mark.integration
+def test_a_padded_batch_is_its_rows_alone() -> None:
+    model = build()
+    ids = prompt(60, rows=3, seed=8)
+    inputs = inputs_of("padded")
+    with rocketkv.patch(model, **BOUNDED):
+        cache, position = read(model, "padded")
+        together = forced(model, cache, ids, position)
+        for b, (row, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"], strict=True)):
+            own = row[mask.bool()][None]
+            alone = RocketKVCache(model.config, prompt_length=own.shape[1], **BOUNDED)
+            forward(model, alone, own)
+            assert_near(forced(model, alone, ids[b : b + 1], position[b : b + 1])[0], together[b], 1e-4)
+
+
+@pytest.mark.integration
+def test_nothing_grows_over_four_thousand_tokens() -> None:
+    model = build(num_hidden_layers=1)
+    capacity, period, count, every = 512, 256, 4000, 16
+    ids = prompt(count, seed=8)
+    with rocketkv.patch(model, **SMALL):
+        cache, _ = read(model, "one", decode_capacity=capacity)
+        before, bytes_read, live = places(cache), [], []
+        for i in range(count):
+            forward(model, cache, ids[:, i : i + 1])
+            if i % every == every - 1:
+                stats = cache.stats()
+                bytes_read.append(stats.total("step_bytes"))
+                live.append(stats.total_bytes)
+    assert stats.tokens_seen == 90 + count
+    assert set(live) == {live[0]}
+    assert places(cache) == before
+    # From the first eviction on, each step reads what the one a period before it has read.
+    full, period = capacity // every, period // every
+    assert bytes_read[full + period :] == bytes_read[full:-period]
+    assert max(bytes_read) == max(bytes_read[:full])
+    assert stats.layers[0].tokens_stored <= 40 + capacity
+
+
+@traced
+@pytest.mark.integration
+@pytest.mark.parametrize("when_full", ["evict", "evict-random"])
+@pytest.mark.parametrize("rows", ["one", "padded"])
+def test_compiled_steps_evict_between_them(rows: str, when_full: str) -> None:
+    fields = {**BOUNDED, "when_full": when_full}
+    model = build()
+    handle = rocketkv.patch(model, **fields)
+    torch._dynamo.reset()
+    expected, logits, eager = own_loop(model, inputs_of(rows), model, 70, **fields)
+    compiled = handle.compile_step(backend="eager")
+    with torch.inference_mode():
+        found, found_logits, cache = own_loop(model, inputs_of(rows), compiled, 70, **fields)
+    assert found.equal(expected)
+    assert_near(found_logits, logits, 1e-4)
+    generated, generated_logits, made = greedy(model, inputs_of(rows), 70, compile_config=compiling("eager"))
+    torch._dynamo.reset()
+    assert generated.equal(expected)
+    assert_near(generated_logits, logits, 1e-4)
+    for each in (cache, made):
+        for layer, other in zip(rocketkv_layers(each), rocketkv_layers(eager), strict=True):
+            assert layer.store.stored == other.store.stored
+            assert layer.store.positions is not None
+            assert other.store.positions is not None
+            assert layer.store.positions.equal(other.store.positions)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("method", ["full", "quest", "sparq", "streaming", "exact-topk"])
+def test_methods_without_a_stage_1_end_as_before(method: str) -> None:
+    model = build()
+    with rocketkv.patch(model, **SETTINGS, method=method, token_budget=24, decode_capacity=20):
+        assert greedy(model, prompt(60), 21)[0].shape[1] == 21
+        with pytest.raises(ValueError, match="room for decode_capacity=20 generated tokens"):
+            greedy(model, prompt(60), 22)
+
+
+@pytest.mark.integration
+def test_too_little_room_to_rank_says_how_much_is_enough() -> None:
+    model = build()
+    for fields, message in (
+        ({"decode_capacity": 15}, "decode_capacity=15 .* twice window_size is enough"),
+        ({"decode_capacity": 20, "when_full": "raise"}, "decode_capacity=20 .* with when_full='evict'"),
+    ):
+        with rocketkv.patch(model, **{**SMALL, **fields}), pytest.raises(ValueError, match=message):
+            greedy(model, prompt(60), 22)
+    with rocketkv.patch(model, **{**SMALL, "decode_capacity": 16}):
+        assert greedy(model, prompt(60), 50)[0].shape[1] == 50
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("rows", ["one", "padded"])
+@pytest.mark.parametrize("way", ["snapshot", "copy", "file", "reorder"])
+def test_a_cache_is_taken_along_from_behind_an_eviction(way: str, rows: str, tmp_path: Path) -> None:
+    model, inputs = build(), inputs_of(rows)
+    ids = prompt(90, rows=rows_of(rows), seed=8)
+    order = torch.arange(rows_of(rows)).flip(0)
+    with rocketkv.patch(model, **BOUNDED):
+        cache, position = read(model, rows)
+        first = forced(model, cache, ids[:, :30], position)
+        taken, fork = cache.snapshot(), copy.deepcopy(cache)
+        path = tmp_path / "cache.safetensors"
+        if way == "file":
+            mask = torch.cat((inputs["attention_mask"], torch.ones_like(ids[:, :30])), dim=1)
+            whole = torch.cat((inputs["input_ids"], ids[:, :30]), dim=1)
+            rocketkv.save_cache(cache, path, model=model, ids=whole, attention_mask=mask)
+        expected = forced(model, cache, ids[:, 30:], position + 30)
+        if way == "snapshot":
+            for count in (60, 7, 33):
+                cache.rollback(taken)
+                assert forced(model, cache, ids[:, 30 : 30 + count], position + 30).equal(expected[:, :count])
+        elif way == "copy":
+            assert forced(model, fork, ids[:, 30:], position + 30).equal(expected)
+        elif way == "file":
+            loaded = rocketkv.load_cache(path, model)
+            assert_near(forced(model, loaded, ids[:, 30:], position + 30), expected, 1e-4)
+            for layer, other in zip(rocketkv_layers(loaded), rocketkv_layers(cache), strict=True):
+                assert layer.store.positions is not None
+                assert other.store.positions is not None
+                assert layer.store.positions.equal(other.store.positions)
+        else:
+            fork.reorder_cache(order)
+            assert_near(forced(model, fork, ids[order, 30:], position[order] + 30), expected[order], 1e-5)
+        assert first.isfinite().all()
+
+
+@pytest.fixture
+def queries_seen(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[int, Tensor]]:
+    """By the `id` of each layer, the last query that was given for each position."""
+    seen: dict[int, dict[int, Tensor]] = {}
+    attend = RocketKVLayer.attend
+
+    def recorded(self: RocketKVLayer, query: Tensor, mask: Any, **kwargs: Any) -> Tensor:
+        own = seen.setdefault(id(self), {})
+        for i in range(query.shape[2]):
+            own[self.store.seen + i] = query[:, :, i].clone()
+        return attend(self, query, mask, **kwargs)
+
+    monkeypatch.setattr(RocketKVLayer, "attend", recorded)
+    return seen
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("drafts", [2, 5])
+def test_drafts_that_are_dropped_leave_no_queries(drafts: int, queries_seen: dict[int, dict[int, Tensor]]) -> None:
+    model = build()
+    # A text that repeats itself, so that drafts are found.
+    ids = prompt(30).repeat(1, 3)
+    with rocketkv.patch(model, **BOUNDED):
+        plain = greedy(model, ids, 90)[0]
+        queries_seen.clear()
+        found, _, cache = greedy(model, ids, 90, prompt_lookup_num_tokens=drafts)
+    same = int((found[0] == plain[0]).cumprod(0).sum())
+    assert same > ROOM - drafts, "exact until the room is used"
+    for layer in rocketkv_layers(cache):
+        queries, seen = layer.store.last_queries(), layer.store.seen
+        assert queries is not None
+        assert 0 < queries.shape[2] <= 8
+        for i in range(queries.shape[2]):
+            at = seen - queries.shape[2] + i
+            assert queries[:, :, i].equal(queries_seen[id(layer)][at])
+        assert layer.store.stored <= 40 + ROOM
+        assert layer.store.positions is not None
+        assert int(layer.store.positions.max()) == seen - 1
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("rows", ["one", "padded"])
+def test_the_history_keeps_what_decoding_evicted(rows: str, device: str | None) -> None:
+    # With one layer, keys and values do not depend on what was attended to before.
+    model = build(num_hidden_layers=1)
+    fields = {**BOUNDED, "method": "rocketkv-mt", "history_device": device}
+    answer, turn = prompt(70, rows=rows_of(rows), seed=8), prompt(12, rows=rows_of(rows), seed=9)
+    mask = torch.cat((inputs_of(rows)["attention_mask"], torch.ones_like(answer), torch.ones_like(turn)), dim=1)
+    logits = []
+    with rocketkv.patch(model, **fields):
+        for capacity in (None, ROOM):
+            cache, position = read(model, rows, **{**fields, "decode_capacity": capacity})
+            forced(model, cache, answer, position)
+            taken = cache.snapshot()
+            given = {"attention_mask": mask, "position_ids": position + 70 + torch.arange(12)}
+            both = []
+            for _ in range(2):
+                cache.begin_turn()
+                prefilled = forward(model, cache, turn, **given)
+                both.append(torch.cat((prefilled, forced(model, cache, answer[:, :20], position + 82)), dim=1))
+                cache.rollback(taken)
+            assert both[0].equal(both[1])
+            logits.append(both[0])
+    assert_near(logits[1], logits[0], 1e-4)
+
+
+@pytest.mark.integration
+def test_the_kernels_give_the_same_tokens() -> None:
+    pytest.importorskip("triton", reason="Triton has no package for this platform")
+    model = build()
+    found = []
+    for backend in ("torch", "triton"):
+        with rocketkv.patch(model, **{**BOUNDED, "decode_capacity": 16}, backend=backend):
+            found.append(greedy(model, inputs_of("padded"), 20))
+    assert found[0][0].equal(found[1][0])
+    assert_near(found[1][1], found[0][1], 1e-4)
+    for layer, other in zip(*(rocketkv_layers(each[2]) for each in found), strict=True):
+        assert layer.store.positions is not None
+        assert other.store.positions is not None
+        assert layer.store.positions.equal(other.store.positions)
