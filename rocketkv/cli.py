@@ -1,4 +1,4 @@
-"""The command line: `rocketkv demo | compress | ask | plan | env | bench | eval | lm-eval`.
+"""The command line: `rocketkv demo | compress | ask | plan | env | bench | eval | oracle | lm-eval`.
 
 A command is a module with `add_arguments(parser)` and `run(args)`, which returns the exit code. Only the module that is
 asked for is imported.
@@ -20,6 +20,7 @@ COMMANDS = {
     "env": (".env", "versions, devices and backends, for bug reports"),
     "bench": (".eval.bench", "decode speed against dense attention"),
     "eval": (".eval.command", "accuracy against memory and latency, over methods, budgets, tasks and lengths"),
+    "oracle": (".eval.oracle_command", "how few tokens attention needs, and where a method's error comes from"),
     "lm-eval": (".eval.lm_command", "lm-eval's command line with the model rocketkv in it"),
 }
 

@@ -56,7 +56,7 @@ def test_help_names_every_command_and_imports_none() -> None:
 
 
 def test_every_command_has_a_module() -> None:
-    assert set(COMMANDS) == {"demo", "compress", "ask", "plan", "env", "bench", "eval", "lm-eval"}
+    assert set(COMMANDS) == {"demo", "compress", "ask", "plan", "env", "bench", "eval", "oracle", "lm-eval"}
     for module, _ in COMMANDS.values():
         assert importlib.util.find_spec(module, "rocketkv") is not None
 
