@@ -19,8 +19,10 @@ SCHEMA = 1
 NOTE = (
     "Tokens are those of one KV head. Needed: the fewest of largest weight with which a step's attention is within the "
     "error. Stored: those that any step needs. Errors are relative L2, mean over steps: of dense attention to what "
-    "stage 1 keeps, of exact top-k of that, and of the method. Shares are projections of each part's error vector on "
-    "the whole: they add up to 1, may be negative, and every head counts alike. Bounds count no scores."
+    "stage 1 keeps, of exact top-k of that, of the tokens that the index chooses, and of the method, its residual "
+    "included. Shares are projections of each part's error vector on the whole: they add up to 1, may be negative, and "
+    "every head counts alike; they say what is left, so that a part which makes the error smaller may still have one. "
+    "Bounds count no scores."
 )
 
 
@@ -34,6 +36,7 @@ class FiguresDict(TypedDict):
     needed_p90: float
     evicted_error: float
     selected_error: float
+    indexed_error: float
     method_error: float
     shares: dict[str, float] | None  # mean over the heads that have an error at all; None: none has
     pooled_shares: dict[str, float] | None  # of all heads' vectors as one, in which large errors count more
@@ -139,6 +142,7 @@ def figures(heads: Sequence[Sequence[HeadDict]]) -> FiguresDict:
         "needed_p90": percentile(needed, 0.9),
         "evicted_error": fmean(text["evicted_error"] for text in every),
         "selected_error": fmean(text["selected_error"] for text in every),
+        "indexed_error": fmean(text["indexed_error"] for text in every),
         "method_error": fmean(text["method_error"] for text in every),
         "shares": {part: fmean(found[part] for found in own) for part in PARTS} if own else None,
         "pooled_shares": _pooled(every),
@@ -211,14 +215,25 @@ def pictures(result: Mapping[str, Any]) -> dict[str, bytes]:
     return found
 
 
-_HEAD = ("layer", "stored", "needed", "median", "p90", "evicted", "top-k", "method", *PARTS)
+_HEAD = (
+    "layer",
+    "stored",
+    "needed",
+    "median",
+    "p90",
+    "evicted",
+    "top-k",
+    "index",
+    "method",
+    *(f"% {part}" for part in PARTS),
+)
 
 
 def _row(name: str, found: Mapping[str, Any]) -> list[str]:
     cells = [_tokens(found[key]) for key in ("stored", "needed_mean", "needed_median", "needed_p90")]
-    cells += [_error(found[key]) for key in ("evicted_error", "selected_error", "method_error")]
+    cells += [_error(found[key]) for key in ("evicted_error", "selected_error", "indexed_error", "method_error")]
     parts = found["shares"]
-    return [name, *cells, *("-" if parts is None else f"{100 * parts[part]:.0f} %" for part in PARTS)]
+    return [name, *cells, *("-" if parts is None else f"{100 * parts[part]:.0f}" for part in PARTS)]
 
 
 def rows(result: Mapping[str, Any]) -> list[list[str]]:

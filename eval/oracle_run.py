@@ -70,6 +70,7 @@ class HeadDict(TypedDict):
     needed: list[int]  # compute oracle: each step's prefix
     evicted_error: float  # dense attention over what stage 1 keeps
     selected_error: float  # exact top-k of what is stored, at the method's k: the selection oracle
+    indexed_error: float  # the method without its residual; the method itself where it has none
     method_error: float
     square: float  # see `oracle.Parts`
     products: list[float]
@@ -284,6 +285,7 @@ def layer_figures(taken: Taken, config: RocketKVConfig, prompt: int, error: floa
                 "needed": prefixes.sizes.tolist(),
                 "evicted_error": parts.errors[0],
                 "selected_error": parts.errors[1],
+                "indexed_error": parts.errors[2],
                 "method_error": parts.errors[3],
                 "square": parts.square,
                 "products": parts.products,

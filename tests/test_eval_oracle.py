@@ -148,6 +148,13 @@ def test_steps_see_no_token_that_comes_after_them() -> None:
     assert smallest_prefixes(weights, torch.zeros(5, 2), 0.5).sizes.tolist() == [1, 1, 1]
 
 
+def test_an_error_below_rounding_needs_what_a_step_sees_and_no_more() -> None:
+    generator = torch.Generator().manual_seed(2)
+    query, keys = torch.randn(2, 5, 8, generator=generator), torch.randn(40, 8, generator=generator)
+    found = smallest_prefixes(group_weights(query, keys, scaling=0.5), torch.randn(40, 7, generator=generator), 1e-30)
+    assert found.sizes.tolist() == [36, 37, 38, 39, 40]
+
+
 def test_what_cannot_be_bound_is_refused() -> None:
     weights = torch.full((1, 1, 2), 0.5, dtype=torch.float64)
     for error in (0.0, 1.0, -1.0, math.nan):

@@ -126,6 +126,14 @@ def test_parts_are_nothing_where_a_method_has_no_such_part() -> None:
         assert (products(method)[:, eviction].abs() < 1e-4).all()
     for method in ("exact-topk", "stored-topk"):
         assert (products(method)[:, index].abs() < 1e-4).all()
+    assert (products("rocketkv+").abs() > 0.01).all()
+
+
+def test_where_the_budget_holds_all_that_is_stored_all_error_is_evictions() -> None:
+    config = RocketKVConfig(method="rocketkv", token_budget=CONTEXT)
+    for head in layer_figures(taken(build(), text())[0], config, CONTEXT, 0.2)["heads"]:
+        assert head["evicted_error"] == head["selected_error"] == pytest.approx(head["method_error"], abs=1e-6)
+        assert head["method_error"] > 0.01
 
 
 def test_dense_bytes_and_needed_tokens_are_of_the_steps_own_lengths() -> None:
@@ -241,9 +249,9 @@ def test_page_table_and_pictures_say_the_same(tmp_path: Path) -> None:
     read = Tables(content)
     assert "script" not in read.tags
     assert "&lt;script&gt;" in content
-    lines = [line.replace(" %", "%").split() for line in table(result).splitlines()]
+    lines = [line.split() for line in table(result).splitlines()]
     [last] = [line for line in lines if line[:1] == ["all"]]
-    assert [cell.replace(" %", "%") for cell in read.rows[-1]] == last
+    assert read.rows[-1] == last
     assert [f"{layer['heads'][1]['stored']:.0f}" for layer in result["layers"]] == [row[2] for row in read.rows[6:8]]
     # No method here has a residual: no map of nothing.
     names = ["stored", "needed", "evicted-error", "selected-error", "method-error"]
