@@ -13,7 +13,7 @@ from torch import Tensor
 from ..budget import BudgetSplit
 from ..config import RocketKVConfig
 from ..index import TILE_PAGES, index_rows, tile_count
-from ..stats import step_elements
+from ..stats import step_bytes
 from ..store import KVStore
 from .gpu_timing import COPY_BYTES, sets_for
 
@@ -89,12 +89,12 @@ def split_of(case: Case, layer: LayerShape) -> BudgetSplit:
 def moved_bytes(case: Case, layer: LayerShape, itemsize: int) -> dict[str, int]:
     """Return the bytes of keys, values and index that a call reads, by arm; a step's are those of its first token."""
     split = split_of(case, layer)
-    rows, token = case.batch * layer.kv_heads * itemsize, 2 * layer.head_dim
+    rows, dims, sizes = case.batch * layer.kv_heads, (layer.head_dim, layer.head_dim), (itemsize, itemsize)
     stored = (split.kept_tokens or 0) + 1
-    step = step_elements(split, stored, token, nominal=False)
-    attended = min(split.top_k or stored, stored) * token
+    step = step_bytes(split, stored, dims, sizes)
+    attended = min(split.top_k or stored, stored) * sum(dims) * itemsize
     return {
-        "dense": rows * step_elements(None, case.context, token, nominal=False),
+        "dense": rows * step_bytes(None, case.context, dims, sizes),
         "rocketkv": rows * step,
         "append_score": rows * (step - attended),
         "select_attend": rows * attended,

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from . import bounded
-from .attention import attend, score, select
+from .attention import attend, select
 from .budget import BudgetSplit
 from .config import BACKENDS
 from .eviction import full_precision
+from .indexes import Index, Parts, index_of
+from .residual import residual_attend
 from .store import KVStore
 
 VARIABLE = "ROCKETKV_BACKEND"
@@ -274,6 +276,9 @@ def _workspace(query: Tensor, store: KVStore, workspaces: MutableMapping[Any, An
 
     if store.keys is None or store.values is None or store.split is None:
         raise ValueError("a decode step needs a store whose prompt is closed")
+    if store.split.sketch_bits is not None or store.split.residual:
+        _say_once(_REFUSED + "they score pages, not a sketch, and have no residual")
+        return None
     shape = _decode_shape(query, store.keys, store.values, store.split)
     index_dtype = None if store.index is None else store.index.dtype
     # Of prompts one after another each has a shape of its own: the last one's buffers stand for the layer.
@@ -341,37 +346,109 @@ def _torch_step(
         keys, values = store.keys[:, :, :stored], store.values[:, :, :stored]
         mask = None if lengths is None else torch.arange(stored, device=keys.device) < lengths[..., None]
         return attend(query, keys, values, mask=mask, **exact)
+    short = lengths is not None and store.shortest <= split.token_budget
     if split.sinks is not None:
         positions = recent(store.lengths, split.top_k, split.sinks)
-    else:
-        with full_precision(query.device):
-            positions = _select(query, store, stored, lengths, **exact)
-    mask = None
-    if lengths is not None and store.shortest <= split.token_budget:
-        # A row that stores at most t tokens attends to all of them.
-        positions, mask = all_where_short(positions, lengths, min(split.token_budget, stored), split.token_budget)
-    return attend(query, store.keys, store.values, positions, mask=mask, **exact)
-
-
-def _select(query: Tensor, store: KVStore, stored: int, lengths: Tensor | None, **settings: Any) -> Tensor:
-    """Return the positions [B, Hkv, k] that the index ranks highest, in any order."""
-    split = store.split
-    if store.index is None or store.keys is None or split is None or split.channels is None or split.top_k is None:
+        return attend_chosen(
+            query, store.keys, store.values, positions, store.lengths if short else None, split.token_budget, **exact
+        )
+    index = index_of(split)
+    if index is None:
         raise ValueError("selection by attention needs an index; this store was closed without one")
-    page_size, sinks = split.page_size, settings.pop("sinks")
-    shape: dict[str, Any] = {"stored": stored, "lengths": lengths}
-    logits = score(query, store.index, store.keys, page_size=page_size, channels=split.channels, **shape, **settings)
-    positions, _ = select(
-        logits,
-        min(split.top_k, stored),
-        kv_heads=store.keys.shape[1],
-        unit_size=page_size,
-        sinks=sinks,
-        protected=split.protected,
-        ordered=False,
-        **shape,
+    out, missed = attend_selected(
+        query,
+        store.keys,
+        store.values,
+        index,
+        store.index_parts(),
+        store.value_sum,
+        split=split,
+        stored=stored,
+        lengths=lengths,
+        short=short,
+        **exact,
     )
-    return positions
+    if missed is not None:
+        store.note_missed(missed)
+    return out
+
+
+def attend_selected(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    index: Index,
+    parts: Parts,
+    value_sum: Tensor | None,
+    *,
+    split: BudgetSplit,
+    stored: int,
+    lengths: Tensor | None,
+    short: bool,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Score what is stored, select, attend, and count in what was not selected where the split wants that.
+
+    Args:
+        query: [B, H, D].
+        keys: [B, Hkv, capacity, D].
+        values: [B, Hkv, capacity, Dv].
+        index: what stage 2 ranks by.
+        parts: its tensors.
+        value_sum: [B, Hkv, Dv] float64, the sum of each row's values, where there is a residual.
+        split: what the step may read.
+        stored: N, tokens of the longest row.
+        lengths: [B, Hkv] int32, tokens of each row, or None where every row has N.
+        short: whether there may be rows of at most t tokens, which attend to all of them.
+        scaling: factor of the logits.
+        softcap: the model's soft-cap of the logits, or None.
+        sinks: [H], the model's learned sinks, or None.
+
+    Returns:
+        Out, [B, H, Dv] in the query's dtype, and with a residual the estimated weight of what was not selected, [B, H].
+    """
+    token_budget, attended = split.token_budget, lengths if short else None
+    exact: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
+    with full_precision(query.device):
+        logits = index.score(query, parts, keys, stored=stored, lengths=lengths, scaling=scaling, softcap=softcap)
+        positions, _ = select(
+            logits,
+            min(split.top_k or stored, stored),
+            stored=stored,
+            lengths=lengths,
+            kv_heads=keys.shape[1],
+            unit_size=split.page_size,
+            sinks=sinks,
+            protected=split.protected,
+            ordered=False,
+        )
+    if value_sum is None:
+        return attend_chosen(query, keys, values, positions, attended, token_budget, **exact), None
+    if split.page_size > 1:
+        logits = logits.repeat_interleave(split.page_size, dim=-1)[..., :stored]
+    if attended is not None:
+        positions, mask = all_where_short(positions, attended, token_budget)
+        positions = torch.where(mask, positions, stored)  # beyond every row's length: they do not count
+    with full_precision(query.device):
+        return residual_attend(query, keys, values, positions, logits, value_sum, lengths=lengths, **exact)
+
+
+def attend_chosen(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    lengths: Tensor | None,
+    token_budget: int,
+    **exact: Any,
+) -> Tensor:
+    """Attend to chosen tokens [B, Hkv, k]; given lengths, rows of at most t tokens attend to all of them."""
+    mask = None
+    if lengths is not None:
+        positions, mask = all_where_short(positions, lengths, token_budget)
+    return attend(query, keys, values, positions, mask=mask, **exact)
 
 
 def recent(lengths: Tensor, k: int, sinks: int) -> Tensor:
@@ -386,20 +463,19 @@ def recent(lengths: Tensor, k: int, sinks: int) -> Tensor:
     return torch.where(slot < sinks, slot, slot + (lengths.long()[..., None] - k).clamp(min=0))
 
 
-def all_where_short(positions: Tensor, lengths: Tensor, count: int, token_budget: int) -> tuple[Tensor, Tensor]:
+def all_where_short(positions: Tensor, lengths: Tensor, token_budget: int) -> tuple[Tensor, Tensor]:
     """Let rows of at most t tokens attend to all of them, and the others to their selection.
 
     Args:
-        positions: [B, Hkv, k], the selection.
+        positions: [B, Hkv, k], the selection, k <= t.
         lengths: [B, Hkv] int32.
-        count: tokens of the longest row that attends to all, k <= count.
         token_budget: t.
 
     Returns:
-        Positions [B, Hkv, count] and which of them count, [B, Hkv, count] bool.
+        Positions [B, Hkv, t] and which of them count, [B, Hkv, t] bool.
     """
-    slot = torch.arange(count, device=lengths.device)
+    slot = torch.arange(token_budget, device=lengths.device)
     short = (lengths <= token_budget)[..., None]
-    chosen = torch.nn.functional.pad(positions, (0, count - positions.shape[-1]))
+    chosen = torch.nn.functional.pad(positions, (0, token_budget - positions.shape[-1]))
     number = torch.where(short, lengths[..., None], positions.shape[-1])
     return torch.where(short, slot, chosen), slot < number

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .eviction import full_precision, pooled, select_top, window_scores
-from .index import build_index, gather_tokens, movable
+from .index import gather_tokens
 from .store import KVStore
 
 # What is kept of the room for generated tokens when it is used up.
@@ -85,8 +85,8 @@ def evict_generated(
 
 def _move(store: KVStore, first: Tensor, chosen: Tensor, count: int) -> None:
     """Move chosen tokens of the last `count` of each row to the front of those, and empty the slots behind them."""
-    keys, values, positions, split = store.keys, store.values, store.positions, store.split
-    if keys is None or values is None or positions is None or store.lengths is None or split is None:
+    keys, values, positions = store.keys, store.values, store.positions
+    if keys is None or values is None or positions is None or store.lengths is None:
         raise ValueError("there is nothing to move")
     kept = chosen.shape[-1]
     store.protect_generated(count)
@@ -99,6 +99,4 @@ def _move(store: KVStore, first: Tensor, chosen: Tensor, count: int) -> None:
         buffer.scatter_(2, place, torch.cat((tokens, rest), dim=2))
     store.lengths -= count - kept
     store.drop(count - kept)
-    if store.index is not None:
-        rebuilt = build_index(keys, store.stored, split.page_size, store.index.dtype)
-        movable(store.index).copy_(movable(rebuilt))
+    store.rebuild_index()

@@ -2,7 +2,8 @@
 
 Integers and floats only: a plan needs neither torch nor a model.
 
-Letters: S sequence length, t token budget, c compression ratio S/t, D head dim, P page size, r channels, k tokens read.
+Letters: S sequence length, t token budget, c compression ratio S/t, D head dim, P page size, r channels, k tokens read,
+N tokens stored, b bytes of a token's sketch.
 """
 
 import math
@@ -11,6 +12,9 @@ from dataclasses import dataclass, replace
 
 # StreamingLLM (arXiv 2309.17453, section 3.2): four initial tokens are enough to hold the attention sink.
 STREAMING_SINKS = 4
+
+# The widest heads whose keys are sketched in 2 bits a channel; in wider ones 1 bit errs less at equal bytes.
+WIDEST_OF_TWO_BITS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,29 +26,35 @@ class BudgetSplit:
             than this attends to all of them.
         kept_tokens: prompt tokens that stage 1 keeps, or None where nothing is evicted.
         page_size: P, consecutive stored tokens that share one min/max entry of the index.
-        channels: r, channels that a decode step scores, or None where nothing is scored.
+        channels: r, channels of the pages' bounds that a decode step scores, or None where it scores no pages.
+        sketch_bits: bits a channel, 1 to 4, of the sketch of every stored key that a decode step scores instead of
+            pages, or None.
         top_k: k, tokens that a decode step attends to, or None for all that are stored.
         sinks: None where tokens are ranked by attention; else they are ranked by position, and the first `sinks` and
             the most recent ones win, in both stages.
         oracle: whether the scores come for free in nominal bytes, as those of a method that nobody could run.
         protected: tokens of the longest row that are stored first, before all others, and attended to at every step.
+        residual: whether the tokens that a step does not attend to count as one, their mean value, with the weight that
+            their scores estimate.
 
     Raises:
         TypeError: a count is not an int.
-        ValueError: a count is not positive, or `channels`, `top_k` and `token_budget` do not go together.
+        ValueError: a count is not positive, or the fields do not go together.
     """
 
     token_budget: int
     kept_tokens: int | None = None
     page_size: int = 1
     channels: int | None = None
+    sketch_bits: int | None = None
     top_k: int | None = None
     sinks: int | None = None
     oracle: bool = False
     protected: int = 0
+    residual: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("token_budget", "kept_tokens", "page_size", "channels", "top_k", "sinks"):
+        for name in ("token_budget", "kept_tokens", "page_size", "channels", "sketch_bits", "top_k", "sinks"):
             value = getattr(self, name)
             if value is None and name not in ("token_budget", "page_size"):
                 continue
@@ -54,15 +64,31 @@ class BudgetSplit:
                 raise ValueError(f"{name} must be at least 1 (or None where allowed), got {value}")
         if self.protected < 0:
             raise ValueError(f"protected must be a number of tokens, 0 or more; got {self.protected!r}")
-        if self.channels is not None and (self.top_k is None or self.sinks is not None):
-            raise ValueError("channels are scored to choose top_k tokens by attention: set top_k and leave sinks None")
-        if self.top_k is not None and self.channels is None and self.sinks is None:
-            raise ValueError("top_k needs a ranking: set channels (by attention) or sinks (by position)")
+        if self.channels is not None and self.sketch_bits is not None:
+            raise ValueError("pages are scored by channels, single tokens by sketch_bits: set one of them")
+        if self.sketch_bits is not None and (self.sketch_bits > 4 or self.page_size != 1):
+            raise ValueError(
+                f"sketch_bits must be 1, 2, 3 or 4, of single tokens (page_size=1); got {self.sketch_bits} with "
+                f"page_size={self.page_size}"
+            )
+        if self.scored and (self.top_k is None or self.sinks is not None):
+            raise ValueError(
+                "channels or sketch_bits are scored to choose top_k tokens by attention: set top_k and leave sinks None"
+            )
+        if self.top_k is not None and not self.scored and self.sinks is None:
+            raise ValueError("top_k needs a ranking: set channels or sketch_bits (by attention) or sinks (by position)")
+        if self.residual and not self.scored:
+            raise ValueError("residual needs the scores of all tokens: set channels or sketch_bits")
         if self.top_k is not None and self.top_k > self.token_budget:
             raise ValueError(
                 f"top_k must be at most token_budget={self.token_budget}, what a step may read; got {self.top_k}. "
                 f"Lower it or raise token_budget."
             )
+
+    @property
+    def scored(self) -> bool:
+        """True where a step scores what is stored, and so has an index."""
+        return self.channels is not None or self.sketch_bits is not None
 
     @property
     def rolling(self) -> bool:
@@ -103,6 +129,49 @@ def rocketkv_split(prompt_length: int, token_budget: int, head_dim: int, decode_
         page_size=page_size,
         channels=max(1, math.floor(head_dim * page_size / remaining_ratio)),
         top_k=max(1, token_budget // 2),
+    )
+
+
+def sketch_bytes(head_dim: int, bits: int) -> int:
+    """Return b, the bytes of a token's sketch: packed codes of D channels (3 bits as 2 and 1), and a 16-bit scale."""
+    return sum(-(-head_dim * width // 8) for width in ((2, 1) if bits == 3 else (bits,))) + 2
+
+
+def rocketkv_plus_split(
+    prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int, *, most_stored: int | None = None
+) -> BudgetSplit:
+    """Split a budget over stage 1, the sketch of what it keeps, and the attention (beyond the paper).
+
+    A token costs 4D bytes to attend to, its key and value in 16 bits, and b bytes to score. The mean key of the sketch
+    and the mean value of the residual are one token more. So k tokens of N cost t tokens' bytes where
+
+        N b + 4D (k + 1) = 4D t.
+
+    A share of t goes to the attention, the rest to the sketch, N = (1 - share) 4D t / b: a half at 2 bits, 0.7 at 1
+    bit, whose coarser ranks need more tokens to choose. These shares, and 2 bits up to 128 channels, were measured to
+    err least. N is at most the sequence, and at least twice the reserve as in the paper's split; k takes what is left.
+
+    Args:
+        prompt_length: tokens of the longest row's prompt.
+        token_budget: t.
+        head_dim: D, at least 8 for a split within the budget.
+        decode_reserve: generated tokens that the sequence length counts in, and N too.
+        most_stored: N at most, where storage is limited; None for no limit.
+    """
+    bits = 2 if head_dim <= WIDEST_OF_TWO_BITS else 1
+    token, sketched = 4 * head_dim, sketch_bytes(head_dim, bits)
+    attended = token_budget // 2 if bits == 2 else token_budget * 7 // 10
+    sequence_length = prompt_length + decode_reserve
+    stored = (token_budget - attended) * token // sketched
+    stored = min(stored if most_stored is None else min(stored, most_stored), sequence_length)
+    stored = max(stored, min(2 * decode_reserve, sequence_length))
+    left = token_budget - -(-stored * sketched // token) - 1
+    return BudgetSplit(
+        token_budget=token_budget,
+        kept_tokens=max(1, stored - decode_reserve),
+        sketch_bits=bits,
+        top_k=max(1, left),
+        residual=True,
     )
 
 
@@ -175,6 +244,7 @@ SplitFunction = Callable[[int, int, int, int], BudgetSplit]
 METHODS: dict[str, SplitFunction] = {
     "full": full_split,
     "rocketkv": rocketkv_split,
+    "rocketkv+": rocketkv_plus_split,
     "rocketkv-mt": rocketkv_split,
     "snapkv": snapkv_split,
     "quest": quest_split,
@@ -203,4 +273,11 @@ def least_token_budget(method: str, window_size: int, decode_reserve: int) -> in
     if method in ("rocketkv", "rocketkv-mt", "stored-topk") and decode_reserve <= window_size:
         # Stage 1 keeps at least max(t, 2 * reserve) - reserve tokens, and the window must be fewer than those.
         return window_size + decode_reserve + 1
+    if method == "rocketkv+":
+        # With 8 channels, where a sketch takes an eighth of a token, the most there is: 2 * reserve tokens and k = 1.
+        least = max(4, -(-decode_reserve // 4) + 2)
+        # Half of t must hold the sketch of what stage 1 keeps, more than the window, and of the reserve.
+        if decode_reserve <= window_size:
+            least = max(least, 2 * -(-(window_size + decode_reserve + 1) // 8) - 1)
+        return least
     return 2

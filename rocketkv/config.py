@@ -33,9 +33,9 @@ class RocketKVConfig:
             the queries of their last W; half of them stay, and so does what the prompt kept, so that memory and steps
             stay the same for any length. `evict-random`: what stays is chosen by chance, the control. `raise`: an
             error, as with methods without a stage 1, and where there is room for fewer than 2W.
-        index_dtype: of the pages' bounds: `keys`, the keys' own; or 8 bits, a quarter to a half of its bytes:
-            `float8_e5m2`, of a wide range, or `float8_e4m3fn`, which is finer and ends at 448. Budgets are counted for
-            16 bits all the same.
+        index_dtype: of the bounds of pages, for methods that score those: `keys`, the keys' own; or 8 bits, a quarter
+            to a half of its bytes: `float8_e5m2`, of a wide range, or `float8_e4m3fn`, which is finer and ends at 448.
+            Budgets are counted for 16 bits all the same.
         protect: tokens that stage 1 never evicts and every step attends to, beside the budget: `system`, the
             conversation's system message, found by the chat template of the tokenizer that `patch` is given; or ranges
             (start, stop), counted from each row's first token; None for none.
@@ -97,12 +97,22 @@ class RocketKVConfig:
                     f"split.kept_tokens must be at least window_size={self.window_size}, the tokens that are always "
                     f"kept; got {kept}. Raise it or lower window_size."
                 )
+        self._check_index_dtype()
+        if self.split is not None:
             return
         least = least_token_budget(self.method, self.window_size, self.decode_reserve)
         if self.token_budget < least:
             raise ValueError(
                 f"token_budget must be at least {least} for method {self.method!r} with window_size={self.window_size} "
                 f"and decode_reserve={self.decode_reserve}; got {self.token_budget}. Use {least} or more."
+            )
+
+    def _check_index_dtype(self) -> None:
+        sketched = self.method == "rocketkv+" if self.split is None else self.split.sketch_bits is not None
+        if self.index_dtype != "keys" and sketched:
+            raise ValueError(
+                f"index_dtype={self.index_dtype!r} is for the bounds of pages, and this method scores a sketch of "
+                "every key, which has bits of its own. Leave it 'keys'."
             )
 
     def _check_history_device(self, device: object) -> None:

@@ -14,20 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import attend, score, select
-from .backend import all_where_short, recent, run_kernels, static_buffers
+from .attention import attend
+from .backend import attend_chosen, attend_selected, recent, run_kernels, static_buffers
 from .budget import BudgetSplit
-from .eviction import full_precision
-from .index import close_pages
+from .indexes import index_of
+from .residual import summable
 from .store import KVStore
 
-_MUTATED = ("keys", "values", "positions", "index", "lengths", "clock", "ring", "buffers", "out")
+_MUTATED = (
+    *("keys", "values", "positions", "index", "value_sum", "missed", "lengths", "clock", "ring", "buffers", "out"),
+)
 # Spelled out, since PyTorch 2.6 infers none from `list[Tensor]`; (a!) marks what a step writes.
 _SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) positions, "
-    "Tensor(d!)? index, Tensor(e!) lengths, Tensor(f!) clock, Tensor(g!)? ring, Tensor(h!)[] buffers, Tensor(i!) out, "
-    "int page_size, int? channels, int? top_k, int token_budget, int? ends, int protected, float scaling, "
-    "float? softcap, Tensor? sinks) -> ()"
+    "Tensor(d!)[] index, Tensor(e!)? value_sum, Tensor(f!)? missed, Tensor(g!) lengths, Tensor(h!) clock, "
+    "Tensor(i!)? ring, Tensor(j!)[] buffers, Tensor(k!) out, int page_size, int? channels, int? sketch_bits, "
+    "int? top_k, int token_budget, int? ends, int protected, float scaling, float? softcap, Tensor? sinks) -> ()"
 )
 
 
@@ -39,7 +41,9 @@ def decode_step_op(
     keys: Tensor,
     values: Tensor,
     positions: Tensor,
-    index: Tensor | None,
+    index: list[Tensor],
+    value_sum: Tensor | None,
+    missed: Tensor | None,
     lengths: Tensor,
     clock: Tensor,
     ring: Tensor | None,
@@ -47,6 +51,7 @@ def decode_step_op(
     out: Tensor,
     page_size: int,
     channels: int | None,
+    sketch_bits: int | None,
     top_k: int | None,
     token_budget: int,
     ends: int | None,
@@ -64,14 +69,18 @@ def decode_step_op(
         keys: [B, Hkv, N, D], written.
         values: [B, Hkv, N, Dv], written.
         positions: [B, Hkv, N] int32, written.
-        index: [B, Hkv, T, rows, 128], written where a page fills; None where nothing is scored.
+        index: the tensors of the store's index in the order of its names, written; none where nothing is scored.
+        value_sum: [B, Hkv, Dv] float64, the sum of the values of each row, raised by the new ones; None without a
+            residual.
+        missed: [B, H] float32, the estimated weight of what was not selected, written; None without a residual.
         lengths: [B, Hkv] int32, slots in use of each row; raised by one.
         clock: [1] int32, tokens of the sequence so far; raised by one.
         ring: [B, H, W, D], the queries of the last W tokens, written; or None where they are not remembered.
         buffers: what the kernels work in; empty where the reference runs.
         out: [B, H, Dv] in the query's dtype, written.
         page_size: P.
-        channels: r, or None where nothing is scored.
+        channels: r, or None where no pages are scored.
+        sketch_bits: bits a channel of the sketch, or None where there is none.
         top_k: k, or None where every stored token is read.
         token_budget: t: a row that stores no more attends to all of it.
         ends: first tokens that are read where tokens are ranked by position, else None.
@@ -84,19 +93,21 @@ def decode_step_op(
         token_budget=token_budget,
         page_size=page_size,
         channels=channels,
+        sketch_bits=sketch_bits,
         top_k=top_k,
         sinks=ends,
         protected=protected,
+        residual=value_sum is not None,
     )
     exact: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
-    stored = (keys, values, positions, index, lengths, clock)
     if buffers:
+        stored = (keys, values, positions, index[0] if index else None, lengths, clock)
         run_kernels(query, key, value, *stored, ring=ring, split=split, workspace=buffers, out=out, **exact)
         return
     if ring is not None:
         ring.index_copy_(2, clock.long() % ring.shape[2], query[:, :, None].to(ring.dtype))
-    _append(key, value, *stored, page_size)
-    out.copy_(_attend(query, keys, values, index, lengths, split, **exact))
+    _append(key, value, keys, values, positions, index, value_sum, lengths, clock, split)
+    out.copy_(_attend(query, keys, values, index, value_sum, missed, lengths, split, **exact))
 
 
 @decode_step_op.register_fake
@@ -110,10 +121,11 @@ def _append(
     keys: Tensor,
     values: Tensor,
     positions: Tensor,
-    index: Tensor | None,
+    index: list[Tensor],
+    value_sum: Tensor | None,
     lengths: Tensor,
     clock: Tensor,
-    page_size: int,
+    split: BudgetSplit,
 ) -> None:
     """Append one token to every row that has room, and raise what counts tokens."""
     capacity = keys.shape[2]
@@ -124,17 +136,22 @@ def _append(
         kept = buffer.gather(2, place)
         buffer.scatter_(2, place, torch.where(room[..., None], new.to(buffer.dtype)[:, :, None], kept))
     positions.scatter_(2, slot, torch.where(room, clock, positions.gather(2, slot)))
+    if value_sum is not None:
+        value_sum.add_(torch.where(room, summable(value), 0))
     lengths.add_(1).clamp_(max=capacity)
     clock.add_(1)
-    if index is not None:
-        close_pages(index, keys, lengths, page_size)
+    ranked = index_of(split)
+    if ranked is not None:
+        ranked.append(dict(zip(ranked.names, index, strict=True)), keys, lengths, None)
 
 
 def _attend(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    index: Tensor | None,
+    index: list[Tensor],
+    value_sum: Tensor | None,
+    missed: Tensor | None,
     lengths: Tensor,
     split: BudgetSplit,
     *,
@@ -148,34 +165,27 @@ def _attend(
     if split.top_k is None or capacity <= split.token_budget:
         mask = torch.arange(capacity, device=keys.device) < lengths[..., None]
         return attend(query, keys, values, mask=mask, **exact)
-    if split.channels is None or index is None:
-        positions = recent(lengths, split.top_k, split.sinks or 0)
-    else:
-        with full_precision(query.device):
-            logits = score(
-                query,
-                index,
-                keys,
-                stored=capacity,
-                lengths=lengths,
-                page_size=split.page_size,
-                channels=split.channels,
-                scaling=scaling,
-                softcap=softcap,
-            )
-            positions, _ = select(
-                logits,
-                split.top_k,
-                stored=capacity,
-                lengths=lengths,
-                kv_heads=keys.shape[1],
-                unit_size=split.page_size,
-                sinks=sinks,
-                protected=split.protected,
-            )
     # A row that stores at most t tokens attends to all of them; only the device knows whether there is one.
-    positions, mask = all_where_short(positions, lengths, split.token_budget, split.token_budget)
-    return attend(query, keys, values, positions, mask=mask, **exact)
+    ranked = index_of(split)
+    if ranked is None:
+        positions = recent(lengths, split.top_k, split.sinks or 0)
+        return attend_chosen(query, keys, values, positions, lengths, split.token_budget, **exact)
+    out, rest = attend_selected(
+        query,
+        keys,
+        values,
+        ranked,
+        dict(zip(ranked.names, index, strict=True)),
+        value_sum,
+        split=split,
+        stored=capacity,
+        lengths=lengths,
+        short=True,
+        **exact,
+    )
+    if missed is not None and rest is not None:
+        missed.copy_(rest)
+    return out
 
 
 @dataclass(eq=False)
@@ -186,7 +196,9 @@ class StaticStep:
         keys: [B, Hkv, N, D], with the others the store's own.
         values: [B, Hkv, N, Dv].
         positions: [B, Hkv, N] int32.
-        index: [B, Hkv, T, rows, 128], or None.
+        index: the tensors of the index in the order of its names.
+        value_sum: [B, Hkv, Dv] float64, or None.
+        missed: [B, H] float32, or None.
         lengths: [B, Hkv] int32.
         clock: [1] int32.
         ring: [B, H, W, D], or None.
@@ -198,7 +210,9 @@ class StaticStep:
     keys: Tensor
     values: Tensor
     positions: Tensor
-    index: Tensor | None
+    index: list[Tensor]
+    value_sum: Tensor | None
+    missed: Tensor | None
     lengths: Tensor
     clock: Tensor
     ring: Tensor | None
@@ -226,6 +240,8 @@ class StaticStep:
             self.values,
             self.positions,
             self.index,
+            self.value_sum,
+            self.missed,
             self.lengths,
             self.clock,
             self.ring,
@@ -233,6 +249,7 @@ class StaticStep:
             self.out,
             split.page_size,
             split.channels,
+            split.sketch_bits,
             split.top_k,
             split.token_budget,
             split.sinks,
@@ -264,11 +281,15 @@ def static_step(
         raise ValueError("a static step needs a store that was closed with a decode_capacity")
     if store.positions is None or store.lengths is None:
         raise ValueError("a static step needs a store that was closed with a decode_capacity")
+    if split.residual:
+        store.note_missed(torch.zeros(query.shape[:2], device=query.device))
     step = StaticStep(
         keys=store.keys,
         values=store.values,
         positions=store.positions,
-        index=store.index,
+        index=list(store.index_parts().values()),
+        value_sum=store.value_sum,
+        missed=store.missed,
         lengths=store.lengths,
         clock=store.clock(),
         ring=store.window,
@@ -276,7 +297,8 @@ def static_step(
         out=torch.zeros(*query.shape[:2], store.values.shape[3], dtype=query.dtype, device=query.device),
         split=split,
     )
-    for tensor in (*store.tensors().values(), step.clock, *step.buffers, step.out):
+    missed = () if step.missed is None else (step.missed,)
+    for tensor in (*store.tensors().values(), step.clock, *step.buffers, step.out, *missed):
         # Without it a CUDA graph of torch.compile copies what a step writes, or is not made at all.
         torch._dynamo.mark_static_address(tensor, guard=False)
     return step

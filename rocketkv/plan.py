@@ -29,9 +29,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from .budget import METHODS, BudgetSplit
 from .config import INDEX_DTYPES, RocketKVConfig
-from .index import TILE_PAGES, index_rows, tile_count, torch_dtype
+from .index import torch_dtype
+from .indexes import index_of
 from .models import find_decoder, refuse_unsupported
-from .stats import NOMINAL_ITEMSIZE, CacheStats, LayerStats, step_bytes, step_elements
+from .stats import NOMINAL_ITEMSIZE, CacheStats, LayerStats, step_bytes
 from .store import decode_room
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -255,14 +256,15 @@ def _count_layer(
         stored: tokens that stay.
         room: slots beyond those.
         shape: B * Hkv, D and Dv.
-        sizes: bytes of an element of K and V, and of the index.
+        sizes: bytes of an element of K and V, and of a page's bound.
     """
     (rows, head_dim, value_dim), (size, index_size) = shape, sizes
     capacity, dense = stored + room, stored if split is None else context
-    index = 0
-    if split is not None and split.channels is not None:
-        index = tile_count(capacity, split.page_size) * index_rows(head_dim, split.page_size) * TILE_PAGES
-    token = head_dim + value_dim
+    index = index_of(split)
+    index_bytes = 0 if index is None else index.row_bytes(capacity, head_dim, index_size)
+    if split is not None and split.residual:
+        index_bytes += value_dim * torch.float64.itemsize
+    dims, token = (head_dim, value_dim), head_dim + value_dim
     appended = 0 if split is None else 1  # the next step appends its token before it reads
     read, dense_read = stored + appended, dense + appended
     return LayerStats(
@@ -271,12 +273,12 @@ def _count_layer(
         tokens_stored=stored,
         key_bytes=rows * capacity * head_dim * size,
         value_bytes=rows * capacity * value_dim * size,
-        index_bytes=rows * index * index_size,
+        index_bytes=rows * index_bytes,
         other_bytes=0 if split is None else rows * (capacity + 1) * INTEGER,
         full_bytes=rows * dense * token * size,
-        step_bytes=rows * step_bytes(split, read, token, size, index_size),
+        step_bytes=rows * step_bytes(split, read, dims, sizes),
         dense_step_bytes=rows * dense_read * token * size,
-        nominal_step_bytes=rows * step_elements(split, read, token, nominal=True) * NOMINAL_ITEMSIZE,
+        nominal_step_bytes=rows * step_bytes(split, read, dims, sizes, nominal=True),
         nominal_dense_step_bytes=rows * dense_read * token * NOMINAL_ITEMSIZE,
     )
 
@@ -329,10 +331,11 @@ def _split_text(split: BudgetSplit | None, context: int) -> str:
     stored = _stored(split, context)
     if split.top_k is None or stored <= split.token_budget:
         return f"{stored} of {context} tokens stay a KV head, and a step reads all of them"
-    return (
-        f"{stored} of {context} tokens stay a KV head; a step scores pages of {split.page_size} on {split.channels} "
-        f"channels and attends to {split.top_k} tokens"
-    )
+    scored = f"pages of {split.page_size} on {split.channels} channels"
+    if split.sketch_bits is not None:
+        scored = f"every token's sketch of {split.sketch_bits} bits a channel"
+    attended = f"{split.top_k} tokens" + (" and the mean of the others" if split.residual else "")
+    return f"{stored} of {context} tokens stay a KV head; a step scores {scored} and attends to {attended}"
 
 
 def _size(count: int) -> str:

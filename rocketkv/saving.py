@@ -25,7 +25,8 @@ from .cache import RocketKVCache, rocketkv_layers
 from .config import RocketKVConfig
 from .generation import state_of
 from .history import NAMES
-from .index import index_rows, movable, tile_count
+from .index import movable
+from .indexes import index_of
 from .layer import RocketKVLayer
 from .models import find_decoder
 from .protection import RowMarks
@@ -201,8 +202,11 @@ def _packed(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = store.tensors()
     for name in ("keys", "values", "positions"):
         tensors[name] = tensors[name][:, :, : store.stored]
-    if store.index is not None and store.split is not None:
-        tensors["index"] = store.index[:, :, : tile_count(store.stored, store.split.page_size)]
+    index = index_of(store.split)
+    if index is not None and store.keys is not None:
+        for name in index.slotted:
+            used = index.shape(name, store.stored, store.keys.shape[3])[0]
+            tensors[name] = tensors[name][:, :, :used]
     history = layer.history
     if history is not None:
         history.absorb(store)
@@ -283,9 +287,13 @@ def _fill(store: KVStore, held: dict[str, Tensor], entry: dict[str, Any]) -> Non
     }
     if "window" in held:
         expected["window"] = (batch, *held["window"].shape[1:3], head_dim)
-    if split.channels is not None:
-        tiles, rows = tile_count(stored, split.page_size), index_rows(head_dim, split.page_size)
-        expected["index"] = (batch, kv_heads, tiles, rows, held["index"].shape[-1])
+    index = index_of(split)
+    if index is not None:
+        expected |= {name: (batch, kv_heads, *index.shape(name, stored, head_dim)) for name in index.names}
+    if "missed" in held:
+        expected["missed"] = (batch, held["missed"].shape[1])
+    if split.residual:
+        expected["value_sum"] = (batch, kv_heads, held["values"].shape[-1])
     found = {name: tuple(tensor.shape) for name, tensor in held.items()}
     lengths = held["lengths"]
     bounds = (int(lengths.min()), int(lengths.max()))
@@ -302,8 +310,14 @@ def _fill(store: KVStore, held: dict[str, Tensor], entry: dict[str, Any]) -> Non
     store.positions, store.lengths = whole("positions", capacity, -1), lengths.clone()
     if "window" in held:
         store.window = held["window"].clone()
-    if split.channels is not None:
-        store.index = whole("index", tile_count(capacity, split.page_size))
+    if index is not None:
+        for name in index.names:
+            room = index.shape(name, capacity, head_dim)[0] if name in index.slotted else held[name].shape[2]
+            setattr(store, name, whole(name, room))
+    if split.residual:
+        store.value_sum = held["value_sum"].clone()
+    if "missed" in held:
+        store.missed = held["missed"].clone()
     for name, value in fields.items():
         setattr(store, name, value)
     store.seen, store.stored, store.shortest = seen, stored, shortest

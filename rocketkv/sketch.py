@@ -25,8 +25,10 @@ built with it, so have all of its row and KV head. A key equal to the mean has t
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, N stored tokens, k selected tokens, C code bytes.
 """
 
+import functools
 import math
 import random
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -34,7 +36,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from .eviction import full_precision
-from .index import gather_tokens
 
 # Distance of equally spaced levels that fit a normal distribution best, by bits (Max 1960, table II).
 LEVEL_STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352}
@@ -71,11 +72,6 @@ def planes(bits: int) -> tuple[tuple[int, int], ...]:
 def code_bytes(head_dim: int, bits: int) -> int:
     """Return C, the bytes of a token's packed codes."""
     return sum(-(-head_dim * width // 8) for _, width in planes(bits))
-
-
-def token_bytes(head_dim: int, bits: int) -> int:
-    """Return the bytes that a token's sketch takes and a decode step reads: codes and scale."""
-    return code_bytes(head_dim, bits) + torch.bfloat16.itemsize
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -118,8 +114,10 @@ def rotation_norm(head_dim: int) -> float:
     return math.sqrt(odd_part(head_dim) * head_dim)
 
 
+@functools.cache  # a constant
+@torch.inference_mode(False)  # it may be used in a later call that is not in inference mode
 def rotation(head_dim: int, device: torch.device | str | None = None) -> Tensor:
-    """Return R times the length of its rows, [D, D] float32, all entries integers.
+    """Return R times the length of its rows, [D, D] float32, all entries integers; do not write into it.
 
     Random signs, then a Hadamard matrix of the largest power of two in D, times (Kronecker) the reflection m I - 2 J of
     the odd rest m, which is 1 up to a sign where D is a power of two. The same for every call, version and device.
@@ -284,85 +282,43 @@ def score_sketch(
     turned = torch.matmul(rows, turn.t()) / rotation_norm(head_dim)
     centre = turned.sum(-1, keepdim=True) * ((2**bits - 1) / 2)
     shift = torch.matmul(rows, sketch.mean[..., None])
+    pieces = list(_pieces(turned.flatten(0, 1), bits))
     blocks = []
     block = _block_tokens(sketch.mean[:, :, None])
     for start in range(0, stored, block):
         stop = min(start + block, stored)
-        codes = unpack(sketch.codes[:, :, start:stop], bits, head_dim).float()
-        product = torch.matmul(turned, codes.transpose(-1, -2)).sub_(centre)
+        codes = sketch.codes[:, :, start:stop]
+        product = -centre.flatten(0, 1)
+        for first, mask, piece in pieces:
+            digit = (codes[..., first : first + piece.shape[-1]] & mask).float().flatten(0, 1)
+            product = torch.baddbmm(product, piece, digit.transpose(1, 2))
+        product = product.view(batch, kv_heads, -1, stop - start)
         blocks.append(product.mul_(sketch.scales[:, :, None, start:stop].float()).add_(shift))
     logits = (blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)).view(batch, heads, stored)
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def _pieces(turned: Tensor, bits: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield what the digits of packed codes are multiplied with, none of them shifted to the right.
+
+    Args:
+        turned: [..., D], rotated queries.
+        bits: of a channel.
+
+    Yields:
+        For every digit: its plane's first byte; the mask that leaves it alone in its place in a byte; and the piece of
+        the queries for its channels, [..., bytes of the plane], over the digit's place value there.
+    """
+    head_dim, first = turned.shape[-1], 0
+    for shift, width in planes(bits):
+        size = -(-head_dim * width // 8)
+        padded = functional.pad(turned, (0, size * 8 // width - head_dim))
+        for place, piece in zip(range(0, 8, width), torch.split(padded, size, -1), strict=True):
+            yield first, (2**width - 1) << place, piece * 2.0 ** (shift - place)
+        first += size
 
 
 def _block_tokens(keys: Tensor) -> int:
     """Return how many tokens of [B, Hkv, any, D] make up a block."""
     batch, kv_heads, _, head_dim = keys.shape
     return max(1, BLOCK_BYTES // (4 * batch * kv_heads * head_dim))
-
-
-def residual_attend(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    logits: Tensor,
-    value_sum: Tensor,
-    *,
-    lengths: Tensor | None,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attend exactly to chosen tokens, and to all others as one: their mean value, with their estimated weight.
-
-    The weight of the chosen tokens comes from their exact logits, that of the others from the estimates (the mean value
-    is SparQ's, arXiv 2312.04985, section 3; there it is of all tokens, and both weights are estimates).
-
-    Args:
-        query: [B, H, D].
-        keys: [B, Hkv, capacity, D].
-        values: [B, Hkv, capacity, Dv].
-        positions: [B, Hkv, k] (an integer dtype), the chosen tokens, none twice; those beyond a row's length do not
-            count.
-        logits: [B, H, N] float32, the estimated logits of all tokens; those of the chosen are not used.
-        value_sum: [B, Hkv, Dv] float32, the sum of the values of all of a row's tokens.
-        lengths: [B, Hkv], tokens of each row, or None where every row has N.
-        scaling: factor of the logits.
-        softcap: c of `c * tanh(logit / c)`, or None.
-        sinks: [H], one learned logit a head that joins the softmax's denominator, or None.
-
-    Returns:
-        Out, [B, H, Dv] in the query's dtype, zeros for a row without tokens; and the estimated weight of the tokens
-        that were not chosen, [B, H] float32.
-    """
-    batch, heads, _ = query.shape
-    kv_heads, stored = keys.shape[1], logits.shape[-1]
-    grouped = (batch, kv_heads, heads // kv_heads)
-    real = None if lengths is None else positions < lengths[..., None]
-    if real is not None:
-        positions = positions.clamp(max=stored - 1)
-    own_keys, own_values = (tensor.float() for tensor in gather_tokens(positions, keys, values))
-    exact = torch.matmul(query.float().view(*grouped, -1) * scaling, own_keys.transpose(-1, -2))
-    if softcap is not None:
-        exact = torch.tanh(exact / softcap) * softcap
-    chosen = positions.long()[:, :, None].expand(*grouped, -1)
-    others = logits.view(*grouped, stored).scatter(-1, chosen, -torch.inf)
-    left: Tensor | int = max(1, stored - positions.shape[-1])
-    if lengths is not None and real is not None:
-        exact = exact.masked_fill(~real[:, :, None], -torch.inf)
-        own_values = own_values.masked_fill(~real[..., None], 0)
-        filled = torch.arange(stored, device=query.device) < lengths[..., None]
-        others = others.masked_fill(~filled[:, :, None], -torch.inf)
-        left = (lengths - real.sum(-1)).clamp(min=1)[..., None]
-    mean = (value_sum - own_values.sum(2)) / left
-    # In one softmax the others are one more token, whose logit is the logarithm of their weights' sum.
-    columns = [exact, others.logsumexp(-1, keepdim=True)]
-    if sinks is not None:
-        columns.append(sinks.float().view(1, kv_heads, -1, 1).expand(*grouped, 1))
-    weight = torch.cat(columns, -1).softmax(-1)
-    if lengths is not None:
-        weight = weight.masked_fill((lengths == 0)[..., None, None], 0)
-    rest = weight[..., positions.shape[-1]]
-    out = torch.matmul(weight[..., : positions.shape[-1]], own_values) + rest[..., None] * mean[:, :, None]
-    return out.view(batch, heads, -1).to(query.dtype), rest.view(batch, heads)

@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .budget import BudgetSplit
 from .index import TILE_PAGES, movable
-from .window import QueryWindow
+from .indexed import Indexed
+from .indexes import INDEX_TENSORS
 
-TENSORS = ("keys", "values", "index", "positions", "lengths", "window")
-# What is written slot by slot; lengths, and the queries of a closed store, are few and always copied; those of a
-# prompt are replaced, never written.
-SLOTTED = ("keys", "values", "index", "positions")
+TENSORS = ("keys", "values", *INDEX_TENSORS, "value_sum", "missed", "positions", "lengths", "window")
+# What is written slot by slot, or where rows are reordered; lengths, and the queries of a closed store, are few and
+# always copied; those of a prompt are replaced, never written; the sum of values is made anew, and what was missed is
+# that of the last step whatever comes back.
+GUARDED = ("keys", "values", *INDEX_TENSORS, "positions")
 FIELDS = (
     *("decode_capacity", "split", "marks", "closed", "aligned"),
     *("_holes", "_prompt_start", "_complete", "_restorable", "_prompt_end", "_ring_from", "_prompt_stored"),
@@ -72,6 +73,8 @@ class StoreSnapshot:
     def _span(self, name: str, start: int) -> tuple[int, int]:
         """Return the entries of a tensor, along its third dimension, that hold what lies from slot `start` on."""
         split = self.fields["split"]
+        if name == "mean":  # written only with everything else
+            return 0, self.home[name].shape[2] if start == 0 else 0
         if name != "index" or split is None:
             return start, self.stored
         first, end = start // split.page_size, self.stored // split.page_size  # of the full pages
@@ -90,7 +93,7 @@ class StoreSnapshot:
             self.changed, self.common = min(start, self.changed), min(common, self.common)
         else:
             self.changed, self.common = start, common
-        for name in SLOTTED:
+        for name in GUARDED:
             tensor = self.home.get(name)
             if tensor is None or id(tensor) not in written:
                 continue
@@ -113,23 +116,15 @@ class StoreSnapshot:
         self.saved.clear()
 
 
-class Restorable(QueryWindow):
+class Restorable(Indexed):
     """A store's snapshots, and what protects them.
 
     Attributes:
-        index: [B, Hkv, tile, rows, 128], stage 2's index, or None where nothing is scored.
-        values: [B, Hkv, capacity, Dv], or None before the first token.
         positions: [B, 1 or Hkv, capacity] int32, or None.
-        lengths: [B, Hkv] int32, slots in use of each row while decoding; None before.
-        split: what stage 1 and 2 may store and read, from the last prompt on.
         aligned: whether slot and position in the sequence are the same for every token.
     """
 
-    values: Tensor | None
-    index: Tensor | None
     positions: Tensor | None
-    lengths: Tensor | None
-    split: BudgetSplit | None
     aligned: bool
     _prompt_end: int  # tokens seen when the prompt was closed: those after it are in every row
     _highest: int  # slots in use before the last crops, rolls and ways back: what lies behind the tokens ends there
@@ -205,6 +200,7 @@ class Restorable(QueryWindow):
         if self.lengths is not None and snapshot.lengths is not None:
             self.lengths.copy_(snapshot.lengths)
             self._empty_behind(self.lengths, used)
+            self._sum_again()
             self._highest = 0
 
     def _empty_behind(self, lengths: Tensor, used: int | None) -> None:

@@ -6,10 +6,11 @@ Letters: B batch, Hkv KV heads, D head dim, S tokens seen, N tokens stored, P pa
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .budget import BudgetSplit
-from .index import TILE_PAGES, page_count, tile_count
+from .indexes import INDEX_TENSORS, index_of
 from .store import KVStore
 
 NOMINAL_ITEMSIZE = 2  # budgets are counted for 16-bit keys and values
@@ -25,8 +26,8 @@ class LayerStats:
         tokens_stored: tokens that the longest row still stores.
         key_bytes: bytes of the key buffers, spare room included.
         value_bytes: bytes of the value buffers, likewise.
-        index_bytes: bytes of stage 2's index.
-        other_bytes: bytes of positions, lengths and pending window queries.
+        index_bytes: bytes of stage 2's index, and of the sum of values that a residual needs.
+        other_bytes: bytes of positions, lengths, pending window queries and what a step estimates beside its output.
         history_bytes: bytes of the tokens that a multi-turn method keeps beside those that its turn decodes from.
         device: where keys, values and index are, or None where there are none.
         history_device: where the history is, or None where there is none.
@@ -141,74 +142,62 @@ def store_stats(store: KVStore) -> LayerStats:
         return LayerStats(compressed=True)
     batch, kv_heads, _, head_dim = keys.shape
     rows = batch * kv_heads
-    token = head_dim + values.shape[3]  # elements of K and V of one token and head
-    known = ("keys", "values", "index")
+    dims = (head_dim, values.shape[3])
+    known = ("keys", "values", "value_sum", *INDEX_TENSORS)
     # Keys and values of a prompt may be slices of one tensor: a storage counts once.
     storages = {t.untyped_storage().data_ptr(): live_bytes(t) for n, t in store.tensors().items() if n not in known}
     shared = keys.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
     # The next step appends its token first.
     stored, shortest = store.stored + 1, store.shortest + 1
     sizes = (keys.itemsize, keys.itemsize if store.index is None else store.index.itemsize)
-    nominal_read = step_elements(store.split, stored, token, nominal=True, shortest=shortest)
-    dense = rows * (store.seen + 1) * token
+    nominal_read = step_bytes(store.split, stored, dims, sizes, nominal=True, shortest=shortest)
+    dense = rows * (store.seen + 1) * sum(dims)
     return LayerStats(
         compressed=True,
         tokens_seen=store.seen,
         tokens_stored=store.stored,
         key_bytes=live_bytes(keys),
         value_bytes=0 if shared else live_bytes(values),
-        index_bytes=live_bytes(store.index),
+        index_bytes=sum(map(live_bytes, (*store.index_parts().values(), store.value_sum))),
         other_bytes=sum(storages.values()) + live_bytes(store.ticks),
         device=str(keys.device),
-        full_bytes=rows * store.seen * token * keys.itemsize,
-        step_bytes=rows * step_bytes(store.split, stored, token, *sizes, shortest=shortest),
+        full_bytes=rows * store.seen * sum(dims) * keys.itemsize,
+        step_bytes=rows * step_bytes(store.split, stored, dims, sizes, shortest=shortest),
         dense_step_bytes=dense * keys.itemsize,
-        nominal_step_bytes=rows * nominal_read * NOMINAL_ITEMSIZE,
+        nominal_step_bytes=rows * nominal_read,
         nominal_dense_step_bytes=dense * NOMINAL_ITEMSIZE,
     )
 
 
-def step_elements(split: BudgetSplit | None, stored: int, token: int, *, nominal: bool, shortest: int = 0) -> int:
-    """Return the elements of index, keys and values that a decode step reads per row and KV head.
-
-    Args:
-        split: what a step may read, or None for everything.
-        stored: tokens of the longest row, the step's own included.
-        token: elements of K and V of one token, D + Dv.
-        nominal: whether to count as budgets do, by pages and without an oracle's scores, or as the index is read, by
-            whole tiles.
-        shortest: tokens of the shortest row, the step's own included; 0 where all have as many as the longest.
-    """
-    if split is None or split.top_k is None or stored <= split.token_budget:
-        return stored * token
-    # Rows of at most t tokens read all of them, and the others as many slots.
-    attended = split.token_budget if 0 < shortest <= split.token_budget else split.top_k
-    return scored_elements(split, stored, nominal=nominal) + min(attended, stored) * token
-
-
-def scored_elements(split: BudgetSplit | None, stored: int, *, nominal: bool) -> int:
-    """Return those of `step_elements` that belong to the index."""
-    if split is None or split.top_k is None or stored <= split.token_budget:
-        return 0
-    if split.channels is None or (nominal and split.oracle):
-        return 0
-    pages = page_count(stored, split.page_size) if nominal else tile_count(stored, split.page_size) * TILE_PAGES
-    return pages * split.channels
-
-
 def step_bytes(
-    split: BudgetSplit | None, stored: int, token: int, itemsize: int, index_itemsize: int, *, shortest: int = 0
+    split: BudgetSplit | None,
+    stored: int,
+    dims: tuple[int, int],
+    itemsizes: tuple[int, int],
+    *,
+    nominal: bool = False,
+    shortest: int = 0,
 ) -> int:
     """Return the bytes of index, keys and values that a decode step reads per row and KV head.
 
     Args:
-        split: see `step_elements`.
-        stored: likewise.
-        token: likewise.
-        itemsize: bytes of an element of K and V.
-        index_itemsize: bytes of an element of the index.
-        shortest: see `step_elements`.
+        split: what a step may read, or None for everything.
+        stored: tokens of the longest row, the step's own included.
+        dims: D and Dv.
+        itemsizes: bytes of an element of keys and values, and of a page's bound.
+        nominal: whether to count as budgets do, in 16 bits whatever `itemsizes` are, by pages and without an oracle's
+            scores, or as the index is read, by whole tiles.
+        shortest: tokens of the shortest row, the step's own included; 0 where all have as many as the longest.
     """
-    scored = scored_elements(split, stored, nominal=False)
-    read = step_elements(split, stored, token, nominal=False, shortest=shortest) - scored
-    return read * itemsize + scored * index_itemsize
+    size, index_size = (NOMINAL_ITEMSIZE, NOMINAL_ITEMSIZE) if nominal else itemsizes
+    if split is None or split.top_k is None or stored <= split.token_budget:
+        return stored * sum(dims) * size
+    # Rows of at most t tokens read all of them, and the others as many slots.
+    attended = split.token_budget if 0 < shortest <= split.token_budget else split.top_k
+    read = min(attended, stored) * sum(dims) * size
+    index = index_of(split)
+    if index is not None and not (nominal and split.oracle):
+        read += index.read_bytes(stored, dims[0], index_size, nominal=nominal)
+    if split.residual:
+        read += dims[1] * (NOMINAL_ITEMSIZE if nominal else torch.float64.itemsize)
+    return read

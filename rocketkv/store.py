@@ -14,10 +14,10 @@ from torch import Tensor
 
 from .budget import BudgetSplit, with_protected
 from .eviction import prompt_scores, recent_positions, select_top
-from .index import close_page, close_pages, gather_tokens, grow_index, movable, restored
+from .index import gather_tokens, movable, restored
 from .layout import LayOut, lay_out
 from .protection import RowMarks, message_numbers, protected_first, protected_slots, with_fair_shares
-from .snapshot import Restorable
+from .snapshot import TENSORS, Restorable
 
 # A rolling store keeps half of its room when it rolls, for drafts that are taken back.
 ROLLING_ROOM = 64
@@ -34,12 +34,11 @@ def alone(tensor: Tensor) -> Tensor:
 
 
 class KVStore(Restorable):
-    """Keys, values, index, positions, lengths and window queries of one layer.
+    """Keys, values, index, positions, lengths and window queries of one layer; for the index see `Indexed`.
 
     Attributes:
         keys: [B, Hkv, capacity, D], or None before the first token.
         values: [B, Hkv, capacity, Dv], or None.
-        index: [B, Hkv, tile, rows, 128], stage 2's index, or None where nothing is scored.
         positions: [B, Hkv, capacity] int32, each slot's position in the sequence, -1 for padding; None in a first
             prompt without padding, where slot and position are the same.
         lengths: [B, Hkv] int32, slots in use of each row while decoding; None before.
@@ -65,7 +64,8 @@ class KVStore(Restorable):
 
     def clear(self) -> None:
         """Forget everything."""
-        self.keys = self.values = self.index = self.positions = self.lengths = self.window = None
+        for name in TENSORS:
+            setattr(self, name, None)
         self.split = self.marks = None
         self._clear_counts()
         self._forget_snapshots()
@@ -84,11 +84,6 @@ class KVStore(Restorable):
                 tensor.copy_(changed)  # a static buffer stays where it is
             else:
                 setattr(self, name, changed)
-
-    @property
-    def uniform(self) -> bool:
-        """Whether every row has the same number of tokens."""
-        return self.shortest == self.stored
 
     def valid(self) -> Tensor | None:
         """Return [B, 1 or Hkv, N] bool, True at slots of a prompt that hold a token, or None where all do."""
@@ -131,7 +126,8 @@ class KVStore(Restorable):
         self.closed = False
         self._prompt_start = self.stored
         self._holes = not self.uniform
-        self.index = self.lengths = self.window = None
+        self.lengths = self.window = None
+        self._forget_index()
 
     def reopen(self, keys: Tensor, values: Tensor, positions: Tensor | None, stored: int) -> None:
         """Turn from decoding to a prompt that goes on from other buffers, in which slot and position are the same.
@@ -247,11 +243,12 @@ class KVStore(Restorable):
             restorable, self._complete = self.seen, False  # they no longer lie in the order of the sequence
         self.aligned = self.aligned and slots is None
         room = decode_room(split, decode_reserve) if decode_capacity is None else decode_capacity
-        page_size = None if split.channels is None else split.page_size
+        page_size = None if split.channels is None else split.page_size  # pages are made as keys are moved
         self.keys, self.values, self.positions, self.lengths, self.index = place(
             keys, values, slots, valid, self.positions, longest, longest + room, page_size, index_dtype
         )
         self.stored, self.shortest, self.closed, self._holes = longest, shortest, True, False
+        self._close_index(index_dtype)
         self._restorable, self._prompt_end, self._prompt_stored = restorable, self.seen, longest
         self.close_window(remembered)
         self.decode_capacity = decode_capacity
@@ -344,12 +341,7 @@ class KVStore(Restorable):
         self.advance()
         if self.decode_capacity is not None:
             self.clock()
-        if self.index is not None:
-            page_size = self.split.page_size
-            if not uniform:
-                close_pages(self.index, self.keys, self.lengths, page_size)
-            elif (slot + 1) % page_size == 0:
-                close_page(self.index, self.keys, slot // page_size, page_size)
+        self._index_token(value, slot if uniform else None)
 
     def make_room(self) -> None:
         """See to it that every row has room for one more token: grow by doubling, or roll."""
@@ -376,8 +368,7 @@ class KVStore(Restorable):
             self.keys, self.values = grown(self.keys, 0), grown(self.values, 0)
         if self.positions is not None and self.closed:
             self.positions = grown(self.positions, -1)
-        if self.index is not None and self.split is not None:
-            self.index = grow_index(self.index, capacity, self.split.page_size)
+        self._grow_index(capacity)
 
     def _roll(self, kept: int, slack: int) -> None:
         """Drop the oldest tokens that are no sinks, and have room again.
@@ -437,6 +428,7 @@ class KVStore(Restorable):
             else:
                 self.shortest, self.stored = (int(n) for n in torch.stack(self.lengths.aminmax()).tolist())
                 self._prompt_stored = self.stored
+            self._sum_again()
             if self.decode_capacity is not None:
                 self.clock()
             return

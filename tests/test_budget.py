@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from rocketkv.budget import METHODS, BudgetSplit, compression_ratio, least_token_budget, rocketkv_split
+from rocketkv.budget import (
+    METHODS,
+    BudgetSplit,
+    compression_ratio,
+    least_token_budget,
+    rocketkv_plus_split,
+    rocketkv_split,
+)
 
 ROWS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "golden" / "budgets.json").read_text())
 
@@ -96,6 +103,7 @@ def test_every_method_follows_the_table(prompt: int, budget: int, head_dim: int,
     expected = {
         "full": (None, 1, None, None, None),
         "rocketkv": (rocket.kept_tokens, rocket.page_size, rocket.channels, half, None),
+        "rocketkv-mt": (rocket.kept_tokens, rocket.page_size, rocket.channels, half, None),
         "snapkv": (budget, 1, None, None, None),
         "quest": (None, math.ceil(c), head_dim, half, None),
         "sparq": (None, 1, max(1, math.floor(head_dim / c)), half, None),
@@ -103,12 +111,36 @@ def test_every_method_follows_the_table(prompt: int, budget: int, head_dim: int,
         "exact-topk": (None, 1, head_dim, budget, None),
         "stored-topk": (rocket.kept_tokens, 1, head_dim, half, None),
     }
-    assert expected.keys() == METHODS.keys()
+    assert expected.keys() == METHODS.keys() - {"rocketkv+"}
     for method, fields in expected.items():
         split = METHODS[method](prompt, budget, head_dim, reserve)
         assert (split.kept_tokens, split.page_size, split.channels, split.top_k, split.sinks) == fields, method
         assert split.token_budget == budget
         assert split.rolling == (method == "streaming")
+
+
+@pytest.mark.parametrize("most", [None, 700])
+@pytest.mark.parametrize("reserve", [1, 40, 128])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 192, 256])
+@pytest.mark.parametrize(("prompt", "budget"), [(30000, 64), (30000, 333), (4000, 512), (900, 512), (130, 128)])
+def test_the_sketchs_split_spends_the_budget(
+    prompt: int, budget: int, head_dim: int, reserve: int, most: int | None
+) -> None:
+    split = rocketkv_plus_split(prompt, budget, head_dim, reserve, most_stored=most)
+    assert split.kept_tokens is not None
+    assert split.top_k is not None
+    assert (split.token_budget, split.page_size, split.channels, split.residual) == (budget, 1, None, True)
+    assert split.sketch_bits == (2 if head_dim <= 128 else 1)
+    stored = split.kept_tokens + reserve
+    assert stored <= prompt + reserve
+    spent, whole = plus_bytes(split, stored, head_dim), budget * 4 * head_dim
+    # Neither another attended token nor, with as many attended, two other stored ones would fit.
+    assert whole - 4 * head_dim < spent <= whole
+    limited = most is not None and stored == max(most, 2 * reserve)
+    if not limited and stored not in (prompt + reserve, 2 * reserve):
+        assert split.top_k + 1 == (budget // 2 if split.sketch_bits == 2 else math.floor(0.7 * budget + 1e-9))
+        assert plus_bytes(split, stored + 2, head_dim) > whole
+    assert most is None or stored <= max(most, 2 * reserve)
 
 
 def test_settings_by_hand() -> None:
@@ -119,10 +151,23 @@ def test_settings_by_hand() -> None:
     assert METHODS["sparq"](1000, 4, 64, 128).channels == 1
 
 
+def plus_bytes(split: BudgetSplit, stored: int, head_dim: int) -> float:
+    """Return the bytes of a step of `rocketkv+`: codes and scales of all, and of k tokens and two means both halves."""
+    assert split.sketch_bits is not None
+    assert split.top_k is not None
+    return stored * (math.ceil(head_dim * split.sketch_bits / 8) + 2) + (split.top_k + 1) * 4 * head_dim
+
+
 def works(method: str, budget: int, window: int, reserve: int) -> bool:
     """Whether stage 1 can always keep more than what it must, and a step reads at least one token within its budget."""
+    # Where the head dimension counts, it is the least that the method promises to work with.
+    head_dim = 8 if method == "rocketkv+" else 16
     for prompt in range(1, 6 * (window + reserve)):
-        split = METHODS[method](prompt, budget, 16, reserve)
+        split = METHODS[method](prompt, budget, head_dim, reserve)
+        if split.sketch_bits is not None and split.kept_tokens is not None:
+            stored = min(prompt, split.kept_tokens) + reserve
+            if plus_bytes(split, stored, head_dim) > budget * 4 * head_dim:
+                return False
         if split.kept_tokens is not None and prompt > split.kept_tokens:
             required = window if split.sinks is None else split.sinks
             if split.kept_tokens <= required:
@@ -142,7 +187,9 @@ def test_least_token_budget_is_the_least_that_works(method: str, window: int, re
     assert least == 1 or not works(method, least - 1, window, reserve)
 
 
-@pytest.mark.parametrize("name", ["token_budget", "kept_tokens", "page_size", "channels", "top_k", "sinks"])
+@pytest.mark.parametrize(
+    "name", ["token_budget", "kept_tokens", "page_size", "channels", "sketch_bits", "top_k", "sinks"]
+)
 def test_counts_of_a_split_must_be_positive(name: str) -> None:
     fields = {"token_budget": 8, "top_k": 4, "channels": 3, name: 0}
     with pytest.raises(ValueError, match=f"{name} must be at least 1.*got 0"):
@@ -150,7 +197,7 @@ def test_counts_of_a_split_must_be_positive(name: str) -> None:
 
 
 @pytest.mark.parametrize("value", [1.5, True, "8"])
-@pytest.mark.parametrize("name", ["token_budget", "kept_tokens", "page_size", "channels", "top_k"])
+@pytest.mark.parametrize("name", ["token_budget", "kept_tokens", "page_size", "channels", "sketch_bits", "top_k"])
 def test_counts_of_a_split_must_be_integers(name: str, value: Any) -> None:
     fields: dict[str, Any] = {"token_budget": 8, "top_k": 4, "channels": 3, name: value}
     with pytest.raises(TypeError, match=rf"{name} must be an int.*{type(value).__name__}"):
@@ -164,5 +211,15 @@ def test_settings_of_a_split_must_go_together() -> None:
         BudgetSplit(token_budget=8, channels=3, top_k=4, sinks=2)
     with pytest.raises(ValueError, match="top_k needs a ranking"):
         BudgetSplit(token_budget=8, top_k=4)
+    with pytest.raises(ValueError, match="set top_k and leave sinks None"):
+        BudgetSplit(token_budget=8, sketch_bits=2)
+    with pytest.raises(ValueError, match="set one of them"):
+        BudgetSplit(token_budget=8, sketch_bits=2, channels=3, top_k=4)
+    with pytest.raises(ValueError, match=r"sketch_bits must be 1, 2, 3 or 4.*got 5"):
+        BudgetSplit(token_budget=8, sketch_bits=5, top_k=4)
+    with pytest.raises(ValueError, match=r"of single tokens.*got 2 with page_size=3"):
+        BudgetSplit(token_budget=8, sketch_bits=2, page_size=3, top_k=4)
+    with pytest.raises(ValueError, match="residual needs the scores"):
+        BudgetSplit(token_budget=8, kept_tokens=8, residual=True)
     with pytest.raises(ValueError, match=r"top_k must be at most token_budget=8.*got 9"):
         BudgetSplit(token_budget=8, channels=3, top_k=9)

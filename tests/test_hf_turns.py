@@ -21,7 +21,7 @@ from rocketkv.models import CACHE_ARGUMENT
 pytestmark = pytest.mark.integration
 
 FIRST, SECOND = prompt(90), prompt(50, seed=7)
-METHODS = ["rocketkv", "snapkv", "quest", "sparq", "streaming", "full"]
+METHODS = ["rocketkv", "rocketkv+", "snapkv", "quest", "sparq", "streaming", "full"]
 
 
 def close(found: Tensor, expected: Tensor) -> None:

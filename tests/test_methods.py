@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -86,6 +87,30 @@ def exact(head: Head, at: int, stored: list[int], k: int) -> list[int]:
     return [stored[i] for i in best(weights.tolist(), k)]
 
 
+def even_levels(numbers: list[float], step: float) -> list[float]:
+    """Round to the nearest of the four levels -1.5, -0.5, 0.5 and 1.5 steps."""
+    return [max(-1.5, min(1.5, math.floor(number / step) + 0.5)) for number in numbers]
+
+
+def spread(head_dim: int) -> Tensor:
+    """Return random signs, then minus a Hadamard matrix by its definition, the parity of common bits: orthogonal."""
+    draw = random.Random(head_dim)
+    signs = [1 if draw.random() < 0.5 else -1 for _ in range(head_dim)]
+    rows = [[-((-1) ** (i & j).bit_count()) * signs[j] for j in range(head_dim)] for i in range(head_dim)]
+    return torch.tensor(rows, dtype=torch.float64) / math.sqrt(head_dim)
+
+
+def sketched(key: Tensor, mean: Tensor) -> Tensor:
+    """Return what two bits a channel tell of a key: levels fit for a Gaussian, scaled to have the right product."""
+    grain = float((key - mean).abs().max()) / 256
+    whole = torch.tensor([round(x / grain) for x in (key - mean).tolist()], dtype=torch.float64)
+    turned = spread(D) @ whole
+    step = 0.9957 * math.sqrt(float(turned @ turned) / D)
+    levels = torch.tensor(even_levels(turned.tolist(), step), dtype=torch.float64)
+    scale = (grain * (whole @ whole) / (turned @ levels)).to(torch.bfloat16).double()
+    return mean + scale * (spread(D).T @ levels)
+
+
 Steps = list[Tensor]
 
 
@@ -104,6 +129,27 @@ def rocketkv(head: Head) -> Steps:
     for at in range(PROMPT, PROMPT + STEPS):
         stored = kept + list(range(PROMPT, at + 1))
         out.append(head.attend(at, sparse(head, at, stored, page, channels, BUDGET // 2)))
+    return out
+
+
+def rocketkv_plus(head: Head) -> Steps:
+    total = PROMPT + head.reserve
+    token, sketch = 4 * D, D // 4 + 2  # bytes
+    capacity = max(min((BUDGET - BUDGET // 2) * token // sketch, total), min(2 * head.reserve, total))
+    k = math.floor(BUDGET - capacity * sketch / token) - 1
+    kept = snap(head, capacity - head.reserve) if capacity < total else list(range(PROMPT))
+    mean = head.keys[kept].mean(0)
+    estimates = {i: sketched(head.keys[i], mean) for i in [*kept, *range(PROMPT, PROMPT + STEPS)]}
+    out = []
+    for at in range(PROMPT, PROMPT + STEPS):
+        stored = kept + list(range(PROMPT, at + 1))
+        estimate = torch.stack([head.queries[at] @ estimates[i] * SCALING for i in stored], 1)
+        weights = estimate.softmax(-1).mean(0)
+        chosen = [stored[i] for i in best(weights.tolist(), k)]
+        others = [i for i in range(len(stored)) if stored[i] not in chosen]
+        mass, rest = head.logits(at, chosen).exp(), estimate[:, others].exp().sum(-1, keepdim=True)
+        mean_value = head.values[[stored[i] for i in others]].mean(0)
+        out.append((mass @ head.values[chosen] + rest * mean_value) / (mass.sum(-1, keepdim=True) + rest))
     return out
 
 
@@ -146,6 +192,7 @@ def stored_topk(head: Head) -> Steps:
 DEFINITIONS: dict[str, Callable[[Head], Steps]] = {
     "full": full,
     "rocketkv": rocketkv,
+    "rocketkv+": rocketkv_plus,
     "rocketkv-mt": rocketkv,  # of one turn, its filter decodes as the eviction does
     "snapkv": snapkv,
     "quest": quest,

@@ -83,10 +83,12 @@ def test_llama_8b_by_hand() -> None:
         "kept_tokens": 2890,
         "page_size": 3,
         "channels": 65,
+        "sketch_bits": None,
         "top_k": 256,
         "sinks": None,
         "oracle": False,
         "protected": 0,
+        "residual": False,
     }
     heads = 32 * 8
     assert found["memory"]["key_bytes"] == found["memory"]["value_bytes"] == heads * 3018 * 128 * 2

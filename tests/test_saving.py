@@ -27,7 +27,7 @@ pytestmark = pytest.mark.integration
 
 FIRST, QUESTION = prompt(90), prompt(11, seed=7)
 ROWS = [FIRST, prompt(41), prompt(15, seed=9)]
-METHODS = ["rocketkv", "snapkv", "quest", "sparq", "streaming", "full"]
+METHODS = ["rocketkv", "rocketkv+", "snapkv", "quest", "sparq", "streaming", "full"]
 
 
 def settings(method: str) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from rocketkv import sketch as sketch_module
+from rocketkv.budget import sketch_bytes
+from rocketkv.residual import residual_attend
 from rocketkv.sketch import (
     LEVEL_STEP,
     Sketch,
@@ -21,11 +23,9 @@ from rocketkv.sketch import (
     grow_sketch,
     mean_key,
     pack,
-    residual_attend,
     rotation,
     rotation_norm,
     score_sketch,
-    token_bytes,
     unpack,
     write_tokens,
 )
@@ -95,7 +95,7 @@ def test_packing_of_a_view() -> None:
     [(64, 1, 10), (64, 2, 18), (64, 3, 26), (64, 4, 34), (128, 2, 34), (256, 1, 34), (80, 3, 32), (7, 3, 5), (1, 1, 3)],
 )
 def test_bytes_of_a_token(head_dim: int, bits: int, size: int) -> None:
-    assert token_bytes(head_dim, bits) == size
+    assert sketch_bytes(head_dim, bits) == size
     sketch = build_sketch(torch.randn(2, 3, 5, head_dim), 5, rotation(head_dim), bits)
     assert sketch.codes.nbytes + sketch.scales.nbytes == 2 * 3 * 5 * size
 
@@ -103,7 +103,7 @@ def test_bytes_of_a_token(head_dim: int, bits: int, size: int) -> None:
 @pytest.mark.parametrize("bits", [0, 5, 8])
 def test_bits_that_there_are_not(bits: int) -> None:
     with pytest.raises(ValueError, match=rf"bits must be 1, 2, 3 or 4, got {bits}"):
-        token_bytes(64, bits)
+        code_bytes(64, bits)
 
 
 @pytest.mark.parametrize("head_dim", [*HEAD_DIMS, 2, 3, 48, 112, 576])

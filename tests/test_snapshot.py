@@ -36,7 +36,7 @@ from .turns import (
     tokens,
 )
 
-METHODS = ["rocketkv", "quest", "sparq", "snapkv", "streaming", "full"]
+METHODS = ["rocketkv", "rocketkv+", "quest", "sparq", "snapkv", "streaming", "full"]
 NAN = float("nan")
 
 

@@ -22,7 +22,7 @@ from .tracking import Tracker
 
 pytestmark = pytest.mark.integration
 
-METHODS = ["rocketkv", "quest", "sparq", "snapkv", "streaming", "full"]
+METHODS = ["rocketkv", "rocketkv+", "quest", "sparq", "snapkv", "streaming", "full"]
 CONTEXT = prompt(90)
 QUESTIONS = [prompt(6 + i % 5, seed=20 + i) for i in range(20)]
 

@@ -39,7 +39,7 @@ def test_the_operator_equals_a_store_that_grows(method: str, lengths: list[int] 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", ["rocketkv", "sparq"])
+@pytest.mark.parametrize("method", ["rocketkv", "rocketkv+", "sparq"])
 def test_the_operator_in_low_precision(method: str, dtype: torch.dtype) -> None:
     growing, static, given = static_pair(method, [60, 31], 15, dtype)
     found = run_static(static_step(given.query[:, :, 0], static), given)
@@ -48,8 +48,9 @@ def test_the_operator_in_low_precision(method: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("extra", [{"softcap": 2.0}, {"sinks": torch.arange(6.0)}], ids=["softcap", "sinks"])
-def test_the_operator_with_softcap_and_sinks(extra: dict[str, Any]) -> None:
-    growing, static, given = static_pair("rocketkv", [60, 31], 9)
+@pytest.mark.parametrize("method", ["rocketkv", "rocketkv+"])
+def test_the_operator_with_softcap_and_sinks(method: str, extra: dict[str, Any]) -> None:
+    growing, static, given = static_pair(method, [60, 31], 9)
     found = run_static(static_step(given.query[:, :, 0], static), given, **extra)
     for i in range(len(given)):
         out = decode_step(
@@ -58,7 +59,7 @@ def test_the_operator_with_softcap_and_sinks(extra: dict[str, Any]) -> None:
         assert_near(found[:, :, i], out)
 
 
-@pytest.mark.parametrize("method", ["rocketkv", "snapkv", "streaming", "full"])
+@pytest.mark.parametrize("method", ["rocketkv", "rocketkv+", "snapkv", "streaming", "full"])
 def test_opcheck(method: str) -> None:
     _, static, given = static_pair(method, [60, 31], 9)
     step = static_step(given.query[:, :, 0], static)
@@ -66,8 +67,9 @@ def test_opcheck(method: str) -> None:
     ring = torch.zeros(2, 6, 4, D) if method == "rocketkv" else None
     arguments = (
         given.query[:, :, 0], given.key[:, :, 0], given.value[:, :, 0], step.keys, step.values, step.positions,
-        step.index, step.lengths, step.clock, ring, step.buffers, step.out, split.page_size, split.channels,
-        split.top_k, split.token_budget, split.sinks, split.protected, SCALING, 2.0, torch.ones(6),
+        step.index, step.value_sum, step.missed, step.lengths, step.clock, ring, step.buffers, step.out,
+        split.page_size, split.channels, split.sketch_bits, split.top_k, split.token_budget, split.sinks,
+        split.protected, SCALING, 2.0, torch.ones(6),
     )  # fmt: skip
     torch.library.opcheck(torch.ops.rocketkv.decode_step.default, arguments)
 
@@ -127,8 +129,8 @@ def test_a_step_on_the_kernels_does_nothing_else(monkeypatch: pytest.MonkeyPatch
     with torch.inference_mode(), Tracker(known) as tracker:
         out = run_kernels(
             second.query[:, :, 0], second.key[:, :, 0], second.value[:, :, 0], step.keys, step.values, step.positions,
-            step.index, step.lengths, step.clock, ring=None, split=step.split, workspace=step.buffers, scaling=SCALING,
-            softcap=None, sinks=None, out=step.out,
+            step.index[0], step.lengths, step.clock, ring=None, split=step.split, workspace=step.buffers,
+            scaling=SCALING, softcap=None, sinks=None, out=step.out,
         )  # fmt: skip
     assert launched == kernels
     assert [name for name in tracker.operations if name not in VIEWS] == []

@@ -234,7 +234,7 @@ def test_a_crop_from_a_second_prompt_back_into_the_answer_before_it(split: str, 
 
 
 @pytest.mark.parametrize("rows", [[2, 0, 1], [1, 1, 1], [2], [0, 0, 1, 1, 2, 2]], ids=str)
-@pytest.mark.parametrize("split", ["full", "rocketkv", "streaming", "quest"])
+@pytest.mark.parametrize("split", ["full", "rocketkv", "rocketkv+", "streaming", "quest"])
 def test_rows_are_reordered_repeated_and_selected(split: str, rows: list[int], valid: Tensor | None) -> None:
     prompt, early, late = tokens(3, PROMPT), tokens(3, 7), tokens(3, RESERVE)
     index = torch.tensor(rows)
