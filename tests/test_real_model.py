@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from chat import WAYS, chat
 from tiny import greedy, left_padded
 from torch import Tensor
 from transformers import pipeline
@@ -78,6 +79,47 @@ def test_a_left_padded_batch_is_its_rows_alone(smollm2: Any) -> None:
             assert tokens[i : i + 1].equal(alone)
             close(logits[i : i + 1], alone_logits)
     assert (logits[:1] - stock)[:, 1:].abs().max() > 0.01
+
+
+@pytest.fixture
+def conversation(smollm2: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Return a first prompt, and those of two more turns; no answer ends by itself."""
+    model, tokenizer = smollm2
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    first = left_padded([ids_of(tokenizer, 3)])
+    later = ["\n\nWho wrote the number down, and what did he drink? Answer:", "\n\n" + STORY.format(99) + QUESTION]
+    return first, [tokenizer(text, return_tensors="pt").input_ids for text in later]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("method", ["rocketkv", "rocketkv-mt"])
+def test_three_turns_are_the_same_in_every_way(
+    method: str, smollm2: Any, conversation: tuple[dict[str, Tensor], list[Tensor]]
+) -> None:
+    model, _ = smollm2
+    with rocketkv.patch(model, method=method, token_budget=64, split=SPLIT, decode_reserve=32):
+        expected, cache = chat(model, *conversation, "all tokens", count=4)
+        assert {layer.store.stored for layer in rocketkv_layers(cache)} == {96 + 3}
+        for way in WAYS:
+            for (tokens, logits), (other, other_logits) in zip(
+                chat(model, *conversation, way, count=4)[0], expected, strict=True
+            ):
+                assert tokens.equal(other)
+                close(logits, other_logits)
+
+
+@pytest.mark.integration
+def test_within_the_budget_every_turn_is_the_stock_models(
+    smollm2: Any, conversation: tuple[dict[str, Tensor], list[Tensor]]
+) -> None:
+    model, _ = smollm2
+    expected, _ = chat(model, *conversation, "all tokens", count=4)
+    with rocketkv.patch(model, method="rocketkv-mt", **LARGE):
+        found, cache = chat(model, *conversation, "all tokens", count=4)
+    for (tokens, logits), (other, other_logits) in zip(found, expected, strict=True):
+        assert tokens.equal(other)
+        close(logits, other_logits)
+    assert cache.stats().total("history_bytes") > 0
 
 
 @pytest.mark.integration
