@@ -70,7 +70,8 @@ def prompts_of(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Tensor
 def forward(model: PreTrainedModel, cache: RocketKVCache, ids: Tensor) -> Tensor:
     """Return the log-probabilities [B, vocabulary], float32, of what follows."""
     logits = model(ids, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1).logits[:, -1]
-    return logits.float().log_softmax(-1)
+    logprobs: Tensor = logits.float().log_softmax(-1)
+    return logprobs
 
 
 def sampled(logprobs: Tensor, end: int | None, generator: torch.Generator) -> Tensor:

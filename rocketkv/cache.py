@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from .chat import ChatMarks, row_marks
 from .config import RocketKVConfig
 from .layer import RocketKVLayer
+from .masks import LazyMask
 from .snapshot import give_back, kept_state
 from .stats import CacheStats, LayerStats, live_bytes
 
@@ -202,9 +203,7 @@ def mark_prompt(cache: Any, ids: Tensor | None, mask: Any, chat: ChatMarks | Non
     earlier = None if first.prompt_ids is None else first.prompt_ids
     first.prompt_ids = ids if earlier is None else torch.cat((earlier, ids), dim=1)
     start = store.seen - (0 if earlier is None else earlier.shape[1])
-    padding = [0] * ids.shape[0]
-    if start == 0 and isinstance(mask, Tensor) and mask.dim() == 2:
-        padding = mask.to(torch.int).argmax(-1).tolist()
+    padding = _padding_before(mask if start == 0 else None, ids.shape[0])
     before = None if start == 0 else store.marks
     settings: dict[str, Any] = {"protect": config.protect, "fair_shares": config.fair_shares, "chat": chat}
     marks = tuple(
@@ -213,6 +212,18 @@ def mark_prompt(cache: Any, ids: Tensor | None, mask: Any, chat: ChatMarks | Non
     )
     for layer in layers:
         layer.store.marks = marks
+
+
+def _padding_before(mask: Any, rows: int) -> list[int]:
+    """Return the slots of padding before each row's first token, by the mask that a forward was given."""
+    # A static cache has its masks made before the forward, in hybrids one for each kind of layer.
+    masks = mask.values() if isinstance(mask, dict) else (mask,)
+    for each in masks:
+        held = each.padding if isinstance(each, LazyMask) else each
+        if isinstance(held, Tensor) and held.dim() == 2:
+            found: list[int] = held.to(torch.int).argmax(-1).tolist()
+            return found
+    return [0] * rows
 
 
 def make_croppable(cache: Any) -> None:

@@ -160,13 +160,13 @@ def patch(
 
 
 def _chat_marks(config: RocketKVConfig, tokenizer: Any) -> ChatMarks | None:
-    """Return what a chat template writes around messages, where the settings need to know."""
-    if config.protect != "system" and not config.fair_shares:
-        return None
-    if tokenizer is None:
+    """Return what a chat template writes around messages, or None where nobody gave a tokenizer or needs to know."""
+    if tokenizer is not None:
+        return chat_marks(tokenizer)  # also for caches with settings of their own
+    if config.protect == "system" or config.fair_shares:
         wanted = "protect='system'" if config.protect == "system" else "fair_shares=True"
         raise ValueError(f"{wanted} finds messages by the chat template: give patch(..., tokenizer=...), or ranges")
-    return chat_marks(tokenizer)
+    return None
 
 
 def unpatch(model: nn.Module) -> None:

@@ -299,10 +299,18 @@ class RocketKVLayer(CacheLayerMixin):
             index_dtype=torch_dtype(config.index_dtype),
             **exact,
         )
-        if self.history is not None:
+        if self.history is not None and self._in_order():
             store.allow_crops()
         self.prompt_end = self.prompt_ids = None
         self._settle_bounds(exact)
+
+    def _in_order(self) -> bool:
+        """Whether tokens lie in the order of the sequence: protected ones that are not the first come before others."""
+        positions, split = self.store.positions, self.store.split
+        if positions is None or split is None or split.protected == 0:
+            return True
+        held = positions[:, :, : self.store.stored]
+        return bool(((held[..., 1:] > held[..., :-1]) | (held[..., 1:] < 0)).all())
 
     def _settle_bounds(self, exact: dict[str, Any]) -> None:
         """Note with what to rank generated tokens, given scaling, softcap and sinks."""
@@ -386,11 +394,14 @@ class RocketKVLayer(CacheLayerMixin):
         if length == 0:
             self.reset()
             return
-        if self.history is not None:
-            if not self.store.closed:
-                self.history.guard(self.store, length)
-            self.history.crop(length)
+        if self.history is not None and not self.store.closed:
+            self.history.guard(self.store, length)
+        seen = self.store.seen
         self.store.crop(length)
+        if self.history is not None:
+            self.history.crop(length)
+        if self.prompt_ids is not None and length < seen:
+            self.prompt_ids = self.prompt_ids[:, : length - seen]
         if not self.store.closed:
             self.step = None
 
@@ -448,6 +459,11 @@ class RocketKVLayer(CacheLayerMixin):
         self.store.map(function)
         if self.history is not None:
             self.history.map(function)
+        if self.store.marks is not None:
+            rows = function(torch.arange(len(self.store.marks))).tolist()
+            self.store.marks = tuple(self.store.marks[row] for row in rows)
+        if self.prompt_ids is not None:
+            self.prompt_ids = function(self.prompt_ids)
 
     def stats(self) -> LayerStats:
         """Count this layer."""
