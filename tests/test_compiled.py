@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import SMALL, TRANSFORMERS, build, greedy, hand_written, prompt
+from tiny import SKETCH_SPLIT, SMALL, SPLIT, TRANSFORMERS, build, greedy, hand_written, prompt
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, MinNewTokensLengthLogitsProcessor
 
 import rocketkv
+from rocketkv.budget import BudgetSplit
 from rocketkv.cache import RocketKVCache, cache_stats, rocketkv_layers
 from rocketkv.compiled import TORCH
 from rocketkv.models import CACHE_ARGUMENT
@@ -112,15 +113,24 @@ def test_a_compiled_generate_keeps_processors_of_ones_own() -> None:
 @traced
 @pytest.mark.integration
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize(("family", "rows"), [("llama", "one"), ("llama", "padded"), ("qwen3", "padded")])
-def test_a_compiled_loop(family: str, rows: str, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "rows", "split"),
+    [
+        ("llama", "one", SPLIT),
+        ("llama", "padded", SPLIT),
+        ("qwen3", "padded", SPLIT),
+        ("llama", "padded", SKETCH_SPLIT),
+    ],
+)
+def test_a_compiled_loop(family: str, rows: str, split: BudgetSplit, backend: str) -> None:
     model = build(family)
-    rocketkv.patch(model, **STATIC)
-    expected, expected_logits, _ = own_loop(model, inputs_of(rows), model, decode_capacity=None)
+    rocketkv.patch(model, **{**STATIC, "split": split})
+    own = {"split": split}
+    expected, expected_logits, _ = own_loop(model, inputs_of(rows), model, decode_capacity=None, **own)
     compiled = torch.compile(model.forward, backend=backend, fullgraph=True)
     with compiled_once():
         for _ in range(2):  # another cache of the same shape compiles nothing anew
-            found, logits, cache = own_loop(model, inputs_of(rows), compiled)
+            found, logits, cache = own_loop(model, inputs_of(rows), compiled, **own)
             assert found.equal(expected)
             assert_near(logits, expected_logits, 1e-4)
     assert cache.is_compileable

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import LARGE, SETTINGS, SMALL, SPLIT, build, greedy
+from tiny import LARGE, SETTINGS, SKETCH_SPLIT, SMALL, SPLIT, build, greedy
 from torch import Tensor
 
 import rocketkv
@@ -27,12 +27,14 @@ FAMILIES = ["llama", "qwen3", "gemma2", "gemma3"]
 
 @pytest.mark.integration
 @pytest.mark.parametrize("rows", ["one", "padded"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_static_equals_dynamic(family: str, rows: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "split"), [*((family, SPLIT) for family in FAMILIES), ("llama", SKETCH_SPLIT), ("gemma2", SKETCH_SPLIT)]
+)
+def test_static_equals_dynamic(family: str, split: BudgetSplit, rows: str) -> None:
     model = build(family)
-    with rocketkv.patch(model, **SMALL):
+    with rocketkv.patch(model, **{**SMALL, "split": split}):
         expected, expected_logits, _ = greedy(model, inputs_of(rows))
-    with rocketkv.patch(model, **STATIC):
+    with rocketkv.patch(model, **{**STATIC, "split": split}):
         found, logits, cache = greedy(model, inputs_of(rows))
     assert found.equal(expected)
     assert_near(logits, expected_logits, 1e-4)
