@@ -62,6 +62,7 @@ class History:
 
     def clear(self) -> None:
         """Forget everything; snapshots too."""
+        self._home: torch.device | None = None  # of the store
         self.keys = self.values = self.positions = None
         self.seen = 0
         self._fetched: _Fetched | None = None
@@ -90,6 +91,7 @@ class History:
         """
         if store.keys is None or store.values is None:
             raise ValueError("there is no prompt to keep")
+        self._home = store.keys.device
         if self.device is None:
             self.keys, self.values, self.positions = alone(store.keys), alone(store.values), store.positions
         else:
@@ -118,8 +120,9 @@ class History:
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != expected:
             raise ValueError(f"the tensors of a history do not go together: {found} for {expected}")
+        self._home = store.keys.device
         for name, tensor in tensors.items():
-            setattr(self, name, _like(tensor, store.seen, store.seen, self.device or store.keys.device))
+            setattr(self, name, _like(tensor, store.seen, store.seen, self.device or self._home))
         self.seen = store.seen
 
     @torch.inference_mode(False)
@@ -130,16 +133,10 @@ class History:
             store: its prompt closed.
             room: tokens that will follow before the next call, to make room for.
         """
-        count = store.seen - self.seen
-        if store.keys is None or store.values is None or store.lengths is None or count <= 0:
-            return
-        if store.uniform:
-            new = tuple(tensor[:, :, store.stored - count : store.stored] for tensor in (store.keys, store.values))
-        else:
-            slots = store.lengths.long()[..., None] - count + torch.arange(count, device=store.lengths.device)
-            new = gather_tokens(slots, store.keys, store.values)
-        self._append(new[0], new[1], None, room)
-        self.seen += count
+        decoded = self._decoded(store)
+        if decoded is not None:
+            self._append(*decoded, None, room)
+            self.seen += decoded[0].shape[2]
 
     def resume(self, store: KVStore, given: int) -> None:
         """Give a store all tokens back, for another prompt that begins with `given` tokens.
@@ -148,35 +145,68 @@ class History:
             store: its last prompt closed.
             given: tokens to make room for.
         """
+        if self.device is not None:
+            self._send(store, given)
+            return
         self.absorb(store, given)
         self._protect(self.seen)
-        if self.keys is None or self.values is None or store.keys is None:
+        if self.keys is None or self.values is None:
             raise ValueError("there is no history to resume")
-        if self.device is None:
-            store.reopen(self.keys, self.values, self.positions, self.seen)
-            # The store has it all until its prompt ends: a buffer that grows must not live twice.
-            self.keys = self.values = self.positions = None
-            self.seen = 0
-            return
-        fetched = self._fetched
-        if fetched is None or fetched.seen != self.seen or fetched.room < given:
-            fetched = self._fetch(store.keys.device, given)
-        self._fetched = None
-        store.reopen(*fetched.arrived(), self.seen)
-        following = self._following() if store.keys.is_cuda else None
-        if following is not None and following.keys is not None:
-            following._fetched = following._fetch(store.keys.device, given, stream=fetched.stream)
+        store.reopen(self.keys, self.values, self.positions, self.seen)
+        # The store has it all until its prompt ends: a buffer that grows must not live twice.
+        self.keys = self.values = self.positions = None
+        self.seen = 0
+
+    @torch.inference_mode(False)
+    def _send(self, store: KVStore, given: int) -> None:
+        """Do what `resume` does, from another device."""
+        if self.keys is None or store.keys is None:
+            raise ValueError("there is no history to resume")
+        held, decoded = self.seen, self._decoded(store)
+        room = given + (0 if decoded is None else decoded[0].shape[2])
+        fetched, self._fetched = self._fetched, None
+        if fetched is None or fetched.seen != held or fetched.room < room:
+            fetched = self._fetch(store.keys.device, room)
+        following = self._following()
+        there = None if following is None or following.keys is None else following._home
+        if following is not None and there is not None and overlaps(there):
+            stream = fetched.stream if there == store.keys.device else None
+            following._fetched = following._fetch(there, room, stream)
+        self.absorb(store, given)  # a host waits here: what is to run beside the computation has begun
+        keys, values, positions = fetched.arrived()
+        if decoded is not None:
+            # What the store has decoded is there already; what was under way did not know of it.
+            for buffer, new in zip((keys, values), decoded, strict=True):
+                buffer[:, :, held : self.seen].copy_(new)
+            if positions is not None:
+                arrived = torch.arange(held, self.seen, dtype=torch.int32, device=positions.device)
+                positions[:, :, held : self.seen] = arrived
+        store.reopen(keys, values, positions, self.seen)
+
+    def _decoded(self, store: KVStore) -> tuple[Tensor, Tensor] | None:
+        """Return keys [B, Hkv, n, D] and values [B, Hkv, n, Dv] that a store has decoded and are not here, or None."""
+        count = store.seen - self.seen
+        if store.keys is None or store.values is None or store.lengths is None or count <= 0:
+            return None
+        if store.uniform:
+            first = store.stored - count
+            return store.keys[:, :, first : store.stored], store.values[:, :, first : store.stored]
+        slots = store.lengths.long()[..., None] - count + torch.arange(count, device=store.lengths.device)
+        keys, values = gather_tokens(slots, store.keys, store.values)
+        return keys, values
 
     @torch.inference_mode(False)
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by a function of it, for instance to reorder rows (their first dimension)."""
         self._fetched = None
         for name, tensor in self.tensors().items():
-            setattr(self, name, function(tensor))
+            changed = function(tensor)
+            setattr(self, name, changed.pin_memory() if tensor.is_pinned() else changed)
 
     def crop(self, length: int) -> None:
         """Forget the tokens from position `length` on."""
-        self.seen = min(self.seen, length)
+        if length < self.seen:
+            self.seen, self._fetched = length, None
 
     def guard(self, store: KVStore, length: int) -> None:
         """Have a store that runs a prompt on our buffers leave those to the snapshots that hold more than `length`."""
@@ -245,7 +275,9 @@ class History:
                 like = new if buffer is None else buffer
                 buffer = _like(like, capacity, 0 if buffer is None else start, self.device or new.device)
                 setattr(self, name, buffer)
-            buffer[:, :, start:stop].copy_(new)  # a host that may read it next waits for it
+            _copy(buffer[:, :, start:stop], new)
+            if new.is_cuda and not buffer.is_cuda:
+                torch.cuda.current_stream(new.device).synchronize()  # a host may read it next
 
     @property
     def _capacity(self) -> int:
@@ -254,17 +286,19 @@ class History:
     @torch.inference_mode(False)
     def _fetch(self, device: torch.device, room: int, stream: "torch.cuda.Stream | None" = None) -> "_Fetched":
         """Begin to copy everything to a device, into buffers with room for more tokens."""
+        held, capacity = self._held(), self.seen + room
+        copies = [_like(tensor, capacity, 0, device) for tensor in held]
         if device.type != "cuda":
-            return _Fetched(
-                [_like(tensor, self.seen + room, self.seen, device) for tensor in self._held()], self.seen, room
-            )
-        present = torch.cuda.current_stream(device)
+            for copy, tensor in zip(copies, held, strict=True):
+                copy[:, :, : self.seen].copy_(tensor[:, :, : self.seen])
+            return _Fetched(copies, self.seen, room)
         stream = stream or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # PyTorch's own is not typed
-        stream.wait_stream(present)  # what was written here last may be under way
+        # The buffers are of the present stream, which may still use the memory for something else.
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            copies = [_like(tensor, self.seen + room, self.seen, device) for tensor in self._held()]
-        for copy in copies:
-            copy.record_stream(present)
+            for copy, tensor in zip(copies, held, strict=True):
+                _copy(copy[:, :, : self.seen], tensor[:, :, : self.seen])
+                copy.record_stream(stream)
         return _Fetched(copies, self.seen, room, stream)
 
     def _held(self) -> list[Tensor]:
@@ -287,11 +321,30 @@ class _Fetched:
         return self.tensors[0], self.tensors[1], self.tensors[2] if len(self.tensors) > 2 else None
 
 
+def overlaps(device: torch.device) -> bool:
+    """Whether copies to a device run beside what computes there, so that it pays to begin them early."""
+    return device.type == "cuda"
+
+
 def _like(tensor: Tensor, capacity: int, count: int, device: torch.device) -> Tensor:
-    """Return a buffer of so many slots on a device, with the first `count` of a tensor's; pinned beside a GPU."""
-    pinned = device.type == "cpu" and torch.cuda.is_available()
+    """Return a buffer of so many slots on a device, with the first `count` of a tensor's; pinned beside its GPU."""
+    pinned = device.type == "cpu" and (tensor.is_cuda or tensor.is_pinned())
     value = 0 if tensor.is_floating_point() else -1
     shape = (*tensor.shape[:2], capacity, *tensor.shape[3:])
     buffer = torch.full(shape, value, dtype=tensor.dtype, device=device, pin_memory=pinned)
-    buffer[:, :, :count].copy_(tensor[:, :, :count], non_blocking=buffer.is_cuda)
+    if count:
+        buffer[:, :, :count].copy_(tensor[:, :, :count])
     return buffer
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    """Copy [B, Hkv, n, ...], between host and device without waiting for it where the host's memory is pinned.
+
+    Head by head there: PyTorch takes what is not contiguous through memory that is not pinned.
+    """
+    if target.is_cuda == source.is_cuda:
+        target.copy_(source)
+        return
+    for row, from_row in zip(target, source, strict=True):
+        for tokens, given in zip(row, from_row, strict=True):
+            tokens.copy_(given, non_blocking=True)
