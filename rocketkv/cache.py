@@ -18,6 +18,7 @@ from .layer import RocketKVLayer
 from .masks import LazyMask
 from .snapshot import give_back, kept_state
 from .stats import CacheStats, LayerStats, live_bytes
+from .turns import check_prompt_length
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +49,8 @@ class RocketKVCache(DynamicCache):
         **fields: fields of `RocketKVConfig`.
 
     Raises:
-        TypeError: `config` and fields are both given.
-        ValueError: a field has an impossible value.
+        TypeError: `config` and fields are both given, or `prompt_length` is no int.
+        ValueError: a field, or `prompt_length`, has an impossible value.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class RocketKVCache(DynamicCache):
         self._life = object()
         compress_layers(self, config or RocketKVConfig(**fields))
         if prompt_length is not None:
+            check_prompt_length(prompt_length)
             begin_prompt(self, prompt_length)
 
     def stats(self) -> CacheStats:
@@ -80,6 +82,10 @@ class RocketKVCache(DynamicCache):
         Args:
             prompt_length: tokens of that prompt, padding included, where several forwards bring it; None: those of the
                 next forward.
+
+        Raises:
+            TypeError: `prompt_length` is no int.
+            ValueError: it is less than 1.
         """
         for layer in rocketkv_layers(self):
             layer.begin_turn(prompt_length)

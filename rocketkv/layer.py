@@ -24,7 +24,7 @@ from .prefill import FastAttention, attend_prompt
 from .snapshot import StoreSnapshot
 from .stats import LayerStats, live_bytes, store_stats
 from .store import KVStore
-from .turns import prompt_part
+from .turns import check_prompt_length, prompt_part
 
 # What a layer's snapshot holds beside its store's.
 _SNAPPED = ("prompt_end", "prompt_tokens", "prompt_ids", "turn_begins", "speculative", "step", "backend", "bounded")
@@ -164,7 +164,14 @@ class RocketKVLayer(CacheLayerMixin):
         return prompt_part(seen, given, self.prompt_end, begins=self.turn_begins, verifies=self.speculative)
 
     def begin_turn(self, prompt_length: int | None = None) -> None:
-        """Have the next forward begin a turn, whose prompt has `prompt_length` tokens, or as many as that forward."""
+        """Have the next forward begin a turn, whose prompt has `prompt_length` tokens, or as many as that forward.
+
+        Raises:
+            TypeError: `prompt_length` is no int.
+            ValueError: it is less than 1.
+        """
+        if prompt_length is not None:
+            check_prompt_length(prompt_length)
         self._settle()
         self.turn_begins = True
         self.prompt_end = None if prompt_length is None else self.store.seen + prompt_length
@@ -218,6 +225,10 @@ class RocketKVLayer(CacheLayerMixin):
             self._settle_bounds(exact)  # of a cache that was loaded
         if self.store.closed and self.step is None and self.config.decode_capacity is not None:
             self.step = static_step(query[:, :, 0], self.store, backend=self.backend, workspaces=self.workspaces)
+        if given - prompt > 1:
+            # Drafts: what may be taken back again is to evict nothing, and to leave no query behind.
+            self.make_room(given - prompt)
+            self.store.foresee_queries(query[:, :, prompt:])
         for i in range(prompt, given):
             self.make_room()
             step = decode_step(
@@ -326,18 +337,21 @@ class RocketKVLayer(CacheLayerMixin):
             return None
         return kept_of(config.decode_capacity, config.window_size)
 
-    def make_room(self) -> None:
-        """Have room for one more token: evict generated ones where there is none and the settings allow it.
+    def make_room(self, count: int = 1) -> None:
+        """Have room for the next token: evict generated ones where there is none and the settings allow it.
+
+        Args:
+            count: tokens to have room for; where those are more than eviction would leave room for, for some of them.
 
         Raises:
-            ValueError: there is none, and they do not.
+            ValueError: there is none for a single one, and the settings do not allow it.
         """
         store, split = self.store, self.store.split
-        if self.bounded is not None and split is not None and store.stored >= store.capacity:
+        if self.bounded is not None and split is not None and store.stored + count > store.capacity:
             kept = self._kept_when_full(split)
-            if self.history is not None:
-                self.history.absorb(store)
-            if kept is not None:
+            if kept is not None and store.generated > kept and store.remembered > 0:
+                if self.history is not None:
+                    self.history.absorb(store)
                 evict_generated(store, kept, backend=self.backend, **self.bounded)
         store.make_room()
 
@@ -387,16 +401,18 @@ class RocketKVLayer(CacheLayerMixin):
             max_length: negative, how many to remove; positive, how many of the sequence stay.
 
         Raises:
-            ValueError: tokens that stage 1 evicted would be needed.
+            ValueError: tokens that stage 1 evicted would be needed, or there are not as many tokens as to be removed.
         """
         self._settle()
-        length = self.store.seen + max_length if max_length <= 0 else max_length
+        seen = self.store.seen
+        length = seen + max_length if max_length <= 0 else max_length
+        if length < 0:
+            raise ValueError(f"cannot remove {-max_length} tokens: the sequence has {seen}; remove at most those")
         if length == 0:
             self.reset()
             return
         if self.history is not None and not self.store.closed:
             self.history.guard(self.store, length)
-        seen = self.store.seen
         self.store.crop(length)
         if self.history is not None:
             self.history.crop(length)
@@ -418,6 +434,7 @@ class RocketKVLayer(CacheLayerMixin):
             ValueError: it is of another layer, or was taken before this one was reset.
         """
         step = self.step
+        self.store.forget_foreseen()
         self.store.restore(snapshot.store)
         if self.history is not None and snapshot.history is not None:
             self.history.restore(snapshot.history)
@@ -431,6 +448,7 @@ class RocketKVLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
+        self.store.forget_foreseen()
         self.store.clear()
         if self.history is not None:
             self.history.clear()
@@ -456,6 +474,7 @@ class RocketKVLayer(CacheLayerMixin):
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by a function of it, which changes rows."""
+        self.store.forget_foreseen()
         self.store.map(function)
         if self.history is not None:
             self.history.map(function)

@@ -20,3 +20,16 @@ def prompt_part(seen: int, given: int, prompt_end: int | None, *, begins: bool =
     if seen == 0 or begins or (given > 1 and not verifies):
         return given
     return 0
+
+
+def check_prompt_length(length: object) -> None:
+    """Check the number of tokens that a prompt is said to have.
+
+    Raises:
+        TypeError: it is no int.
+        ValueError: it is less than 1.
+    """
+    if not isinstance(length, int) or isinstance(length, bool):
+        raise TypeError(f"prompt_length must be an int (tokens), got {length!r} of type {type(length).__name__}")
+    if length < 1:
+        raise ValueError(f"prompt_length must be at least 1, got {length}; None where it is not known")
