@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -22,14 +23,16 @@ TEMPLATE = (
 )
 STATS = re.compile(r"(\d+) tokens seen, (\d+) stored a head; .* MiB live .* a step reads .* MiB, a dense one .* MiB")
 NEW_TOKENS = 12
-NAMES = ("generate", "manual_loop", "chat")
+CAPACITY = 64
+NAMES = ("generate", "manual_loop", "chat", "document_qa", "long_output")
+# Of one example, beside those that all have.
+OPTIONS = {"long_output": ["--new-tokens", str(3 * CAPACITY), "--capacity", str(CAPACITY)]}
 RUN = """
-import runpy, sys
-names, folder = sys.argv[1].split(","), sys.argv[2]
-del sys.argv[1:3]
-for name in names:
-    sys.argv[0] = f"{folder}/{name}.py"
-    print("\\f", end="", flush=True)
+import json, runpy, sys
+names, folder, own, *common = sys.argv[1:]
+for name in names.split(","):
+    sys.argv[:] = [f"{folder}/{name}.py", *common, *json.loads(own).get(name, ())]
+    print("\\fexample\\f", end="", flush=True)
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -63,7 +66,7 @@ def printed(folder: Path) -> dict[str, str]:
     """What each example prints, one after the other in a process of their own: to import is most of their time."""
     options = ["--model", folder, "--file", folder / "text.txt", "--budget", 64, "--new-tokens", NEW_TOKENS]
     done = subprocess.run(
-        [sys.executable, "-c", RUN, ",".join(NAMES), EXAMPLES, *map(str, options)],
+        [sys.executable, "-c", RUN, ",".join(NAMES), EXAMPLES, json.dumps(OPTIONS), *map(str, options)],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
         encoding="utf-8",
@@ -71,7 +74,7 @@ def printed(folder: Path) -> dict[str, str]:
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    return dict(zip(NAMES, done.stdout.split("\f")[1:], strict=True))
+    return dict(zip(NAMES, done.stdout.split("\fexample\f")[1:], strict=True))
 
 
 def stats_of(printed: str) -> list[tuple[int, int]]:
@@ -96,3 +99,22 @@ def test_the_second_turn_goes_on_where_the_first_ended(folder: Path, printed: di
     prompt = len((folder / "text.txt").read_text(encoding="utf-8"))
     assert prompt < first < second < first + NEW_TOKENS + 100, "the text was not read twice"
     assert stored < prompt
+
+
+def test_a_document_is_asked_in_three_ways(printed: dict[str, str]) -> None:
+    lines = printed["document_qa"].splitlines()
+    assert sum("[the same each time]" in line for line in lines) == 5
+    assert [line.split(":")[0] for line in lines if line.endswith(" s")][:2] == [
+        "a new cache for each question",
+        "one cache, rolled back",
+    ]
+
+
+def test_a_long_output_stays_in_its_memory(folder: Path, printed: dict[str, str]) -> None:
+    found = stats_of(printed["long_output"])
+    prompt = len((folder / "text.txt").read_text(encoding="utf-8"))
+    assert [seen for seen, _ in found] == [prompt + 3 * CAPACITY // 4 - 1, prompt + 3 * CAPACITY - 1]
+    (_, first), (_, second) = found
+    assert second <= first - (3 * CAPACITY // 4 - 1) + CAPACITY
+    live = re.findall(r"; ([\d.]+) MiB live", printed["long_output"])
+    assert live[0] == live[1]
