@@ -42,6 +42,7 @@ class Case:
     programs: int = 8
     method: str = "rocketkv"
     steps: int = 1
+    protected: int = 0
 
     def __str__(self) -> str:
         changed = {name: value for name, value in vars(self).items() if value != getattr(Case(), name)}
@@ -54,9 +55,8 @@ class Case:
             return BudgetSplit(**common, kept_tokens=None, page_size=1, channels=None, top_k=None)
         if self.method == "streaming":
             return BudgetSplit(**common, kept_tokens=None, page_size=1, channels=None, top_k=self.top_k, sinks=4)
-        return BudgetSplit(
-            **common, kept_tokens=None, page_size=self.page_size, channels=self.channels, top_k=self.top_k
-        )
+        shape: dict[str, Any] = {"page_size": self.page_size, "channels": self.channels, "top_k": self.top_k}
+        return BudgetSplit(**common, **shape, protected=self.protected)
 
 
 def make(case: Case, seed: int = 0) -> tuple[KVStore, list[tuple[Tensor, Tensor, Tensor]], Tensor | None]:
@@ -96,7 +96,7 @@ def workspace_of(case: Case, store: KVStore) -> decode.DecodeWorkspace:
     batch, kv_heads, capacity, head_dim = store.keys.shape
     shape = decode.DecodeShape(
         batch, case.heads, kv_heads, head_dim, store.values.shape[3], capacity,
-        split.page_size, split.channels, split.top_k, split.token_budget, split.sinks,
+        split.page_size, split.channels, split.top_k, split.token_budget, split.sinks, split.protected,
     )  # fmt: skip
     return decode.DecodeWorkspace(shape, DEVICE, case.programs)
 
@@ -151,4 +151,5 @@ def expected_positions(case: Case, store: KVStore, query: Tensor, sinks: Tensor 
         kv_heads=case.kv_heads,
         unit_size=case.page_size,
         sinks=sinks,
+        protected=case.protected,
     )[0]

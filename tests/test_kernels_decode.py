@@ -54,6 +54,9 @@ CASES = [
     Case(lengths=(20,)),
     Case(lengths=(1,)),
     Case(lengths=(73,), steps=6),
+    # Protected tokens, whole pages and parts of one, before all others.
+    *(Case(protected=n, page_size=p, lengths=(200, 91), heads=6, kv_heads=2) for n, p in ((1, 3), (12, 3), (30, 1))),
+    Case(protected=13, page_size=5, lengths=(411,), softcap=4.0, sinks=True, steps=2),
     # Bounds in 8 bits.
     *(
         Case(index_dtype=index, dtype=dtype, page_size=p, lengths=(200, 131), steps=3)
