@@ -105,7 +105,8 @@ def load_cache(path: str | os.PathLike[str], model: nn.Module) -> RocketKVCache:
     refuse_difference(path, "model", document.get("model"), _model_mark(outer, decoder))
     state = state_of(outer)
     if state is not None:
-        refuse_difference(path, "settings", document.get("settings"), asdict(state.config))
+        # As JSON holds them: a tuple of ranges to protect is a list there.
+        refuse_difference(path, "settings", document.get("settings"), json.loads(json.dumps(asdict(state.config))))
     tensors = read(lambda name: True)
     try:
         with torch.inference_mode(False):  # buffers may be written in a later call that is not in inference mode
@@ -232,7 +233,11 @@ def _cache(decoder: PreTrainedModel, document: dict[str, Any], tensors: dict[str
     """Make the cache that a document describes."""
     settings = document["settings"]
     split = settings["split"]
-    config = RocketKVConfig(**{**settings, "split": None if split is None else BudgetSplit(**split)})
+    protect = settings["protect"]
+    if isinstance(protect, list):
+        protect = tuple((start, stop) for start, stop in protect)
+    split = None if split is None else BudgetSplit(**split)
+    config = RocketKVConfig(**{**settings, "split": split, "protect": protect})
     cache = RocketKVCache(decoder.config, config)
     entries = document["layers"]
     if len(entries) != len(cache.layers):

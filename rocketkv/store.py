@@ -238,9 +238,11 @@ class KVStore(Restorable):
         elif valid is not None:
             slots = torch.arange(self.stored, device=keys.device).expand(*keys.shape[:3])
         if protected is not None and split.protected:
-            slots = torch.arange(self.stored, device=keys.device).expand(*keys.shape[:3]) if slots is None else slots
-            slots = protected_first(slots, protected)
-            restorable, self._complete = self.seen, False  # they no longer lie in the order of the sequence
+            present = torch.arange(self.stored, device=keys.device).expand(*keys.shape[:3]) if slots is None else slots
+            ordered = protected_first(present, protected)
+            if not torch.equal(ordered, present):
+                # A crop into the prompt would find tokens out of the sequence's order.
+                slots, restorable, self._complete = ordered, self.seen, False
         self.aligned = self.aligned and slots is None
         room = decode_room(split, decode_reserve) if decode_capacity is None else decode_capacity
         page_size = None if split.channels is None else split.page_size  # pages are made as keys are moved
@@ -413,8 +415,8 @@ class KVStore(Restorable):
             return
         if length < self._restorable and not self._complete:
             raise ValueError(
-                f"cannot crop to {length} tokens: stage 1 evicted tokens of the first {self._restorable}, and what it "
-                f"evicted is gone. Crop to {self._restorable} or more, or start from a new cache."
+                f"cannot crop to {length} tokens: stage 1 evicted tokens of the first {self._restorable}, which are gone, "
+                f"or moved protected ones to the front. Crop to {self._restorable} or more, or start from a new cache."
             )
         self._protect_from_crop(length)
         self.crop_window(removed)
@@ -427,7 +429,7 @@ class KVStore(Restorable):
                 self.shortest -= removed
             else:
                 self.shortest, self.stored = (int(n) for n in torch.stack(self.lengths.aminmax()).tolist())
-                self._prompt_stored = self.stored
+                self._prompt_end, self._prompt_stored = length, self.stored
             self._sum_again()
             if self.decode_capacity is not None:
                 self.clock()

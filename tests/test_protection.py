@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import SMALL, SPLIT, build, greedy, hand_written, left_padded, prompt
+from tiny import LARGE, SMALL, SPLIT, build, greedy, hand_written, left_padded, prompt
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
@@ -31,6 +31,7 @@ from rocketkv.protection import (
 )
 from rocketkv.store import KVStore
 
+from .close import assert_near
 from .naive import top
 from .static import PADDED, PROMPT
 from .test_chat import CHATML, ids_of, tokenizer_of
@@ -518,3 +519,14 @@ def test_without_marks_nothing_changes() -> None:
     assert found_logits.equal(logits)
     assert isinstance(cache.layers[0], RocketKVLayer)
     assert cache.layers[0].store.split == SPLIT
+
+
+def test_a_prompt_whose_first_tokens_are_protected_can_be_cropped() -> None:
+    model = build()
+    with rocketkv.patch(model, **LARGE, protect=((0, 5),)), torch.no_grad():
+        cache = rocketkv.RocketKVCache(model.config, **LARGE, protect=((0, 5),), prompt_length=30)
+        model(prompt(30), **{CACHE_ARGUMENT: cache})
+        cache.crop(20)
+        found = model(prompt(3, seed=5), **{CACHE_ARGUMENT: cache}).logits
+    expected = model(torch.cat((prompt(30)[:, :20], prompt(3, seed=5)), dim=1)).logits[:, -3:]
+    assert_near(found, expected, 1e-5)

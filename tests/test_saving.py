@@ -83,6 +83,21 @@ def test_a_saved_cache_goes_on_token_for_token(family: str, padded: bool, tmp_pa
         assert loops[1][1].equal(loops[0][1])
 
 
+@pytest.mark.parametrize("patched", [True, False])
+def test_protected_ranges_come_back(patched: bool, tmp_path: Path) -> None:
+    model, path, fields = build(), tmp_path / "context.safetensors", {**SMALL, "protect": ((40, 52), (60, 63))}
+    with rocketkv.patch(model, **fields):
+        cache = read(model, **fields)
+        rocketkv.save_cache(cache, path, model=model, ids=context(False)["input_ids"])
+        expected = question(model, context(False), cache, 30)
+    if not patched:
+        rocketkv.load_cache(path, model)
+    with rocketkv.patch(model, **fields):
+        found = question(model, context(False), rocketkv.load_cache(path, model), 30)
+    assert found[0].equal(expected[0])
+    assert found[1].equal(expected[1])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_at_any_time(method: str, tmp_path: Path) -> None:
     model, path, fields = build(), tmp_path / "cache", settings(method)
