@@ -415,8 +415,9 @@ class KVStore(Restorable):
             return
         if length < self._restorable and not self._complete:
             raise ValueError(
-                f"cannot crop to {length} tokens: stage 1 evicted tokens of the first {self._restorable}, which are gone, "
-                f"or moved protected ones to the front. Crop to {self._restorable} or more, or start from a new cache."
+                f"cannot crop to {length} tokens: stage 1 evicted tokens of the first {self._restorable}, and what it "
+                "evicted is gone, or it moved protected ones to the front. "
+                f"Crop to {self._restorable} or more, or start from a new cache."
             )
         self._protect_from_crop(length)
         self.crop_window(removed)
