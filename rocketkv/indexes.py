@@ -219,8 +219,7 @@ class SketchIndex:
         softcap: float | None,
     ) -> Tensor:
         """See `Index`."""
-        turn = rotation(keys.shape[3], keys.device)
-        return score_sketch(query, Sketch(**parts), turn, self.bits, stored=stored, scaling=scaling, softcap=softcap)
+        return score_sketch(query, Sketch(**parts), self.bits, stored=stored, scaling=scaling, softcap=softcap)
 
     def shape(self, name: str, capacity: int, head_dim: int) -> tuple[int, ...]:
         """See `Index`."""

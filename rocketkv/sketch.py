@@ -28,7 +28,6 @@ Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, N stored t
 import functools
 import math
 import random
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -255,7 +254,6 @@ def decode(sketch: Sketch, tokens: int, turn: Tensor, bits: int) -> Tensor:
 def score_sketch(
     query: Tensor,
     sketch: Sketch,
-    turn: Tensor,
     bits: int,
     *,
     stored: int,
@@ -267,7 +265,6 @@ def score_sketch(
     Args:
         query: [B, H, D].
         sketch: of the stored keys.
-        turn: [D, D], `rotation(D)`.
         bits: of a channel, 1 to 4.
         stored: N, tokens of the longest row.
         scaling: factor of the true logits.
@@ -278,44 +275,55 @@ def score_sketch(
     """
     batch, heads, head_dim = query.shape
     kv_heads = sketch.mean.shape[1]
-    rows = query.float().view(batch, kv_heads, heads // kv_heads, head_dim) * scaling
-    turned = torch.matmul(rows, turn.t()) / rotation_norm(head_dim)
-    centre = turned.sum(-1, keepdim=True) * ((2**bits - 1) / 2)
-    shift = torch.matmul(rows, sketch.mean[..., None])
-    pieces = list(_pieces(turned.flatten(0, 1), bits))
+    rows = query.float().view(batch * kv_heads, heads // kv_heads, head_dim) * scaling
+    weight = torch.matmul(rows, _digit_rotation(head_dim, bits, query.device))
+    middle = weight[..., -1:]
+    shift = torch.bmm(rows, sketch.mean.flatten(0, 1)[..., None])
     blocks = []
     block = _block_tokens(sketch.mean[:, :, None])
     for start in range(0, stored, block):
         stop = min(start + block, stored)
-        codes = sketch.codes[:, :, start:stop]
-        product = -centre.flatten(0, 1)
-        for first, mask, piece in pieces:
-            digit = (codes[..., first : first + piece.shape[-1]] & mask).float().flatten(0, 1)
-            product = torch.baddbmm(product, piece, digit.transpose(1, 2))
-        product = product.view(batch, kv_heads, -1, stop - start)
-        blocks.append(product.mul_(sketch.scales[:, :, None, start:stop].float()).add_(shift))
+        # With tokens last multiplication is so much faster that turning the bytes pays.
+        codes = sketch.codes[:, :, start:stop].flatten(0, 1).transpose(1, 2).contiguous()
+        product, column = middle, 0
+        for first, size, mask in _digits(head_dim, bits):
+            # In their places within a byte, which the weights make up for.
+            digit = (codes[:, first : first + size] & mask).float()
+            product = torch.baddbmm(product, weight[..., column : column + size], digit)
+            column += size
+        scales = sketch.scales[:, :, None, start:stop].flatten(0, 1).float()
+        blocks.append(torch.addcmul(shift, product, scales))
     logits = (blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)).view(batch, heads, stored)
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
-def _pieces(turned: Tensor, bits: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield what the digits of packed codes are multiplied with, none of them shifted to the right.
+@functools.cache
+def _digits(head_dim: int, bits: int) -> tuple[tuple[int, int, int], ...]:
+    """Return where the digits of packed codes are: the first byte of a digit's plane, the plane's bytes, its mask."""
+    found, first = [], 0
+    for _, width in planes(bits):
+        size = -(-head_dim * width // 8)
+        found += [(first, size, (2**width - 1) << place) for place in range(0, 8, width)]
+        first += size
+    return tuple(found)
 
-    Args:
-        turned: [..., D], rotated queries.
-        bits: of a channel.
 
-    Yields:
-        For every digit: its plane's first byte; the mask that leaves it alone in its place in a byte; and the piece of
-        the queries for its channels, [..., bytes of the plane], over the digit's place value there.
+@functools.cache
+@torch.inference_mode(False)
+def _digit_rotation(head_dim: int, bits: int, device: torch.device) -> Tensor:
+    """Return what turns queries to the weights of `_digits`, [D, all digits' bytes + 1] float32; a constant.
+
+    A digit's columns are those of R^T for its channels, over the digit's place value; the last column is minus the sum
+    of R^T's columns times the middle of the codes.
     """
-    head_dim, first = turned.shape[-1], 0
+    turn = rotation(head_dim, device).t() / rotation_norm(head_dim)
+    parts = []
     for shift, width in planes(bits):
         size = -(-head_dim * width // 8)
-        padded = functional.pad(turned, (0, size * 8 // width - head_dim))
-        for place, piece in zip(range(0, 8, width), torch.split(padded, size, -1), strict=True):
-            yield first, (2**width - 1) << place, piece * 2.0 ** (shift - place)
-        first += size
+        padded = functional.pad(turn, (0, size * 8 // width - head_dim))
+        pieces = torch.split(padded, size, -1)
+        parts += [piece * 2.0 ** (shift - i * width) for i, piece in enumerate(pieces)]
+    return torch.cat((*parts, turn.sum(-1, keepdim=True) * -((2**bits - 1) / 2)), -1)
 
 
 def _block_tokens(keys: Tensor) -> int:

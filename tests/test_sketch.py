@@ -297,14 +297,14 @@ def test_scores_are_products_with_the_decoded_keys(
     by_head = decoded.repeat_interleave(heads // kv_heads, 1)
     exact = (by_head @ query.double()[..., None])[..., 0] * 0.3
     settings: dict[str, Any] = {"stored": tokens, "scaling": 0.3}
-    logits = score_sketch(query, sketch, turn, bits, **settings)
+    logits = score_sketch(query, sketch, bits, **settings)
     assert logits.dtype == torch.float32
     assert logits.shape == (batch, heads, tokens)
     assert_near(logits, exact)
-    capped = score_sketch(query, sketch, turn, bits, softcap=2.0, **settings)
+    capped = score_sketch(query, sketch, bits, softcap=2.0, **settings)
     assert_near(capped, 2 * torch.tanh(exact / 2))
     monkeypatch.setattr(sketch_module, "BLOCK_BYTES", 4 * batch * kv_heads * head_dim * 10)
-    assert_near(score_sketch(query, sketch, turn, bits, **settings), exact)
+    assert_near(score_sketch(query, sketch, bits, **settings), exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -313,7 +313,7 @@ def test_estimates_stand_beside_exact_logits(bits: int, dtype: torch.dtype) -> N
     # The common part of all keys is a hundred times what tells them apart: without it no softmax over both is right.
     keys = (torch.randn(1, 2, 1, 64) * 100 + torch.randn(1, 2, 500, 64)).to(dtype)
     query, turn = torch.randn(1, 6, 64).to(dtype), rotation(64)
-    logits = score_sketch(query, build_sketch(keys, 500, turn, bits), turn, bits, stored=500, scaling=0.125)
+    logits = score_sketch(query, build_sketch(keys, 500, turn, bits), bits, stored=500, scaling=0.125)
     exact = (keys.double().repeat_interleave(3, 1) @ query.double()[..., None])[..., 0] * 0.125
     error = logits.double() - exact
     assert error.mean(-1).abs().max() < 0.2
@@ -326,7 +326,7 @@ def test_keys_that_are_all_alike_have_exact_logits(dtype: torch.dtype, bits: int
     query, turn = torch.randn(1, 2, 16), rotation(16)
     for key in (torch.zeros(16), torch.full((16,), 0.5), torch.randn(16)):
         keys = key.to(dtype).expand(1, 1, 8, 16).contiguous()
-        logits = score_sketch(query, build_sketch(keys, 8, turn, bits), turn, bits, stored=8, scaling=1.0)
+        logits = score_sketch(query, build_sketch(keys, 8, turn, bits), bits, stored=8, scaling=1.0)
         assert_near(logits, (query @ keys[0, 0].float().t())[0][None])
 
 
@@ -338,7 +338,7 @@ def test_a_key_that_is_the_mean_has_no_scale_and_its_exact_logit(bits: int) -> N
     assert scales.item() == 0
     assert unpack(codes, bits, 8).tolist() == [[[[2 ** (bits - 1)] * 8]]]
     query = torch.randn(1, 1, 8)
-    logits = score_sketch(query, Sketch(codes, scales, mean), turn, bits, stored=1, scaling=1.0)
+    logits = score_sketch(query, Sketch(codes, scales, mean), bits, stored=1, scaling=1.0)
     assert_near(logits[0, 0, 0], (query * mean).sum())
 
 
@@ -386,18 +386,18 @@ def test_one_huge_channel_is_spread_and_kept(channel: int, bits: int) -> None:
 def test_a_key_that_is_no_number_spoils_its_own(bits: int, bad: float) -> None:
     keys, turn, query = some_keys(2, 2, 20, 16), rotation(16), torch.randn(2, 4, 16)
     sketch = build_sketch(keys, 20, turn, bits)
-    clean = score_sketch(query, sketch, turn, bits, stored=20, scaling=1.0)
+    clean = score_sketch(query, sketch, bits, stored=20, scaling=1.0)
     token = keys[:, :, 5:6].clone()
     token[1, 0, 0, 3] = bad
     write_tokens(sketch, token, 5, turn, bits)
-    logits = score_sketch(query, sketch, turn, bits, stored=20, scaling=1.0)
+    logits = score_sketch(query, sketch, bits, stored=20, scaling=1.0)
     spoilt = torch.zeros(2, 4, 20, dtype=torch.bool)
     spoilt[1, :2, 5] = True
     assert not logits[spoilt].isfinite().any()
     assert torch.equal(logits[~spoilt], clean[~spoilt])
     # In a prompt it spoils the mean too, and so all of its row and head group.
     keys[1, 0, 5, 3] = bad
-    logits = score_sketch(query, build_sketch(keys, 20, turn, bits), turn, bits, stored=20, scaling=1.0)
+    logits = score_sketch(query, build_sketch(keys, 20, turn, bits), bits, stored=20, scaling=1.0)
     spoilt[1, :2] = True
     assert not logits[spoilt].isfinite().any()
     assert torch.equal(logits[~spoilt], clean[~spoilt])
