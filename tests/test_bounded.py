@@ -576,7 +576,7 @@ def queries_seen(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[int, Tensor]
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("drafts", [2, 5])
+@pytest.mark.parametrize("drafts", [2, 5, 10])
 def test_drafts_that_are_dropped_leave_no_queries(drafts: int, queries_seen: dict[int, dict[int, Tensor]]) -> None:
     model = build()
     # A text that repeats itself, so that drafts are found.
