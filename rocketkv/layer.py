@@ -21,6 +21,7 @@ from .index import torch_dtype
 from .masks import LazyMask
 from .ops import StaticStep, static_step
 from .prefill import FastAttention, attend_prompt
+from .protection import warn_unprotected
 from .snapshot import StoreSnapshot
 from .stats import LayerStats, live_bytes, store_stats
 from .store import KVStore
@@ -312,6 +313,9 @@ class RocketKVLayer(CacheLayerMixin):
         )
         if self.history is not None and self._in_order():
             store.allow_crops()
+        whole = self.prompt_ids is not None and self.prompt_ids.shape[1] == store.seen  # the first prompt's
+        if whole and config.protect == "system" and store.marks is not None:
+            warn_unprotected(store.marks)
         self.prompt_end = self.prompt_ids = None
         self._settle_bounds(exact)
 

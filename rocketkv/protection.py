@@ -5,6 +5,7 @@ Marks are kept on the host, as ranges of positions; they become masks only where
 Letters: B batch, Hkv KV heads, S slots of a prompt.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,6 +86,17 @@ def with_fair_shares(scores: Tensor, message: Tensor, kept: int) -> Tensor:
         share = own.sum(-1, keepdim=True) * shared // total.clamp(min=1)
         won |= own & (own.cumsum(-1) <= share)
     return scores.masked_fill(torch.zeros_like(won).scatter_(-1, order, won), torch.inf)
+
+
+def warn_unprotected(marks: Sequence[RowMarks]) -> None:
+    """Warn of rows in whose first prompt no system message was found, though it was to be protected."""
+    bare = ", ".join(str(row) for row, mark in enumerate(marks) if not mark.protected)
+    if bare:
+        warnings.warn(
+            f"protect='system' found no system message at the beginning of row {bare}: nothing of it is protected. Was "
+            "the prompt made by the tokenizer's chat template?",
+            stacklevel=2,
+        )
 
 
 def protected_first(slots: Tensor, protected: Tensor) -> Tensor:

@@ -530,3 +530,14 @@ def test_a_prompt_whose_first_tokens_are_protected_can_be_cropped() -> None:
         found = model(prompt(3, seed=5), **{CACHE_ARGUMENT: cache}).logits
     expected = model(torch.cat((prompt(30)[:, :20], prompt(3, seed=5)), dim=1)).logits[:, -3:]
     assert_near(found, expected, 1e-5)
+
+
+@pytest.mark.integration
+def test_a_row_without_a_system_message_is_told() -> None:
+    tokenizer = tokenizer_of(CHATML)
+    model = build(vocab_size=len(tokenizer))
+    asked = torch.tensor([ids_of(tokenizer, [{"role": "user", "content": "what is it that the text says?"}])])
+    with rocketkv.patch(model, tokenizer=tokenizer, **SMALL, protect="system"):
+        with pytest.warns(UserWarning, match="found no system message at the beginning of row 0: nothing"):
+            greedy(model, asked, 3)
+        greedy(model, torch.tensor([chat_ids(tokenizer, 5)]), 3)
