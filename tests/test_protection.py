@@ -536,7 +536,7 @@ def test_a_prompt_whose_first_tokens_are_protected_can_be_cropped() -> None:
 def test_a_row_without_a_system_message_is_told() -> None:
     tokenizer = tokenizer_of(CHATML)
     model = build(vocab_size=len(tokenizer))
-    asked = torch.tensor([ids_of(tokenizer, [{"role": "user", "content": "what is it that the text says?"}])])
+    asked = torch.tensor([[5, *chat_ids(tokenizer, 5)]])  # as behind a second beginning-of-text token
     with rocketkv.patch(model, tokenizer=tokenizer, **SMALL, protect="system"):
         with pytest.warns(UserWarning, match="found no system message at the beginning of row 0: nothing"):
             greedy(model, asked, 3)
