@@ -45,7 +45,8 @@ def storages(root: Any) -> dict[int, int]:
         elif isinstance(item, (list, tuple, set, frozenset)):
             pending.extend(item)
         elif not callable(item) or isinstance(item, nn.Module):
-            pending.extend(getattr(item, "__dict__", {}).values())
+            # The histories of all layers know each other by `line`: they are found from their own layers.
+            pending.extend(value for name, value in getattr(item, "__dict__", {}).items() if name != "line")
     return found
 
 
