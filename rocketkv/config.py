@@ -40,7 +40,7 @@ class RocketKVConfig:
             conversation's system message, found by the chat template of the tokenizer that `patch` is given; or ranges
             (start, stop), counted from each row's first token; None for none.
         fair_shares: whether each message of a conversation, found by the chat template, has its share of what stage 1
-            keeps: as large a part as of the prompt's tokens.
+            keeps beside tokens that must stay: as large a part as of the prompt's other tokens.
         history_device: where `rocketkv-mt` keeps the history between prompts, for instance `cpu` (in pinned memory
             beside a GPU); None: where the model's layers are.
 
