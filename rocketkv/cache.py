@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from .chat import ChatMarks, row_marks
 from .config import RocketKVConfig
+from .history import History
 from .layer import RocketKVLayer
 from .masks import LazyMask
 from .snapshot import give_back, kept_state
@@ -156,11 +157,17 @@ def compress_layers(cache: DynamicCache, config: RocketKVConfig, model_config: P
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and not layer.is_initialized:
             cache.layers[i] = RocketKVLayer(config, workspaces)
-    histories = [layer.history for layer in rocketkv_layers(cache) if layer.history is not None]
-    for history in histories:
-        history.line = histories
     if lazy:
         keep_whole(cache)
+
+
+def arm(layers: list[RocketKVLayer]) -> None:
+    """Make the layers of a cache ready for a patched model's forward."""
+    following: History | None = None
+    for layer in reversed(layers):
+        layer.armed = True
+        if layer.history is not None:
+            layer.history.following, following = following, layer.history
 
 
 def rocketkv_layers(cache: Any) -> list[RocketKVLayer]:

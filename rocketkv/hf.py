@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
-from .cache import RocketKVCache, compress_layers, mark_prompt, rocketkv_layers
+from .cache import RocketKVCache, arm, compress_layers, mark_prompt, rocketkv_layers
 from .chat import ChatMarks, chat_marks
 from .compiled import CompiledStep
 from .config import RocketKVConfig
@@ -258,8 +258,7 @@ class _ForwardHook:
         if convertible(cache) and not decoder.training:
             compress_layers(cache, self.state.config, decoder.config)
         layers = rocketkv_layers(cache)
-        for layer in layers:
-            layer.armed = True
+        arm(layers)
         kind = type(cache).__name__
         unwarned = not layers and not isinstance(cache, RocketKVCache) and kind not in self.state.warned
         if unwarned and _holds_full_attention(decoder):

@@ -48,7 +48,8 @@ class History:
         values: [B, Hkv, capacity, Dv], or None.
         positions: [B, 1, capacity] int32, each slot's position in the sequence, -1 for padding; None without padding.
         seen: tokens of the sequence that are here.
-        line: the histories of all layers, in order, this one among them: the next is fetched while a layer computes.
+        following: the next layer's history, which is fetched while this layer computes; None behind the last, and in a
+            copy until its first forward. It points one way only: a ring would outlive its cache.
     """
 
     keys: Tensor | None
@@ -57,7 +58,7 @@ class History:
 
     def __init__(self, device: str | torch.device | None = None) -> None:
         self.device = None if device is None else torch.device(device)
-        self.line: list[History] = []
+        self.following: History | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -70,12 +71,13 @@ class History:
         self._snapshots: list[weakref.ref[HistorySnapshot]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the snapshots: they are of this history, not of its copy; and what is under way."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_life", "_snapshots", "_fetched")}
+        """Leave out what a copy does not have: snapshots, which are of this history, and what is under way."""
+        left_out = ("_life", "_snapshots", "_fetched", "following")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Begin without snapshots."""
-        self._life, self._snapshots, self._fetched = object(), [], None
+        self._life, self._snapshots, self._fetched, self.following = object(), [], None, None
         self.__dict__.update(state)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -167,7 +169,7 @@ class History:
         fetched, self._fetched = self._fetched, None
         if fetched is None or fetched.seen != held or fetched.room < room:
             fetched = self._fetch(store.keys.device, room)
-        following = self._following()
+        following = self.following
         there = None if following is None or following.keys is None else following._home
         if following is not None and there is not None and overlaps(there):
             stream = fetched.stream if there == store.keys.device else None
@@ -233,11 +235,6 @@ class History:
         for name in NAMES:
             setattr(self, name, snapshot.tensors.get(name))
         self.seen = snapshot.seen
-
-    def _following(self) -> "History | None":
-        """Return the next layer's history, or None behind the last."""
-        number = next((i for i, history in enumerate(self.line) if history is self), len(self.line))
-        return self.line[number + 1] if number + 1 < len(self.line) else None
 
     def _living(self) -> list[HistorySnapshot]:
         return [taken for reference in self._snapshots if (taken := reference()) is not None]

@@ -45,8 +45,8 @@ def storages(root: Any) -> dict[int, int]:
         elif isinstance(item, (list, tuple, set, frozenset)):
             pending.extend(item)
         elif not callable(item) or isinstance(item, nn.Module):
-            # The histories of all layers know each other by `line`: they are found from their own layers.
-            pending.extend(value for name, value in getattr(item, "__dict__", {}).items() if name != "line")
+            # A history knows the next layer's, which is counted there.
+            pending.extend(value for name, value in getattr(item, "__dict__", {}).items() if name != "following")
     return found
 
 
@@ -138,6 +138,25 @@ def test_stats_are_what_a_walk_finds(method: str, dtype: torch.dtype, padded: bo
         assert stats.total_bytes == walked(layer)
         assert stats.tokens_seen == LENGTH + new_tokens - 1
         assert stats.tokens_stored == layer.store.stored
+
+
+@pytest.mark.parametrize("method", sorted(rocketkv.METHODS))
+def test_a_cache_is_freed_with_its_last_reference(method: str) -> None:
+    model = build()
+    with rocketkv.patch(model, method=method, token_budget=64, **SETTINGS):
+        cache = greedy(model, PROMPT, 5)[2]
+    parts = [
+        part for layer in rocketkv_layers(cache) for part in (layer, layer.store, layer.history) if part is not None
+    ]
+    living = [weakref.ref(part) for part in parts]
+    del parts
+    gc.collect()
+    gc.disable()  # a ring would wait for the collector, with all that it holds
+    try:
+        del cache
+        assert [part() for part in living] == [None] * len(living)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gpt-oss", "cohere2"])
