@@ -139,10 +139,9 @@ class RocketKVConfig:
             return
         if isinstance(protect, str):
             raise ValueError(f"protect must be 'system', ranges (start, stop) or None; got {protect!r}")
-        pairs = isinstance(protect, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in protect)
-        if not pairs:
+        if not isinstance(protect, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in protect):
             raise TypeError(f"protect must be 'system' or a tuple of ranges (start, stop), got {protect!r}")
-        for start, stop in protect:  # type: ignore[attr-defined]  # a tuple of pairs, as was just seen
+        for start, stop in protect:
             if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop):
                 raise ValueError(
                     f"a range to protect must be (start, stop) with 0 <= start < stop; got {(start, stop)}"
