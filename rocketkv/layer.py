@@ -311,21 +311,13 @@ class RocketKVLayer(CacheLayerMixin):
             index_dtype=torch_dtype(config.index_dtype),
             **exact,
         )
-        if self.history is not None and self._in_order():
+        if self.history is not None:
             store.allow_crops()
         whole = self.prompt_ids is not None and self.prompt_ids.shape[1] == store.seen  # the first prompt's
         if whole and config.protect == "system" and store.marks is not None:
             warn_unprotected(store.marks)
         self.prompt_end = self.prompt_ids = None
         self._settle_bounds(exact)
-
-    def _in_order(self) -> bool:
-        """Whether tokens lie in the order of the sequence: protected ones that are not the first come before others."""
-        positions, split = self.store.positions, self.store.split
-        if positions is None or split is None or split.protected == 0:
-            return True
-        held = positions[:, :, : self.store.stored]
-        return bool(((held[..., 1:] > held[..., :-1]) | (held[..., 1:] < 0)).all())
 
     def _settle_bounds(self, exact: dict[str, Any]) -> None:
         """Note with what to rank generated tokens, given scaling, softcap and sinks."""

@@ -56,6 +56,7 @@ class KVStore(Restorable):
     _holes: bool  # whether slots of a prompt may hold no token
     _prompt_start: int  # slot of the prompt's first token
     _complete: bool  # whether every token seen is still stored
+    _moved: bool  # whether the prompt's end has put protected tokens before earlier ones
     _restorable: int  # a crop to fewer tokens than these would need what was evicted
     _prompt_stored: int  # slots in use of the longest row when the prompt was closed
 
@@ -69,7 +70,7 @@ class KVStore(Restorable):
         self.split = self.marks = None
         self._clear_counts()
         self._forget_snapshots()
-        self.closed = self._holes = False
+        self.closed = self._holes = self._moved = False
         self.aligned = self._complete = True
         self._prompt_start = self._prompt_end = self._restorable = self._ring_from = self._prompt_stored = 0
 
@@ -152,8 +153,9 @@ class KVStore(Restorable):
             setattr(self, name, None if tensor is None else tensor.clone())
 
     def allow_crops(self) -> None:
-        """Let crops go back to any length: what stage 1 left out is not lost."""
-        self._restorable = 0
+        """Let crops go back to any length, since what stage 1 left out is not lost, if tokens lie in their order."""
+        if not self._moved:
+            self._restorable = 0
 
     @torch.inference_mode(False)
     def _extend_positions(self, start: int, stop: int, valid: Tensor | None) -> None:
@@ -237,10 +239,12 @@ class KVStore(Restorable):
             self._complete = False
         elif valid is not None:
             slots = torch.arange(self.stored, device=keys.device).expand(*keys.shape[:3])
+        self._moved = False
         if protected is not None and split.protected:
             present = torch.arange(self.stored, device=keys.device).expand(*keys.shape[:3]) if slots is None else slots
             ordered = protected_first(present, protected)
-            if not torch.equal(ordered, present):
+            self._moved = not torch.equal(ordered, present)
+            if self._moved:
                 # A crop into the prompt would find tokens out of the sequence's order.
                 slots, restorable, self._complete = ordered, self.seen, False
         self.aligned = self.aligned and slots is None
