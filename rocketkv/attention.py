@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from .index import TILE_PAGES, gather_tokens, movable, page_bounds, page_count, restored
 
-_TINY = torch.finfo(torch.float32).tiny
+# Added to what divides: a head may be zero in the channels that its group chose, and 0 * inf is no score.
+_TINY = 1e-30
 
 
 def score(

@@ -104,8 +104,8 @@ def test_a_zero_query_scores_zero(page_size: int) -> None:
     found = scored(query, keys, page_size, 3)
     assert (found[1, 2:] == 0).all()
     assert torch.equal(found[0], clean[0])
-    # A query that is zero only where the others of its group are largest.
-    query = torch.tensor([[[5.0, 0.0, 0.1], [0.0, 0.2, 0.0]]])
+    # A query that is zero only where the others of its group are largest, however large it is elsewhere.
+    query = torch.tensor([[[500.0, 0.0, 0.1], [0.0, 200.0, 0.0]]])
     assert (scored(query, keys[:1, :1, :, :3].contiguous(), page_size, 1)[0, 1] == 0).all()
 
 
