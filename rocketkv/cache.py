@@ -16,7 +16,9 @@ from .chat import ChatMarks, row_marks
 from .config import RocketKVConfig
 from .history import History
 from .layer import RocketKVLayer
+from .loss import last_missed
 from .masks import LazyMask
+from .monitor import Monitor, OnStep, refuse_static
 from .snapshot import give_back, kept_state
 from .stats import CacheStats, LayerStats, live_bytes
 from .turns import check_prompt_length
@@ -156,13 +158,33 @@ def compress_layers(cache: DynamicCache, config: RocketKVConfig, model_config: P
     workspaces: dict[Any, Any] = {}
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and not layer.is_initialized:
-            cache.layers[i] = RocketKVLayer(config, workspaces)
+            cache.layers[i] = RocketKVLayer(config, workspaces, number=i)
+    if config.watched:
+        _monitor(rocketkv_layers(cache))
     if lazy:
         keep_whole(cache)
 
 
-def arm(layers: list[RocketKVLayer]) -> None:
-    """Make the layers of a cache ready for a patched model's forward."""
+def _monitor(layers: list[RocketKVLayer]) -> None:
+    """Give the layers of a cache a monitor."""
+    if layers:
+        monitor = Monitor(layers[0].config, [layer.number for layer in layers])
+        for layer in layers:
+            layer.monitor = monitor
+
+
+def arm(layers: list[RocketKVLayer], on_step: OnStep | None = None) -> None:
+    """Make the layers of a cache ready for a patched model's forward, whose decode steps are reported to `on_step`.
+
+    Raises:
+        ValueError: there are reports to make of a static cache.
+    """
+    if on_step is not None and layers:
+        refuse_static(layers[0].config)
+        if layers[0].monitor is None:
+            _monitor(layers)
+    if layers and layers[0].monitor is not None:
+        layers[0].monitor.on_step = on_step
     following: History | None = None
     for layer in reversed(layers):
         layer.armed = True
@@ -267,7 +289,13 @@ def cache_stats(cache: Any) -> CacheStats:
         else:
             layers.append(_stock_stats(layer))
     buffers = [tensor for space in workspaces.values() for tensor in space.tensors().values()]
-    return CacheStats(tuple(layers), sum(live_bytes(tensor) for tensor in buffers))
+    monitor = next((layer.monitor for layer in rocketkv_layers(cache) if layer.monitor is not None), None)
+    return CacheStats(
+        tuple(layers),
+        sum(live_bytes(tensor) for tensor in buffers),
+        missed=tuple(last_missed(layer.store) if isinstance(layer, RocketKVLayer) else None for layer in cache.layers),
+        audits=() if monitor is None else tuple(monitor.audits),
+    )
 
 
 def _stock_stats(layer: Any) -> LayerStats:

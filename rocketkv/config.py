@@ -7,6 +7,8 @@ from .budget import METHODS, MULTI_TURN, UNRANKED, BudgetSplit, least_token_budg
 
 BACKENDS = ("auto", "torch", "triton")
 WHEN_FULL = ("evict", "evict-random", "raise")
+ON_LOSS = ("warn", "widen", "dense")
+LOSS_BOUND = 0.5  # where none is given
 INDEX_DTYPES = ("keys", "float8_e5m2", "float8_e4m3fn")
 
 
@@ -43,6 +45,17 @@ class RocketKVConfig:
             keeps beside tokens that must stay: as large a part as of the prompt's other tokens.
         history_device: where `rocketkv-mt` keeps the history between prompts, for instance `cpu` (in pinned memory
             beside a GPU); None: where the model's layers are.
+        audit_every: compare one head with exact attention after every so many tokens of the sequence while it decodes,
+            another layer and head each time: see `CacheStats.audits`. None for never. Costs a look at one head's keys
+            and values, and makes the host wait for the device.
+        on_loss: what happens where a step says itself that it misses more than `loss_bound`, in that step, for those
+            rows and KV heads alone. `warn`: a warning, once a generation, that names the layer and the value. `widen`:
+            k is doubled until no more than that is missed, or all that is stored is attended to. `dense`: all that is
+            stored is attended to. For methods that estimate it, `rocketkv+`; the host waits for the device in every
+            layer and step. None for nothing.
+        loss_bound: from 0 to less than 1, the missed mass that is tolerated: the share of one query head's attention
+            weight that lies on stored tokens to which the step does not attend, as the step estimates it. What stage 1
+            has evicted is not in it. None for 0.5.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -62,6 +75,9 @@ class RocketKVConfig:
     protect: str | tuple[tuple[int, int], ...] | None = None
     fair_shares: bool = False
     history_device: str | None = None
+    audit_every: int | None = None
+    on_loss: str | None = None
+    loss_bound: float | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -98,6 +114,7 @@ class RocketKVConfig:
                     f"kept; got {kept}. Raise it or lower window_size."
                 )
         self._check_index_dtype()
+        self._check_watching()
         if self.split is not None:
             return
         least = least_token_budget(self.method, self.window_size, self.decode_reserve)
@@ -113,6 +130,36 @@ class RocketKVConfig:
             raise ValueError(
                 f"index_dtype={self.index_dtype!r} is for the bounds of pages, and this method scores a sketch of "
                 "every key, which has bits of its own. Leave it 'keys'."
+            )
+
+    def _check_watching(self) -> None:
+        every, bound = (getattr(self, name) for name in ("audit_every", "loss_bound"))
+        if every is not None and (not isinstance(every, int) or isinstance(every, bool)):
+            raise TypeError(
+                f"audit_every must be an int (tokens) or None, got {every!r} of type {type(every).__name__}"
+            )
+        if every is not None and every < 1:
+            raise ValueError(f"audit_every must be at least 1, got {every}; None for never")
+        if self.on_loss not in (None, *ON_LOSS):
+            raise ValueError(f"on_loss must be one of {', '.join(ON_LOSS)} or None; got {self.on_loss!r}")
+        if bound is not None:
+            if not isinstance(bound, (int, float)) or isinstance(bound, bool):
+                raise TypeError(f"loss_bound must be a float or None, got {bound!r} of type {type(bound).__name__}")
+            if not 0 <= bound < 1:
+                raise ValueError(f"loss_bound must be from 0 to less than 1, a share of the weight; got {bound}")
+            if self.on_loss is None:
+                raise ValueError(f"loss_bound={bound} is where on_loss acts, which is None: set it, or leave both out")
+        estimates = self.method == "rocketkv+" if self.split is None else self.split.residual
+        if self.on_loss is not None and not estimates:
+            raise ValueError(
+                f"on_loss={self.on_loss!r} needs an estimate of what a step misses, which only 'rocketkv+' makes (or a "
+                f"split with residual=True), not {self.method!r}. Use that method, or audit_every, which any takes"
+            )
+        if self.watched and self.decode_capacity is not None:
+            name = "audit_every" if self.on_loss is None else "on_loss"
+            raise ValueError(
+                f"{name}={getattr(self, name)!r} is for caches that grow: the steps of a static cache (decode_capacity="
+                f"{self.decode_capacity}) are compiled and captured, and ask nobody. Leave one of the two out"
             )
 
     def _check_history_device(self, device: object) -> None:
@@ -146,6 +193,11 @@ class RocketKVConfig:
                 raise ValueError(
                     f"a range to protect must be (start, stop) with 0 <= start < stop; got {(start, stop)}"
                 )
+
+    @property
+    def watched(self) -> bool:
+        """Whether decode steps are audited, or looked at for what they miss."""
+        return self.audit_every is not None or self.on_loss is not None
 
     @property
     def marks_prompts(self) -> bool:

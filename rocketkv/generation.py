@@ -20,6 +20,7 @@ from .chat import ChatMarks
 from .compiled import RoomCheck, many_forwards, say_uncompiled, uncompiled_reason
 from .config import RocketKVConfig
 from .models import CACHE_ARGUMENT, find_decoder, given_cache
+from .monitor import OnStep
 
 STATE = "_rocketkv"  # on the patched model: its PatchState
 
@@ -34,15 +35,16 @@ class PatchState:
     former_generate: Callable[..., Any] | None = None
     hook: RemovableHandle | None = None
     warned: set[str] = field(default_factory=set)
+    on_step: OnStep | None = None
     recorded: threading.local = field(default_factory=threading.local)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to this process's threads."""
-        return {name: value for name, value in self.__dict__.items() if name != "recorded"}
+        """Leave out what belongs to this process and its threads."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("recorded", "on_step")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Start with nothing recorded."""
-        self.__dict__.update(state, recorded=threading.local())
+        """Start with nothing recorded, and report to nobody."""
+        self.__dict__.update(state, recorded=threading.local(), on_step=None)
 
     @property
     def running(self) -> "Generation | None":

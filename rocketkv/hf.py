@@ -30,6 +30,7 @@ from .generation import (
 from .handover import forget_hand_over
 from .interface import IMPLEMENTATION, NAME, rocketkv_attention, rocketkv_mask
 from .models import CACHE_ARGUMENT, find_decoder, given_cache, refuse_unsupported
+from .monitor import OnStep, refuse_static
 from .stats import CacheStats
 
 _CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
@@ -43,7 +44,10 @@ class PatchHandle:
     """
 
     def __init__(
-        self, model: nn.Module, state: PatchState, before: tuple[RocketKVConfig, ChatMarks | None] | None = None
+        self,
+        model: nn.Module,
+        state: PatchState,
+        before: tuple[RocketKVConfig, ChatMarks | None, OnStep | None] | None = None,
     ) -> None:
         self.model = model
         self._state = state
@@ -88,14 +92,20 @@ class PatchHandle:
         if self._before is None:
             unpatch(self.model)
         else:
-            self._state.config, self._state.chat = self._before
+            self._state.config, self._state.chat, self._state.on_step = self._before
 
     def __repr__(self) -> str:
         return f"PatchHandle({type(self.model).__name__}, {self.config})"
 
 
 def patch(
-    model: nn.Module, config: RocketKVConfig | None = None, /, *, tokenizer: Any = None, **fields: Any
+    model: nn.Module,
+    config: RocketKVConfig | None = None,
+    /,
+    *,
+    tokenizer: Any = None,
+    on_step: OnStep | None = None,
+    **fields: Any,
 ) -> PatchHandle:
     """Compress a model's KV cache from now on: `model.generate(...)`, pipelines and loops work as before.
 
@@ -106,26 +116,32 @@ def patch(
         model: a causal language model of transformers, bare or wrapped (PEFT).
         config: the settings; None for `RocketKVConfig(**fields)`.
         tokenizer: the model's, by whose chat template `protect="system"` and `fair_shares` find messages.
+        on_step: called with a `rocketkv.monitor.StepReport` after each decode step, within the forward: what every head
+            is estimated to miss. It waits for no device unless the callback does. Copies of the model have none.
         **fields: fields of `RocketKVConfig`; with `config`, they replace its own.
 
     Returns:
         A handle; `with rocketkv.patch(model, ...):` ends with what was before: no patch, or the earlier settings.
 
     Raises:
-        TypeError: `model` is not a transformers model, or a field has the wrong type.
+        TypeError: `model` is not a transformers model, `on_step` cannot be called, or a field has the wrong type.
         ValueError: a field has an impossible value, or the model cannot be compressed, or messages cannot be found in
-            its prompts; the message says why.
+            its prompts, or `on_step` is for a static cache; the message says why.
     """
     if not isinstance(config, (RocketKVConfig, type(None))):
         raise TypeError(f"config must be a RocketKVConfig or None, got {type(config).__name__}")
     settings = RocketKVConfig(**fields) if config is None else replace(config, **fields)
+    if on_step is not None:
+        if not callable(on_step):
+            raise TypeError(f"on_step must be a function of a StepReport, or None; got {type(on_step).__name__}")
+        refuse_static(settings)
     chat = _chat_marks(settings, tokenizer)
     outer = _outermost(model)
     state = state_of(outer)
     if state is not None:
-        before = state.config, state.chat
-        state.config, state.chat = settings, chat
-        return PatchHandle(model, state, before)
+        former = state.config, state.chat, state.on_step
+        state.config, state.chat, state.on_step = settings, chat, on_step
+        return PatchHandle(model, state, former)
     decoder, attentions = find_decoder(outer)
     if any(IMPLEMENTATION in module.__dict__ for module in attentions):
         raise ValueError(
@@ -136,7 +152,7 @@ def patch(
     AttentionInterface.register(NAME, rocketkv_attention)
     AttentionMaskInterface.register(NAME, rocketkv_mask)
     before = decoder.config._attn_implementation
-    state = PatchState(settings, chat, _take_configs(outer), outer.__dict__.get("generate"))
+    state = PatchState(settings, chat, _take_configs(outer), outer.__dict__.get("generate"), on_step=on_step)
     try:
         decoder.set_attn_implementation(NAME)
         if decoder.config._attn_implementation != NAME:
@@ -258,7 +274,7 @@ class _ForwardHook:
         if convertible(cache) and not decoder.training:
             compress_layers(cache, self.state.config, decoder.config)
         layers = rocketkv_layers(cache)
-        arm(layers)
+        arm(layers, self.state.on_step)
         kind = type(cache).__name__
         unwarned = not layers and not isinstance(cache, RocketKVCache) and kind not in self.state.warned
         if unwarned and _holds_full_attention(decoder):

@@ -185,6 +185,26 @@ class History:
                 positions[:, :, held : self.seen] = arrived
         store.reopen(keys, values, positions, self.seen)
 
+    def head(self, store: KVStore, row: int, head: int) -> tuple[Tensor, Tensor]:
+        """Return keys [S, D] and values [S, Dv] of all tokens of a row and KV head, where they are kept.
+
+        Args:
+            store: its prompt closed.
+            row: of the batch.
+            head: KV head.
+        """
+        if self.keys is None or self.values is None:
+            raise ValueError("there is no history")
+        held = [self.keys[row, head, : self.seen], self.values[row, head, : self.seen]]
+        if self.positions is not None:
+            real = self.positions[row, 0, : self.seen] >= 0
+            held = [tensor[real] for tensor in held]
+        decoded = self._decoded(store)
+        if decoded is not None:
+            new = (tensor[row, head].to(self.keys.device) for tensor in decoded)
+            held = [torch.cat(both) for both in zip(held, new, strict=True)]
+        return held[0], held[1]
+
     def _decoded(self, store: KVStore) -> tuple[Tensor, Tensor] | None:
         """Return keys [B, Hkv, n, D] and values [B, Hkv, n, Dv] that a store has decoded and are not here, or None."""
         count = store.seen - self.seen

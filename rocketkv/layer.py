@@ -19,6 +19,7 @@ from .handover import hand_over
 from .history import History, HistorySnapshot
 from .index import torch_dtype
 from .masks import LazyMask
+from .monitor import Monitor
 from .ops import StaticStep, static_step
 from .prefill import FastAttention, attend_prompt
 from .protection import warn_unprotected
@@ -47,6 +48,8 @@ class RocketKVLayer(CacheLayerMixin):
 
     Attributes:
         config: the compression's settings.
+        number: of the layer in the model.
+        monitor: what decode steps are shown to, of the cache; or None where nobody asked for one.
         store: keys, values and index.
         history: all tokens of the sequence while the store holds one turn's selection of them, for `rocketkv-mt`.
         prompt_end: tokens of the sequence when the present prompt ends, or None where unknown.
@@ -65,8 +68,10 @@ class RocketKVLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, config: RocketKVConfig, workspaces: dict[Any, Any] | None = None) -> None:
+    def __init__(self, config: RocketKVConfig, workspaces: dict[Any, Any] | None = None, *, number: int = 0) -> None:
         self.config = config
+        self.number = number
+        self.monitor: Monitor | None = None
         self.workspaces = {} if workspaces is None else workspaces
         self.store = KVStore()
         self.history = History(config.history_device) if config.keeps_history else None
@@ -232,6 +237,8 @@ class RocketKVLayer(CacheLayerMixin):
             self.store.foresee_queries(query[:, :, prompt:])
         for i in range(prompt, given):
             self.make_room()
+            if self.monitor is not None:
+                self.monitor.expect(self.store)
             step = decode_step(
                 query[:, :, i],
                 key[:, :, i],
@@ -241,6 +248,8 @@ class RocketKVLayer(CacheLayerMixin):
                 workspaces=self.workspaces,
                 **exact,
             )
+            if self.monitor is not None:
+                step = self.monitor.watch(self.number, self.store, self.history, query[:, :, i], step, exact)
             parts.append(step[:, None])
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -317,6 +326,8 @@ class RocketKVLayer(CacheLayerMixin):
         if whole and config.protect == "system" and store.marks is not None:
             warn_unprotected(store.marks)
         self.prompt_end = self.prompt_ids = None
+        if self.monitor is not None:
+            self.monitor.begin(self.number)
         self._settle_bounds(exact)
 
     def _settle_bounds(self, exact: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .budget import BudgetSplit
 from .indexes import INDEX_TENSORS, index_of
+from .loss import Audit
 from .store import KVStore
 
 NOMINAL_ITEMSIZE = 2  # budgets are counted for 16-bit keys and values
@@ -67,10 +68,15 @@ class CacheStats:
     Attributes:
         layers: one entry a layer, in order.
         workspace_bytes: bytes of what the kernels work in, which the layers share.
+        missed: of each layer, the missed mass of every head in the last step (see `rocketkv.loss`), [B, H] float32 on
+            the layer's device; None where none is estimated.
+        audits: heads that were compared with exact attention (`RocketKVConfig.audit_every`), the latest ones last.
     """
 
     layers: tuple[LayerStats, ...]
     workspace_bytes: int = 0
+    missed: tuple[Tensor | None, ...] = field(default=(), compare=False)
+    audits: tuple[Audit, ...] = ()
 
     @property
     def tokens_seen(self) -> int:
@@ -105,7 +111,7 @@ class CacheStats:
         return self.total_bytes / full if full else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return totals and layers as plain numbers, for JSON."""
+        """Return totals, layers and audits as plain numbers, for JSON; what was missed as each layer's mean."""
         names = list(asdict(self.layers[0])) if self.layers else []
         totals = {name: self.total(name) for name in names if name.endswith("_bytes")}
         return {
@@ -115,6 +121,8 @@ class CacheStats:
             **totals,
             "workspace_bytes": self.workspace_bytes,
             "bytes_by_device": self.bytes_by_device(),
+            "missed": [None if missed is None else float(missed.mean()) for missed in self.missed],
+            "audits": [asdict(audit) for audit in self.audits],
             "layers": [asdict(layer) for layer in self.layers],
         }
 
