@@ -6,6 +6,7 @@ Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, N stored t
 import triton
 import triton.language as tl
 
+from .append import write_token
 from .math import as_bound, rounded, soft_capped, widened
 
 TILE_PAGES = tl.constexpr(128)
@@ -103,19 +104,11 @@ def append_score_kernel(
     top = tl.zeros([DP], tl.float32)
     bottom = tl.zeros([DP], tl.float32)
     if owner:
-        slot = row * capacity + length
-        new = tl.load(key + batch * key_batch + kv_head * key_head + channel, mask=own, other=0.0)
-        new = new.to(keys.dtype.element_ty)
-        tl.store(keys + slot * D + channel, new, mask=channel < D * inside.to(tl.int32))
-        column = tl.arange(0, DVP)
-        vector = tl.load(value + batch * value_batch + kv_head * value_head + column, mask=column < DV, other=0.0)
-        tl.store(values + slot * DV + column, vector, mask=column < DV * inside.to(tl.int32))
-        tl.store(positions + slot, tl.load(seen), mask=inside)
-        if RING > 0:
-            place = tl.load(seen) % RING
-            for g in range(G):
-                remembered = tl.load(queries + g * query_head + channel, mask=own, other=0.0)
-                tl.store(ring + ((row * G + g) * RING + place) * D + channel, remembered, mask=own)
+        new, _ = write_token(
+            queries, query_head, key + batch * key_batch + kv_head * key_head,
+            value + batch * value_batch + kv_head * value_head,
+            keys, values, positions, seen, ring, row, row * capacity + length, inside, G, D, DV, DP, DVP, RING,
+        )  # fmt: skip
         if SCORE:
             top = new.to(tl.float32)
             bottom = top

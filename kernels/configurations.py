@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .append_sketch import SketchRule
 from .decode import TILE_PAGES, DecodeShape, DecodeWorkspace, decode_step
 from .dense_decode import DenseWorkspace, dense_decode
 from .evict import compact, pool_scores, select_top, window_scores
@@ -52,6 +53,7 @@ def decode(
     ends: int | None = None,
     softcap: float | None = None,
     sinks: bool = False,
+    sketch_bits: int | None = None,
 ) -> Callable[[int], Tensor]:
     """Return what launches a decode step.
 
@@ -69,16 +71,26 @@ def decode(
         ends: how many first tokens are kept where tokens are ranked by position, else None.
         softcap: of the logits, or None.
         sinks: whether the model has learned sinks.
+        sketch_bits: bits a channel of the sketch, which has a residual, or None where pages are scored or nothing is.
     """
 
     def launch(programs: int) -> Tensor:
         query_heads, kv_heads = heads
+        rule = None if sketch_bits is None else SketchRule(sketch_bits, 256, head_dim**0.5, 1.0)
         shape = DecodeShape(
             batch=batch, heads=query_heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=head_dim, capacity=capacity,
             page_size=page_size, channels=channels, top_k=top_k, token_budget=token_budget, sinks=ends,
+            sketch=rule, residual=rule is not None,
         )  # fmt: skip
         rows = head_dim if page_size == 1 else 2 * head_dim
         tiles = (batch, kv_heads, shape.tiles)
+        sketch: tuple[Tensor, ...] = ()
+        if rule is not None:
+            sketch = (
+                meta(batch, kv_heads, capacity, sum(-(-head_dim * n // 8) for n in rule.widths), dtype=torch.uint8),
+                meta(batch, kv_heads, capacity, dtype=torch.bfloat16),
+                meta(batch, kv_heads, head_dim, dtype=torch.float32),
+            )
         return decode_step(
             meta(batch, query_heads, head_dim, dtype=dtype),
             meta(batch, kv_heads, head_dim, dtype=dtype),
@@ -86,10 +98,12 @@ def decode(
             keys=meta(batch, kv_heads, capacity, head_dim, dtype=dtype),
             values=meta(batch, kv_heads, capacity, head_dim, dtype=dtype),
             positions=meta(batch, kv_heads, capacity, dtype=torch.int32),
-            index=meta(*tiles, rows, TILE_PAGES, dtype=index_dtype or dtype) if shape.scored else None,
+            index=meta(*tiles, rows, TILE_PAGES, dtype=index_dtype or dtype) if channels is not None else None,
+            sketch=sketch,
+            value_sum=None if rule is None else meta(batch, kv_heads, head_dim, dtype=torch.float64),
             lengths=meta(batch, kv_heads, dtype=torch.int32),
             seen=meta(1, dtype=torch.int32),
-            workspace=DecodeWorkspace(shape, META, programs),
+            workspace=DecodeWorkspace(shape, META, programs, rotation=meta(head_dim, head_dim, dtype=dtype)),
             scaling=head_dim**-0.5,
             softcap=softcap,
             sinks=meta(query_heads, dtype=dtype) if sinks else None,
@@ -171,6 +185,7 @@ def dense(
 WINDOW = 32
 RESERVE = 128
 BOTH = ("append_score_kernel", "select_attend_kernel")
+SKETCHED = ("append_sketch_kernel", "select_attend_kernel")
 APPEND, SELECT, ATTEND = ("append_score_kernel",), ("select_kernel",), ("select_attend_kernel",)
 WIDEST = ("window_statistics_kernel", "window_merge_kernel", "window_sums_kernel", "compact_kernel")
 PADDED = (*WIDEST, "side_by_side_kernel", "pool_kernel", "tokens_first_kernel")
@@ -190,6 +205,10 @@ GPT_OSS: dict[str, Any] = {"heads": (64, 8), "head_dim": 64, "sinks": True}
 QUEST_4K: dict[str, Any] = {"capacity": 4096, "token_budget": 1024, "page_size": 4, "channels": 256, "top_k": 512}
 SPARQ_8K: dict[str, Any] = {"capacity": 8192, "token_budget": 1024, "page_size": 1, "channels": 16, "top_k": 512}
 SPARQ_32K: dict[str, Any] = {"capacity": 32896, "token_budget": 1024, "page_size": 1, "channels": 3, "top_k": 512}
+# Of `rocketkv_plus_split`; then 3 bits, and more tokens than one program holds.
+PLUS_32K: dict[str, Any] = {"capacity": 7710, "token_budget": 1024, "sketch_bits": 2, "top_k": 511}
+PLUS_8K: dict[str, Any] = {"capacity": 4624, "token_budget": 512, "sketch_bits": 1, "top_k": 357}
+THREE_BITS: dict[str, Any] = {"capacity": 16384, "token_budget": 1024, "sketch_bits": 3, "top_k": 512}
 
 # No more than six a kernel: code that one of them leaves out, such as reading all tokens, is part of another's.
 CONFIGURATIONS = {
@@ -205,6 +224,9 @@ CONFIGURATIONS = {
     "gpt-oss-20b-streaming": Configuration(
         decode(BF16, capacity=1151, token_budget=1024, top_k=1024, ends=4, **GPT_OSS), ATTEND
     ),
+    "llama-3.1-8b-32k-sketch": Configuration(decode(BF16, **PLUS_32K), SKETCHED, main=True),
+    "gemma-2-9b-sketch-8k": Configuration(decode(BF16, **PLUS_8K, **GEMMA), SKETCHED[:1]),
+    "smollm2-135m-fp32-sketch": Configuration(decode(FP32, **THREE_BITS, **SMOLLM), (*SKETCHED[:1], *SELECT)),
     "llama-3.1-8b-prompt-128k": Configuration(evict(BF16, tokens=131072, kept=6343, page_size=3), main=True),
     "smollm2-135m-prompt-8k": Configuration(
         evict(FP16, tokens=8192, kept=3614, page_size=2, index_dtype=E5M2, batch=8, padded=True, **SMOLLM), PADDED

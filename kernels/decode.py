@@ -1,10 +1,11 @@
 """A decode step of stage 2 in two launches, or three: what it works in, how it is cut, and what it takes.
 
-`append_score` writes the token and scores the pages; `select_attend` chooses, attends and combines. Where one program's
-registers do not hold all pages (more than `REGISTER_PAGES`), `select` chooses in a launch between them.
+`append_score` writes the token and scores the pages, `append_sketch` in its place the tokens of a sketch;
+`select_attend` chooses, attends and combines. Where one program's registers do not hold all pages (more than
+`REGISTER_PAGES`), `select` chooses in a launch between them. Of a sketch a page is a token.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, N stored tokens, t token budget, P page size,
-r channels, k tokens read.
+r channels, k tokens read, C bytes of a token's codes.
 """
 
 import os
@@ -16,12 +17,14 @@ import triton
 from torch import Tensor
 
 from .append_score import append_score_kernel
+from .append_sketch import SketchRule, append_sketch_kernel, arranged, code_block
 from .select import select_kernel
 from .select_attend import ALL, GIVEN, RANKED, RECENT, select_attend_kernel
 
 TILE_PAGES = 128
 REGISTER_PAGES = 8192
 ROW_CHUNK = 16  # channels of one product
+LINE_CHUNK = 32  # lines of the rotation of one product
 TOKEN_BLOCK = 32  # tokens of one product
 SELECT_CHUNK = 2048
 LARGEST_PAGE = 16
@@ -51,6 +54,8 @@ class DecodeShape:
         token_budget: t: a row that stores no more attends to all of it.
         sinks: for `streaming`, how many first tokens are read beside the most recent; else None.
         protected: how many first tokens are read whatever their rank.
+        sketch: how keys are sketched, or None where pages are scored or nothing is.
+        residual: whether the tokens not read count as one.
     """
 
     batch: int
@@ -65,6 +70,8 @@ class DecodeShape:
     token_budget: int
     sinks: int | None
     protected: int = 0
+    sketch: SketchRule | None = None
+    residual: bool = False
 
     @property
     def group(self) -> int:
@@ -125,6 +132,8 @@ def refusal(
             f"the {shape.group} queries of a KV head take {held} bytes of shared memory in {dtype} with "
             f"head_dim={shape.head_dim}; the kernels take up to {LARGEST_QUERIES}"
         )
+    if shape.residual and shape.sketch is None:
+        return "the mean value of what is not read needs the scores of a sketch; the kernels have it for no other index"
     if shape.scored and shape.page_size > LARGEST_PAGE:
         return f"pages hold {shape.page_size} tokens; the kernels take up to {LARGEST_PAGE}"
     return index_refusal(index_dtype, capability) if shape.scored else None
@@ -143,6 +152,8 @@ class DecodeWorkspace:
         device: where.
         programs: programs that fill the device, by default its multiprocessors.
         buffers: those of an earlier workspace for the same, in the order of `tensors`, or None for new ones.
+        rotation: [D, D] in the queries' dtype, R of `rocketkv.sketch` times the length of its rows; where keys are
+            sketched and no buffers are given.
     """
 
     def __init__(
@@ -151,6 +162,7 @@ class DecodeWorkspace:
         device: torch.device,
         programs: int | None = None,
         buffers: Sequence[Tensor] | None = None,
+        rotation: Tensor | None = None,
     ) -> None:
         self.shape = shape
         if programs is None:
@@ -177,19 +189,33 @@ class DecodeWorkspace:
             return torch.empty(sizes, dtype=dtype, device=device) if given is None else next(given)
 
         scored = rows if shape.scored else 0
+        paged = 0 if shape.sketch is not None else scored
+        residual = rows if shape.residual else 0
         combined = rows if self.parts > 1 else 0
         self.scores = empty(scored, shape.group, self.page_capacity)
         self.peaks = empty(scored, self.splits, self.group_block)
         self.sums = empty(scored, self.splits, self.group_block)
-        self.ranked = empty(scored, self.splits, self.rank_block, dtype=torch.int32)
+        self.ranked = empty(paged, self.splits, self.rank_block, dtype=torch.int32)
         self.chosen = empty(scored, shape.top_k or 1, dtype=torch.int32)
         self.ordered = empty(scored if self.separate else 0, self.page_capacity, dtype=torch.int32)
         self.partial_out = empty(combined, self.parts, self.group_block, self.value_block)
         self.partial_peaks = empty(combined, self.parts, self.group_block)
         self.partial_sums = empty(combined, self.parts, self.group_block)
+        self.partial_values = empty(combined if shape.residual else 0, self.parts, self.value_block)
+        self.rest = empty(residual, 2, self.group_block)
+        self.missed = empty(residual, shape.group)
+        self.turn = self._turn(rotation) if given is None else next(given)
         self.arrivals = empty(rows, dtype=torch.int32)
         if given is None:
             self.arrivals.zero_()
+
+    def _turn(self, rotation: Tensor | None) -> Tensor:
+        """Return the rotation as the kernel reads it, or nothing where there is none."""
+        if self.shape.sketch is None:
+            return self.scores.new_empty(0)
+        if rotation is None:
+            raise ValueError("a workspace for a sketch needs the rotation")
+        return arranged(rotation, self.shape.sketch)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every buffer by name."""
@@ -204,7 +230,10 @@ def decode_step(
     keys: Tensor,
     values: Tensor,
     positions: Tensor,
-    index: Tensor | None,
+    index: Tensor | None = None,
+    sketch: Sequence[Tensor] = (),
+    value_sum: Tensor | None = None,
+    missed: Tensor | None = None,
     lengths: Tensor,
     seen: Tensor,
     ring: Tensor | None = None,
@@ -225,8 +254,13 @@ def decode_step(
         keys: [B, Hkv, capacity, D], with room for one token in every row; written.
         values: [B, Hkv, capacity, Dv]; written.
         positions: [B, Hkv, capacity] int32; written.
-        index: [B, Hkv, tiles, D or 2D, 128] in the keys' dtype or a float of 8 bits, or None where nothing is scored; a
-            page is written when it fills.
+        index: [B, Hkv, tiles, D or 2D, 128] in the keys' dtype or a float of 8 bits, or None where no pages are scored;
+            a page is written when it fills.
+        sketch: codes [B, Hkv, capacity, C] uint8 and scales [B, Hkv, capacity] bfloat16, written, and the mean key
+            [B, Hkv, D] float32; or nothing where keys are not sketched.
+        value_sum: [B, Hkv, Dv] float64, the sum of the values of each row, raised by the new one; with a residual.
+        missed: [B, H] float32 to write the weight of the tokens that are not read to, or None to keep it from the
+            caller; with a residual.
         lengths: [B, Hkv] int32, tokens of each row; raised by one.
         seen: [1] int32, position of the new token; raised by one.
         ring: [B, H, W, D], where the query of token i is written at place i mod W, or None.
@@ -247,17 +281,32 @@ def decode_step(
     exact = INTERPRETED or query.dtype == torch.float32 or query.dtype != keys.dtype
     head_block = max(16, triton.next_power_of_2(shape.head_dim))
     cap = 1.0 if softcap is None else softcap
-    append_score_kernel[(rows, space.splits)](
-        query, key, value, keys, values, positions, index if shape.scored else keys, lengths, seen,
-        space.scores, space.peaks, space.sums, space.ranked, lengths if ring is None else ring,
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
-        shape.capacity, shape.tiles, shape.kv_heads, shape.token_budget, shape.channels or 0, scaling, cap,
-        G=shape.group, D=shape.head_dim, DV=shape.value_dim, P=shape.page_size,
-        SPLITS=space.splits, SCORE=shape.scored, SOFTCAP=softcap is not None, EXACT=exact,
-        GP=space.group_block, DP=head_block, DC=min(32, head_block),
-        DVP=space.value_block, RP=space.rank_block, RC=ROW_CHUNK, RING=0 if ring is None else ring.shape[2],
-        num_warps=4 if space.group_block <= 32 else 8,
-    )  # fmt: skip
+    appended = (query, key, value, keys, values, positions)
+    strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
+    remembered = lengths if ring is None else ring
+    fixed = {
+        "G": shape.group, "D": shape.head_dim, "DV": shape.value_dim, "SPLITS": space.splits, "EXACT": exact,
+        "SOFTCAP": softcap is not None, "GP": space.group_block, "DP": head_block, "DVP": space.value_block,
+        "RING": 0 if ring is None else ring.shape[2], "num_warps": 4 if space.group_block <= 32 else 8,
+    }  # fmt: skip
+    if shape.sketch is None:
+        append_score_kernel[(rows, space.splits)](
+            *appended, index if shape.scored else keys, lengths, seen,
+            space.scores, space.peaks, space.sums, space.ranked, remembered, *strides,
+            shape.capacity, shape.tiles, shape.kv_heads, shape.token_budget, shape.channels or 0, scaling, cap,
+            P=shape.page_size, SCORE=shape.scored, DC=min(32, head_block), RP=space.rank_block, RC=ROW_CHUNK, **fixed,
+        )  # fmt: skip
+    else:
+        rule, (width, *higher) = shape.sketch, shape.sketch.widths
+        append_sketch_kernel[(rows, space.splits)](
+            *appended, *sketch, value_sum if shape.residual else lengths, space.turn, lengths, seen,
+            space.scores, space.peaks, space.sums, remembered, *strides,
+            shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, scaling, cap,
+            scaling / rule.norm, rule.grid, rule.norm / rule.grid, rule.step,
+            WIDTH=width, HIGHER=bool(higher), RESIDUAL=shape.residual, BLOCK=code_block(shape.head_dim, width),
+            BLOCK_HIGHER=code_block(shape.head_dim, 1) if higher else 2, RC=min(LINE_CHUNK, head_block),
+            BN=TILE_PAGES if head_block <= 128 else TILE_PAGES // 2, **fixed,
+        )  # fmt: skip
     mode = ALL.value
     if shape.sinks is not None:
         mode = RECENT.value
@@ -269,9 +318,9 @@ def decode_step(
     if space.separate:
         select_kernel[(rows,)](
             lengths, lengths if sinks is None else sinks, space.scores, space.peaks, space.sums, space.ordered,
-            space.chosen, shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, top_k,
+            space.chosen, space.rest, shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, top_k,
             shape.protected, G=shape.group, P=page_size, SPLITS=space.splits, SINKS=sinks is not None,
-            GP=space.group_block, SP=split_block, CHUNK=SELECT_CHUNK, num_warps=16,
+            RESIDUAL=shape.residual, GP=space.group_block, SP=split_block, CHUNK=SELECT_CHUNK, num_warps=16,
         )  # fmt: skip
     page_block = triton.next_power_of_2(space.page_capacity) if mode == RANKED.value else 1
     # As many registers as the weights of all pages take, or the float32 sums of a large group.
@@ -282,13 +331,14 @@ def decode_step(
     wide = head_block * keys.itemsize > 512
     select_attend_kernel[(rows, space.parts)](
         query, keys, values, lengths, seen, lengths if sinks is None else sinks,
-        space.scores, space.peaks, space.sums, space.chosen,
-        space.partial_out, space.partial_peaks, space.partial_sums, space.arrivals, out,
+        space.scores, space.peaks, space.sums, value_sum if shape.residual else lengths, space.rest,
+        space.missed if missed is None else missed, space.chosen,
+        space.partial_out, space.partial_peaks, space.partial_sums, space.partial_values, space.arrivals, out,
         *query.stride()[:2], shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, top_k,
         shape.sinks or 0, shape.protected, scaling, cap,
         MODE=mode, G=shape.group, D=shape.head_dim, DV=shape.value_dim, P=page_size,
         SPLITS=space.splits, PARTS=space.parts, SINKS=sinks is not None, SOFTCAP=softcap is not None, EXACT=exact,
-        GP=space.group_block, DP=head_block, DVP=space.value_block, SP=split_block, UP=page_block,
-        BT=TOKEN_BLOCK // 2 if wide else TOKEN_BLOCK, num_warps=warps, num_stages=2 if wide else 3,
+        RESIDUAL=shape.residual, GP=space.group_block, DP=head_block, DVP=space.value_block, SP=split_block,
+        UP=page_block, BT=TOKEN_BLOCK // 2 if wide else TOKEN_BLOCK, num_warps=warps, num_stages=2 if wide else 3,
     )  # fmt: skip
     return out

@@ -60,3 +60,11 @@ def widened(bounds):
     if bounds.dtype == tl.float8e5:
         bounds = (bounds.to(tl.uint8, bitcast=True).to(tl.uint16) << 8).to(tl.float16, bitcast=True)
     return bounds
+
+
+@triton.jit
+def as_bfloat16(x):
+    """Return float32 values as the nearest bfloat16, ties to even; the interpreter would cut off."""
+    bits = x.to(tl.int32, bitcast=True)
+    near = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+    return near.to(tl.int16).to(tl.bfloat16, bitcast=True)

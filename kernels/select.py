@@ -6,7 +6,7 @@ Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, N stored tokens, P pag
 import triton
 import triton.language as tl
 
-from .select_attend import HIGHEST, ordered_bits, page_weights
+from .select_attend import HIGHEST, ordered_bits, page_weights, write_rest
 
 BEYOND = tl.constexpr(0x7F800001)  # the bits of infinity, and one
 
@@ -43,6 +43,7 @@ def select_kernel(
     sums,  # [B, Hkv, SPLITS, GP] float32
     ordered,  # [B, Hkv, page capacity] int32, written
     chosen,  # [B, Hkv, k] int32, written
+    rest,  # [B, Hkv, 2, GP] float32, written: peak and sum of the tokens not chosen
     capacity,
     page_capacity,
     kv_heads,
@@ -53,6 +54,7 @@ def select_kernel(
     P: tl.constexpr,
     SPLITS: tl.constexpr,
     SINKS: tl.constexpr,
+    RESIDUAL: tl.constexpr,  # pages are single tokens then
     GP: tl.constexpr,
     SP: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -98,5 +100,22 @@ def select_kernel(
             number = taken_before + tl.cumsum(taken, 0) - taken
             for i in tl.static_range(P):
                 tl.store(listed + number + i, page * P + i, mask=i < taken)
+            if RESIDUAL:
+                tl.store(ordered + page, HIGHEST, mask=taken > 0)
             tied_before += tl.sum(tied, 0)
             taken_before += tl.sum(taken, 0)
+        if RESIDUAL:
+            tl.debug_barrier()
+            for g in range(G):
+                peak = tl.full([], float("-inf"), tl.float32)
+                mass = tl.full([], 0.0, tl.float32)
+                for start in range(0, pages, CHUNK):
+                    page = start + tl.arange(0, CHUNK)
+                    left = tl.load(ordered + page, mask=page < pages, other=HIGHEST) != HIGHEST
+                    logit = scores + (row * G + g) * page_capacity + page
+                    logit = tl.load(logit, mask=left, other=float("-inf"))
+                    higher = tl.maximum(peak, tl.max(logit, 0))
+                    anchor = tl.where(higher == float("-inf"), 0.0, higher)
+                    mass = mass * tl.exp(peak - anchor) + tl.sum(tl.exp(logit - anchor), 0)
+                    peak = higher
+                write_rest(rest, row, g, peak, mass, GP)

@@ -72,6 +72,32 @@ def threshold(bits, count, stored, k, P: tl.constexpr):
 
 
 @triton.jit
+def write_rest(rest, row, g, peak, mass, GP: tl.constexpr):
+    """Write a head's weight of the tokens that were not chosen: the largest logit, and the sum over it."""
+    tl.store(rest + row * 2 * GP + g, peak)
+    tl.store(rest + (row * 2 + 1) * GP + g, mass)
+
+
+@triton.jit
+def _others(
+    rest, value_sum, own, row, stored, read, everything, head, column,
+    G: tl.constexpr, DV: tl.constexpr, GP: tl.constexpr,
+):  # fmt: skip
+    """Return the tokens that are not read as one: its weight as peak and sum of each head, and their mean value.
+
+    The sum of the values is exact in float64, so that what is left after those that are read is not a rounding error.
+    """
+    # Nothing is left out of a row that is read whole.
+    there = head < G * (1 - everything.to(tl.int32))
+    place = rest + row * 2 * GP + head
+    peak = tl.load(place, mask=there, other=float("-inf"), cache_modifier=".cg")
+    mass = tl.load(place + GP, mask=there, other=0.0, cache_modifier=".cg")
+    total = tl.load(value_sum + row * DV + column, mask=column < DV, other=0.0)
+    mean = ((total - own.to(tl.float64)) / tl.maximum(stored - read, 1).to(tl.float64)).to(tl.float32)
+    return peak, mass, tl.where(everything, 0.0, mean)
+
+
+@triton.jit
 def select_attend_kernel(
     query,  # [B, H, D], channels side by side
     keys,  # [B, Hkv, capacity, D]
@@ -82,10 +108,14 @@ def select_attend_kernel(
     scores,  # [B, H, page capacity] float32
     peaks,  # [B, Hkv, SPLITS, GP] float32
     sums,  # [B, Hkv, SPLITS, GP] float32
+    value_sum,  # [B, Hkv, DV] float64, this step's value included
+    rest,  # [B, Hkv, 2, GP] float32, peak and sum of the tokens not chosen; written where ranked here
+    missed,  # [B, H] float32, written: the weight of the tokens not chosen
     chosen,  # [B, Hkv, k] int32, written where ranked here
     partial_out,  # [B, Hkv, PARTS, GP, DVP] float32, written
     partial_peaks,  # [B, Hkv, PARTS, GP] float32, written
     partial_sums,  # [B, Hkv, PARTS, GP] float32, written
+    partial_values,  # [B, Hkv, PARTS, DVP] float32, written
     arrivals,  # [B, Hkv] int32, zero before and after
     out,  # [B, H, DV]
     query_batch,  # strides of the queries, by row and by head
@@ -109,6 +139,7 @@ def select_attend_kernel(
     SINKS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     EXACT: tl.constexpr,
+    RESIDUAL: tl.constexpr,  # whether the tokens not chosen count as one; pages are single tokens then
     GP: tl.constexpr,
     DP: tl.constexpr,
     DVP: tl.constexpr,
@@ -131,7 +162,10 @@ def select_attend_kernel(
     listed = chosen + row * k
 
     if MODE == RANKED:
-        if (stored > token_budget) & (first < last):
+        chooses = stored > token_budget
+        if not RESIDUAL:
+            chooses &= first < last
+        if chooses:
             page = tl.arange(0, UP)
             pages = (stored + P - 1) // P
             count = tl.minimum(tl.maximum(stored - page * P, 0), P)
@@ -148,6 +182,14 @@ def select_attend_kernel(
             for i in tl.static_range(P):
                 mine = (i < taken) & (number + i >= first) & (number + i < last)
                 tl.store(listed + number + i, page * P + i, mask=mine)
+            if RESIDUAL:
+                for g in range(part, G, PARTS):
+                    left = (page < pages) & (taken == 0)
+                    estimate = scores + (row * G + g) * page_capacity + page
+                    estimate = tl.load(estimate, mask=left, other=float("-inf"))
+                    highest = tl.max(estimate, 0)
+                    anchor = tl.where(highest == float("-inf"), 0.0, highest)
+                    write_rest(rest, row, g, highest, tl.sum(tl.exp(estimate - anchor), 0), GP)
         tl.debug_barrier()  # the list is read by other threads than wrote it
 
     head = tl.arange(0, GP)
@@ -165,6 +207,7 @@ def select_attend_kernel(
     peak = tl.full([GP], float("-inf"), tl.float32)
     mass = tl.zeros([GP], tl.float32)
     total = tl.zeros([GP, DVP], tl.float32)
+    own = tl.zeros([DVP], tl.float32)
     for start in range(first, last, BT):
         number = start + tl.arange(0, BT)
         there = number < last
@@ -193,6 +236,8 @@ def select_attend_kernel(
         )
         if EXACT:
             vector = vector.to(tl.float32)
+        if RESIDUAL:
+            own += tl.sum(vector.to(tl.float32), 0)
         total = tl.dot(weight.to(vector.dtype), vector, total * decay[:, None], input_precision="ieee")
         peak = higher
 
@@ -206,6 +251,16 @@ def select_attend_kernel(
             higher = tl.maximum(peak, sink)
             total = total * tl.exp(peak - higher)[:, None]
             mass = mass * tl.exp(peak - higher) + tl.exp(sink - higher)
+            peak = higher
+        if RESIDUAL:
+            other_peak, other, mean = _others(
+                rest, value_sum, own, row, stored, read, everything, head, column, G, DV, GP
+            )
+            higher = tl.maximum(peak, other_peak)
+            other *= tl.exp(other_peak - higher)
+            total = total * tl.exp(peak - higher)[:, None] + other[:, None] * mean[None, :]
+            mass = mass * tl.exp(peak - higher) + other
+            tl.store(missed + row * G + head, other / mass, mask=head < G)
         tl.store(out + written, (total / mass[:, None]).to(out.dtype.element_ty), mask=inside)
         tl.store(lengths + row, stored)
         if row == 0:
@@ -215,6 +270,8 @@ def select_attend_kernel(
         tl.store(partial_peaks + place, peak)
         tl.store(partial_sums + place, mass)
         tl.store(partial_out + place[:, None] * DVP + column[None, :], total)
+        if RESIDUAL:
+            tl.store(partial_values + (row * PARTS + part) * DVP + column, own)
         tl.debug_barrier()  # all of the part is written before it is announced
         if tl.atomic_add(arrivals + row, 1, sem="acq_rel") == PARTS - 1:
             # The last to arrive combines, in the order of the parts: the result does not depend on who that is.
@@ -224,14 +281,28 @@ def select_attend_kernel(
                 highest = tl.maximum(
                     highest, tl.load(partial_peaks + (row * PARTS + i) * GP + head, cache_modifier=".cg")
                 )
+            if RESIDUAL:
+                own = tl.zeros([DVP], tl.float32)
+                for i in range(PARTS):
+                    own += tl.load(partial_values + (row * PARTS + i) * DVP + column, cache_modifier=".cg")
+                other_peak, other, mean = _others(
+                    rest, value_sum, own, row, stored, read, everything, head, column, G, DV, GP
+                )
+                highest = tl.maximum(highest, other_peak)
             mass = tl.exp(sink - highest)
             total = tl.zeros([GP, DVP], tl.float32)
+            if RESIDUAL:
+                other *= tl.exp(other_peak - highest)
+                mass += other
+                total += other[:, None] * mean[None, :]
             for i in range(PARTS):
                 place = (row * PARTS + i) * GP + head
                 decay = tl.exp(tl.load(partial_peaks + place, cache_modifier=".cg") - highest)
                 mass += tl.load(partial_sums + place, cache_modifier=".cg") * decay
                 piece = tl.load(partial_out + place[:, None] * DVP + column[None, :], cache_modifier=".cg")
                 total += piece * decay[:, None]
+            if RESIDUAL:
+                tl.store(missed + row * G + head, other / mass, mask=head < G)
             tl.store(out + written, (total / mass[:, None]).to(out.dtype.element_ty), mask=inside)
             tl.store(arrivals + row, 0)
             tl.store(lengths + row, stored)

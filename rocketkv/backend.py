@@ -19,8 +19,9 @@ from .attention import attend, select
 from .budget import BudgetSplit
 from .config import BACKENDS
 from .eviction import full_precision
-from .indexes import Index, Parts, index_of
+from .indexes import Index, Parts, SketchIndex, index_of
 from .residual import residual_attend
+from .sketch import encoding, rotation
 from .store import KVStore
 
 VARIABLE = "ROCKETKV_BACKEND"
@@ -190,9 +191,11 @@ def _triton_step(
         store.keys,
         store.values,
         store.positions,
-        store.index,
+        store.index_parts(),
         store.lengths,
         store.clock(),
+        value_sum=store.value_sum,
+        missed=store.missed_room(query) if split.residual and store.stored >= split.token_budget else None,
         ring=store.window,
         split=split,
         workspace=workspace,
@@ -211,10 +214,12 @@ def run_kernels(
     keys: Tensor,
     values: Tensor,
     positions: Tensor,
-    index: Tensor | None,
+    parts: Parts,
     lengths: Tensor,
     clock: Tensor,
     *,
+    value_sum: Tensor | None,
+    missed: Tensor | None,
     ring: Tensor | None,
     split: BudgetSplit,
     workspace: Any,
@@ -223,7 +228,10 @@ def run_kernels(
     sinks: Tensor | None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Run a decode step by the kernels, on a store's tensors, its clock, its ring, and a workspace or its buffers."""
+    """Run a decode step by the kernels, on a store's tensors, its clock, its ring, and a workspace or its buffers.
+
+    `missed` is where the weight of what was not attended to is written; None where nobody asks.
+    """
     from .kernels import decode  # only where it runs: triton is not everywhere
 
     if not isinstance(workspace, decode.DecodeWorkspace):
@@ -237,7 +245,10 @@ def run_kernels(
             keys=keys,
             values=values,
             positions=positions,
-            index=index,
+            index=parts.get("index"),
+            sketch=() if split.sketch_bits is None else [parts[name] for name in SketchIndex.names],
+            value_sum=value_sum,
+            missed=missed,
             lengths=lengths,
             seen=clock,
             ring=ring,
@@ -251,9 +262,11 @@ def run_kernels(
 
 
 def _decode_shape(query: Tensor, keys: Tensor, values: Tensor, split: BudgetSplit) -> Any:
-    from .kernels import decode
+    from .kernels import append_sketch, decode
 
     batch, kv_heads, capacity, head_dim = keys.shape
+    bits = split.sketch_bits
+    rule = None if bits is None else append_sketch.SketchRule(bits, *encoding(head_dim, bits))
     return decode.DecodeShape(
         batch=batch,
         heads=query.shape[1],
@@ -267,6 +280,8 @@ def _decode_shape(query: Tensor, keys: Tensor, values: Tensor, split: BudgetSpli
         token_budget=split.token_budget,
         sinks=split.sinks,
         protected=split.protected,
+        sketch=rule,
+        residual=split.residual,
     )
 
 
@@ -276,9 +291,6 @@ def _workspace(query: Tensor, store: KVStore, workspaces: MutableMapping[Any, An
 
     if store.keys is None or store.values is None or store.split is None:
         raise ValueError("a decode step needs a store whose prompt is closed")
-    if store.split.sketch_bits is not None or store.split.residual:
-        _say_once(_REFUSED + "they score pages, not a sketch, and have no residual")
-        return None
     shape = _decode_shape(query, store.keys, store.values, store.split)
     index_dtype = None if store.index is None else store.index.dtype
     # Of prompts one after another each has a shape of its own: the last one's buffers stand for the layer.
@@ -290,7 +302,9 @@ def _workspace(query: Tensor, store: KVStore, workspaces: MutableMapping[Any, An
     if reason is not None:
         _say_once(_REFUSED + reason)
         return None
-    workspaces[place] = decode.DecodeWorkspace(shape, query.device)
+    # Exact in 16 bits: its entries are whole numbers of less than 256.
+    turn = None if shape.sketch is None else rotation(shape.head_dim, query.device).to(store.keys.dtype)
+    workspaces[place] = decode.DecodeWorkspace(shape, query.device, rotation=turn)
     return workspaces[place]
 
 

@@ -82,11 +82,16 @@ class Indexed(QueryWindow):
             self._set(index.grow(parts, capacity))
 
     @torch.inference_mode(False)
+    def missed_room(self, query: Tensor) -> Tensor:
+        """Return where a step of queries [B, H, D] is to write what it missed, [B, H]; always the same tensor."""
+        if self.missed is None:
+            self.missed = torch.zeros(query.shape[:2], device=query.device)
+        return self.missed
+
+    @torch.inference_mode(False)
     def note_missed(self, missed: Tensor) -> None:
         """Keep what a step missed, [B, H] float32; always in the same tensor."""
-        if self.missed is None:
-            self.missed = torch.zeros(missed.shape, device=missed.device)
-        self.missed.copy_(missed.detach())
+        self.missed_room(missed).copy_(missed.detach())
 
     def rebuild_index(self) -> None:
         """Write the index and the sum anew, in place, after tokens have been moved."""

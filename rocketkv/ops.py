@@ -101,8 +101,12 @@ def decode_step_op(
     )
     exact: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
     if buffers:
-        stored = (keys, values, positions, index[0] if index else None, lengths, clock)
-        run_kernels(query, key, value, *stored, ring=ring, split=split, workspace=buffers, out=out, **exact)
+        ranked = index_of(split)
+        parts = {} if ranked is None else dict(zip(ranked.names, index, strict=True))
+        given: dict[str, Any] = {"value_sum": value_sum, "missed": missed, "ring": ring, "split": split, **exact}
+        run_kernels(
+            query, key, value, keys, values, positions, parts, lengths, clock, workspace=buffers, out=out, **given
+        )
         return
     if ring is not None:
         ring.index_copy_(2, clock.long() % ring.shape[2], query[:, :, None].to(ring.dtype))

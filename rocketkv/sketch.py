@@ -141,6 +141,16 @@ def grid(head_dim: int) -> int:
     return min(256, 1 << max(0, math.floor(math.log2(most))))
 
 
+@functools.cache  # constants
+def encoding(head_dim: int, bits: int) -> tuple[int, float, float]:
+    """Return the numbers that keys are encoded by.
+
+    Returns:
+        `grid`, `rotation_norm`, and the distance of levels over the length of a difference in whole numbers.
+    """
+    return grid(head_dim), rotation_norm(head_dim), LEVEL_STEP[bits] * math.sqrt(odd_part(head_dim))
+
+
 def mean_key(keys: Tensor, tokens: int, lengths: Tensor | None = None) -> Tensor:
     """Return the mean key of each row and KV head, [B, Hkv, D] float32; zeros where a row has no token.
 
@@ -169,8 +179,7 @@ def encode(keys: Tensor, mean: Tensor, turn: Tensor, bits: int) -> tuple[Tensor,
         [B, Hkv, n, C] uint8 and [B, Hkv, n] bfloat16.
     """
     half = 2 ** (bits - 1)
-    head_dim = keys.shape[-1]
-    top = grid(head_dim)
+    top, norm, spacing = encoding(keys.shape[-1], bits)
     difference = keys.float() - mean[:, :, None]
     largest = difference.abs().amax(-1, keepdim=True)
     # NaN where the key is not finite, or is the mean itself: 0 / 0.
@@ -179,10 +188,10 @@ def encode(keys: Tensor, mean: Tensor, turn: Tensor, bits: int) -> tuple[Tensor,
         turned = torch.matmul(whole, turn.t())
     square = whole.square().sum(-1, keepdim=True)
     # Steps from the middle, which is a border; the largest difference is `top`, so only zeros have squares under 1.
-    step = square.clamp(min=1).sqrt_().mul_(LEVEL_STEP[bits] * math.sqrt(odd_part(head_dim)))
+    step = square.clamp(min=1).sqrt_().mul_(spacing)
     level = (turned / step).floor_().clamp_(-half, half - 1)
     product = (turned * (level + 0.5)).sum(-1, keepdim=True)
-    scale = largest * (square * (rotation_norm(head_dim) / top) / product.clamp_(min=0.5))
+    scale = largest * (square * (norm / top) / product.clamp_(min=0.5))
     return pack(level.add_(half).to(torch.uint8), bits), scale[..., 0].to(torch.bfloat16)
 
 

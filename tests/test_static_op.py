@@ -98,19 +98,25 @@ def test_only_a_static_store_has_a_static_step() -> None:
         static_step(torch.zeros(1, 6, D), store)
 
 
-def test_a_step_on_the_kernels_does_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["rocketkv", "rocketkv+"])
+def test_a_step_on_the_kernels_does_nothing_else(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     decode_kernels = pytest.importorskip("rocketkv.kernels.decode", reason="Triton has no package for this platform")
     if not decode_kernels.INTERPRETED and not torch.cuda.is_available():
         pytest.skip("TRITON_INTERPRET was not 1 when triton was imported")
-    growing, static, given = static_pair("rocketkv", [60, 31], 3)
+    growing, static, given = static_pair(method, [60, 31], 3)
     assert static.stored > BUDGET
     step = static_step(given.query[:, :, 0], static, backend="triton")
     assert step.buffers
-    known = [*static.tensors().values(), step.clock, *step.buffers, step.out, given.query, given.key, given.value]
+    missed = [] if step.missed is None else [step.missed]
+    known = [*static.tensors().values(), step.clock, *step.buffers, step.out, *missed]
+    known += [given.query, given.key, given.value]
     with torch.inference_mode(), Tracker(known) as tracker:
         found = run_static(step, given[:1])
     assert set(tracker.operations) - VIEWS == {"decode_step", "clone", "cat"}
     assert_near(found, decode(growing, given[:1]))
+    if step.missed is not None:
+        assert growing.missed is not None
+        assert_near(step.missed, growing.missed)
     # And inside of the operator: launches, which the interpreter makes of other operations.
     launched = []
 
@@ -121,7 +127,8 @@ def test_a_step_on_the_kernels_does_nothing_else(monkeypatch: pytest.MonkeyPatch
         def __getitem__(self, grid: Any) -> Any:
             return lambda *args, **kwargs: launched.append(self.name)
 
-    kernels = ["append_score_kernel", "select_attend_kernel"]
+    kernels = ["append_sketch_kernel" if method == "rocketkv+" else "append_score_kernel", "select_attend_kernel"]
+    names = list(static.index_parts())
     for name in kernels:
         monkeypatch.setattr(decode_kernels, name, Launched(name))
     second = Tokens(*(tensor[:, :, 1:2].clone() for tensor in (given.query, given.key, given.value)))
@@ -129,8 +136,9 @@ def test_a_step_on_the_kernels_does_nothing_else(monkeypatch: pytest.MonkeyPatch
     with torch.inference_mode(), Tracker(known) as tracker:
         out = run_kernels(
             second.query[:, :, 0], second.key[:, :, 0], second.value[:, :, 0], step.keys, step.values, step.positions,
-            step.index[0], step.lengths, step.clock, ring=None, split=step.split, workspace=step.buffers,
-            scaling=SCALING, softcap=None, sinks=None, out=step.out,
+            dict(zip(names, step.index, strict=True)), step.lengths, step.clock, value_sum=step.value_sum,
+            missed=step.missed, ring=None, split=step.split, workspace=step.buffers, scaling=SCALING, softcap=None,
+            sinks=None, out=step.out,
         )  # fmt: skip
     assert launched == kernels
     assert [name for name in tracker.operations if name not in VIEWS] == []

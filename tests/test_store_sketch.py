@@ -250,14 +250,14 @@ def test_bytes_are_those_of_codes_scales_and_means() -> None:
     assert found.step_bytes == rows * (read + 4 * D + 8 * value_dim + 4 * k * (D + value_dim))
 
 
-def test_the_kernels_leave_it_to_pytorch_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_leave_a_residual_of_pages_to_pytorch_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rocketkv.kernels.decode", reason="Triton has no package for this platform")
     monkeypatch.setattr(backend, "backend_name", lambda *_: "triton")
     backend._say_once.cache_clear()
-    store, other = (prompted(tokens(1, PROMPT), PLUS) for _ in range(2))
+    store = prompted(tokens(1, PROMPT), replace(PLUS, sketch_bits=None, channels=4))
     other = copy.deepcopy(store)
     given = tokens(1, 3)
-    with pytest.warns(UserWarning, match="they score pages, not a sketch, and have no residual"):
+    with pytest.warns(UserWarning, match="needs the scores of a sketch; the kernels have it for no other"):
         found = decode_step(given.query[:, :, 0], given.key[:, :, 0], given.value[:, :, 0], store, scaling=SCALING)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
