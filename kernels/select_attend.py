@@ -79,22 +79,28 @@ def write_rest(rest, row, g, peak, mass, GP: tl.constexpr):
 
 
 @triton.jit
-def _others(
-    rest, value_sum, own, row, stored, read, everything, head, column,
+def _with_others(
+    total, mass, peak, own, rest, value_sum, missed, row, stored, read, everything, head, column,
     G: tl.constexpr, DV: tl.constexpr, GP: tl.constexpr,
 ):  # fmt: skip
-    """Return the tokens that are not read as one: its weight as peak and sum of each head, and their mean value.
+    """Return an attention's sum and mass with the tokens that are not read as one more, of their mean value.
 
-    The sum of the values is exact in float64, so that what is left after those that are read is not a rounding error.
+    Values are summed exactly, in float64: what is left after `own`, those that are read, is no rounding error.
     """
     # Nothing is left out of a row that is read whole.
     there = head < G * (1 - everything.to(tl.int32))
     place = rest + row * 2 * GP + head
-    peak = tl.load(place, mask=there, other=float("-inf"), cache_modifier=".cg")
-    mass = tl.load(place + GP, mask=there, other=0.0, cache_modifier=".cg")
-    total = tl.load(value_sum + row * DV + column, mask=column < DV, other=0.0)
-    mean = ((total - own.to(tl.float64)) / tl.maximum(stored - read, 1).to(tl.float64)).to(tl.float32)
-    return peak, mass, tl.where(everything, 0.0, mean)
+    other_peak = tl.load(place, mask=there, other=float("-inf"), cache_modifier=".cg")
+    other = tl.load(place + GP, mask=there, other=0.0, cache_modifier=".cg")
+    every = tl.load(value_sum + row * DV + column, mask=column < DV, other=0.0)
+    mean = ((every - own.to(tl.float64)) / tl.maximum(stored - read, 1).to(tl.float64)).to(tl.float32)
+    mean = tl.where(everything, 0.0, mean)
+    higher = tl.maximum(peak, other_peak)
+    other *= tl.exp(other_peak - higher)
+    decay = tl.exp(peak - higher)
+    mass = mass * decay + other
+    tl.store(missed + row * G + head, other / mass, mask=head < G)
+    return total * decay[:, None] + other[:, None] * mean[None, :], mass
 
 
 @triton.jit
@@ -253,14 +259,10 @@ def select_attend_kernel(
             mass = mass * tl.exp(peak - higher) + tl.exp(sink - higher)
             peak = higher
         if RESIDUAL:
-            other_peak, other, mean = _others(
-                rest, value_sum, own, row, stored, read, everything, head, column, G, DV, GP
-            )
-            higher = tl.maximum(peak, other_peak)
-            other *= tl.exp(other_peak - higher)
-            total = total * tl.exp(peak - higher)[:, None] + other[:, None] * mean[None, :]
-            mass = mass * tl.exp(peak - higher) + other
-            tl.store(missed + row * G + head, other / mass, mask=head < G)
+            total, mass = _with_others(
+                total, mass, peak, own, rest, value_sum, missed, row, stored, read, everything, head, column,
+                G, DV, GP,
+            )  # fmt: skip
         tl.store(out + written, (total / mass[:, None]).to(out.dtype.element_ty), mask=inside)
         tl.store(lengths + row, stored)
         if row == 0:
@@ -281,20 +283,8 @@ def select_attend_kernel(
                 highest = tl.maximum(
                     highest, tl.load(partial_peaks + (row * PARTS + i) * GP + head, cache_modifier=".cg")
                 )
-            if RESIDUAL:
-                own = tl.zeros([DVP], tl.float32)
-                for i in range(PARTS):
-                    own += tl.load(partial_values + (row * PARTS + i) * DVP + column, cache_modifier=".cg")
-                other_peak, other, mean = _others(
-                    rest, value_sum, own, row, stored, read, everything, head, column, G, DV, GP
-                )
-                highest = tl.maximum(highest, other_peak)
             mass = tl.exp(sink - highest)
             total = tl.zeros([GP, DVP], tl.float32)
-            if RESIDUAL:
-                other *= tl.exp(other_peak - highest)
-                mass += other
-                total += other[:, None] * mean[None, :]
             for i in range(PARTS):
                 place = (row * PARTS + i) * GP + head
                 decay = tl.exp(tl.load(partial_peaks + place, cache_modifier=".cg") - highest)
@@ -302,7 +292,13 @@ def select_attend_kernel(
                 piece = tl.load(partial_out + place[:, None] * DVP + column[None, :], cache_modifier=".cg")
                 total += piece * decay[:, None]
             if RESIDUAL:
-                tl.store(missed + row * G + head, other / mass, mask=head < G)
+                own = tl.zeros([DVP], tl.float32)
+                for i in range(PARTS):
+                    own += tl.load(partial_values + (row * PARTS + i) * DVP + column, cache_modifier=".cg")
+                total, mass = _with_others(
+                    total, mass, highest, own, rest, value_sum, missed, row, stored, read, everything, head, column,
+                    G, DV, GP,
+                )  # fmt: skip
             tl.store(out + written, (total / mass[:, None]).to(out.dtype.element_ty), mask=inside)
             tl.store(arrivals + row, 0)
             tl.store(lengths + row, stored)
