@@ -74,9 +74,10 @@ def arranged(rotation: Tensor, rule: SketchRule) -> Tensor:
 
 @triton.jit
 def _whole(difference, largest, top):
-    """Return a difference in whole numbers of at most `top`; zeros where it is not finite, or zero throughout."""
-    x = tl.div_rn(difference, largest) * top + NEAREST - NEAREST
-    return tl.where(x == x, x, 0.0)
+    """Return a difference in whole numbers of at most `top`; zeros where its largest is zero or NaN."""
+    usable = largest > 0
+    x = tl.div_rn(tl.where(usable, difference, 0.0), tl.where(usable, largest, 1.0))
+    return x * top + NEAREST - NEAREST
 
 
 @triton.jit
@@ -214,10 +215,11 @@ def append_sketch_kernel(
         centre = tl.load(mean + row * D + channel, mask=channel < D, other=0.0)
         difference = new.to(tl.float32) - centre
         largest = tl.max(tl.abs(difference), 0)
-        # A maximum may drop NaN, and all of the key is spoiled by one.
-        spoiled = tl.sum((difference != difference).to(tl.int32), 0) > 0
-        largest = tl.where(spoiled, float("nan"), largest)
-        square = tl.sum(_whole(difference, largest, top) * _whole(difference, largest, top), 0)
+        # A maximum may drop NaN; one channel that is not finite spoils all of the key.
+        finite = tl.sum((tl.abs(difference) < float("inf")).to(tl.int32), 0) == DP
+        largest = tl.where(finite, largest, float("nan"))
+        whole = _whole(difference, largest, top)
+        square = tl.sum(whole * whole, 0)
         products = tl.zeros([RC, columns], tl.float32)
         products_higher = tl.zeros([RC, columns_higher], tl.float32)
         for first in range(0, DP, RC):

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rocketkv.attention import score, select
+from rocketkv import backend
+from rocketkv.attention import select
 from rocketkv.budget import BudgetSplit
+from rocketkv.indexes import SketchIndex, index_of
+from rocketkv.sketch import rotation
 from rocketkv.store import KVStore
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
@@ -24,7 +27,10 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Case:
-    """One layer in the middle of decoding; `lengths` are the tokens of its rows, the longest of them the buffer's."""
+    """One layer in the middle of decoding; `lengths` are the tokens of its rows, the longest of them the buffer's.
+
+    With `sketch_bits` it has a sketch in place of pages, and a residual unless that is switched off.
+    """
 
     lengths: tuple[int, ...] = (200,)
     heads: int = 2
@@ -43,6 +49,8 @@ class Case:
     method: str = "rocketkv"
     steps: int = 1
     protected: int = 0
+    sketch_bits: int | None = None
+    residual: bool = True
 
     def __str__(self) -> str:
         changed = {name: value for name, value in vars(self).items() if value != getattr(Case(), name)}
@@ -55,6 +63,9 @@ class Case:
             return BudgetSplit(**common, kept_tokens=None, page_size=1, channels=None, top_k=None)
         if self.method == "streaming":
             return BudgetSplit(**common, kept_tokens=None, page_size=1, channels=None, top_k=self.top_k, sinks=4)
+        if self.sketch_bits is not None:
+            common |= {"sketch_bits": self.sketch_bits, "residual": self.residual}
+            return BudgetSplit(**common, top_k=self.top_k, protected=self.protected)
         shape: dict[str, Any] = {"page_size": self.page_size, "channels": self.channels, "top_k": self.top_k}
         return BudgetSplit(**common, **shape, protected=self.protected)
 
@@ -93,12 +104,10 @@ def workspace_of(case: Case, store: KVStore) -> decode.DecodeWorkspace:
     assert store.values is not None
     split = store.split
     assert split is not None
-    batch, kv_heads, capacity, head_dim = store.keys.shape
-    shape = decode.DecodeShape(
-        batch, case.heads, kv_heads, head_dim, store.values.shape[3], capacity,
-        split.page_size, split.channels, split.top_k, split.token_budget, split.sinks, split.protected,
-    )  # fmt: skip
-    return decode.DecodeWorkspace(shape, DEVICE, case.programs)
+    query = store.keys.new_zeros(len(case.lengths), case.heads, case.head_dim)
+    shape = backend._decode_shape(query, store.keys, store.values, split)
+    turn = rotation(case.head_dim, DEVICE).to(case.dtype)
+    return decode.DecodeWorkspace(shape, DEVICE, case.programs, rotation=turn)
 
 
 def kernel_step(
@@ -113,6 +122,9 @@ def kernel_step(
         values=store.values,
         positions=store.positions,
         index=store.index,
+        sketch=[getattr(store, name) for name in SketchIndex.names] if case.sketch_bits is not None else (),
+        value_sum=store.value_sum,
+        missed=None if store.value_sum is None else store.missed_room(query),
         lengths=store.lengths,
         seen=store.clock(),
         workspace=workspace,
@@ -127,16 +139,15 @@ def kernel_step(
 
 def expected_logits(case: Case, store: KVStore, query: Tensor) -> Tensor:
     """Return the reference's scores of a store that has the step's token already."""
+    index = index_of(case.split)
+    assert index is not None
     assert store.keys is not None
-    assert store.index is not None
-    return score(
+    return index.score(
         query,
-        store.index,
+        store.index_parts(),
         store.keys,
         stored=store.stored,
         lengths=None if store.uniform else store.lengths,
-        page_size=case.page_size,
-        channels=case.channels,
         scaling=case.head_dim**-0.5,
         softcap=case.softcap,
     )
@@ -149,7 +160,7 @@ def expected_positions(case: Case, store: KVStore, query: Tensor, sinks: Tensor 
         stored=store.stored,
         lengths=None if store.uniform else store.lengths,
         kv_heads=case.kv_heads,
-        unit_size=case.page_size,
+        unit_size=case.split.page_size,
         sinks=sinks,
         protected=case.protected,
     )[0]
