@@ -190,6 +190,25 @@ def test_without_tolerance_a_model_reads_all_that_is_stored(how: str, family: st
         assert all(missed is None or not missed.any() for missed in handle.stats().missed)
 
 
+def test_steps_of_the_kernels_are_watched_alike() -> None:
+    pytest.importorskip("triton", reason="Triton has no package for this platform")
+    model, found = build(num_hidden_layers=1), {}
+    for backend in ("torch", "triton"):
+        reports: list[StepReport] = []
+        with rocketkv.patch(
+            model, **PLUS, backend=backend, on_loss="widen", loss_bound=0.3, audit_every=2, on_step=reports.append
+        ):
+            logits = greedy(model, left_padded([prompt(45), prompt(9)]), 3)[1]
+        found[backend] = logits, reports
+    assert_near(found["triton"][0], found["torch"][0], 2e-5)
+    for report, expected in zip(found["triton"][1], found["torch"][1], strict=True):
+        assert_near(report.missed[0], expected.missed[0])
+        assert_near(report.estimated_error[0], expected.estimated_error[0], 1e-4)
+        assert report.passed[0].equal(expected.passed[0])
+        assert (report.audit is None) == (expected.audit is None)
+    assert any(report.passed[0].any() for report in found["triton"][1])
+
+
 def test_it_warns_once_a_generation_and_changes_nothing() -> None:
     model = build()
     with rocketkv.patch(model, **PLUS):
