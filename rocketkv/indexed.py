@@ -84,7 +84,7 @@ class Indexed(QueryWindow):
     @torch.inference_mode(False)
     def missed_room(self, query: Tensor) -> Tensor:
         """Return where a step of queries [B, H, D] is to write what it missed, [B, H]; always the same tensor."""
-        if self.missed is None:
+        if self.missed is None or self.missed.is_inference():  # of a copy that was made in inference mode
             self.missed = torch.zeros(query.shape[:2], device=query.device)
         return self.missed
 

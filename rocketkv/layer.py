@@ -238,7 +238,7 @@ class RocketKVLayer(CacheLayerMixin):
         for i in range(prompt, given):
             self.make_room()
             if self.monitor is not None:
-                self.monitor.expect(self.store)
+                self.monitor.expect(self.number, self.store)
             step = decode_step(
                 query[:, :, i],
                 key[:, :, i],

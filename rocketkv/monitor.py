@@ -74,10 +74,22 @@ class Monitor:
             self._warned = False
             self._reports.clear()
 
-    def expect(self, store: KVStore) -> None:
+    def expect(self, number: int, store: KVStore) -> None:
         """Have a step that is about to be taken say for itself what it misses: no estimate may be an earlier one's."""
-        if store.missed is not None:
+        if store.missed is None or not self._asks(number, store.seen):
+            return
+        if store.missed.is_inference():
+            store.missed = None  # of a copy that was made in inference mode: the step has another one
+        else:
             store.missed.fill_(torch.nan)
+
+    def _asks(self, number: int, position: int) -> bool:
+        """Whether a layer's step is to be looked at."""
+        return self._acts or self.on_step is not None or self._due(number, position)
+
+    @property
+    def _acts(self) -> bool:
+        return self._config.on_loss is not None and not self._warned
 
     def watch(
         self, number: int, store: KVStore, history: History | None, query: Tensor, out: Tensor, exact: dict[str, Any]
@@ -100,25 +112,25 @@ class Monitor:
                 "a step that is watched (on_step, audit_every, on_loss) cannot be compiled: it asks the device what it "
                 "missed. Leave those out, or do not compile"
             )
-        config, position = self._config, store.seen - 1
-        acts = config.on_loss is not None and not self._warned
-        reports = self.on_step is not None
-        turn = self._turn(number, position, query)
-        if reports and number == self._numbers[0]:
+        position = store.seen - 1
+        if not self._asks(number, position):
+            return out
+        if self.on_step is not None and number == self._numbers[0]:
             # Those of a forward that was interrupted, or taken back, are of no use.
             self._reports = {place: made for place, made in self._reports.items() if place < position}
             self._reports[position] = StepReport(position)
-        if not (acts or reports) and turn is None:
-            return out
         missed, passed = missed_mass(store, query.shape[1]), None
-        if config.on_loss is not None and missed is not None and store.lengths is not None and (acts or reports):
+        if self._config.on_loss is not None and missed is not None and store.lengths is not None:
             passed = beyond(missed, self._bound, store.lengths.shape[1])
-            if acts and bool(passed.any()):
+            if self._acts and bool(passed.any()):
                 out, missed = self._act(number, passed, store, query, out, missed, exact)
-        error = None
+        error, audit, due = None, None, self._due(number, position)
+        if self.on_step is None and not due:
+            return out
         if missed is not None and store.value_sum is not None and store.lengths is not None:
             error = estimated_error(out, missed, store.value_sum, store.lengths)
-        audit = None if turn is None else self._audit(number, turn, store, history, query, out, exact, missed, error)
+        if due:
+            audit = self._audit(number, store, history, query, out, exact, missed, error)
         report = self._reports.get(position)
         if self.on_step is None or report is None:
             return out
@@ -159,22 +171,16 @@ class Monitor:
         store.note_missed(missed)
         return out, missed
 
-    def _turn(self, number: int, position: int, query: Tensor) -> tuple[int, int] | None:
-        """Return the row and query head of a layer that are to be audited in a step, or None if it is not its turn.
-
-        The sequence's length alone decides: first the layers take their turns, then the heads, then the rows.
-        """
+    def _due(self, number: int, position: int) -> bool:
+        """Whether it is a layer's turn to be audited: the sequence's length alone decides."""
         every = self._config.audit_every
         if every is None or (position + 1) % every:
-            return None
-        rest, layer = divmod((position + 1) // every, len(self._numbers))
-        rest, head = divmod(rest, query.shape[1])
-        return (rest % query.shape[0], head) if self._numbers[layer] == number else None
+            return False
+        return self._numbers[(position + 1) // every % len(self._numbers)] == number
 
     def _audit(
         self,
         number: int,
-        turn: tuple[int, int],
         store: KVStore,
         history: History | None,
         query: Tensor,
@@ -184,7 +190,10 @@ class Monitor:
         error: Tensor | None,
     ) -> Audit:
         """Compare one head with exact attention to all that is stored, and to all tokens where those are kept."""
-        row, head = turn
+        config, position = self._config, store.seen - 1
+        # First the layers take their turns, then the heads, then the rows.
+        rest, head = divmod((position + 1) // (config.audit_every or 1) // len(self._numbers), query.shape[1])
+        row = rest % query.shape[0]
         if store.keys is None or store.values is None or store.lengths is None:
             raise ValueError("an audit follows a decode step")
         kv_head = head // (query.shape[1] // store.keys.shape[1])
@@ -196,7 +205,7 @@ class Monitor:
             held.append(history.head(store, row, kv_head))
         errors = [audit_head(query[row, head].detach(), out[row, head].detach(), *both, **own) for both in held]
         audit = Audit(
-            position=store.seen - 1,
+            position=position,
             layer=number,
             row=row,
             head=head,

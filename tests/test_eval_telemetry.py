@@ -97,12 +97,13 @@ class Words:
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(telemetry, "load_model", lambda name: (build(), Words()))
     output = tmp_path / "found"
-    arguments = ["--context", "300", "--steps", "3", "--budgets", "40,64", "--rounds", "2", "-o", str(output)]
+    arguments = ["--context", "300", "--steps", "3", "--budgets", "40,64", "--watched", "16", "-o", str(output)]
     assert main(arguments) == 0
     result = json.loads(output.with_name("found.json").read_text())
     assert [one["budget"] for one in result["results"]] == [40, 64]
     assert result["results"][0]["points"] == 3 * 2 * 4
-    assert set(result["step_ms"]) == {"plain", "audit_every=1", "on_step", "on_loss='warn'"}
+    assert set(result["milliseconds"]) == {"audit_every=16", "on_step", "on_loss='warn'"}
+    assert all(0 < taken["watching"] < taken["step"] for taken in result["milliseconds"].values())
     table = output.with_name("found.md").read_text()
     assert capsys.readouterr().out == table
     assert "| 64 | 24 |" in table

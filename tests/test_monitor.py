@@ -434,6 +434,16 @@ def test_a_cache_of_ones_own_is_watched_too() -> None:
     assert all(bool(report.passed[0].all()) for report in reports)
 
 
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_copy_that_was_made_in_inference_mode_goes_on(watched: bool) -> None:
+    made, given = layer(watched=watched, on_loss="widen", loss_bound=0.2), tokens(1, PROMPT + 6)
+    run(made, given[: PROMPT + 2])
+    with torch.inference_mode():
+        copied = copy.deepcopy(made)
+        out = [forward(each, given[PROMPT + 2 : PROMPT + 3]) for each in (copied, made)]
+    assert out[0].equal(out[1])
+
+
 def test_copies_of_a_model_report_to_nobody() -> None:
     model, reports = build(), list[StepReport]()
     rocketkv.patch(model, **PLUS, on_step=reports.append)
