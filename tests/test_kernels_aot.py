@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton is a dependency on Linux on x86-64 
 
 import triton
 
-from rocketkv.budget import rocketkv_split
+from rocketkv.budget import rocketkv_plus_split, rocketkv_split
 from rocketkv.kernels import aot, configurations
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
@@ -24,16 +24,17 @@ VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # The first Triton that has all it needs to compile for a device, where that is not the oldest supported.
 SINCE = {"sm_100": (3, 3), "gfx942": (3, 5)}
 NVIDIA = ("sm_80", "sm_90", "sm_100")
-# What is read in bulk: lines of the index, keys, values; and what comes in single channels.
+# What is read in bulk: lines of the index, codes, keys, values; and what comes in single channels, or one a token.
 WIDE = {
     "append_score_kernel": {"bounds"},
+    "append_sketch_kernel": {"sketched", "turn"},
     "select_attend_kernel": {"keys", "values"},
     "dense_partial_kernel": {"key_places", "value_places"},
     "window_statistics_kernel": {"block"},
     "window_sums_kernel": {"key", "query"},
     "compact_kernel": {"keys", "values"},
 }
-NARROW = {"append_score_kernel": {"heads"}}
+NARROW = {"append_score_kernel": {"heads"}, "append_sketch_kernel": {"scales"}}
 
 
 @pytest.fixture(scope="module")
@@ -167,5 +168,22 @@ def test_configurations_are_what_the_budget_splits_into(
         "token_budget": split.token_budget,
         "page_size": split.page_size,
         "channels": split.channels,
+        "top_k": split.top_k,
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "length", "token_budget", "head_dim"),
+    [(configurations.PLUS_32K, 32768, 1024, 128), (configurations.PLUS_8K, 8192, 512, 256)],
+)
+def test_configurations_of_sketches_are_what_the_budget_splits_into(
+    settings: dict[str, Any], length: int, token_budget: int, head_dim: int
+) -> None:
+    split = rocketkv_plus_split(length, token_budget, head_dim, configurations.RESERVE)
+    assert split.kept_tokens is not None
+    assert settings == {
+        "capacity": split.kept_tokens + configurations.RESERVE,
+        "token_budget": split.token_budget,
+        "sketch_bits": split.sketch_bits,
         "top_k": split.top_k,
     }

@@ -44,7 +44,7 @@ def test_left_padded_batches_give_the_same_tokens(family: str) -> None:
     assert_same(build(family), PADDED, **SMALL)
 
 
-@pytest.mark.parametrize("method", ["snapkv", "streaming", "sparq"])
+@pytest.mark.parametrize("method", ["snapkv", "streaming", "sparq", "rocketkv+"])
 def test_methods_give_the_same_tokens(method: str) -> None:
     assert_same(build(), prompt(70), **SETTINGS, token_budget=48, method=method)
 
