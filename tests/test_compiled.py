@@ -112,14 +112,13 @@ def test_a_compiled_generate_keeps_processors_of_ones_own() -> None:
 
 @traced
 @pytest.mark.integration
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize(
-    ("family", "rows", "split"),
-    [
-        ("llama", "one", SPLIT),
-        ("llama", "padded", SPLIT),
-        ("qwen3", "padded", SPLIT),
-        ("llama", "padded", SKETCH_SPLIT),
+    ("family", "rows", "split", "backend"),
+    [  # what a step writes in place, which the index decides, is what the two backends treat differently
+        ("llama", "one", SPLIT, "eager"),
+        ("qwen3", "padded", SPLIT, "eager"),
+        ("llama", "padded", SPLIT, "aot_eager"),
+        ("llama", "padded", SKETCH_SPLIT, "aot_eager"),
     ],
 )
 def test_a_compiled_loop(family: str, rows: str, split: BudgetSplit, backend: str) -> None:
@@ -145,8 +144,7 @@ def test_a_compiled_loop(family: str, rows: str, split: BudgetSplit, backend: st
 
 @traced
 @pytest.mark.integration
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("rows", ["one", "padded"])
+@pytest.mark.parametrize(("rows", "backend"), [("one", "eager"), ("padded", "aot_eager")])
 def test_a_compiled_generate(rows: str, backend: str) -> None:
     model = build()
     handle = rocketkv.patch(model, **STATIC)
@@ -177,7 +175,7 @@ def test_the_helper_takes_a_whole_loop() -> None:
 
 @traced
 def test_prompts_of_more_splits_than_dynamo_compiles_by_itself() -> None:
-    model = build()
+    model = build(num_hidden_layers=1)
     limit = torch._dynamo.config.recompile_limit
     with rocketkv.patch(model, **STATIC) as handle, torch.inference_mode():
         step = handle.compile_step(backend="eager")
@@ -193,7 +191,6 @@ def test_prompts_of_more_splits_than_dynamo_compiles_by_itself() -> None:
 
 
 @traced
-@pytest.mark.integration
 def test_a_compiled_step_on_the_kernels() -> None:
     decode_kernels = pytest.importorskip("rocketkv.kernels.decode", reason="Triton has no package for this platform")
     if not decode_kernels.INTERPRETED:
