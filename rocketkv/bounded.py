@@ -19,6 +19,10 @@ from .store import KVStore
 # What is kept of the room for generated tokens when it is used up.
 KEPT_SHARE = 0.5
 
+# Odd width at most of the max-pooling of their ranks. A prompt's pools of 63 are for many thousands of tokens: of the
+# few hundred that were generated they would keep one or two neighbourhoods.
+WIDEST_POOL = 5
+
 
 def kept_of(decode_capacity: int, window_size: int) -> int | None:
     """Return how many generated tokens stay when there are `decode_capacity`, or None where those are too few to rank.
@@ -48,7 +52,7 @@ def evict_generated(
     Args:
         store: its prompt closed; it remembers the queries of its last tokens.
         kept: generated tokens that stay, those of the window among them.
-        kernel_size: odd width of stage 1's max-pooling.
+        kernel_size: odd width of stage 1's max-pooling, of which at most `WIDEST_POOL` is used.
         scaling: factor of the logits.
         softcap: the model's soft-cap of the logits, or None.
         sinks: [H], the model's learned sinks, or None.
@@ -76,7 +80,7 @@ def evict_generated(
         keys = store.keys[:, :, :stored] if valid is None else gather_tokens(slot.clamp(min=0), store.keys)[0]
         with full_precision(device):
             ranks = scores(query, keys, scaling=scaling, softcap=softcap, sinks=sinks, valid=valid)
-        ranks = pooled(ranks[..., -(count - window) :].contiguous(), kernel_size)
+        ranks = pooled(ranks[..., -(count - window) :].contiguous(), min(kernel_size, WIDEST_POOL))
     chosen = select_top(ranks, kept - window) if kept > window else lengths.expand(-1, -1, 0)
     last = torch.arange(count - window, count, device=device).expand(*chosen.shape[:2], -1)
     first = lengths - count  # slot of each row's first generated token

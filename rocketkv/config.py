@@ -25,7 +25,8 @@ class RocketKVConfig:
             the number of tokens that will be generated.
         window_size: W, queries at the end of the prompt whose attention ranks the prompt's tokens; their own tokens are
             always kept (paper and SnapKV section 3: 32).
-        kernel_size: odd width, in tokens, of the max-pooling of those ranks (paper: 63).
+        kernel_size: odd width, in tokens, of the max-pooling of those ranks (paper: 63, for long prompts; of a few
+            thousand tokens narrower pools keep more of what matters). Where generated tokens are ranked, at most 5.
         split: a budget split of your own, used for every prompt length; None derives one from the prompt.
         backend: `torch`, the reference; `triton`, the kernels; or `auto`, the kernels where there is a GPU that runs
             them. The environment variable ROCKETKV_BACKEND decides where this is `auto`.
