@@ -246,6 +246,7 @@ METHODS: dict[str, SplitFunction] = {
     "rocketkv": rocketkv_split,
     "rocketkv+": rocketkv_plus_split,
     "rocketkv-mt": rocketkv_split,
+    "rocketkv-mt+": rocketkv_plus_split,
     "snapkv": snapkv_split,
     "quest": quest_split,
     "sparq": sparq_split,
@@ -258,8 +259,11 @@ METHODS: dict[str, SplitFunction] = {
 UNRANKED = frozenset({"full", "streaming"})
 """Methods that rank no token by attention."""
 
-MULTI_TURN = frozenset({"rocketkv-mt"})
+MULTI_TURN = frozenset({"rocketkv-mt", "rocketkv-mt+"})
 """Methods that keep every token, and of which each prompt selects anew what its turn decodes from."""
+
+SKETCHED = frozenset({"rocketkv+", "rocketkv-mt+"})
+"""Methods that score a sketch of every key, and count in what they do not attend to."""
 
 
 def least_token_budget(method: str, window_size: int, decode_reserve: int) -> int:
@@ -273,7 +277,7 @@ def least_token_budget(method: str, window_size: int, decode_reserve: int) -> in
     if method in ("rocketkv", "rocketkv-mt", "stored-topk") and decode_reserve <= window_size:
         # Stage 1 keeps at least max(t, 2 * reserve) - reserve tokens, and the window must be fewer than those.
         return window_size + decode_reserve + 1
-    if method == "rocketkv+":
+    if method in SKETCHED:
         # With 8 channels, where a sketch takes an eighth of a token, the most there is: 2 * reserve tokens and k = 1.
         least = max(4, -(-decode_reserve // 4) + 2)
         # Half of t must hold the sketch of what stage 1 keeps, more than the window, and of the reserve.

@@ -3,7 +3,7 @@
 import difflib
 from dataclasses import dataclass
 
-from .budget import METHODS, MULTI_TURN, UNRANKED, BudgetSplit, least_token_budget
+from .budget import METHODS, MULTI_TURN, SKETCHED, UNRANKED, BudgetSplit, least_token_budget
 
 BACKENDS = ("auto", "torch", "triton")
 WHEN_FULL = ("evict", "evict-random", "raise")
@@ -44,16 +44,16 @@ class RocketKVConfig:
             (start, stop), counted from each row's first token; None for none.
         fair_shares: whether each message of a conversation, found by the chat template, has its share of what stage 1
             keeps beside tokens that must stay: as large a part as of the prompt's other tokens.
-        history_device: where `rocketkv-mt` keeps the history between prompts, for instance `cpu` (in pinned memory
-            beside a GPU); None: where the model's layers are.
+        history_device: where `rocketkv-mt` and `rocketkv-mt+` keep the history between prompts, for instance `cpu` (in
+            pinned memory beside a GPU); None: where the model's layers are.
         audit_every: compare one head with exact attention after every so many tokens of the sequence while it decodes,
             another layer and head each time: see `CacheStats.audits`. None for never. Costs a look at one head's keys
             and values, and makes the host wait for the device.
         on_loss: what happens where a step says itself that it misses more than `loss_bound`, in that step, for those
             rows and KV heads alone. `warn`: a warning, once a generation, that names the layer and the value. `widen`:
             k is doubled until no more than that is missed, or all that is stored is attended to. `dense`: all that is
-            stored is attended to. For methods that estimate it, `rocketkv+`; the host waits for the device in every
-            layer and step. None for nothing.
+            stored is attended to. For methods that estimate it, `rocketkv+` and `rocketkv-mt+`; the host waits for the
+            device in every layer and step. None for nothing.
         loss_bound: from 0 to less than 1, the missed mass that is tolerated: the share of one query head's attention
             weight that lies on stored tokens to which the step does not attend, as the step estimates it. What stage 1
             has evicted is not in it. None for 0.5.
@@ -126,7 +126,7 @@ class RocketKVConfig:
             )
 
     def _check_index_dtype(self) -> None:
-        sketched = self.method == "rocketkv+" if self.split is None else self.split.sketch_bits is not None
+        sketched = self.method in SKETCHED if self.split is None else self.split.sketch_bits is not None
         if self.index_dtype != "keys" and sketched:
             raise ValueError(
                 f"index_dtype={self.index_dtype!r} is for the bounds of pages, and this method scores a sketch of "
@@ -150,11 +150,12 @@ class RocketKVConfig:
                 raise ValueError(f"loss_bound must be from 0 to less than 1, a share of the weight; got {bound}")
             if self.on_loss is None:
                 raise ValueError(f"loss_bound={bound} is where on_loss acts, which is None: set it, or leave both out")
-        estimates = self.method == "rocketkv+" if self.split is None else self.split.residual
+        estimates = self.method in SKETCHED if self.split is None else self.split.residual
         if self.on_loss is not None and not estimates:
             raise ValueError(
-                f"on_loss={self.on_loss!r} needs an estimate of what a step misses, which only 'rocketkv+' makes (or a "
-                f"split with residual=True), not {self.method!r}. Use that method, or audit_every, which any takes"
+                f"on_loss={self.on_loss!r} needs an estimate of what a step misses, which only "
+                f"{', '.join(sorted(SKETCHED))} make (or a split with residual=True), not {self.method!r}. Use one of "
+                "those, or audit_every, which any method takes"
             )
         if self.watched and self.decode_capacity is not None:
             name = "audit_every" if self.on_loss is None else "on_loss"

@@ -11,6 +11,7 @@ import pytest
 
 from rocketkv.budget import (
     METHODS,
+    SKETCHED,
     BudgetSplit,
     compression_ratio,
     least_token_budget,
@@ -111,7 +112,7 @@ def test_every_method_follows_the_table(prompt: int, budget: int, head_dim: int,
         "exact-topk": (None, 1, head_dim, budget, None),
         "stored-topk": (rocket.kept_tokens, 1, head_dim, half, None),
     }
-    assert expected.keys() == METHODS.keys() - {"rocketkv+"}
+    assert expected.keys() == METHODS.keys() - SKETCHED
     for method, fields in expected.items():
         split = METHODS[method](prompt, budget, head_dim, reserve)
         assert (split.kept_tokens, split.page_size, split.channels, split.top_k, split.sinks) == fields, method
@@ -161,7 +162,7 @@ def plus_bytes(split: BudgetSplit, stored: int, head_dim: int) -> float:
 def works(method: str, budget: int, window: int, reserve: int) -> bool:
     """Whether stage 1 can always keep more than what it must, and a step reads at least one token within its budget."""
     # Where the head dimension counts, it is the least that the method promises to work with.
-    head_dim = 8 if method == "rocketkv+" else 16
+    head_dim = 8 if method in SKETCHED else 16
     for prompt in range(1, 6 * (window + reserve)):
         split = METHODS[method](prompt, budget, head_dim, reserve)
         if split.sketch_bits is not None and split.kept_tokens is not None:

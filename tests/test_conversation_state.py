@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import SMALL, TRANSFORMERS, build, greedy, prompt
+from tiny import SKETCH_SPLIT, SMALL, TRANSFORMERS, build, greedy, prompt
 from torch import Tensor
 
 import rocketkv
@@ -23,7 +23,7 @@ from rocketkv.protection import RowMarks
 pytestmark = pytest.mark.integration
 
 MT: dict[str, Any] = {**SMALL, "method": "rocketkv-mt"}
-AWAY: dict[str, Any] = {**MT, "history_device": "cpu"}
+AWAY: dict[str, Any] = {**MT, "method": "rocketkv-mt+", "split": SKETCH_SPLIT, "history_device": "cpu"}
 
 
 def forward(model: Any, cache: Any, ids: Tensor) -> Tensor:

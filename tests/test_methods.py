@@ -194,6 +194,7 @@ DEFINITIONS: dict[str, Callable[[Head], Steps]] = {
     "rocketkv": rocketkv,
     "rocketkv+": rocketkv_plus,
     "rocketkv-mt": rocketkv,  # of one turn, its filter decodes as the eviction does
+    "rocketkv-mt+": rocketkv_plus,
     "snapkv": snapkv,
     "quest": quest,
     "sparq": sparq,

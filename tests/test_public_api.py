@@ -15,8 +15,8 @@ pytestmark = pytest.mark.integration
 NAMES = {"BudgetSplit", "CacheStats", "METHODS", "PatchHandle", "RocketKVCache", "RocketKVConfig", "patch", "unpatch"}
 NAMES |= {"load_cache", "load_inputs", "save_cache"}
 METHODS = {
-    *("full", "rocketkv", "rocketkv+", "rocketkv-mt", "snapkv", "quest", "sparq", "streaming", "exact-topk"),
-    "stored-topk",
+    *("full", "rocketkv", "rocketkv+", "rocketkv-mt", "rocketkv-mt+", "snapkv", "quest", "sparq"),
+    *("streaming", "exact-topk", "stored-topk"),
 }
 IMPORTING = """
 import json, sys
