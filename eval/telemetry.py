@@ -173,11 +173,12 @@ class _Timed(Monitor):
 
     spent = 0.0
 
-    def expect(self, number: int, store: KVStore) -> None:
+    def asks(self, number: int, store: KVStore) -> bool:
         """See `Monitor`."""
         start = time.process_time()
-        super().expect(number, store)
+        wanted = super().asks(number, store)
         self.spent += time.process_time() - start
+        return wanted
 
     def watch(self, *args: Any) -> Tensor:
         """See `Monitor`."""

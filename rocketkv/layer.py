@@ -237,8 +237,7 @@ class RocketKVLayer(CacheLayerMixin):
             self.store.foresee_queries(query[:, :, prompt:])
         for i in range(prompt, given):
             self.make_room()
-            if self.monitor is not None:
-                self.monitor.expect(self.number, self.store)
+            watched = self.monitor is not None and self.monitor.asks(self.number, self.store)
             step = decode_step(
                 query[:, :, i],
                 key[:, :, i],
@@ -248,7 +247,7 @@ class RocketKVLayer(CacheLayerMixin):
                 workspaces=self.workspaces,
                 **exact,
             )
-            if self.monitor is not None:
+            if self.monitor is not None and watched:
                 step = self.monitor.watch(self.number, self.store, self.history, query[:, :, i], step, exact)
             parts.append(step[:, None])
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

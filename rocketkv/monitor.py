@@ -74,35 +74,10 @@ class Monitor:
             self._warned = False
             self._reports.clear()
 
-    def expect(self, number: int, store: KVStore) -> None:
-        """Have a step that is about to be taken say for itself what it misses: no estimate may be an earlier one's."""
-        if store.missed is None or not self._asks(number, store.seen):
-            return
-        if store.missed.is_inference():
-            store.missed = None  # of a copy that was made in inference mode: the step has another one
-        else:
-            store.missed.fill_(torch.nan)
+    def asks(self, number: int, store: KVStore) -> bool:
+        """Return whether the step that a layer is about to take is to be shown to `watch`.
 
-    def _asks(self, number: int, position: int) -> bool:
-        """Whether a layer's step is to be looked at."""
-        return self._acts or self.on_step is not None or self._due(number, position)
-
-    @property
-    def _acts(self) -> bool:
-        return self._config.on_loss is not None and not self._warned
-
-    def watch(
-        self, number: int, store: KVStore, history: History | None, query: Tensor, out: Tensor, exact: dict[str, Any]
-    ) -> Tensor:
-        """Take note of a layer's step, act on what it misses, and return the output that is to be used.
-
-        Args:
-            number: of the layer.
-            store: its store, the step's token in it.
-            history: all tokens, where the method keeps them.
-            query: [B, H, D] of the step.
-            out: [B, H, Dv], its output.
-            exact: scaling, softcap and sinks.
+        If so, that step must say for itself what it misses: no estimate may be an earlier one's.
 
         Raises:
             ValueError: the step is being compiled.
@@ -112,9 +87,33 @@ class Monitor:
                 "a step that is watched (on_step, audit_every, on_loss) cannot be compiled: it asks the device what it "
                 "missed. Leave those out, or do not compile"
             )
+        if self.on_step is None and not self._acts() and not self._due(number, store.seen):
+            return False
+        if store.missed is None:
+            return True
+        if store.missed.is_inference():
+            store.missed = None  # of a copy that was made in inference mode: the step has another one
+        else:
+            store.missed.fill_(torch.nan)
+        return True
+
+    def _acts(self) -> bool:
+        return self._config.on_loss is not None and not self._warned
+
+    def watch(
+        self, number: int, store: KVStore, history: History | None, query: Tensor, out: Tensor, exact: dict[str, Any]
+    ) -> Tensor:
+        """Take note of a layer's step that `asks` asked for, act on what it misses, and return the output to use.
+
+        Args:
+            number: of the layer.
+            store: its store, the step's token in it.
+            history: all tokens, where the method keeps them.
+            query: [B, H, D] of the step.
+            out: [B, H, Dv], its output.
+            exact: scaling, softcap and sinks.
+        """
         position = store.seen - 1
-        if not self._asks(number, position):
-            return out
         if self.on_step is not None and number == self._numbers[0]:
             # Those of a forward that was interrupted, or taken back, are of no use.
             self._reports = {place: made for place, made in self._reports.items() if place < position}
@@ -122,7 +121,7 @@ class Monitor:
         missed, passed = missed_mass(store, query.shape[1]), None
         if self._config.on_loss is not None and missed is not None and store.lengths is not None:
             passed = beyond(missed, self._bound, store.lengths.shape[1])
-            if self._acts and bool(passed.any()):
+            if self._acts() and bool(passed.any()):
                 out, missed = self._act(number, passed, store, query, out, missed, exact)
         error, audit, due = None, None, self._due(number, position)
         if self.on_step is None and not due:

@@ -493,8 +493,7 @@ def test_a_callback_for_static_caches_is_refused() -> None:
 def test_a_watched_step_is_not_compiled() -> None:
     def step(given: Tensor) -> Tensor:
         assert made.monitor is not None
-        store = made.store
-        return made.monitor.watch(0, store, None, given, given, {"scaling": 1.0, "softcap": None, "sinks": None})
+        return given + made.monitor.asks(0, made.store)
 
     made = layer(audit_every=1)
     run(made, tokens(1, PROMPT + 1))
