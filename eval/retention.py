@@ -30,6 +30,7 @@ from transformers.cache_utils import Cache
 
 from .._version import __version__
 from ..cache import begin_prompt
+from ..config import RocketKVConfig
 from ..layer import RocketKVLayer
 from ..models import CACHE_ARGUMENT
 from ..progress import Progress
@@ -43,7 +44,7 @@ from .prompts import continued, encode, follow_up, render
 from .records import digest, write_atomically
 
 VERSION = 1
-ARMS = (FULL, "rocketkv", "rocketkv-mt")
+ARMS = (FULL, "rocketkv", "rocketkv-mt", "rocketkv-mt+")
 LATE = 3  # the turn from which on a further row sums up: a question or two may fit in what the first one kept
 
 _HEAD = "Read the following text. I will ask you about it afterwards.\n\n"
@@ -268,10 +269,9 @@ def rows(found: Mapping[str, Sequence[ScoreDict]]) -> list[dict[str, Any]]:
 
 
 def pairs(arms: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return which arms are compared: each with the first, and the last with the one before it."""
+    """Return which arms are compared: each with the first, and those after the second with that."""
     names = list(arms)
-    compared = [(name, names[0]) for name in names[1:]]
-    return compared + ([(names[-1], names[-2])] if len(names) > 2 else [])
+    return [(name, names[0]) for name in names[1:]] + [(name, names[1]) for name in names[2:]]
 
 
 def _difference(values: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
@@ -314,6 +314,7 @@ class Settings:
     facts: int = 8
     tokens: int = 2048
     budget: int = 256
+    kernel_size: int = RocketKVConfig.kernel_size
     seed: int = 0
     batch: int = 5
 
@@ -321,7 +322,8 @@ class Settings:
 def study(settings: Settings, journal: Journal) -> dict[str, Any]:
     """Measure what the journal does not have yet; return settings, figures of every document, and the table."""
     model, tokenizer = load_model(settings.model)
-    methods = [find_method(arm, None if arm == FULL else settings.budget) for arm in ARMS]
+    fields = {"kernel_size": settings.kernel_size}
+    methods = [find_method(arm, *((None, None) if arm == FULL else (settings.budget, fields))) for arm in ARMS]
     places = range(settings.documents)
     texts = [fitted(tokenizer, settings.seed + number, settings.facts, settings.tokens) for number in places]
     conversations = [turns(tokenizer, text) for text in texts]
@@ -333,7 +335,8 @@ def study(settings: Settings, journal: Journal) -> dict[str, Any]:
             head: Head | None = None
             for method in methods:
                 progress.say(f"documents {', '.join(str(number + 1) for number in group)}: {method.name}")
-                key = digest([VERSION, __version__, settings.model, method.name, method.token_budget, talks])
+                bound = [method.name, method.token_budget, None if method.name == FULL else fields]
+                key = digest([VERSION, __version__, settings.model, *bound, talks])
                 if journal.get(key) is None:
                     head = read(model, [talk[0].given for talk in talks]) if head is None else head
                     journal.put(key, scores(model, method, head, talks))
@@ -360,10 +363,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("facts", "of each document, one a turn"),
         ("tokens", "of the first prompt, at most"),
         ("budget", "tokens a decode step of the compressed arms"),
+        ("kernel-size", "odd width of the pooling that their stage 1 ranks by"),
         ("seed", "of the first document; the next ones have those after it"),
         ("batch", "documents at once, which share the split of the longest"),
     ):
-        default = getattr(defaults, name)
+        default = getattr(defaults, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default {default})")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     parser.add_argument("-o", "--output", type=Path, required=True, help="where to put OUTPUT.json and OUTPUT.md")

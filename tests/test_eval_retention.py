@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import SMALL, build, prompt
+from tiny import SKETCH_SPLIT, SMALL, build, prompt
 
 import rocketkv
 from rocketkv.cache import begin_prompt
@@ -36,6 +36,7 @@ from rocketkv.models import CACHE_ARGUMENT
 METHODS: dict[str, Method] = {
     "full": Full(),
     **{name: Compressed(rocketkv.RocketKVConfig(**SMALL, method=name)) for name in ("rocketkv", "rocketkv-mt")},
+    "rocketkv-mt+": Compressed(rocketkv.RocketKVConfig(**{**SMALL, "split": SKETCH_SPLIT}, method="rocketkv-mt+")),
 }
 
 
@@ -227,12 +228,12 @@ def test_a_study_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(retention, "load_model", lambda name: (model, None))
     monkeypatch.setattr(retention, "fitted", lambda *given: next(talks))
     monkeypatch.setattr(retention, "turns", lambda tokenizer, row: talk(row))
-    monkeypatch.setattr(retention, "find_method", lambda name, budget: METHODS[name])
+    monkeypatch.setattr(retention, "find_method", lambda name, budget, fields: METHODS[name])
     held: list[tuple[str, int]] = []
     hold = retention.scores
 
     def counted(model: Any, method: Method, head: Any, group: list[list[Turn]]) -> list[ScoreDict]:
-        if len(held) == 3:
+        if len(held) == len(ARMS):
             raise KeyboardInterrupt
         held.append((method.name, len(group)))
         return hold(model, method, head, group)
