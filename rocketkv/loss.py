@@ -45,7 +45,7 @@ class Audit:
         row: of the batch.
         head: query head.
         error: relative L2 distance from exact attention to everything that is stored.
-        history_error: likewise to all tokens of the sequence, where a method keeps them beside those (`rocketkv-mt`).
+        history_error: likewise to all tokens of the sequence, where a method keeps a history.
         missed: the step's own estimate of the missed mass, or None where the method makes none.
         estimated_error: likewise of `error`.
     """

@@ -356,11 +356,13 @@ def test_audits_are_exact_attention(method: str) -> None:
     assert (max(audit.error for audit in audits) > 0.05) == (method != "snapkv")
 
 
-@pytest.mark.parametrize("device", [None, "cpu"])
-def test_audits_over_a_history_are_over_all_tokens(device: str | None) -> None:
-    split = replace(SPLIT, sketch_bits=None, residual=False, page_size=3, channels=4)
+@pytest.mark.parametrize(("method", "device"), [("rocketkv-mt", None), ("rocketkv-mt", "cpu"), ("rocketkv-mt+", None)])
+def test_audits_over_a_history_are_over_all_tokens(method: str, device: str | None) -> None:
+    split = (
+        replace(SPLIT, sketch_bits=None, residual=False, page_size=3, channels=4) if method == "rocketkv-mt" else SPLIT
+    )
     given = tokens(1, PROMPT + 20)
-    made = layer(method="rocketkv-mt", split=split, audit_every=1, history_device=device)
+    made = layer(method=method, split=split, audit_every=1, history_device=device)
     out = run(made, given)
     assert made.monitor is not None
     assert len(made.monitor.audits) == 20
