@@ -32,11 +32,11 @@ from rocketkv.eval.sweep import Plan, cells, shard
 
 OWN = "rocketkv_test_method"
 FLAGS = [
-    "--tasks", "niah_single_1,kl", "--methods", "full,rocketkv,streaming", "--budgets", "48,64", "--lengths", "512,576",
+    "--tasks", "niah_single_1,kl", "--methods", "full,rocketkv", "--budgets", "48,64", "--lengths", "512,576",
     "--samples", "3", "--max-new-tokens", "3", "--device", "cpu", "--threads", "1",
 ]  # fmt: skip
 PLAN = Plan(
-    tasks=("niah_single_1", "kl"), methods=("full", "rocketkv", "streaming"), budgets=(48, 64), lengths=(512, 576),
+    tasks=("niah_single_1", "kl"), methods=("full", "rocketkv"), budgets=(48, 64), lengths=(512, 576),
     samples=3, max_new_tokens=3,
 )  # fmt: skip
 
