@@ -173,6 +173,7 @@ def append_sketch_kernel(
     DVP: tl.constexpr,
     BLOCK: tl.constexpr,  # C, of the first digits, padded
     BLOCK_HIGHER: tl.constexpr,  # of the other ones
+    HEADS: tl.constexpr,  # of a group that are scored at a time
     RC: tl.constexpr,
     BN: tl.constexpr,
     RING: tl.constexpr,  # 0 where queries are not remembered
@@ -250,13 +251,14 @@ def append_sketch_kernel(
     tl.debug_barrier()  # the new codes are read by other threads than wrote them
 
     # A row that stores no more than the budget attends to all of it: nothing is to be ranked.
-    if length >= token_budget:
-        head = tl.arange(0, GP)
+    last_head = tl.where(length >= token_budget, G, 0)
+    for first_head in range(0, last_head, HEADS):
+        head = first_head + tl.arange(0, HEADS)
         heads = queries + head[:, None] * query_head
         real = head[:, None] < G
-        weight = tl.zeros([GP, columns], tl.float32)
-        weight_higher = tl.zeros([GP, columns_higher], tl.float32)
-        shift = tl.zeros([GP], tl.float32)
+        weight = tl.zeros([HEADS, columns], tl.float32)
+        weight_higher = tl.zeros([HEADS, columns_higher], tl.float32)
+        shift = tl.zeros([HEADS], tl.float32)
         for first in range(0, DP, RC):
             line = first + tl.arange(0, RC)
             part = tl.load(heads + line[None, :], mask=real & (line[None, :] < D), other=0.0)
@@ -275,8 +277,8 @@ def append_sketch_kernel(
         unit *= factor / 2.0  # digits are twice themselves
         unit_higher *= factor / 2.0 * (1 << WIDTH)
 
-        peak = tl.full([GP], float("-inf"), tl.float32)
-        mass = tl.zeros([GP], tl.float32)
+        peak = tl.full([HEADS], float("-inf"), tl.float32)
+        mass = tl.zeros([HEADS], tl.float32)
         for tile in range(split, tiles, SPLITS):
             token = tile * BN + tl.arange(0, BN)
             there = token < stored

@@ -25,6 +25,7 @@ TILE_PAGES = 128
 REGISTER_PAGES = 8192
 ROW_CHUNK = 16  # channels of one product
 LINE_CHUNK = 32  # lines of the rotation of one product
+HEAD_BLOCK = 32  # heads whose rotated queries one program holds
 TOKEN_BLOCK = 32  # tokens of one product
 SELECT_CHUNK = 2048
 LARGEST_PAGE = 16
@@ -287,14 +288,15 @@ def decode_step(
     fixed = {
         "G": shape.group, "D": shape.head_dim, "DV": shape.value_dim, "SPLITS": space.splits, "EXACT": exact,
         "SOFTCAP": softcap is not None, "GP": space.group_block, "DP": head_block, "DVP": space.value_block,
-        "RING": 0 if ring is None else ring.shape[2], "num_warps": 4 if space.group_block <= 32 else 8,
+        "RING": 0 if ring is None else ring.shape[2],
     }  # fmt: skip
     if shape.sketch is None:
         append_score_kernel[(rows, space.splits)](
             *appended, index if shape.scored else keys, lengths, seen,
             space.scores, space.peaks, space.sums, space.ranked, remembered, *strides,
             shape.capacity, shape.tiles, shape.kv_heads, shape.token_budget, shape.channels or 0, scaling, cap,
-            P=shape.page_size, SCORE=shape.scored, DC=min(32, head_block), RP=space.rank_block, RC=ROW_CHUNK, **fixed,
+            P=shape.page_size, SCORE=shape.scored, DC=min(32, head_block), RP=space.rank_block, RC=ROW_CHUNK,
+            num_warps=4 if space.group_block <= 32 else 8, **fixed,
         )  # fmt: skip
     else:
         rule, (width, *higher) = shape.sketch, shape.sketch.widths
@@ -304,8 +306,9 @@ def decode_step(
             shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, scaling, cap,
             scaling / rule.norm, rule.grid, rule.norm / rule.grid, rule.step,
             WIDTH=width, HIGHER=bool(higher), RESIDUAL=shape.residual, BLOCK=code_block(shape.head_dim, width),
-            BLOCK_HIGHER=code_block(shape.head_dim, 1) if higher else 2, RC=min(LINE_CHUNK, head_block),
-            BN=TILE_PAGES if head_block <= 128 else TILE_PAGES // 2, **fixed,
+            BLOCK_HIGHER=code_block(shape.head_dim, 1) if higher else 2, HEADS=min(HEAD_BLOCK, space.group_block),
+            RC=min(head_block, LINE_CHUNK if head_block * keys.itemsize <= 256 else LINE_CHUNK // 2),
+            BN=TILE_PAGES if head_block <= 128 else TILE_PAGES // 2, num_warps=4, **fixed,
         )  # fmt: skip
     mode = ALL.value
     if shape.sinks is not None:

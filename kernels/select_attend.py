@@ -81,7 +81,7 @@ def write_rest(rest, row, g, peak, mass, GP: tl.constexpr):
 @triton.jit
 def _with_others(
     total, mass, peak, own, rest, value_sum, missed, row, stored, read, everything, head, column,
-    G: tl.constexpr, DV: tl.constexpr, GP: tl.constexpr,
+    G: tl.constexpr, DV: tl.constexpr, GP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Return an attention's sum and mass with the tokens that are not read as one more, of their mean value.
 
@@ -90,8 +90,9 @@ def _with_others(
     # Nothing is left out of a row that is read whole.
     there = head < G * (1 - everything.to(tl.int32))
     place = rest + row * 2 * GP + head
-    other_peak = tl.load(place, mask=there, other=float("-inf"), cache_modifier=".cg")
-    other = tl.load(place + GP, mask=there, other=0.0, cache_modifier=".cg")
+    cached: tl.constexpr = ".cg" if PARTS > 1 else ""  # from this program, or from other parts
+    other_peak = tl.load(place, mask=there, other=float("-inf"), cache_modifier=cached)
+    other = tl.load(place + GP, mask=there, other=0.0, cache_modifier=cached)
     every = tl.load(value_sum + row * DV + column, mask=column < DV, other=0.0)
     mean = ((every - own.to(tl.float64)) / tl.maximum(stored - read, 1).to(tl.float64)).to(tl.float32)
     mean = tl.where(everything, 0.0, mean)
@@ -261,7 +262,7 @@ def select_attend_kernel(
         if RESIDUAL:
             total, mass = _with_others(
                 total, mass, peak, own, rest, value_sum, missed, row, stored, read, everything, head, column,
-                G, DV, GP,
+                G, DV, GP, PARTS,
             )  # fmt: skip
         tl.store(out + written, (total / mass[:, None]).to(out.dtype.element_ty), mask=inside)
         tl.store(lengths + row, stored)
@@ -297,7 +298,7 @@ def select_attend_kernel(
                     own += tl.load(partial_values + (row * PARTS + i) * DVP + column, cache_modifier=".cg")
                 total, mass = _with_others(
                     total, mass, highest, own, rest, value_sum, missed, row, stored, read, everything, head, column,
-                    G, DV, GP,
+                    G, DV, GP, PARTS,
                 )  # fmt: skip
             tl.store(out + written, (total / mass[:, None]).to(out.dtype.element_ty), mask=inside)
             tl.store(arrivals + row, 0)

@@ -30,8 +30,8 @@ CASES = [
     Case(sketch_bits=3, head_dim=40, lengths=(129,), softcap=4.0, sinks=True),
     Case(sketch_bits=4, dtype=BF16, head_dim=72, heads=7, lengths=(140,)),
     Case(sketch_bits=1, head_dim=256, lengths=(140,), programs=2),
-    # More heads of a group than a block's least, without the residual.
-    Case(sketch_bits=2, head_dim=32, heads=17, residual=False),
+    # More heads of a group than are scored at a time, without the residual.
+    Case(sketch_bits=2, head_dim=32, heads=40, residual=False),
     # More tiles than splits, and the other way round; several parts of unequal shares.
     Case(sketch_bits=2, head_dim=16, lengths=(420,), top_k=130, token_budget=200, programs=1),
     Case(sketch_bits=2, head_dim=16, lengths=(420,), top_k=130, token_budget=200, programs=64, sinks=True),
