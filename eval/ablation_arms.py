@@ -20,15 +20,16 @@ from torch import Tensor
 from ..budget import METHODS, BudgetSplit, rocketkv_plus_split, rocketkv_split, sketch_bytes
 from ..config import RocketKVConfig
 from ..stats import step_bytes
-from ..store import KVStore
 from .ablation_steps import (
     Ranks,
     by_value_norms,
+    calibrated_step,
     ends_step,
     evicted_step,
     evicted_summary,
     plain_step,
     random_ranks,
+    residual_factors,
     segments_step,
     sketch_mass_step,
     unpooled_ties,
@@ -70,7 +71,8 @@ class Arm:
         window_size: W of stage 1.
         kernel_size: of its pooling.
         ranks: from a layer's values and number to what ranks in stage 1, or None for the library's.
-        summary: from the prompt's keys, values and the closed store to what the step is given as its state, or None.
+        summary: from the window's queries, the prompt's keys and values, the closed store, and scaling, softcap and
+            sinks to what the step is given as its state; or None.
         step: the decode step.
         extra: tokens' worth of bytes that the step reads beside what `stats()` counts.
     """
@@ -82,7 +84,7 @@ class Arm:
     window_size: int = WINDOW
     kernel_size: int = KERNEL
     ranks: Callable[[Tensor, int], Ranks] | None = None
-    summary: Callable[[Tensor, Tensor, KVStore], Any] | None = None
+    summary: Callable[..., Any] | None = None
     step: Callable[..., Tensor] = plain_step
     extra: float = 0.0
 
@@ -233,6 +235,19 @@ ABLATIONS = (
     _with("unpooled-ties", "plateaus by unpooled scores", ranks=unpooled_ties),
     _with("value-norms", "scores times the length of values", ranks=by_value_norms),
     _with("segments-8", "8 means in the residual", step=functools.partial(segments_step, segments=8), extra=3.5),
+    _with(
+        "calibrated",
+        "the residual's weight times a factor, by the window's queries",
+        summary=residual_factors,
+        step=calibrated_step,
+    ),
+    _with(
+        "calibrated-13",
+        "and pooled over 13",
+        summary=residual_factors,
+        step=calibrated_step,
+        kernel_size=13,
+    ),
     _with(
         "evicted",
         "a mean of what stage 1 evicted",

@@ -188,7 +188,8 @@ class ArmLayer(RocketKVLayer):
             **layer.exact,
         )
         self.arm = arm
-        self.state = None if arm.summary is None else arm.summary(key, value, store)
+        window = layer.query[:, :, WIDEST_WINDOW - arm.window_size : WIDEST_WINDOW]
+        self.state = None if arm.summary is None else arm.summary(window, key, value, store, **layer.exact)
 
     def attend(
         self,

@@ -10,6 +10,7 @@ prompt, k tokens attended to, m segments.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +22,11 @@ from ..backend import decode_step
 from ..eviction import pooled, select_top, window_scores
 from ..index import gather_tokens
 from ..indexes import index_of
+from ..sketch import Sketch, decode, rotation
 from ..store import KVStore
+
+# Factors of the residual's weight that a calibration chooses from.
+FACTORS = (1e-4, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0, 1.15, 1.3, 1.6)
 
 Ranks = Callable[..., Tensor]
 
@@ -203,7 +208,9 @@ class Evicted(NamedTuple):
     value: Tensor
 
 
-def evicted_summary(keys: Tensor, values: Tensor, store: KVStore, *, runs: int) -> Evicted:
+def evicted_summary(
+    window: Tensor, keys: Tensor, values: Tensor, store: KVStore, *, runs: int, **exact: Any
+) -> Evicted:
     """Summarise what stage 1 left out of a prompt's keys [B, Hkv, S, D] and values [B, Hkv, S, Dv]."""
     if store.positions is None:
         raise ValueError("the prompt is not closed")
@@ -247,3 +254,46 @@ def evicted_step(
     if with_variance:
         logits = logits + scored.rows.square() @ state.variance.transpose(-1, -2) / 2
     return _attended(scored, positions, torch.cat((columns, logits), -1), torch.cat((own, state.value), 2))
+
+
+def residual_factors(window: Tensor, keys: Tensor, values: Tensor, store: KVStore, **exact: Any) -> Tensor:
+    """Return by what to multiply the residual's weight in each query head, [B, Hkv, G, 1].
+
+    The one of some factors with which the window's queries [B, H, W, D], had they been steps, would have erred least
+    against exact attention to all of the prompt's keys [B, Hkv, S, D] and values [B, Hkv, S, Dv].
+    """
+    split = store.split
+    if store.keys is None or store.values is None or store.positions is None:
+        raise ValueError("the prompt is not closed")
+    if split is None or split.top_k is None or split.sketch_bits is None or exact["softcap"] or exact["sinks"]:
+        raise ValueError("calibration needs a sketch, and takes no soft-cap and no sinks")
+    batch, kv_heads, size, head_dim = keys.shape
+    queries, stored, k = window.shape[2], store.stored, min(split.top_k, store.stored)
+    rows = window.view(batch, kv_heads, -1, queries, head_dim) * exact["scaling"]
+    own = torch.arange(size - queries, size)[:, None]
+    logits = (rows @ keys[:, :, None].transpose(-1, -2)).masked_fill(torch.arange(size) > own, -torch.inf)
+    expected = logits.softmax(-1) @ values[:, :, None]
+    hidden = store.positions[:, :, None, :stored] > own  # [B, Hkv, W, N]
+    kept_keys, kept = store.keys[:, :, None, :stored], store.values[:, :, None, :stored]
+    sketched = decode(Sketch(**store.index_parts()), stored, rotation(head_dim, keys.device), split.sketch_bits)
+    estimate = (rows @ sketched[:, :, None].transpose(-1, -2)).masked_fill(hidden[:, :, None], -torch.inf)
+    chosen = torch.zeros_like(hidden).scatter_(-1, select_top(estimate.softmax(-1).sum(2), k), True)
+    others = ~(chosen | hidden)
+    mean = others.float() @ kept[:, :, 0] / others.sum(-1, keepdim=True).clamp(min=1)  # [B, Hkv, W, Dv]
+    rest = estimate.masked_fill(~others[:, :, None], -torch.inf).logsumexp(-1, keepdim=True)
+    near = (rows @ kept_keys.transpose(-1, -2)).masked_fill(~chosen[:, :, None], -torch.inf)
+    found = []
+    for factor in FACTORS:
+        weight = torch.cat((near, rest + math.log(factor)), -1).softmax(-1)
+        out = weight[..., :-1] @ kept + weight[..., -1:] * mean[:, :, None]
+        found.append(((out - expected).norm(dim=-1) / expected.norm(dim=-1)).mean(-1))
+    return torch.tensor(FACTORS)[torch.stack(found).argmin(0)][..., None]
+
+
+def calibrated_step(query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Tensor, **exact: Any) -> Tensor:
+    """Multiply the residual's weight by a factor of each query head, [B, Hkv, G, 1]."""
+    scored = _scored(query, key, value, store, exact)
+    positions = select_top(_shared(scored.logits), scored.k)
+    column = _without(scored.logits, positions).logsumexp(-1, keepdim=True) + state.log()
+    own = gather_tokens(positions, scored.values)[0]
+    return _attended(scored, positions, column, _mean_of_others(scored.values, own))

@@ -165,7 +165,8 @@ def test_evicted_tokens_of_equal_keys_and_values_count_as_they_would(layers: lis
     key[:, :, :PROMPT][gone] = 0.25
     value[:, :, :PROMPT][gone] = 0.5
     made = ArmLayer(arm, split, replace(layer, key=key, value=value), PROMPT)
-    state = ablation_arms.evicted_summary(layer.key[:, :, :PROMPT], layer.value[:, :, :PROMPT], own.store, runs=3)
+    prompt_part = (layer.query, layer.key[:, :, :PROMPT], layer.value[:, :, :PROMPT])
+    state = ablation_arms.evicted_summary(*prompt_part, own.store, runs=3)
     assert state.tokens.sum(2).eq(PROMPT - own.store.stored).all()
     if torch.equal(made.store.positions[:, :, :40], own.store.positions[:, :, :40]):
         assert made.state.variance.abs().max() < 1e-6
