@@ -96,37 +96,42 @@ def talked(model: Any, told: bool = True, **fields: Any) -> RocketKVCache:
     return cache
 
 
-@pytest.mark.parametrize("way", WAYS)
+def conversation(model: Any, padded: bool, way: str, **fields: Any) -> tuple[list[tuple[Tensor, Tensor]], Any]:
+    """Hold three turns in one way with a model patched with `fields`; return what `chat` does."""
+    first, later = (left_padded(ROWS), LATER_ROWS) if padded else (of(FIRST), LATER)
+    told = way == "loop in chunks" and padded  # its first chunk has rows of nothing but padding
+    own = RocketKVCache(model.config, prompt_length=90, **fields) if told else None
+    return chat(model, first, later, way, cache=own)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fields", [SMALL, MT, AWAY], ids=["rocketkv", "mt", "away"])
-def test_three_turns_are_the_same_in_every_way(fields: dict[str, Any], family: str, padded: bool, way: str) -> None:
+def test_three_turns_are_the_same_in_every_way(fields: dict[str, Any], family: str, padded: bool) -> None:
     model = build(family)
-    first, later = (left_padded(ROWS), LATER_ROWS) if padded else (of(FIRST), LATER)
     with rocketkv.patch(model, **fields):
-        expected, cache = chat(model, first, later, "all tokens")
-        told = way == "loop in chunks" and padded  # its first chunk has rows of nothing but padding
-        own = RocketKVCache(model.config, prompt_length=90, **fields) if told else None
-        found, other = chat(model, first, later, way, cache=own)
-    same(found, expected)
-    assert cache.get_seq_length() == other.get_seq_length() == SEEN
-    for layer, its in zip(rocketkv_layers(cache), rocketkv_layers(other), strict=True):
-        stored = layer.store.stored
-        assert stored == its.store.stored
-        assert layer.store.positions[..., :stored].equal(its.store.positions[..., :stored])
+        expected, cache = conversation(model, padded, "all tokens")
+        assert cache.get_seq_length() == SEEN
+        for way in WAYS:
+            found, other = conversation(model, padded, way, **fields)
+            same(found, expected)
+            assert other.get_seq_length() == SEEN
+            for layer, its in zip(rocketkv_layers(cache), rocketkv_layers(other), strict=True):
+                stored = layer.store.stored
+                assert stored == its.store.stored
+                assert layer.store.positions[..., :stored].equal(its.store.positions[..., :stored])
 
 
-@pytest.mark.parametrize("way", ["all tokens", *WAYS])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_within_the_budget_every_turn_is_the_stock_models(family: str, padded: bool, way: str) -> None:
+def test_within_the_budget_every_turn_is_the_stock_models(family: str, padded: bool) -> None:
     model = build(family)
     first, later = (left_padded(ROWS), LATER_ROWS) if padded else (of(FIRST), LATER)
     expected, _ = chat(model, first, later, "all tokens")
-    with rocketkv.patch(model, **{**LARGE, "method": "rocketkv-mt"}):
-        told = way == "loop in chunks" and padded
-        own = RocketKVCache(model.config, prompt_length=90, **LARGE, method="rocketkv-mt") if told else None
-        same(chat(model, first, later, way, cache=own)[0], expected)
+    fields = {**LARGE, "method": "rocketkv-mt"}
+    with rocketkv.patch(model, **fields):
+        for way in ("all tokens", *WAYS):
+            same(conversation(model, padded, way, **fields)[0], expected)
         # No cache is kept at all: each turn reads the whole conversation again.
         ids, mask = first["input_ids"], first["attention_mask"]
         for (tokens, logits), new in zip(expected, (*later, None), strict=True):
@@ -521,20 +526,18 @@ def test_a_history_device_is_for_methods_with_a_history(method: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:RocketKV runs these decode steps eagerly")
-@pytest.mark.parametrize("way", ["all tokens", *WAYS])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("fields", [MT, AWAY], ids=["mt", "away"])
-def test_static_caches_hold_the_same_conversation(fields: dict[str, Any], padded: bool, way: str) -> None:
+def test_static_caches_hold_the_same_conversation(fields: dict[str, Any], padded: bool) -> None:
     model = build()
-    first, later = (left_padded(ROWS), LATER_ROWS) if padded else (of(FIRST), LATER)
     with rocketkv.patch(model, **fields):
-        expected, _ = chat(model, first, later, "all tokens")
-    with rocketkv.patch(model, **fields, decode_capacity=16):
-        told = way == "loop in chunks" and padded
-        own = RocketKVCache(model.config, prompt_length=90, **fields, decode_capacity=16) if told else None
-        found, cache = chat(model, first, later, way, cache=own)
-        assert all(layer.step is not None for layer in rocketkv_layers(cache))
-    same(found, expected)
+        expected, _ = conversation(model, padded, "all tokens")
+    static = {**fields, "decode_capacity": 16}
+    with rocketkv.patch(model, **static):
+        for way in ("all tokens", *WAYS):
+            found, cache = conversation(model, padded, way, **static)
+            assert all(layer.step is not None for layer in rocketkv_layers(cache))
+            same(found, expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
