@@ -48,7 +48,7 @@ ARMS = (FULL, "rocketkv", "rocketkv-mt", "rocketkv-mt+")
 LATE = 3  # the turn from which on a further row sums up: a question or two may fit in what the first one kept
 
 _HEAD = "Read the following text. I will ask you about it afterwards.\n\n"
-_TAIL = 64  # tokens of a first prompt that every arm reads for itself: more than any observation window here
+TAIL = 64  # tokens of a first prompt that every arm reads for itself: more than any observation window here
 
 
 class Turn(NamedTuple):
@@ -129,14 +129,14 @@ def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Head:
     Raises:
         ValueError: a prompt is too short for its tail.
     """
-    if min(map(len, prompts)) <= _TAIL:
-        raise ValueError(f"a first prompt must have more than {_TAIL} tokens, got {min(map(len, prompts))}")
+    if min(map(len, prompts)) <= TAIL:
+        raise ValueError(f"a first prompt must have more than {TAIL} tokens, got {min(map(len, prompts))}")
     mask = _left_padded(prompts).to(model.device)
     longest = mask.shape[1]
     columns: list[list[tuple[Tensor, Tensor]]] = []
     for ids in prompts:
         cache: Any = Full().new_cache(model, len(ids))
-        model(torch.tensor([ids[:-_TAIL]], device=model.device), **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
+        model(torch.tensor([ids[:-TAIL]], device=model.device), **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
         padding = (0, 0, longest - len(ids), 0)
         columns.append([(F.pad(layer.keys, padding), F.pad(layer.values, padding)) for layer in cache.layers])
     layers = []
@@ -162,8 +162,8 @@ def scores(
     length = head.mask.shape[1]
     with method.attached(model):
         cache = method.new_cache(model, length)
-        _adopt(cache, head, length)
-        seen, mask = length - _TAIL, head.mask
+        adopt(cache, head, length)
+        seen, mask = length - TAIL, head.mask
 
         def forward(ids: list[list[int]]) -> Tensor:
             nonlocal seen, mask
@@ -184,7 +184,7 @@ def scores(
                 # The last token of an answer is read with what follows it, as `generate` does.
                 unread = [[talk[number - 1].answer[-1], *talk[number].given] for talk in conversations]
             else:
-                unread = [talk[0].given[-_TAIL:] for talk in conversations]
+                unread = [talk[0].given[-TAIL:] for talk in conversations]
             begin_prompt(cache, seen + max(map(len, unread)))
             steps = [forward(unread)]
             for step in range(len(conversations[0][number].answer) - 1):
@@ -221,9 +221,9 @@ def batches(conversations: Sequence[Sequence[Turn]], size: int) -> list[list[int
     return found
 
 
-def _adopt(cache: Cache, head: Head, prompt_length: int) -> None:
+def adopt(cache: Cache, head: Head, prompt_length: int) -> None:
     """Give an empty cache what has been read of its prompts."""
-    valid = head.mask[:, :-_TAIL].bool()
+    valid = head.mask[:, :-TAIL].bool()
     for number, (keys, values) in enumerate(head.layers):
         layer: Any = cache.layers[number]
         if isinstance(layer, RocketKVLayer):
