@@ -10,13 +10,22 @@ OLDEST_TRANSFORMERS := 4.57.0
 OVERLAY := .overlay/transformers-$(OLDEST_TRANSFORMERS)
 OLDEST_TRITON := 3.2.0
 TRITON_OVERLAY := .overlay/triton-$(OLDEST_TRITON)
-PLATFORM := $(shell uname -sm)
+OVERLAYS := $(OVERLAY)/.done
+OLDEST := $(CURDIR)/$(OVERLAY)
+OLDEST_TESTS := integration
+ifeq ($(shell uname -sm),Linux x86_64)  # Triton 3.2 has no package for others
+OVERLAYS += $(TRITON_OVERLAY)/.done
+OLDEST := $(OLDEST):$(CURDIR)/$(TRITON_OVERLAY)
+OLDEST_TESTS := integration or oldest_triton
+endif
 WHEEL_CHECK := build/wheel-check
 
 BIN := $(VENV)/bin
 # A file's tests stay together, for they share what is slow to make; files come in the order of tests/conftest.py.
 PYTEST := $(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Python compiles what it imports; pip would compile everything, which takes longer than to unpack it.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 
 # The root stays off sys.path (Python 3.11 and newer), for every Python below and its children: see CONTRIBUTING.md.
 export PYTHONSAFEPATH := 1
@@ -25,8 +34,10 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DELETE_ON_ERROR:
+ifndef SIDE_BY_SIDE
 .NOTPARALLEL:
-.PHONY: help demo test lint test-newest test-oldest test-oldest-triton format wheel evidence kernels-report \
+endif
+.PHONY: help demo test lint test-newest test-oldest format wheel evidence kernels-report \
 	hooks clean distclean
 
 help:
@@ -43,7 +54,10 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/rocketkv demo
 
-test: lint test-newest test-oldest test-oldest-triton
+# The overlays are fetched while the environment is made, and mypy, which keeps one core busy, runs beside the tests.
+test:
+	$(MAKE) --jobs=3 SIDE_BY_SIDE=1 lint test-newest $(OVERLAYS)
+	$(MAKE) test-oldest
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -53,16 +67,9 @@ lint: $(VENV)/.dev
 test-newest: $(VENV)/.dev
 	$(PYTEST)
 
-test-oldest: $(VENV)/.dev $(OVERLAY)/.done
-	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(PYTEST) tests -m integration
-
-ifeq ($(PLATFORM),Linux x86_64)
-test-oldest-triton: $(VENV)/.dev $(TRITON_OVERLAY)/.done
-	PYTHONPATH=$(CURDIR)/$(TRITON_OVERLAY) $(PYTEST) tests/test_kernels_*.py
-else
-test-oldest-triton:
-	@echo "The kernels' tests on the oldest Triton are left out: it has no package for $(PLATFORM), only for Linux x86_64."
-endif
+# What faces transformers, and the kernels where there is a Triton that old. One run, for to start one takes a while.
+test-oldest: $(VENV)/.dev $(OVERLAYS)
+	PYTHONPATH=$(OLDEST) $(PYTEST) -m "$(OLDEST_TESTS)"
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
