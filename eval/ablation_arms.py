@@ -23,13 +23,13 @@ from ..stats import step_bytes
 from .ablation_steps import (
     Ranks,
     by_value_norms,
+    calibrate,
     calibrated_step,
     ends_step,
     evicted_step,
     evicted_summary,
     plain_step,
     random_ranks,
-    residual_factors,
     segments_step,
     sketch_mass_step,
     unpooled_ties,
@@ -51,12 +51,14 @@ class Case:
         steps: decoded after it.
         head_dim: D, of keys and values.
         budget: t.
+        group: G, query heads of a KV head.
     """
 
     prompt: int
     steps: int
     head_dim: int
     budget: int
+    group: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,7 @@ class Arm:
             sinks to what the step is given as its state; or None.
         step: the decode step.
         extra: tokens' worth of bytes that the step reads beside what `stats()` counts.
+        extra_a_head: likewise, for each query head of a group but one.
     """
 
     name: str
@@ -87,6 +90,11 @@ class Arm:
     summary: Callable[..., Any] | None = None
     step: Callable[..., Tensor] = plain_step
     extra: float = 0.0
+    extra_a_head: float = 0.0
+
+    def extra_tokens(self, group: int) -> float:
+        """Return the tokens' worth of bytes that a step reads beside what `stats()` counts, of G query heads."""
+        return self.extra + self.extra_a_head * (group - 1)
 
 
 def mean_bytes(split: BudgetSplit, case: Case) -> float:
@@ -111,7 +119,7 @@ def fitted_split(arm: Arm, case: Case) -> BudgetSplit:
     if field is None:
         return split
     token = 4 * case.head_dim
-    spare = target_bytes(case) - mean_bytes(split, case) - arm.extra * token
+    spare = target_bytes(case) - mean_bytes(split, case) - arm.extra_tokens(case.group) * token
     count = (getattr(split, field) or 0) + round(spare / token)
     least = arm.window_size + 1 if field == "kept_tokens" else 1
     if count < least:
@@ -166,6 +174,8 @@ def _with(name: str, what: str, **fields: Any) -> Arm:
     return Arm(**{"name": f"rocketkv+:{name}", "what": what, "split": _plus, **fields})
 
 
+_FACTOR = functools.partial(calibrate, learned=False)
+_LEARNED = functools.partial(calibrate, learned=True)
 _ONE_RUN = functools.partial(evicted_summary, runs=1)
 
 MAIN = (
@@ -238,14 +248,29 @@ ABLATIONS = (
     _with(
         "calibrated",
         "the residual's weight times a factor, by the window's queries",
-        summary=residual_factors,
+        summary=_FACTOR,
         step=calibrated_step,
     ),
     _with(
         "calibrated-13",
         "and pooled over 13",
-        summary=residual_factors,
+        summary=_FACTOR,
         step=calibrated_step,
+        kernel_size=13,
+    ),
+    _with(
+        "learned",
+        "and its value is what the window's queries would have missed",
+        summary=_LEARNED,
+        step=calibrated_step,
+        extra_a_head=0.5,
+    ),
+    _with(
+        "learned-13",
+        "and pooled over 13",
+        summary=_LEARNED,
+        step=calibrated_step,
+        extra_a_head=0.5,
         kernel_size=13,
     ),
     _with(

@@ -270,7 +270,8 @@ def reference(
 
 
 def _case(layers: Sequence[Layer], settings: Settings, budget: int) -> Case:
-    return Case(prompt=settings.prompt, steps=settings.steps, head_dim=layers[0].key.shape[-1], budget=budget)
+    heads, kv_heads, head_dim = layers[0].query.shape[1], layers[0].key.shape[1], layers[0].key.shape[-1]
+    return Case(prompt=settings.prompt, steps=settings.steps, head_dim=head_dim, budget=budget, group=heads // kv_heads)
 
 
 def divergences(expected: Tensor, logits: Iterator[Tensor]) -> tuple[list[float], list[float]]:
@@ -338,7 +339,7 @@ def run_arm(
         "kl": kl,
         "agreement": agreement,
         "errors": [list(column) for column in zip(*errors, strict=True)],
-        "step_bytes": fmean(read) + arm.extra * 4 * case.head_dim,
+        "step_bytes": fmean(read) + arm.extra_tokens(case.group) * 4 * case.head_dim,
         "target_bytes": target_bytes(case),
         "stored": stored,
         "split": asdict(split),

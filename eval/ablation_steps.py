@@ -27,6 +27,7 @@ from ..store import KVStore
 
 # Factors of the residual's weight that a calibration chooses from.
 FACTORS = (1e-4, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0, 1.15, 1.3, 1.6)
+WIDE_FACTORS = (*FACTORS, 2.0, 2.5, 3.0, 4.0, 6.0)  # where the weight stands for evicted tokens, too
 
 Ranks = Callable[..., Tensor]
 
@@ -256,11 +257,33 @@ def evicted_step(
     return _attended(scored, positions, torch.cat((columns, logits), -1), torch.cat((own, state.value), 2))
 
 
-def residual_factors(window: Tensor, keys: Tensor, values: Tensor, store: KVStore, **exact: Any) -> Tensor:
-    """Return by what to multiply the residual's weight in each query head, [B, Hkv, G, 1].
+class Calibrated(NamedTuple):
+    """What the window's queries say of the residual in each query head.
 
-    The one of some factors with which the window's queries [B, H, W, D], had they been steps, would have erred least
-    against exact attention to all of the prompt's keys [B, Hkv, S, D] and values [B, Hkv, S, Dv].
+    Attributes:
+        factor: [B, Hkv, G, 1], of its weight.
+        value: [B, Hkv, G, Dv], the mean, by weight and over those queries, of the values that their steps would have
+            left out, evicted ones included; or None for the mean value of the stored tokens that are left out.
+    """
+
+    factor: Tensor
+    value: Tensor | None
+
+
+def calibrate(
+    window: Tensor, keys: Tensor, values: Tensor, store: KVStore, *, learned: bool, **exact: Any
+) -> Calibrated:
+    """Choose the factors with which the window's queries, had they been steps, would have erred least.
+
+    Errors are against exact attention to the whole prompt.
+
+    Args:
+        window: [B, H, W, D].
+        keys: [B, Hkv, S, D], the prompt's.
+        values: [B, Hkv, S, Dv].
+        store: the closed store.
+        learned: whether the value, too, is that of the window's queries.
+        **exact: scaling, softcap and sinks.
     """
     split = store.split
     if store.keys is None or store.values is None or store.positions is None:
@@ -273,27 +296,42 @@ def residual_factors(window: Tensor, keys: Tensor, values: Tensor, store: KVStor
     own = torch.arange(size - queries, size)[:, None]
     logits = (rows @ keys[:, :, None].transpose(-1, -2)).masked_fill(torch.arange(size) > own, -torch.inf)
     expected = logits.softmax(-1) @ values[:, :, None]
-    hidden = store.positions[:, :, None, :stored] > own  # [B, Hkv, W, N]
+    place = store.positions[:, :, None, :stored].long()
+    hidden = place > own  # [B, Hkv, W, N]
     kept_keys, kept = store.keys[:, :, None, :stored], store.values[:, :, None, :stored]
     sketched = decode(Sketch(**store.index_parts()), stored, rotation(head_dim, keys.device), split.sketch_bits)
     estimate = (rows @ sketched[:, :, None].transpose(-1, -2)).masked_fill(hidden[:, :, None], -torch.inf)
     chosen = torch.zeros_like(hidden).scatter_(-1, select_top(estimate.softmax(-1).sum(2), k), True)
     others = ~(chosen | hidden)
-    mean = others.float() @ kept[:, :, 0] / others.sum(-1, keepdim=True).clamp(min=1)  # [B, Hkv, W, Dv]
     rest = estimate.masked_fill(~others[:, :, None], -torch.inf).logsumexp(-1, keepdim=True)
     near = (rows @ kept_keys.transpose(-1, -2)).masked_fill(~chosen[:, :, None], -torch.inf)
-    found = []
-    for factor in FACTORS:
+    value = None
+    if learned:
+        taken = torch.zeros(logits.shape[:2] + logits.shape[3:], dtype=torch.bool)
+        taken = taken.scatter_(-1, place.expand_as(hidden), chosen)
+        left = logits.masked_fill(taken[:, :, None], -torch.inf).softmax(-1)
+        value = (left @ values[:, :, None]).mean(3)
+        filled = value[:, :, :, None]
+    else:
+        mean = others.float() @ kept[:, :, 0] / others.sum(-1, keepdim=True).clamp(min=1)
+        filled = mean[:, :, None]  # [B, Hkv, 1, W, Dv]
+    factors = WIDE_FACTORS if learned else FACTORS
+    errors = []
+    for factor in factors:
         weight = torch.cat((near, rest + math.log(factor)), -1).softmax(-1)
-        out = weight[..., :-1] @ kept + weight[..., -1:] * mean[:, :, None]
-        found.append(((out - expected).norm(dim=-1) / expected.norm(dim=-1)).mean(-1))
-    return torch.tensor(FACTORS)[torch.stack(found).argmin(0)][..., None]
+        out = weight[..., :-1] @ kept + weight[..., -1:] * filled
+        errors.append(((out - expected).norm(dim=-1) / expected.norm(dim=-1)).mean(-1))
+    return Calibrated(torch.tensor(factors)[torch.stack(errors).argmin(0)][..., None], value)
 
 
-def calibrated_step(query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Tensor, **exact: Any) -> Tensor:
-    """Multiply the residual's weight by a factor of each query head, [B, Hkv, G, 1]."""
+def calibrated_step(
+    query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Calibrated, **exact: Any
+) -> Tensor:
+    """Have a residual whose weight, and maybe value, is calibrated for each query head."""
     scored = _scored(query, key, value, store, exact)
     positions = select_top(_shared(scored.logits), scored.k)
-    column = _without(scored.logits, positions).logsumexp(-1, keepdim=True) + state.log()
-    own = gather_tokens(positions, scored.values)[0]
-    return _attended(scored, positions, column, _mean_of_others(scored.values, own))
+    keys, values = gather_tokens(positions, scored.keys, scored.values)
+    column = _without(scored.logits, positions).logsumexp(-1, keepdim=True) + state.factor.log()
+    weight = torch.cat((scored.rows @ keys.transpose(-1, -2), column), -1).softmax(-1)
+    other = _mean_of_others(scored.values, values) if state.value is None else state.value
+    return (weight[..., :-1] @ values + weight[..., -1:] * other).flatten(1, 2)
