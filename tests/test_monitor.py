@@ -390,6 +390,21 @@ def test_a_history_of_padded_rows_is_of_their_tokens() -> None:
         assert values.equal(torch.cat((given.value[row, 1, first:], late.value[row, 1])))
 
 
+def test_audits_are_few_operations() -> None:
+    model, ids = build(), prompt(112)
+    counts = []
+    for every in (1000, 111):
+        cache = RocketKVCache(model.config, prompt_length=110, **PLUS, audit_every=every)
+        with rocketkv.patch(model, **PLUS), torch.no_grad():
+            model(ids[:, :110], **{CACHE_ARGUMENT: cache})
+            with Operations() as step:
+                model(ids[:, 110:111], **{CACHE_ARGUMENT: cache})
+        counts.append(len(step.names))
+        assert len(cache.stats().audits) == (every == 111)
+    # Of a step of two layers, and so less of one of more.
+    assert 0 < counts[1] - counts[0] < 0.01 * 16 * counts[0]
+
+
 def test_layers_take_turns_at_audits() -> None:
     model, reports = build(), list[StepReport]()
     with rocketkv.patch(model, **SMALL, audit_every=2, on_step=reports.append) as handle:
