@@ -10,8 +10,6 @@ import rocketkv
 from rocketkv.eval import long_output, questions
 from rocketkv.eval.long_output import Settings
 
-pytestmark = pytest.mark.integration
-
 SETTINGS = Settings(
     prompt=100, new_tokens=130, capacities=(64, 96), budget=72, speed_tokens=1010, speed_capacity=64, texts=2
 )

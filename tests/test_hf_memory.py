@@ -125,8 +125,7 @@ def test_peak_of_a_hybrid_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("new_tokens", [1, 40])
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "padded"), [(torch.float32, True), (torch.bfloat16, False)])
 @pytest.mark.parametrize("method", sorted(rocketkv.METHODS))
 def test_stats_are_what_a_walk_finds(method: str, dtype: torch.dtype, padded: bool, new_tokens: int) -> None:
     model = build().to(dtype)
