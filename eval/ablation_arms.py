@@ -37,7 +37,7 @@ from .ablation_steps import (
 
 RESERVE = RocketKVConfig().decode_reserve
 WINDOW = RocketKVConfig().window_size
-KERNEL = RocketKVConfig().kernel_size
+KERNEL = RocketKVConfig().pool_size
 TOLERANCE = 0.02  # by which bytes of arms may differ
 WIDEST_WINDOW = 64
 

@@ -120,7 +120,7 @@ def bench_attention(
         store.extend(key, value)
         store.remember_queries(window, settings.window_size)
         split = settings.split_for(context, head_dim)
-        store.close_prompt(split, decode_reserve=128, kernel_size=settings.kernel_size, scaling=scaling)
+        store.close_prompt(split, decode_reserve=128, kernel_size=settings.pool_size, scaling=scaling)
         return store
 
     grouped = query.view(1, kv_heads, heads // kv_heads, head_dim)

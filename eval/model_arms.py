@@ -140,7 +140,7 @@ def model_arms(model: PreTrainedModel, case: Case, *, kernel: str = "auto") -> d
             layer.store.close_prompt(
                 split,
                 decode_reserve=settings.decode_reserve,
-                kernel_size=settings.kernel_size,
+                kernel_size=settings.pool_size,
                 scaling=config.head_dim**-0.5,
                 decode_capacity=DECODE_CAPACITY,
             )

@@ -30,7 +30,6 @@ from transformers.cache_utils import Cache
 
 from .._version import __version__
 from ..cache import begin_prompt
-from ..config import RocketKVConfig
 from ..layer import RocketKVLayer
 from ..models import CACHE_ARGUMENT
 from ..progress import Progress
@@ -314,7 +313,7 @@ class Settings:
     facts: int = 8
     tokens: int = 2048
     budget: int = 256
-    kernel_size: int = RocketKVConfig.kernel_size
+    kernel_size: int | None = None
     seed: int = 0
     batch: int = 5
 
@@ -322,7 +321,7 @@ class Settings:
 def study(settings: Settings, journal: Journal) -> dict[str, Any]:
     """Measure what the journal does not have yet; return settings, figures of every document, and the table."""
     model, tokenizer = load_model(settings.model)
-    fields = {"kernel_size": settings.kernel_size}
+    fields = {} if settings.kernel_size is None else {"kernel_size": settings.kernel_size}
     methods = [find_method(arm, *((None, None) if arm == FULL else (settings.budget, fields))) for arm in ARMS]
     places = range(settings.documents)
     texts = [fitted(tokenizer, settings.seed + number, settings.facts, settings.tokens) for number in places]
@@ -368,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("batch", "documents at once, which share the split of the longest"),
     ):
         default = getattr(defaults, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default {default})")
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default {default or 'its own'})")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     parser.add_argument("-o", "--output", type=Path, required=True, help="where to put OUTPUT.json and OUTPUT.md")
     args = parser.parse_args(arguments)

@@ -9,6 +9,7 @@ BACKENDS = ("auto", "torch", "triton")
 WHEN_FULL = ("evict", "evict-random", "raise")
 ON_LOSS = ("warn", "widen", "dense")
 LOSS_BOUND = 0.5  # where none is given
+PAPERS_POOL, SKETCHED_POOL = 63, 13  # widths of stage 1's max-pooling where none is given
 INDEX_DTYPES = ("keys", "float8_e5m2", "float8_e4m3fn")
 
 
@@ -25,8 +26,9 @@ class RocketKVConfig:
             the number of tokens that will be generated.
         window_size: W, queries at the end of the prompt whose attention ranks the prompt's tokens; their own tokens are
             always kept (paper and SnapKV section 3: 32).
-        kernel_size: odd width, in tokens, of the max-pooling of those ranks (paper: 63, for long prompts; of a few
-            thousand tokens narrower pools keep more of what matters). Where generated tokens are ranked, at most 5.
+        kernel_size: odd width, in tokens, of the max-pooling of those ranks; None for the method's own: 63 as in the
+            paper, and 13 for methods with a sketch, which were measured to lose less with it (docs/beyond.md). Where
+            generated tokens are ranked, at most 5.
         split: a budget split of your own, used for every prompt length; None derives one from the prompt.
         backend: `torch`, the reference; `triton`, the kernels; or `auto`, the kernels where there is a GPU that runs
             them. The environment variable ROCKETKV_BACKEND decides where this is `auto`.
@@ -67,7 +69,7 @@ class RocketKVConfig:
     token_budget: int = 512
     decode_reserve: int = 128
     window_size: int = 32
-    kernel_size: int = 63
+    kernel_size: int | None = None
     split: BudgetSplit | None = None
     backend: str = "auto"
     decode_capacity: int | None = None
@@ -92,7 +94,7 @@ class RocketKVConfig:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
         for name in ("token_budget", "decode_reserve", "window_size", "kernel_size", "decode_capacity"):
             value = getattr(self, name)
-            if value is None and name == "decode_capacity":
+            if value is None and name in ("kernel_size", "decode_capacity"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int (tokens), got {value!r} of type {type(value).__name__}")
@@ -100,7 +102,7 @@ class RocketKVConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self._check_history_device(self.history_device)
         self._check_protect(self.protect)
-        if self.kernel_size % 2 == 0:
+        if self.kernel_size is not None and self.kernel_size % 2 == 0:
             raise ValueError(
                 f"kernel_size must be odd, so that a token lies in the middle of its pool; got {self.kernel_size}. "
                 f"Use {self.kernel_size - 1} or {self.kernel_size + 1}."
@@ -195,6 +197,13 @@ class RocketKVConfig:
                 raise ValueError(
                     f"a range to protect must be (start, stop) with 0 <= start < stop; got {(start, stop)}"
                 )
+
+    @property
+    def pool_size(self) -> int:
+        """Odd width of stage 1's max-pooling: `kernel_size`, or the method's own."""
+        if self.kernel_size is not None:
+            return self.kernel_size
+        return SKETCHED_POOL if self.method in SKETCHED else PAPERS_POOL
 
     @property
     def watched(self) -> bool:

@@ -313,7 +313,7 @@ class RocketKVLayer(CacheLayerMixin):
             split,
             backend=self.backend,
             decode_reserve=config.decode_reserve,
-            kernel_size=config.kernel_size,
+            kernel_size=config.pool_size,
             decode_capacity=config.decode_capacity,
             remembered=0 if self._kept_when_full(split) is None else config.window_size,
             index_dtype=torch_dtype(config.index_dtype),
@@ -333,7 +333,7 @@ class RocketKVLayer(CacheLayerMixin):
         """Note with what to rank generated tokens, given scaling, softcap and sinks."""
         config, self.bounded = self.config, None
         if self.store.window is not None:
-            self.bounded = exact | {"kernel_size": config.kernel_size, "at_random": config.when_full == "evict-random"}
+            self.bounded = exact | {"kernel_size": config.pool_size, "at_random": config.when_full == "evict-random"}
 
     def _kept_when_full(self, split: BudgetSplit) -> int | None:
         """Return how many generated tokens stay where the room for them ends, or None where that is an error."""

@@ -15,8 +15,17 @@ NUMBERS = ["token_budget", "decode_reserve", "window_size", "kernel_size"]
 
 def test_defaults_are_the_papers() -> None:
     config = RocketKVConfig()
-    assert (config.method, config.window_size, config.kernel_size, config.decode_reserve) == ("rocketkv", 32, 63, 128)
+    assert (config.method, config.window_size, config.pool_size, config.decode_reserve) == ("rocketkv", 32, 63, 128)
     assert config.split is None
+
+
+def test_pools_are_the_methods_own_unless_given() -> None:
+    sketched = {"rocketkv+", "rocketkv-mt+"}
+    assert {name: RocketKVConfig(method=name).pool_size for name in METHODS} == {
+        name: 13 if name in sketched else 63 for name in METHODS
+    }
+    assert RocketKVConfig(method="rocketkv+", kernel_size=63).pool_size == 63
+    assert dataclasses.replace(RocketKVConfig(), method="rocketkv+").pool_size == 13
 
 
 def test_settings_are_frozen_and_named() -> None:
@@ -26,12 +35,17 @@ def test_settings_are_frozen_and_named() -> None:
         RocketKVConfig("rocketkv")  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("value", [512.0, True, "512", None])
+@pytest.mark.parametrize("value", [512.0, True, "512"])
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_must_be_an_int(name: str, value: Any) -> None:
     fields: dict[str, Any] = {name: value}
     with pytest.raises(TypeError, match=f"{name} must be an int .*got {value!r} of type {type(value).__name__}"):
         RocketKVConfig(**fields)
+
+
+def test_a_budget_cannot_be_left_out() -> None:
+    with pytest.raises(TypeError, match=r"token_budget must be an int .*got None"):
+        RocketKVConfig(token_budget=None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [0, -1])

@@ -15,6 +15,7 @@ from tiny import build, prompt
 from torch import Tensor
 
 from rocketkv import METHODS, RocketKVConfig, patch
+from rocketkv.budget import MULTI_TURN
 from rocketkv.cache import RocketKVCache
 from rocketkv.eval import ablation, ablation_arms, ablation_run
 from rocketkv.eval.ablation_arms import ARMS, BY_NAME, FULL, WIDEST_WINDOW, Arm, Case, fitted_split, target_bytes
@@ -76,10 +77,11 @@ def own_logits(model: Any, config: RocketKVConfig) -> Tensor:
     return torch.stack(steps)
 
 
-@pytest.mark.parametrize("method", [name for name in sorted(METHODS) if name != "rocketkv-mt"])
+@pytest.mark.parametrize("method", [name for name in sorted(METHODS) if name not in MULTI_TURN])
 def test_rebuilt_stores_step_as_after_the_models_own_prefill(model: Any, layers: list[Layer], method: str) -> None:
     split = METHODS[method](PROMPT, BUDGET, 16, 128)
-    arm = Arm(name=method, what="", split=lambda _: split, fitted=None)
+    pool_size = RocketKVConfig(method=method).pool_size
+    arm = Arm(name=method, what="", split=lambda _: split, fitted=None, kernel_size=pool_size)
     with torch.inference_mode():
         made = [ArmLayer(arm, split, layer, PROMPT) for layer in layers]
         for one, layer in zip(made, layers, strict=True):
