@@ -20,13 +20,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # By the time they take, longest first.
 LONGEST = [
     "test_real_model",
+    "test_kernels_aot",
     "test_hf_turns_mt",
     "test_bounded",
     "test_golden",
     "test_kernels_evict",
     "test_kernels_decode",
     "test_kernels_edges",
-    "test_kernels_aot",
     "test_eval_run",
     "test_compiled",
     "test_demo",
