@@ -4,6 +4,9 @@ Bytes are those of `stats()` as budgets count (16 bits; index, scales and means 
 `rocketkv` with its own split are the measure; the other arms get so many tokens to attend to that theirs are closest to
 it. Oracles, whose scores are not counted, and floors, which attend to all that is stored, are what they are.
 
+Stage 1 pools as in the paper in all arms that do not say otherwise, so that what differs is the part in question. The
+library's own `rocketkv+` pools more narrowly, as `rocketkv+:kernel-13` does.
+
 Letters: t token budget, D head dim, N stored tokens, k tokens attended to, b bytes of a sketched token.
 """
 
@@ -180,7 +183,7 @@ _ONE_RUN = functools.partial(evicted_summary, runs=1)
 
 MAIN = (
     Arm(name="rocketkv", what="the paper's method", split=_rocketkv, fitted=None),
-    Arm(name="rocketkv+", what="sketch and value residual", split=_plus),
+    Arm(name="rocketkv+", what="sketch and value residual, the paper's pooling", split=_plus),
     Arm(
         name="stored-topk",
         what="exact top-k of the paper's N, scores free",
@@ -234,7 +237,7 @@ ABLATIONS = (
     ),
     _with("random", "stage 1 by chance", ranks=random_ranks),
     _with("kernel-7", "pooled over 7", kernel_size=7),
-    _with("kernel-13", "pooled over 13", kernel_size=13),
+    _with("kernel-13", "pooled over 13, the library's default", kernel_size=13),
     _with("kernel-21", "pooled over 21", kernel_size=21),
     _with("exact-kernel-13", "exact scores, free, pooled over 13", split=_exact, fitted=None, kernel_size=13),
     Arm(name="rocketkv:kernel-7", what="the paper's, pooled over 7", split=_rocketkv, kernel_size=7),

@@ -175,6 +175,24 @@ def test_evicted_tokens_of_equal_keys_and_values_count_as_they_would(layers: lis
     torch.testing.assert_close((state.tokens * state.value).sum(2)[0, 0], layer.value[0, 0, :PROMPT][gone[0, 0]].sum(0))
 
 
+def test_a_calibrated_residual_is_the_librarys_where_factors_are_one(layers: list[Layer]) -> None:
+    arm = BY_NAME["rocketkv+:calibrated"]
+    split, layer = fitted_split(BY_NAME["rocketkv+"], CASE), layers[0]
+    made = ArmLayer(arm, split, layer, PROMPT)
+    made.state = made.state._replace(factor=torch.ones_like(made.state.factor))
+    token = (layer.query[:, :, WIDEST_WINDOW], layer.key[:, :, PROMPT], layer.value[:, :, PROMPT])
+    own = outputs(layers, BY_NAME["rocketkv+"], split)
+    torch.testing.assert_close(made.step_of(*token, **layer.exact), own, atol=1e-5, rtol=0)
+
+
+def test_a_learned_value_is_what_attention_misses(layers: list[Layer]) -> None:
+    arm, layer = BY_NAME["rocketkv+:learned"], layers[0]
+    value = torch.full_like(layer.value, 0.5)
+    made = ArmLayer(arm, fitted_split(arm, CASE), replace(layer, value=value), PROMPT)
+    torch.testing.assert_close(made.state.value, torch.full_like(made.state.value, 0.5))
+    assert arm.extra_tokens(3) == 1
+
+
 def test_ranks(layers: list[Layer]) -> None:
     window, keys = layers[0].query[:, :, 32:WIDEST_WINDOW], layers[0].key[:, :, :PROMPT]
     exact = {"kernel_size": 63, "valid": None, **layers[0].exact}
