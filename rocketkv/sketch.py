@@ -295,11 +295,11 @@ def score_sketch(
         # With tokens last multiplication is so much faster that turning the bytes pays.
         codes = sketch.codes[:, :, start:stop].flatten(0, 1).transpose(1, 2).contiguous()
         product, column = middle, 0
-        for first, size, mask in _digits(head_dim, bits):
+        for first, size, masks in _digits(head_dim, bits, query.device):
             # In their places within a byte, which the weights make up for.
-            digit = (codes[:, first : first + size] & mask).float()
-            product = torch.baddbmm(product, weight[..., column : column + size], digit)
-            column += size
+            digits = (codes[:, None, first : first + size] & masks).float().flatten(1, 2)
+            product = torch.baddbmm(product, weight[..., column : column + digits.shape[1]], digits)
+            column += digits.shape[1]
         scales = sketch.scales[:, :, None, start:stop].flatten(0, 1).float()
         blocks.append(torch.addcmul(shift, product, scales))
     logits = (blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)).view(batch, heads, stored)
@@ -307,12 +307,17 @@ def score_sketch(
 
 
 @functools.cache
-def _digits(head_dim: int, bits: int) -> tuple[tuple[int, int, int], ...]:
-    """Return where the digits of packed codes are: the first byte of a digit's plane, the plane's bytes, its mask."""
+@torch.inference_mode(False)
+def _digits(head_dim: int, bits: int, device: torch.device) -> tuple[tuple[int, int, Tensor], ...]:
+    """Return where the digits of packed codes are: each plane's first byte, its bytes, and its digits' masks [m, 1, 1].
+
+    The masks are uint8; constants.
+    """
     found, first = [], 0
     for _, width in planes(bits):
         size = -(-head_dim * width // 8)
-        found += [(first, size, (2**width - 1) << place) for place in range(0, 8, width)]
+        masks = [(2**width - 1) << place for place in range(0, 8, width)]
+        found.append((first, size, torch.tensor(masks, dtype=torch.uint8, device=device).view(-1, 1, 1)))
         first += size
     return tuple(found)
 
