@@ -16,6 +16,9 @@ STREAMING_SINKS = 4
 # The widest heads whose keys are sketched in 2 bits a channel; in wider ones 1 bit errs less at equal bytes.
 WIDEST_OF_TWO_BITS = 128
 
+# Percentage of t that goes to the attention where a filter is followed by others, at least.
+ATTENDED_OF_FILTERED = 65
+
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetSplit:
@@ -138,7 +141,13 @@ def sketch_bytes(head_dim: int, bits: int) -> int:
 
 
 def rocketkv_plus_split(
-    prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int, *, most_stored: int | None = None
+    prompt_length: int,
+    token_budget: int,
+    head_dim: int,
+    decode_reserve: int,
+    *,
+    most_stored: int | None = None,
+    least_attended: int = 0,
 ) -> BudgetSplit:
     """Split a budget over stage 1, the sketch of what it keeps, and the attention (beyond the paper).
 
@@ -157,10 +166,11 @@ def rocketkv_plus_split(
         head_dim: D, at least 8 for a split within the budget.
         decode_reserve: generated tokens that the sequence length counts in, and N too.
         most_stored: N at most, where storage is limited; None for no limit.
+        least_attended: percentage of t that goes to the attention at least.
     """
     bits = 2 if head_dim <= WIDEST_OF_TWO_BITS else 1
     token, sketched = 4 * head_dim, sketch_bytes(head_dim, bits)
-    attended = token_budget // 2 if bits == 2 else token_budget * 7 // 10
+    attended = token_budget * max(50 if bits == 2 else 70, least_attended) // 100
     sequence_length = prompt_length + decode_reserve
     stored = (token_budget - attended) * token // sketched
     stored = min(stored if most_stored is None else min(stored, most_stored), sequence_length)
@@ -172,6 +182,17 @@ def rocketkv_plus_split(
         sketch_bits=bits,
         top_k=max(1, left),
         residual=True,
+    )
+
+
+def rocketkv_mt_plus_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
+    """Split a budget as `rocketkv_plus_split`, with more of it for the attention, 0.65 t.
+
+    A conversation's next turn filters anew, so what this turn's filter leaves out is not lost; measured on conversations
+    (docs/conversations.md).
+    """
+    return rocketkv_plus_split(
+        prompt_length, token_budget, head_dim, decode_reserve, least_attended=ATTENDED_OF_FILTERED
     )
 
 
@@ -246,7 +267,7 @@ METHODS: dict[str, SplitFunction] = {
     "rocketkv": rocketkv_split,
     "rocketkv+": rocketkv_plus_split,
     "rocketkv-mt": rocketkv_split,
-    "rocketkv-mt+": rocketkv_plus_split,
+    "rocketkv-mt+": rocketkv_mt_plus_split,
     "snapkv": snapkv_split,
     "quest": quest_split,
     "sparq": sparq_split,
@@ -280,8 +301,11 @@ def least_token_budget(method: str, window_size: int, decode_reserve: int) -> in
     if method in SKETCHED:
         # With 8 channels, where a sketch takes an eighth of a token, the most there is: 2 * reserve tokens and k = 1.
         least = max(4, -(-decode_reserve // 4) + 2)
-        # Half of t must hold the sketch of what stage 1 keeps, more than the window, and of the reserve.
+        # Half of t, or 7/20, must hold the sketch of what stage 1 keeps, more than the window, and of the reserve.
         if decode_reserve <= window_size:
-            least = max(least, 2 * -(-(window_size + decode_reserve + 1) // 8) - 1)
+            sketched = -(-(window_size + decode_reserve + 1) // 8)
+            least = max(
+                least, (sketched - 1) * 100 // (50 if method == "rocketkv+" else 100 - ATTENDED_OF_FILTERED) + 1
+            )
         return least
     return 2

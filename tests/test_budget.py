@@ -120,14 +120,16 @@ def test_every_method_follows_the_table(prompt: int, budget: int, head_dim: int,
         assert split.rolling == (method == "streaming")
 
 
-@pytest.mark.parametrize("most", [None, 700])
+@pytest.mark.parametrize(("method", "most"), [("rocketkv+", None), ("rocketkv+", 700), ("rocketkv-mt+", None)])
 @pytest.mark.parametrize("reserve", [1, 40, 128])
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 192, 256])
 @pytest.mark.parametrize(("prompt", "budget"), [(30000, 64), (30000, 333), (4000, 512), (900, 512), (130, 128)])
 def test_the_sketchs_split_spends_the_budget(
-    prompt: int, budget: int, head_dim: int, reserve: int, most: int | None
+    prompt: int, budget: int, head_dim: int, reserve: int, method: str, most: int | None
 ) -> None:
-    split = rocketkv_plus_split(prompt, budget, head_dim, reserve, most_stored=most)
+    split = METHODS[method](prompt, budget, head_dim, reserve)
+    if most is not None:
+        split = rocketkv_plus_split(prompt, budget, head_dim, reserve, most_stored=most)
     assert split.kept_tokens is not None
     assert split.top_k is not None
     assert (split.token_budget, split.page_size, split.channels, split.residual) == (budget, 1, None, True)
@@ -139,7 +141,8 @@ def test_the_sketchs_split_spends_the_budget(
     assert whole - 4 * head_dim < spent <= whole
     limited = most is not None and stored == max(most, 2 * reserve)
     if not limited and stored not in (prompt + reserve, 2 * reserve):
-        assert split.top_k + 1 == (budget // 2 if split.sketch_bits == 2 else math.floor(0.7 * budget + 1e-9))
+        share = {"rocketkv+": 0.5, "rocketkv-mt+": 0.65}[method] if split.sketch_bits == 2 else 0.7
+        assert split.top_k + 1 == math.floor(share * budget + 1e-9)
         assert plus_bytes(split, stored + 2, head_dim) > whole
     assert most is None or stored <= max(most, 2 * reserve)
 

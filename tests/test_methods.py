@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Callable
@@ -132,10 +133,10 @@ def rocketkv(head: Head) -> Steps:
     return out
 
 
-def rocketkv_plus(head: Head) -> Steps:
+def rocketkv_plus(head: Head, attended: int = BUDGET // 2) -> Steps:
     total = PROMPT + head.reserve
     token, sketch = 4 * D, D // 4 + 2  # bytes
-    capacity = max(min((BUDGET - BUDGET // 2) * token // sketch, total), min(2 * head.reserve, total))
+    capacity = max(min((BUDGET - attended) * token // sketch, total), min(2 * head.reserve, total))
     k = math.floor(BUDGET - capacity * sketch / token) - 1
     kept = snap(head, capacity - head.reserve) if capacity < total else list(range(PROMPT))
     mean = head.keys[kept].mean(0)
@@ -194,7 +195,7 @@ DEFINITIONS: dict[str, Callable[[Head], Steps]] = {
     "rocketkv": rocketkv,
     "rocketkv+": rocketkv_plus,
     "rocketkv-mt": rocketkv,  # of one turn, its filter decodes as the eviction does
-    "rocketkv-mt+": rocketkv_plus,
+    "rocketkv-mt+": functools.partial(rocketkv_plus, attended=BUDGET * 13 // 20),
     "snapkv": snapkv,
     "quest": quest,
     "sparq": sparq,
