@@ -188,8 +188,7 @@ def rocketkv_plus_split(
 def rocketkv_mt_plus_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
     """Split a budget as `rocketkv_plus_split`, with more of it for the attention, 0.65 t.
 
-    A conversation's next turn filters anew, so what this turn's filter leaves out is not lost; measured on conversations
-    (docs/conversations.md).
+    The next turn filters anew, so what this one's filter leaves out is not lost (measured: docs/conversations.md).
     """
     return rocketkv_plus_split(
         prompt_length, token_budget, head_dim, decode_reserve, least_attended=ATTENDED_OF_FILTERED
@@ -304,8 +303,7 @@ def least_token_budget(method: str, window_size: int, decode_reserve: int) -> in
         # Half of t, or 7/20, must hold the sketch of what stage 1 keeps, more than the window, and of the reserve.
         if decode_reserve <= window_size:
             sketched = -(-(window_size + decode_reserve + 1) // 8)
-            least = max(
-                least, (sketched - 1) * 100 // (50 if method == "rocketkv+" else 100 - ATTENDED_OF_FILTERED) + 1
-            )
+            percent = 50 if method == "rocketkv+" else 100 - ATTENDED_OF_FILTERED
+            least = max(least, 100 * (sketched - 1) // percent + 1)
         return least
     return 2
