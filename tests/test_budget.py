@@ -147,6 +147,19 @@ def test_the_sketchs_split_spends_the_budget(
     assert most is None or stored <= max(most, 2 * reserve)
 
 
+def test_what_the_sketch_stores_at_8k() -> None:
+    prompt, budget, head_dim, reserve = 8192, 512, 64, 128
+    kept = rocketkv_split(prompt, budget, head_dim, reserve).kept_tokens
+    assert kept is not None
+    for most, share in ((kept + reserve, 0.34), (None, 0.46)):
+        split = rocketkv_plus_split(prompt, budget, head_dim, reserve, most_stored=most)
+        assert split.kept_tokens is not None
+        assert split.sketch_bits == 2
+        # Keys and values in 16 bits, codes and scales of each token, and both means.
+        stored = split.kept_tokens * (4 * head_dim + 16 + 2) + 4 * head_dim
+        assert share - 0.05 < stored / (prompt * 4 * head_dim) <= share
+
+
 def test_settings_by_hand() -> None:
     # c = 1128 / 64 = 17.625: pages of 18, and 64 / 17.625 = 3.6 channels.
     assert METHODS["quest"](1000, 64, 64, 128).page_size == 18
