@@ -2,8 +2,8 @@
 
 `attention` times one layer's decode step against PyTorch's attention over the full cache, with the query heads as they
 are (`enable_gqa`) and with the heads of a group as rows, which is the strongest dense form on a CPU. `decode` times
-whole decode steps of a model against the stock model, whose cache copies itself each step, and against `full`, dense
-attention over a preallocated cache.
+whole decode steps of a model against `rocketkv+`, the stock model, whose cache copies itself each step, and `full`,
+dense attention over a preallocated cache.
 """
 
 import argparse
@@ -192,7 +192,7 @@ def _require_close(what: str, got: Tensor, expected: Tensor) -> None:
 def bench_decode(
     model_name: str | None, *, context: int | None, token_budget: int, rounds: int = ROUNDS, steps: int = 8
 ) -> dict[str, Any]:
-    """Time whole decode steps of a model after a prompt of random tokens: stock, dense preallocated, compressed.
+    """Time whole decode steps of a model after a prompt of random tokens: compressed, stock, dense preallocated.
 
     Args:
         model_name: a hub name or folder, or None for SmolLM2-135M-Instruct.
@@ -208,6 +208,7 @@ def bench_decode(
     model, _ = load_model(model_name)
     configs = {
         "rocketkv": RocketKVConfig(token_budget=token_budget),
+        "rocketkv+": RocketKVConfig(method="rocketkv+", token_budget=token_budget),
         "stock": None,
         "dense preallocated": RocketKVConfig(method="full"),
     }
