@@ -309,15 +309,15 @@ def score_sketch(
 @functools.cache
 @torch.inference_mode(False)
 def _digits(head_dim: int, bits: int, device: torch.device) -> tuple[tuple[int, int, Tensor], ...]:
-    """Return where the digits of packed codes are: each plane's first byte, its bytes, and its digits' masks [m, 1, 1].
+    """Return where the digits of packed codes are: a plane's first byte, its bytes, and masks of digits [m, 1, 1].
 
-    The masks are uint8; constants.
+    Half of a plane's digits at a time: all of them, as floats, would be as large as the keys. Constants; uint8.
     """
     found, first = [], 0
     for _, width in planes(bits):
         size = -(-head_dim * width // 8)
-        masks = [(2**width - 1) << place for place in range(0, 8, width)]
-        found.append((first, size, torch.tensor(masks, dtype=torch.uint8, device=device).view(-1, 1, 1)))
+        masks = torch.tensor([(2**width - 1) << place for place in range(0, 8, width)], device=device).byte()
+        found += [(first, size, half.view(-1, 1, 1)) for half in masks.chunk(2)]
         first += size
     return tuple(found)
 
