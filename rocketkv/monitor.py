@@ -68,6 +68,10 @@ class Monitor:
         self._warned = False
         self._reports: dict[int, StepReport] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what a copy of the cache does not have: the caller's callback, which each forward gives anew."""
+        return self.__dict__ | {"on_step": None, "_reports": {}}
+
     def begin(self, number: int) -> None:
         """Begin a generation: the prompt of a layer has ended."""
         if number == self._numbers[0]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from dataclasses import replace
 from itertools import pairwise
@@ -459,6 +460,26 @@ def test_a_copy_that_was_made_in_inference_mode_goes_on(watched: bool) -> None:
         copied = copy.deepcopy(made)
         out = [forward(each, given[PROMPT + 2 : PROMPT + 3]) for each in (copied, made)]
     assert out[0].equal(out[1])
+
+
+def test_a_copied_cache_leaves_the_callbacks_owner_alone() -> None:
+    class Log:
+        def __init__(self) -> None:
+            self.lock = threading.Lock()  # which cannot be copied
+            self.positions: list[int] = []
+
+        def note(self, report: StepReport) -> None:
+            with self.lock:
+                self.positions.append(report.position)
+
+    model, log = build(), Log()
+    with rocketkv.patch(model, **PLUS, on_step=log.note), torch.no_grad():
+        cache = RocketKVCache(model.config, prompt_length=90, **PLUS)
+        model(prompt(90), **{CACHE_ARGUMENT: cache})
+        for each in (cache, copy.deepcopy(cache)):
+            model(prompt(1), **{CACHE_ARGUMENT: each})
+        model(prompt(1), **{CACHE_ARGUMENT: copy.deepcopy(cache)})
+    assert log.positions == [90, 90, 91]
 
 
 def test_copies_of_a_model_report_to_nobody() -> None:
