@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .constants import number, steps
 from .index import TILE_PAGES, gather_tokens, movable, page_bounds, page_count, restored
 
 # Added to what divides: a head may be zero in the channels that its group chose, and 0 * inf is no score.
@@ -57,13 +58,13 @@ def score(
     scored = grouped.gather(-1, chosen.unsqueeze(1).expand(-1, grouped.shape[1], -1))
     negative = scored.sum(1) <= 0
     bound_row = torch.add(chosen, negative, alpha=head_dim) if rows > head_dim else chosen
-    missed = size.sum(-1, keepdim=True) / (scored.abs().sum(-1, keepdim=True) + _TINY)
-    scored = scored * (missed.sqrt() * scaling)
+    missed = size.sum(-1, keepdim=True) / scored.abs().sum(-1, keepdim=True).clamp_min_(_TINY)
+    scored = scored * missed.sqrt_().mul_(number(scaling))
 
     # Only the tiles in use are read, and of them the chosen rows of 128 pages.
     pages = page_count(stored, page_size)
     used = -(-pages // TILE_PAGES)
-    first_row = torch.arange(0, batch * kv_heads * tiles * rows, rows, device=index.device).view(-1, 1, tiles)
+    first_row = steps(batch * kv_heads * tiles, rows, index.device).view(-1, 1, tiles)
     row = bound_row.unsqueeze(-1) + first_row.narrow(-1, 0, used)
     bounds = restored(F.embedding(row, movable(index).view(-1, TILE_PAGES)), index.dtype).float().flatten(2)
 
@@ -124,7 +125,7 @@ def select(
         weight = logits.softmax(-1)
         missing = units * unit_size - stored  # tokens that the last unit is short of
         if missing:
-            total = weight.narrow(-1, units - 1, 1) * -missing + unit_size
+            total = torch.rsub(weight.narrow(-1, units - 1, 1), unit_size, alpha=missing)
     else:
         over_heads = _unit_tokens(units, unit_size, lengths).repeat_interleave(group, dim=1)
         logits = logits.masked_fill(over_heads == 0, -torch.inf)
@@ -167,13 +168,13 @@ def ranked_even(weight: Tensor, k: int, stored: int, unit_size: int) -> Tensor:
     """
     units = weight.shape[-1]
     bits = weight.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).view(torch.int32)
-    rank = torch.add(torch.arange(0, -units, -1, device=weight.device), bits, alpha=1 << 32)
+    rank = torch.add(steps(units, -1, weight.device), bits, alpha=1 << 32)
     # A unit more where one has fewer tokens: together they are k at least.
     short = units * unit_size - stored
     unit = rank.topk(min(units, page_count(k, unit_size) + (short > 0)), dim=-1).indices
     if unit_size == 1:
         return unit
-    token = torch.add(torch.arange(unit_size, device=weight.device), unit.unsqueeze(-1), alpha=unit_size).flatten(-2)
+    token = torch.add(steps(unit_size, 1, weight.device), unit.unsqueeze(-1), alpha=unit_size).flatten(-2)
     first = token.narrow(-1, 0, k)
     if not short:
         return first

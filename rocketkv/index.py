@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .constants import steps
+
 TILE_PAGES = 128
 FLOAT8 = (torch.float8_e5m2, torch.float8_e4m3fn)
 
@@ -151,6 +153,5 @@ def gather_tokens(positions: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             index = positions.long()[..., None]
             return tuple(tensor.gather(2, index.expand(-1, -1, -1, tensor.shape[3])) for tensor in tensors)
     batch, kv_heads, _ = positions.shape
-    start = torch.arange(0, batch * kv_heads * size, size, device=positions.device)
-    rows = positions + start.view(batch, kv_heads, 1)
+    rows = positions + steps(batch * kv_heads, size, positions.device).view(batch, kv_heads, 1)
     return tuple([F.embedding(rows, tensor.view(-1, tensor.shape[3])) for tensor in tensors])

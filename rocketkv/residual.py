@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .constants import number
 from .index import gather_tokens
 
 # A float64 this large has 2^-32 as its last bit: adding it and taking it away rounds what it is added to.
@@ -23,7 +24,8 @@ BLOCK_BYTES = 4 * 2**20
 
 def summable(values: Tensor) -> Tensor:
     """Return values in float64, rounded to multiples of 2^-32: what is summed of them."""
-    return values.double().add_(ROUNDER).sub_(ROUNDER)
+    rounder = number(ROUNDER, torch.float64)
+    return values.double().add_(rounder).sub_(rounder)
 
 
 def sum_values(values: Tensor, stored: int, lengths: Tensor | None = None) -> Tensor:
@@ -92,7 +94,7 @@ def residual_attend(
         positions = positions.clamp(max=stored - 1)
         logits = functional.pad(logits, (0, 1))
     own_keys, own_values = (tensor.float() for tensor in gather_tokens(positions, keys, values))
-    exact = torch.matmul(query.float().view(*grouped, -1) * scaling, own_keys.transpose(-1, -2))
+    exact = torch.matmul(query.float().view(*grouped, -1) * number(scaling), own_keys.transpose(-1, -2))
     if softcap is not None:
         exact = torch.tanh(exact / softcap) * softcap
     chosen = place[:, :, None].expand(*grouped, -1)
@@ -105,13 +107,14 @@ def residual_attend(
         others = others.masked_fill(~filled[:, :, None], -torch.inf)
         left = (lengths - real.sum(-1)).clamp(min=1)[..., None]
     mean = ((value_sum - own_values.sum(2)) / left).float()
-    # In one softmax the others are one more token, whose logit is the logarithm of their weights' sum.
-    columns = [exact, others.logsumexp(-1, keepdim=True)]
+    # One softmax over exact logits and estimates; of what it gives the others only the sum counts.
+    columns = [exact, others]
     if sinks is not None:
         columns.append(sinks.float().view(1, kv_heads, -1, 1).expand(*grouped, 1))
     weight = torch.cat(columns, -1).softmax(-1)
     if lengths is not None:
         weight = weight.masked_fill((lengths == 0)[..., None, None], 0)
-    rest = weight[..., positions.shape[-1]]
-    out = torch.matmul(weight[..., : positions.shape[-1]], own_values) + rest[..., None] * mean[:, :, None]
+    attended = exact.shape[-1]
+    rest = weight.narrow(-1, attended, stored).sum(-1)
+    out = torch.matmul(weight[..., :attended], own_values).addcmul_(rest[..., None], mean[:, :, None])
     return out.view(batch, heads, -1).to(query.dtype), rest.view(batch, heads)

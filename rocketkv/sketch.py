@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .constants import number
 from .eviction import full_precision
 
 # Distance of equally spaced levels that fit a normal distribution best, by bits (Max 1960, table II).
@@ -73,6 +74,13 @@ def code_bytes(head_dim: int, bits: int) -> int:
     return sum(-(-head_dim * width // 8) for _, width in planes(bits))
 
 
+@functools.cache
+@torch.inference_mode(False)
+def _place_values(width: int, device: torch.device) -> Tensor:
+    """Return what a byte's digits of some bits count, from the lowest up, [8 / width, 1] uint8; a constant."""
+    return torch.tensor([[1 << place] for place in range(0, 8, width)], dtype=torch.uint8, device=device)
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack codes [..., D] uint8, each less than 2^bits, to [..., C] uint8."""
     head_dim = codes.shape[-1]
@@ -82,10 +90,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         digits = codes if width == bits else (codes >> shift) & (2**width - 1)
         if size * 8 != head_dim * width:
             digits = functional.pad(digits, (0, size * 8 // width - head_dim))
-        plane, *others = digits.split(size, -1)
-        for place, digit in zip(range(width, 8, width), others, strict=True):
-            plane = plane.add(digit, alpha=2**place)
-        packed.append(plane)
+        placed = digits.unflatten(-1, (8 // width, size)) * _place_values(width, codes.device)
+        packed.append(placed.sum(-2, dtype=torch.uint8))
     return packed[0] if len(packed) == 1 else torch.cat(packed, -1)
 
 
@@ -180,19 +186,19 @@ def encode(keys: Tensor, mean: Tensor, turn: Tensor, bits: int) -> tuple[Tensor,
     """
     half = 2 ** (bits - 1)
     top, norm, spacing = encoding(keys.shape[-1], bits)
-    difference = keys.float() - mean[:, :, None]
+    difference = keys.float() - mean.unsqueeze(2)
     largest = difference.abs().amax(-1, keepdim=True)
     # NaN where the key is not finite, or is the mean itself: 0 / 0.
-    whole = (difference / largest).mul_(top).round_().nan_to_num_(nan=0.0)
+    whole = (difference / largest).mul_(number(top)).round_().nan_to_num_(nan=0.0)
     with full_precision(keys.device):
-        turned = torch.matmul(whole, turn.t())
+        turned = functional.linear(whole, turn)
     square = whole.square().sum(-1, keepdim=True)
     # Steps from the middle, which is a border; the largest difference is `top`, so only zeros have squares under 1.
-    step = square.clamp(min=1).sqrt_().mul_(spacing)
+    step = square.clamp(min=1).sqrt_().mul_(number(spacing))
     level = (turned / step).floor_().clamp_(-half, half - 1)
-    product = (turned * (level + 0.5)).sum(-1, keepdim=True)
-    scale = largest * (square * (norm / top) / product.clamp_(min=0.5))
-    return pack(level.add_(half).to(torch.uint8), bits), scale[..., 0].to(torch.bfloat16)
+    product = (turned * (level + number(0.5))).sum(-1, keepdim=True)
+    scale = largest * (square * number(norm / top) / product.clamp_(min=0.5))
+    return pack(level.add_(number(half)).to(torch.uint8), bits), scale[..., 0].to(torch.bfloat16)
 
 
 def build_sketch(keys: Tensor, tokens: int, turn: Tensor, bits: int, lengths: Tensor | None = None) -> Sketch:
@@ -284,7 +290,7 @@ def score_sketch(
     """
     batch, heads, head_dim = query.shape
     kv_heads = sketch.mean.shape[1]
-    rows = query.float().view(batch * kv_heads, heads // kv_heads, head_dim) * scaling
+    rows = query.float().view(batch * kv_heads, heads // kv_heads, head_dim) * number(scaling)
     weight = torch.matmul(rows, _digit_rotation(head_dim, bits, query.device))
     middle = weight[..., -1:]
     shift = torch.bmm(rows, sketch.mean.flatten(0, 1)[..., None])
@@ -298,7 +304,7 @@ def score_sketch(
         for first, size, masks in _digits(head_dim, bits, query.device):
             # In their places within a byte, which the weights make up for.
             digits = (codes[:, None, first : first + size] & masks).float().flatten(1, 2)
-            product = torch.baddbmm(product, weight[..., column : column + digits.shape[1]], digits)
+            product = torch.baddbmm(product, weight.narrow(-1, column, digits.shape[1]), digits)
             column += digits.shape[1]
         scales = sketch.scales[:, :, None, start:stop].flatten(0, 1).float()
         blocks.append(torch.addcmul(shift, product, scales))
