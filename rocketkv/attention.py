@@ -133,7 +133,8 @@ def select(
         total = (weight * over_heads).sum(-1, keepdim=True)
     if sinks is not None:
         total = total + torch.exp(sinks.float()[:, None] - logits.logsumexp(-1, keepdim=True))
-    weight = weight / total
+    if isinstance(total, Tensor) or total != 1:
+        weight = weight / total
     shared = weight.view(batch, kv_heads, group, units).sum(2)  # ranks as the average does
     if protected:
         shared[..., : page_count(protected, unit_size)] = torch.inf
@@ -152,7 +153,7 @@ def _unit_tokens(units: int, unit_size: int, lengths: Tensor) -> Tensor:
 
 
 def ranked_even(weight: Tensor, k: int, stored: int, unit_size: int) -> Tensor:
-    """Do what `select_units` does where all rows have as many tokens, in fewer operations and in order of weight.
+    """Do what `select_units` does where all rows have as many tokens, in fewer operations and in no order.
 
     A unit's rank is one integer: its weight, whose bits are ordered as it is, over its place from the end. No two are
     equal, so any top-k gives the one choice.
@@ -164,14 +165,14 @@ def ranked_even(weight: Tensor, k: int, stored: int, unit_size: int) -> Tensor:
         unit_size: tokens of a full unit.
 
     Returns:
-        Positions [..., k] int64, those of the unit of largest weight first.
+        Positions [..., k] int64, those of a unit side by side.
     """
     units = weight.shape[-1]
     bits = weight.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).view(torch.int32)
     rank = torch.add(steps(units, -1, weight.device), bits, alpha=1 << 32)
     # A unit more where one has fewer tokens: together they are k at least.
     short = units * unit_size - stored
-    unit = rank.topk(min(units, page_count(k, unit_size) + (short > 0)), dim=-1).indices
+    unit = rank.topk(min(units, page_count(k, unit_size) + (short > 0)), dim=-1, sorted=unit_size > 1).indices
     if unit_size == 1:
         return unit
     token = torch.add(steps(unit_size, 1, weight.device), unit.unsqueeze(-1), alpha=unit_size).flatten(-2)
