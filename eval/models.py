@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import importlib
 import importlib.util
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -52,9 +55,9 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, P
     """
     file = _gguf_file()
     # Both the random initialisation that precedes loading and the one below would advance the caller's generator.
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with _quiet(), _read_once(), torch.random.fork_rng(devices=[]):
         model = _plain(AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype))
-    tokenizer = load_smollm2_tokenizer()
+        tokenizer = load_smollm2_tokenizer()
     for settings in (model.config, model.generation_config):
         settings.eos_token_id = tokenizer.eos_token_id
         settings.pad_token_id = tokenizer.pad_token_id
@@ -93,6 +96,15 @@ def _gguf_file() -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"load_smollm2 needs the package 'gguf' to read {files[0].name}; it is missing: {_INSTALL}")
     return files[0]
+
+
+@contextlib.contextmanager
+def _read_once() -> Iterator[None]:
+    """Have `transformers` read a GGUF file's metadata once, not three times, and its names not once for each tensor."""
+    gguf = importlib.import_module("gguf")  # an extra's
+    once = {name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    with mock.patch.dict(vars(gguf), once):
+        yield
 
 
 @contextlib.contextmanager

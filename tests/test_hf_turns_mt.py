@@ -220,7 +220,7 @@ def test_a_turn_in_chunks_of_one_token_when_its_length_is_told(fields: dict[str,
 
 @pytest.mark.integration
 @pytest.mark.parametrize("draft", ["prompt lookup", "assistant", "early exit"])
-# By pages: a draft's forward rounds otherwise than one token's, and by that a sketch's scale may be another 16-bit number.
+# By pages: a draft's forward rounds otherwise than one token's, by which a sketch's scale may be another 16-bit number.
 @pytest.mark.parametrize("fields", [MT, {**MT, "history_device": "cpu"}], ids=["mt", "away"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_drafts_are_no_turn_and_leave_nothing_behind(family: str, fields: dict[str, Any], draft: str) -> None:
