@@ -18,8 +18,9 @@ import torch
 
 from ..progress import Progress
 from .ablation_arms import ARMS, BY_NAME
+from .ablation_capture import Settings
 from .ablation_report import document, tables
-from .ablation_run import Settings, measure
+from .ablation_run import measure
 from .ablation_texts import file_texts, four_texts
 from .models import SMOLLM2, load_model
 from .records import write_atomically

@@ -5,7 +5,7 @@ Bytes are those of `stats()` as budgets count (16 bits; index, scales and means 
 it. Oracles, whose scores are not counted, and floors, which attend to all that is stored, are what they are.
 
 Stage 1 pools as in the paper in all arms that do not say otherwise, so that what differs is the part in question. The
-library's own `rocketkv+` pools more narrowly, as `rocketkv+:kernel-13` does.
+library's own `rocketkv+` pools more narrowly, as `rocketkv+:kernel-13` does; so do the arms that choose otherwise.
 
 Letters: t token budget, D head dim, N stored tokens, k tokens attended to, b bytes of a sketched token.
 """
@@ -14,138 +14,47 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from statistics import fmean
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
-from ..budget import METHODS, BudgetSplit, rocketkv_plus_split, rocketkv_split, sketch_bytes
-from ..config import RocketKVConfig
-from ..stats import step_bytes
+from ..budget import BudgetSplit, sketch_bytes
+from ..index import page_count
+from ..indexes import index_of
+from .ablation_choice import (
+    a_limit,
+    coarse_step,
+    least_weight_step,
+    no_selection,
+    reuse_step,
+    scored_pages,
+    shared_k_step,
+    shared_storage,
+    top_p_step,
+    value_norms_step,
+)
+from .ablation_fit import (
+    RESERVE,
+    WIDEST_WINDOW,
+    Arm,
+    Case,
+    fitted_split,
+    method_split,
+    papers_split,
+    plus_split,
+    stored_in,
+)
 from .ablation_steps import (
-    Ranks,
     by_value_norms,
     calibrate,
     calibrated_step,
     ends_step,
     evicted_step,
     evicted_summary,
-    plain_step,
     random_ranks,
     segments_step,
     sketch_mass_step,
     unpooled_ties,
 )
-
-RESERVE = RocketKVConfig().decode_reserve
-WINDOW = RocketKVConfig().window_size
-KERNEL = RocketKVConfig().pool_size
-TOLERANCE = 0.02  # by which bytes of arms may differ
-WIDEST_WINDOW = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """For what a split is made.
-
-    Attributes:
-        prompt: tokens of the prompt.
-        steps: decoded after it.
-        head_dim: D, of keys and values.
-        budget: t.
-        group: G, query heads of a KV head.
-    """
-
-    prompt: int
-    steps: int
-    head_dim: int
-    budget: int
-    group: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One way to store and to read.
-
-    Attributes:
-        name: method, and after a colon what is changed.
-        what: the change in a few words.
-        split: from a case to the split, before bytes are made equal.
-        fitted: the field of the split that makes bytes equal, or None where they are what they are.
-        window_size: W of stage 1.
-        kernel_size: of its pooling.
-        ranks: from a layer's values and number to what ranks in stage 1, or None for the library's.
-        summary: from the window's queries, the prompt's keys and values, the closed store, and scaling, softcap and
-            sinks to what the step is given as its state; or None.
-        step: the decode step.
-        extra: tokens' worth of bytes that the step reads beside what `stats()` counts.
-        extra_a_head: likewise, for each query head of a group but one.
-    """
-
-    name: str
-    what: str
-    split: Callable[[Case], BudgetSplit]
-    fitted: str | None = "top_k"
-    window_size: int = WINDOW
-    kernel_size: int = KERNEL
-    ranks: Callable[[Tensor, int], Ranks] | None = None
-    summary: Callable[..., Any] | None = None
-    step: Callable[..., Tensor] = plain_step
-    extra: float = 0.0
-    extra_a_head: float = 0.0
-
-    def extra_tokens(self, group: int) -> float:
-        """Return the tokens' worth of bytes that a step reads beside what `stats()` counts, of G query heads."""
-        return self.extra + self.extra_a_head * (group - 1)
-
-
-def mean_bytes(split: BudgetSplit, case: Case) -> float:
-    """Return the bytes that a step reads a row and KV head, as budgets count, mean over the steps."""
-    kept = case.prompt if split.kept_tokens is None else min(split.kept_tokens, case.prompt)
-    dims = (case.head_dim, case.head_dim)
-    return fmean(step_bytes(split, kept + step, dims, (2, 2), nominal=True) for step in range(1, case.steps + 1))
-
-
-def target_bytes(case: Case) -> float:
-    """Return the bytes that arms are to read: those of `rocketkv`."""
-    return mean_bytes(_rocketkv(case), case)
-
-
-def fitted_split(arm: Arm, case: Case) -> BudgetSplit:
-    """Return an arm's split, with equal bytes where it is to have them.
-
-    Raises:
-        ValueError: there is no such split, for instance because the window would not be kept.
-    """
-    split, field = arm.split(case), arm.fitted
-    if field is None:
-        return split
-    token = 4 * case.head_dim
-    spare = target_bytes(case) - mean_bytes(split, case) - arm.extra_tokens(case.group) * token
-    count = (getattr(split, field) or 0) + round(spare / token)
-    least = arm.window_size + 1 if field == "kept_tokens" else 1
-    if count < least:
-        raise ValueError(
-            f"{arm.name} cannot read as little as a budget of {case.budget} tokens: {field} would be {count}, and must "
-            f"be at least {least}; leave the arm out or raise the budget"
-        )
-    if field == "kept_tokens":
-        return replace(split, kept_tokens=count)
-    return replace(split, top_k=count, token_budget=max(split.token_budget, count))
-
-
-def _method(name: str, case: Case) -> BudgetSplit:
-    return METHODS[name](case.prompt, case.budget, case.head_dim, RESERVE)
-
-
-def _rocketkv(case: Case) -> BudgetSplit:
-    return rocketkv_split(case.prompt, case.budget, case.head_dim, RESERVE)
-
-
-def _plus(case: Case, *, most_stored: int | None = None, **changes: Any) -> BudgetSplit:
-    split = rocketkv_plus_split(case.prompt, case.budget, case.head_dim, RESERVE, most_stored=most_stored)
-    return replace(split, **changes)
 
 
 def _plus_at(case: Case, *, bits: int = 2, share: float = 0.5) -> BudgetSplit:
@@ -155,12 +64,12 @@ def _plus_at(case: Case, *, bits: int = 2, share: float = 0.5) -> BudgetSplit:
     attended = int(share * case.budget)
     stored = min((case.budget - attended) * token // sketched, sequence)
     stored = max(stored, min(2 * RESERVE, sequence))
-    return _plus(case, sketch_bits=bits, kept_tokens=stored - RESERVE, top_k=max(1, attended - 1))
+    return plus_split(case, sketch_bits=bits, kept_tokens=stored - RESERVE, top_k=max(1, attended - 1))
 
 
 def _papers_n(case: Case) -> BudgetSplit:
-    kept = _rocketkv(case).kept_tokens or 0
-    return _plus(case, most_stored=kept + RESERVE)
+    kept = papers_split(case).kept_tokens or 0
+    return plus_split(case, most_stored=kept + RESERVE)
 
 
 def _exact(case: Case, *, residual: bool = False) -> BudgetSplit:
@@ -174,48 +83,102 @@ def _floor(case: Case, own: Callable[[Case], BudgetSplit]) -> BudgetSplit:
 
 
 def _with(name: str, what: str, **fields: Any) -> Arm:
-    return Arm(**{"name": f"rocketkv+:{name}", "what": what, "split": _plus, **fields})
+    return Arm(**{"name": f"rocketkv+:{name}", "what": what, "split": plus_split, **fields})
+
+
+def _at_13(name: str, what: str, **fields: Any) -> Arm:
+    """Return an arm that pools as the library's own `rocketkv+` does."""
+    return _with(name, what, **{"kernel_size": 13, **fields})
+
+
+def _index_bytes(split: BudgetSplit, case: Case, step: int) -> int:
+    index = index_of(split)
+    if index is None:
+        raise ValueError("such an arm needs an index")
+    return index.read_bytes(stored_in(split, case, step), case.head_dim, 2, nominal=True)
+
+
+def _norms_bytes(split: BudgetSplit, case: Case, step: int) -> float:
+    """Return the bytes of a length in 16 bits of each stored value."""
+    return 2.0 * stored_in(split, case, step)
+
+
+def _reuse_bytes(split: BudgetSplit, case: Case, step: int, *, period: int) -> float:
+    """Return what a step saves that scores nothing, less the tokens that came since the last that did."""
+    since = (step - 1) % period
+    return float(4 * case.head_dim * since - _index_bytes(split, case, step)) if since else 0.0
+
+
+def _coarse_bytes(split: BudgetSplit, case: Case, step: int, *, page_size: int, channels: int, share: float) -> float:
+    """Return the bytes of pages' bounds, less those of the sketch of the tokens that are not scored."""
+    if split.sketch_bits is None:
+        raise ValueError("such an arm needs a sketch")
+    stored = stored_in(split, case, step)
+    pages = page_count(stored, page_size)
+    left_out = max(0, stored - scored_pages(pages, share) * page_size)
+    return float(2 * channels * pages - left_out * sketch_bytes(case.head_dim, split.sketch_bits))
+
+
+def _coarse_split(case: Case, *, page_size: int, channels: int, share: float, attended: float = 0.5) -> BudgetSplit:
+    """Return `rocketkv+` with as many more tokens as the sketch's bytes are enough for where pages come first."""
+    sequence, plus = case.prompt + RESERVE, plus_split(case)
+    scored = share * sketch_bytes(case.head_dim, plus.sketch_bits or 0) + 2 * channels / page_size
+    stored = min(int((1 - attended) * case.budget * 4 * case.head_dim / scored), sequence)
+    return replace(plus, kept_tokens=max(stored, min(2 * RESERVE, sequence)) - RESERVE)
+
+
+def _coarse(name: str, what: str, *, more_stored: bool = False, counted: bool = False, **pages: Any) -> Arm:
+    return _at_13(
+        name,
+        what,
+        split=functools.partial(_coarse_split, **pages) if more_stored else plus_split,
+        step=functools.partial(coarse_step, counted=counted, **pages),
+        extra_bytes=functools.partial(_coarse_bytes, **pages),
+    )
 
 
 _FACTOR = functools.partial(calibrate, learned=False)
 _LEARNED = functools.partial(calibrate, learned=True)
+_PAGES: dict[str, Any] = {"page_size": 32, "channels": 16, "share": 0.5}
 _ONE_RUN = functools.partial(evicted_summary, runs=1)
 
 MAIN = (
-    Arm(name="rocketkv", what="the paper's method", split=_rocketkv, fitted=None),
-    Arm(name="rocketkv+", what="sketch and value residual, the paper's pooling", split=_plus),
+    Arm(name="rocketkv", what="the paper's method", split=papers_split, fitted=None),
+    Arm(name="rocketkv+", what="sketch and value residual, the paper's pooling", split=plus_split),
     Arm(
         name="stored-topk",
         what="exact top-k of the paper's N, scores free",
-        split=functools.partial(_method, "stored-topk"),
+        split=functools.partial(method_split, "stored-topk"),
         fitted=None,
     ),
     _with("exact", "its N and k by exact scores, free, no residual: stored-topk there", split=_exact, fitted=None),
     Arm(
         name="rocketkv:floor",
         what="dense attention over the paper's N",
-        split=functools.partial(_floor, own=_rocketkv),
+        split=functools.partial(_floor, own=papers_split),
         fitted=None,
     ),
-    _with("floor", "dense attention over its N", split=functools.partial(_floor, own=_plus), fitted=None),
+    _with("floor", "dense attention over its N", split=functools.partial(_floor, own=plus_split), fitted=None),
 )
 
 OTHERS = (
     Arm(
         name="snapkv",
         what="stage 1 alone, to t tokens",
-        split=functools.partial(_method, "snapkv"),
+        split=functools.partial(method_split, "snapkv"),
         fitted="kept_tokens",
     ),
-    Arm(name="quest", what="stage 2 alone, pages", split=functools.partial(_method, "quest")),
-    Arm(name="sparq", what="stage 2 alone, channels", split=functools.partial(_method, "sparq")),
+    Arm(name="quest", what="stage 2 alone, pages", split=functools.partial(method_split, "quest")),
+    Arm(name="sparq", what="stage 2 alone, channels", split=functools.partial(method_split, "sparq")),
     Arm(
-        name="exact-topk", what="exact top-k of everything, scores free", split=functools.partial(_method, "exact-topk")
+        name="exact-topk",
+        what="exact top-k of everything, scores free",
+        split=functools.partial(method_split, "exact-topk"),
     ),
 )
 
 ABLATIONS = (
-    _with("no-residual", "without the residual", split=functools.partial(_plus, residual=False)),
+    _with("no-residual", "without the residual", split=functools.partial(plus_split, residual=False)),
     _with(
         "exact-residual",
         "exact scores, free, with the residual",
@@ -233,16 +196,16 @@ ABLATIONS = (
     Arm(
         name="rocketkv:residual",
         what="pages with the residual",
-        split=lambda case: replace(_rocketkv(case), residual=True),
+        split=lambda case: replace(papers_split(case), residual=True),
     ),
     _with("random", "stage 1 by chance", ranks=random_ranks),
     _with("kernel-7", "pooled over 7", kernel_size=7),
     _with("kernel-13", "pooled over 13, the library's default", kernel_size=13),
     _with("kernel-21", "pooled over 21", kernel_size=21),
     _with("exact-kernel-13", "exact scores, free, pooled over 13", split=_exact, fitted=None, kernel_size=13),
-    Arm(name="rocketkv:kernel-7", what="the paper's, pooled over 7", split=_rocketkv, kernel_size=7),
-    Arm(name="rocketkv:kernel-13", what="the paper's, pooled over 13", split=_rocketkv, kernel_size=13),
-    Arm(name="rocketkv:kernel-21", what="the paper's, pooled over 21", split=_rocketkv, kernel_size=21),
+    Arm(name="rocketkv:kernel-7", what="the paper's, pooled over 7", split=papers_split, kernel_size=7),
+    Arm(name="rocketkv:kernel-13", what="the paper's, pooled over 13", split=papers_split, kernel_size=13),
+    Arm(name="rocketkv:kernel-21", what="the paper's, pooled over 21", split=papers_split, kernel_size=21),
     _with("window-16", "window of 16", window_size=16),
     _with("window-64", "window of 64", window_size=WIDEST_WINDOW),
     _with("unpooled-ties", "plateaus by unpooled scores", ranks=unpooled_ties),
@@ -299,6 +262,40 @@ ABLATIONS = (
     ),
 )
 
-ARMS = (*MAIN, *OTHERS, *ABLATIONS)
+CHOICES = (
+    _coarse("coarse", "pages first: half of them are scored by the sketch, k takes the rest", **_PAGES),
+    _coarse("coarse-n", "pages first, N takes the rest", more_stored=True, **_PAGES),
+    _at_13("shared-k", "k shared by the KV heads of a layer", step=shared_k_step),
+    _at_13(
+        "top-p",
+        "the fewest tokens of a share of the weight, equal over layers, heads and steps",
+        summary=functools.partial(a_limit, most=(0.0, 1.0)),
+        step=top_p_step,
+    ),
+    _at_13(
+        "least-weight",
+        "all tokens of a least weight, equal over layers, heads and steps; k/4 in any case",
+        summary=functools.partial(a_limit, most=(0.0, 30.0)),  # minus its logarithm
+        step=least_weight_step,
+    ),
+    _at_13(
+        "reuse-2",
+        "every other step attends to what the one before did, k takes the rest",
+        summary=no_selection,
+        step=functools.partial(reuse_step, period=2),
+        extra_bytes=functools.partial(_reuse_bytes, period=2),
+    ),
+    _at_13("adakv", "N shared by the KV heads of a layer", storage=shared_storage),
+    _at_13("value-norms-13", "stage 1 by scores times the length of values", ranks=by_value_norms),
+    _at_13(
+        "value-norms-select",
+        "stage 2 by estimated weight times the length of values",
+        step=value_norms_step,
+        extra_bytes=_norms_bytes,
+    ),
+)
+"""Arms that choose otherwise, all pooled over 13: their measure is `rocketkv+:kernel-13`."""
+
+ARMS = (*MAIN, *OTHERS, *ABLATIONS, *CHOICES)
 BY_NAME = {arm.name: arm for arm in ARMS}
-FULL = Arm(name="full", what="everything", split=functools.partial(_method, "full"), fitted=None)
+FULL = Arm(name="full", what="everything", split=functools.partial(method_split, "full"), fitted=None)

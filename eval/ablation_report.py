@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from .ablation_arms import BY_NAME
-from .ablation_run import RecordDict, Settings
+from .ablation_capture import Settings
+from .ablation_run import RecordDict
 from .divergence import Window
 from .intervals import RESAMPLES
 from .records import digest

@@ -14,9 +14,8 @@ Letters: B texts, H query heads, Hkv KV heads, G = H/Hkv, D head dim, S tokens o
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypedDict
@@ -38,39 +37,16 @@ from ..masks import LazyMask
 from ..models import CACHE_ARGUMENT, find_decoder
 from ..prefill import FastAttention
 from ..progress import Progress
-from .ablation_arms import FULL, RESERVE, TOLERANCE, WIDEST_WINDOW, Arm, Case, fitted_split, target_bytes
+from ..stats import step_bytes
+from .ablation_arms import FULL
+from .ablation_capture import Layer, Settings, capture, joined_heads
+from .ablation_choice import Limit, fitted_limit
+from .ablation_fit import RESERVE, TOLERANCE, WIDEST_WINDOW, Arm, Case, bytes_beside, fitted_split, target_bytes
 from .divergence import Window
 from .journal import Journal
-from .oracle_run import Taken, each_layer, layer_numbers
 from .records import digest, write_atomically
 
 VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is measured.
-
-    Attributes:
-        model: its name, which tells it from others in the journal.
-        prompt: tokens of a prompt.
-        steps: m.
-        seed: of the texts.
-        joined: how many neighbouring KV heads make up one, where errors of such heads alone are measured; else 1.
-    """
-
-    model: str
-    prompt: int = 4096
-    steps: int = 64
-    seed: int = 0
-    joined: int = 1
-
-    def __post_init__(self) -> None:
-        if self.prompt < WIDEST_WINDOW or self.steps < 1 or self.joined < 1:
-            raise ValueError(
-                f"prompt must be at least {WIDEST_WINDOW} tokens, steps and joined at least 1; got {self.prompt}, "
-                f"{self.steps} and {self.joined}"
-            )
 
 
 class RecordDict(TypedDict):
@@ -82,86 +58,11 @@ class RecordDict(TypedDict):
     agreement: list[float] | None  # share of the steps with the same most likely token
     errors: list[list[list[float]]]  # of each text, layer and KV head
     step_bytes: float  # a row, layer and KV head, mean over steps
+    decoded_bytes: float | None  # likewise, of the run that the KL is of
     target_bytes: float
     stored: int  # of the prompt, a row and KV head
+    limit: float | None  # of heads that attend to what they need
     split: dict[str, Any]
-
-
-@dataclass
-class Layer:
-    """What one layer was given, all texts as one batch.
-
-    Attributes:
-        number: its number.
-        query: [B, H, W + m, D], of the widest window and the steps.
-        key: [B, Hkv, S, D].
-        value: [B, Hkv, S, Dv].
-        out: [B, m, H, Dv], exact attention of the steps.
-        exact: scaling, softcap and sinks.
-    """
-
-    number: int
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    out: Tensor
-    exact: dict[str, Any]
-
-
-def capture(model: PreTrainedModel, windows: Sequence[Window], settings: Settings, progress: Progress) -> list[Layer]:
-    """Run a model over texts, one after the other, and return what its layers were given.
-
-    Raises:
-        ValueError: a text has another length, or the model has layers that do not attend to everything.
-    """
-    size, first = settings.prompt + settings.steps, settings.prompt - WIDEST_WINDOW
-    if len(layer_numbers(model)) < find_decoder(model)[0].config.num_hidden_layers:
-        raise ValueError(f"every layer must attend to everything; {type(model).__name__} has others")
-    found: list[Layer] = []
-
-    def visit(taken: Taken, row: int) -> None:
-        if row == 0:
-            shapes = (taken.query[:, :, first:], taken.key, taken.value, taken.out[:, settings.prompt :])
-            empty = [part.new_empty(len(windows), *part.shape[1:]) for part in shapes]
-            found.append(Layer(taken.number, empty[0], empty[1], empty[2], empty[3], taken.exact))
-        layer = found[taken.number]
-        layer.query[row], layer.key[row] = taken.query[0, :, first:], taken.key[0]
-        layer.value[row], layer.out[row] = taken.value[0], taken.out[0, settings.prompt :]
-
-    for row, window in enumerate(windows):
-        if len(window.ids) != size:
-            raise ValueError(f"a text must have {size} tokens, for the prompt and the steps; got {len(window.ids)}")
-        progress.say(f"reading {window.id}")
-        each_layer(model, window.ids, functools.partial(visit, row=row))
-    return found
-
-
-def joined_heads(layers: Sequence[Layer], count: int) -> list[Layer]:
-    """Join neighbouring KV heads, over the layers' borders, into heads of `count` times their width.
-
-    Their logits are the sums of those of the heads that were joined, over sqrt(count), so that they vary as much as
-    those do: real keys and queries at another width, but no head that any model has.
-    """
-    parts = []
-    for layer in layers:
-        kv_heads = layer.key.shape[1]
-        group = layer.query.shape[1] // kv_heads
-        for head in range(kv_heads):
-            own = slice(head * group, (head + 1) * group)
-            parts.append((layer.query[:, own], layer.key[:, head : head + 1], layer.value[:, head : head + 1]))
-    found = []
-    for number in range(len(parts) // count):
-        query, key, value = (
-            torch.cat(column, -1) for column in zip(*parts[number * count : (number + 1) * count], strict=True)
-        )
-        exact = {"scaling": key.shape[-1] ** -0.5, "softcap": None, "sinks": None}
-        steps = query.shape[2] - WIDEST_WINDOW
-        mask = torch.ones(steps, key.shape[2], dtype=torch.bool).tril(key.shape[2] - steps)
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query[:, :, WIDEST_WINDOW:], key, value, attn_mask=mask, scale=exact["scaling"], enable_gqa=True
-        )
-        found.append(Layer(number, query, key, value, out.transpose(1, 2), exact))
-    return found
 
 
 class ArmLayer(RocketKVLayer):
@@ -177,8 +78,14 @@ class ArmLayer(RocketKVLayer):
     def __init__(self, arm: Arm, split: BudgetSplit, layer: Layer, prompt: int) -> None:
         super().__init__(RocketKVConfig(method="full", token_budget=split.token_budget, backend="torch"))
         key, value = layer.key[:, :, :prompt], layer.value[:, :, :prompt]
+        window = layer.query[:, :, WIDEST_WINDOW - arm.window_size : WIDEST_WINDOW]
         store = self.store
         store.extend(key, value, expected=prompt)
+        if arm.storage is not None and split.kept_tokens is not None:
+            # What a head does not store is to it as padding is.
+            held = arm.storage(window, key, split.kept_tokens, kernel_size=arm.kernel_size, **layer.exact)
+            store.reopen(key, value, torch.where(held, torch.arange(prompt, dtype=torch.int32), -1), prompt)
+            split = replace(split, kept_tokens=None)
         store.remember_queries(layer.query[:, :, :WIDEST_WINDOW], arm.window_size)
         store.close_prompt(
             split,
@@ -188,8 +95,8 @@ class ArmLayer(RocketKVLayer):
             **layer.exact,
         )
         self.arm = arm
-        window = layer.query[:, :, WIDEST_WINDOW - arm.window_size : WIDEST_WINDOW]
         self.state = None if arm.summary is None else arm.summary(window, key, value, store, **layer.exact)
+        self.read: list[float] = []
 
     def attend(
         self,
@@ -213,31 +120,58 @@ class ArmLayer(RocketKVLayer):
     ) -> Tensor:
         """Run the arm's step on [B, H, D] and [B, Hkv, D]; return [B, H, Dv]."""
         exact: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
-        return self.arm.step(query, key, value, self.store, self.state, **exact)
+        counted = self._next_bytes()
+        out = self.arm.step(query, key, value, self.store, self.state, **exact)
+        split = self.store.split
+        if isinstance(self.state, Limit) and split is not None and split.top_k is not None:
+            counted += (self.state.attended - split.top_k) * 4 * query.shape[-1]
+        self.read.append(counted)
+        return out
+
+    def _next_bytes(self) -> float:
+        """Return the bytes that the step that comes reads, a row and KV head, as budgets count."""
+        store = self.store
+        if store.keys is None or store.values is None or store.lengths is None:
+            raise ValueError("the prompt is not closed")
+        if store.uniform:
+            return self.stats().nominal_step_bytes / store.lengths.numel()
+        dims = (store.keys.shape[3], store.values.shape[3])
+        counts = store.lengths.flatten().tolist()
+        return fmean(step_bytes(store.split, count + 1, dims, (2, 2), nominal=True) for count in counts)
 
 
-class Errors(TypedDict):
-    """What replaying a layer gave."""
-
-    errors: list[list[float]]  # of each text and KV head
-    step_bytes: float
-
-
-def replay(made: ArmLayer, layer: Layer, prompt: int) -> Errors:
-    """Give a store the full model's own steps, and take them back again."""
+def replay(made: ArmLayer, layer: Layer, prompt: int) -> list[list[float]]:
+    """Give a store the full model's own steps, and take them back again; return errors of each text and KV head."""
     batch, steps = layer.out.shape[:2]
-    kv_heads = layer.key.shape[1]
-    outputs, read = [], []
+    outputs = []
+    made.read.clear()
     for step in range(steps):
-        read.append(made.stats().nominal_step_bytes / (batch * kv_heads))  # of the step that comes
         token = prompt + step
         query = layer.query[:, :, WIDEST_WINDOW + step]
         outputs.append(made.step_of(query, layer.key[:, :, token], layer.value[:, :, token], **layer.exact))
     made.store.crop(prompt)
-    grouped = (batch, steps, kv_heads, -1)
+    grouped = (batch, steps, layer.key.shape[1], -1)
     exact = layer.out.reshape(grouped).double()
     error = (torch.stack(outputs, 1).reshape(grouped).double() - exact).norm(dim=-1) / exact.norm(dim=-1)
-    return {"errors": error.mean(1).tolist(), "step_bytes": fmean(read)}
+    found: list[list[float]] = error.mean(1).tolist()
+    return found
+
+
+def fit_limit(made: Sequence[ArmLayer], layers: Sequence[Layer], prompt: int) -> float | None:
+    """Find the limit with which heads that attend to what they need read as much as they may, all layers together.
+
+    It is found, and set, on the full model's own steps; None where the arm has no such limit.
+    """
+    states = [own.state for own in made if isinstance(own.state, Limit)]
+    split = made[0].store.split
+    if not states or split is None or split.top_k is None:
+        return None
+    for own, layer in zip(made, layers, strict=True):
+        replay(own, layer, prompt)
+    found = fitted_limit(states, split.top_k)
+    for state in states:
+        state.value = found
+    return found
 
 
 def run_steps(
@@ -320,28 +254,29 @@ def run_arm(
     """
     case = _case(layers, settings, budget)
     split = fitted_split(arm, case)
-    made, errors, read = [], [], []
-    stored = 0
-    for layer in layers:
-        own = ArmLayer(arm, split, layer, settings.prompt)
-        stored = own.store.stored
-        found = replay(own, layer, settings.prompt)
-        errors.append(found["errors"])
-        read.append(found["step_bytes"])
-        if expected is not None:
-            made.append(own)
-    kl = agreement = None
+    beside = bytes_beside(arm, split, case)
+    made = [ArmLayer(arm, split, layer, settings.prompt) for layer in layers]
+    limit = fit_limit(made, layers, settings.prompt)
+    errors = [replay(own, layer, settings.prompt) for own, layer in zip(made, layers, strict=True)]
+    stored = [own.store.lengths.double().mean().item() for own in made if own.store.lengths is not None]
+    read = beside + fmean(fmean(own.read) for own in made)
+    kl = agreement = decoded = None
     if expected is not None:
+        for own in made:
+            own.read.clear()
         kl, agreement = divergences(expected, run_steps(model, made, windows, settings.prompt))
+        decoded = beside + fmean(fmean(own.read) for own in made)
     record: RecordDict = {
         "arm": arm.name,
         "budget": budget,
         "kl": kl,
         "agreement": agreement,
         "errors": [list(column) for column in zip(*errors, strict=True)],
-        "step_bytes": fmean(read) + arm.extra_tokens(case.group) * 4 * case.head_dim,
+        "step_bytes": read,
+        "decoded_bytes": decoded,
         "target_bytes": target_bytes(case),
-        "stored": stored,
+        "stored": round(fmean(stored)),
+        "limit": limit,
         "split": asdict(split),
     }
     check_bytes(arm, record)

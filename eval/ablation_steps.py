@@ -91,6 +91,7 @@ class Scored(NamedTuple):
         logits: [B, Hkv, G, N], estimates.
         rows: [B, Hkv, G, D], the queries times the scaling.
         k: tokens to choose.
+        filled: [B, Hkv, N] bool, False behind the tokens of a row that has fewer; there logits are minus infinity.
     """
 
     keys: Tensor
@@ -98,25 +99,40 @@ class Scored(NamedTuple):
     logits: Tensor
     rows: Tensor
     k: int
+    filled: Tensor
 
 
-def _scored(query: Tensor, key: Tensor, value: Tensor, store: KVStore, exact: dict[str, Any]) -> Scored:
+def score_tokens(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    store: KVStore,
+    exact: dict[str, Any],
+    *,
+    uneven: bool = False,
+) -> Scored:
+    """Take a token in and score all that is stored by the store's index; rows may differ where `uneven` allows it."""
     store.append(key, value)
     index, split = index_of(store.split), store.split
     if store.keys is None or store.values is None or split is None or split.top_k is None or index is None:
         raise ValueError("such a step needs a store that is scored")
-    if not store.uniform or exact["softcap"] is not None or exact["sinks"] is not None:
-        raise ValueError("such a step takes no padding, no soft-cap and no sinks")
+    if store.lengths is None or exact["softcap"] is not None or exact["sinks"] is not None:
+        raise ValueError("such a step takes no soft-cap and no sinks")
+    if not (store.uniform or uneven):
+        raise ValueError("such a step takes no rows of fewer tokens than others")
     stored, scaling = store.stored, exact["scaling"]
     keys, values = store.keys[:, :, :stored], store.values[:, :, :stored]
+    lengths = None if store.uniform else store.lengths
     logits = index.score(
-        query, store.index_parts(), store.keys, stored=stored, lengths=None, scaling=scaling, softcap=None
+        query, store.index_parts(), store.keys, stored=stored, lengths=lengths, scaling=scaling, softcap=None
     )
     grouped = (query.shape[0], keys.shape[1], query.shape[1] // keys.shape[1], -1)
-    return Scored(keys, values, logits.view(grouped), query.view(grouped) * scaling, min(split.top_k, stored))
+    filled = torch.arange(stored) < store.lengths[..., None]
+    logits = logits.view(grouped).masked_fill(~filled[:, :, None], -torch.inf)
+    return Scored(keys, values, logits, query.view(grouped) * scaling, min(split.top_k, stored), filled)
 
 
-def _shared(logits: Tensor) -> Tensor:
+def group_weights(logits: Tensor) -> Tensor:
     """Return by what the library ranks tokens, [B, Hkv, N], of logits [B, Hkv, G, N]."""
     return logits.softmax(-1).sum(2)
 
@@ -150,8 +166,8 @@ def _attended(scored: Scored, positions: Tensor, columns: Tensor, column_values:
 
 def sketch_mass_step(query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Any, **exact: Any) -> Tensor:
     """Take the weight of the chosen tokens, too, from the estimates (as SparQ does)."""
-    scored = _scored(query, key, value, store, exact)
-    positions = select_top(_shared(scored.logits), scored.k)
+    scored = score_tokens(query, key, value, store, exact)
+    positions = select_top(group_weights(scored.logits), scored.k)
     keys, values = gather_tokens(positions, scored.keys, scored.values)
     out = (scored.rows @ keys.transpose(-1, -2)).softmax(-1) @ values
     chosen = positions[:, :, None].expand(*scored.logits.shape[:3], -1)
@@ -161,8 +177,8 @@ def sketch_mass_step(query: Tensor, key: Tensor, value: Tensor, store: KVStore, 
 
 def ends_step(query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Any, **exact: Any) -> Tensor:
     """Attend to the first four tokens and to the last k/8 whatever their scores."""
-    scored = _scored(query, key, value, store, exact)
-    shared = _shared(scored.logits)
+    scored = score_tokens(query, key, value, store, exact)
+    shared = group_weights(scored.logits)
     shared[..., :4] = shared[..., -max(1, scored.k // 8) :] = torch.inf
     positions = select_top(shared, scored.k)
     columns = _without(scored.logits, positions).logsumexp(-1, keepdim=True)
@@ -174,8 +190,8 @@ def segments_step(
     query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Any, *, segments: int, **exact: Any
 ) -> Tensor:
     """Have a residual for each of m runs of neighbouring tokens, with a mean value of its own."""
-    scored = _scored(query, key, value, store, exact)
-    positions = select_top(_shared(scored.logits), scored.k)
+    scored = score_tokens(query, key, value, store, exact)
+    positions = select_top(group_weights(scored.logits), scored.k)
     return _attended(scored, positions, *_segment_columns(scored, positions, segments))
 
 
@@ -248,8 +264,8 @@ def evicted_step(
 
     The mean of exp(l) for normal l is exp(mean + variance / 2); channels are taken as independent of each other.
     """
-    scored = _scored(query, key, value, store, exact)
-    positions = select_top(_shared(scored.logits), scored.k)
+    scored = score_tokens(query, key, value, store, exact)
+    positions = select_top(group_weights(scored.logits), scored.k)
     columns, own = _segment_columns(scored, positions, segments)
     logits = scored.rows @ state.key.transpose(-1, -2) + state.tokens.log().transpose(-1, -2)
     if with_variance:
@@ -328,8 +344,8 @@ def calibrated_step(
     query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Calibrated, **exact: Any
 ) -> Tensor:
     """Have a residual whose weight, and maybe value, is calibrated for each query head."""
-    scored = _scored(query, key, value, store, exact)
-    positions = select_top(_shared(scored.logits), scored.k)
+    scored = score_tokens(query, key, value, store, exact)
+    positions = select_top(group_weights(scored.logits), scored.k)
     keys, values = gather_tokens(positions, scored.keys, scored.values)
     column = _without(scored.logits, positions).logsumexp(-1, keepdim=True) + state.factor.log()
     weight = torch.cat((scored.rows @ keys.transpose(-1, -2), column), -1).softmax(-1)
