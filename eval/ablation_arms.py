@@ -13,6 +13,7 @@ Letters: t token budget, D head dim, N stored tokens, k tokens attended to, b by
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,7 @@ from .ablation_choice import (
     coarse_step,
     least_weight_step,
     no_selection,
+    planes_step,
     reuse_step,
     scored_pages,
     shared_k_step,
@@ -127,6 +129,21 @@ def _coarse_split(case: Case, *, page_size: int, channels: int, share: float, at
     return replace(plus, kept_tokens=max(stored, min(2 * RESERVE, sequence)) - RESERVE)
 
 
+def _planes_bytes(split: BudgetSplit, case: Case, step: int, *, share: float) -> float:
+    """Return, less than 0, the low bits that are not read of a sketch of two."""
+    stored = stored_in(split, case, step)
+    scored = min(stored, max(math.ceil(share * stored), split.top_k or 0))
+    return -(stored - scored) * case.head_dim / 8
+
+
+def _planes_split(case: Case, *, share: float) -> BudgetSplit:
+    """Return `rocketkv+` of two bits with as many more tokens as half of t is enough for."""
+    sequence, token = case.prompt + RESERVE, 4 * case.head_dim
+    stored = int(case.budget // 2 * token / (case.head_dim * (1 + share) / 8 + 2))
+    stored = max(min(stored, sequence), min(2 * RESERVE, sequence))
+    return plus_split(case, sketch_bits=2, kept_tokens=stored - RESERVE)
+
+
 def _coarse(name: str, what: str, *, more_stored: bool = False, counted: bool = False, **pages: Any) -> Arm:
     return _at_13(
         name,
@@ -137,9 +154,28 @@ def _coarse(name: str, what: str, *, more_stored: bool = False, counted: bool = 
     )
 
 
+def _planes(name: str, what: str, **fields: Any) -> Arm:
+    return _at_13(
+        name,
+        what,
+        **{
+            "split": functools.partial(_plus_at, bits=2),
+            "step": functools.partial(planes_step, share=_NEAR),
+            "extra_bytes": functools.partial(_planes_bytes, share=_NEAR),
+            **fields,
+        },
+    )
+
+
 _FACTOR = functools.partial(calibrate, learned=False)
 _LEARNED = functools.partial(calibrate, learned=True)
 _PAGES: dict[str, Any] = {"page_size": 32, "channels": 16, "share": 0.5}
+_SMALL_PAGES: dict[str, Any] = {"page_size": 8, "channels": 16, "share": 0.5}
+_NEAR = 0.25  # of the tokens, whose low bits are scored, too
+# What a token costs is minus the logarithm of its weight.
+_NEED: dict[str, Any] = {"summary": functools.partial(a_limit, most=(0.0, 30.0)), "step": least_weight_step}
+_NEED_PLANES = {**_NEED, "step": functools.partial(planes_step, share=_NEAR)}
+_SHARED_NORMS = functools.partial(shared_storage, by_values=True)
 _ONE_RUN = functools.partial(evicted_summary, runs=1)
 
 MAIN = (
@@ -263,8 +299,12 @@ ABLATIONS = (
 )
 
 CHOICES = (
-    _coarse("coarse", "pages first: half of them are scored by the sketch, k takes the rest", **_PAGES),
-    _coarse("coarse-n", "pages first, N takes the rest", more_stored=True, **_PAGES),
+    _coarse("coarse", "pages of 32 first, the sketch of half of them, k takes the rest", **_PAGES),
+    _coarse("coarse-n", "and N takes the rest", more_stored=True, **_PAGES),
+    _coarse("coarse-8", "pages of 8 first, the sketch of half of them, k takes the rest", **_SMALL_PAGES),
+    _coarse("coarse-8-n", "and N takes the rest", more_stored=True, **_SMALL_PAGES),
+    _planes("planes", "high bits first, low bits of the best quarter, k takes the rest"),
+    _planes("planes-n", "and N takes the rest", split=functools.partial(_planes_split, share=_NEAR)),
     _at_13("shared-k", "k shared by the KV heads of a layer", step=shared_k_step),
     _at_13(
         "top-p",
@@ -275,8 +315,7 @@ CHOICES = (
     _at_13(
         "least-weight",
         "all tokens of a least weight, equal over layers, heads and steps; k/4 in any case",
-        summary=functools.partial(a_limit, most=(0.0, 30.0)),  # minus its logarithm
-        step=least_weight_step,
+        **_NEED,
     ),
     _at_13(
         "reuse-2",
@@ -286,12 +325,29 @@ CHOICES = (
         extra_bytes=functools.partial(_reuse_bytes, period=2),
     ),
     _at_13("adakv", "N shared by the KV heads of a layer", storage=shared_storage),
+    _at_13("adakv-norms", "and by scores times the length of values", storage=_SHARED_NORMS),
     _at_13("value-norms-13", "stage 1 by scores times the length of values", ranks=by_value_norms),
     _at_13(
         "value-norms-select",
         "stage 2 by estimated weight times the length of values",
         step=value_norms_step,
         extra_bytes=_norms_bytes,
+    ),
+    _at_13("least-weight-norms", "least-weight and value-norms-13", ranks=by_value_norms, **_NEED),
+    _at_13("least-weight-adakv-norms", "least-weight and adakv-norms", storage=_SHARED_NORMS, **_NEED),
+    _planes("planes-least-weight", "planes and least-weight", **_NEED_PLANES),
+    _planes(
+        "all",
+        "planes, least-weight and adakv-norms",
+        storage=_SHARED_NORMS,
+        **_NEED_PLANES,
+    ),
+    _planes(
+        "all-n",
+        "and N takes the rest",
+        split=functools.partial(_planes_split, share=_NEAR),
+        storage=_SHARED_NORMS,
+        **_NEED_PLANES,
     ),
 )
 """Arms that choose otherwise, all pooled over 13: their measure is `rocketkv+:kernel-13`."""

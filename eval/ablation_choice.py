@@ -21,10 +21,12 @@ from torch import Tensor
 from ..attention import score
 from ..eviction import pooled, select_top, window_scores
 from ..index import build_index, page_count
+from ..sketch import rotation, rotation_norm, unpack
 from ..store import KVStore
 from .ablation_steps import Scored, group_weights, score_tokens
 
 LEAST = 0.25  # of an even share, which each head has at least where heads share
+HIGH_BIT = 0.817  # mean size of a code of two bits whose high bit alone is known, in steps, of a normal distribution
 BINS = 1 << 16  # by which `Limit` counts
 
 
@@ -264,23 +266,89 @@ def coarse_step(
     return attend_chosen(scored, chosen, rest)
 
 
+def high_bit_logits(scored: Scored, store: KVStore) -> Tensor:
+    """Estimate the logits [B, Hkv, G, N] of a step by the high bits alone of the store's sketch of two."""
+    if store.codes is None or store.scales is None or store.mean is None:
+        raise ValueError("bits are those of a sketch: give the split sketch_bits")
+    size, head_dim = scored.keys.shape[2:]
+    high = torch.where(unpack(store.codes[:, :, :size], 2, head_dim) >= 2, HIGH_BIT, -HIGH_BIT)
+    turned = scored.rows @ rotation(head_dim).T / rotation_norm(head_dim)
+    logits = turned @ high.transpose(-1, -2) * store.scales[:, :, None, :size].float()
+    return (logits + scored.rows @ store.mean[..., None]).masked_fill(~scored.filled[:, :, None], -torch.inf)
+
+
+def planes_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    store: KVStore,
+    state: Limit | None,
+    *,
+    share: float,
+    least: float = LEAST,
+    **exact: Any,
+) -> Tensor:
+    """Score all tokens by the high bit of a sketch of two, and the best of them, and they alone, by both.
+
+    The residual counts the others by their high bits. With a state, heads attend to what they need as in
+    `least_weight_step`, else to k tokens.
+
+    Args:
+        query: [B, H, D].
+        key: [B, Hkv, D].
+        value: [B, Hkv, Dv].
+        store: the layer's, with a sketch of two bits.
+        state: the limit, or None.
+        share: of a row's tokens that are scored by both bits.
+        least: see `least_weight_step`.
+        **exact: scaling, softcap and sinks.
+    """
+    scored = score_tokens(query, key, value, store, exact, uneven=True)
+    size, rough = scored.keys.shape[2], high_bit_logits(scored, store)
+    count = (scored.filled.sum(-1, keepdim=True) * share).ceil().clamp(min=scored.k)
+    order = group_weights(rough).argsort(dim=-1, descending=True, stable=True)
+    near = torch.zeros_like(scored.filled).scatter_(-1, order, torch.arange(size) < count)
+    logits = torch.where(near[:, :, None], scored.logits, rough)
+    weight = (group_weights(logits) / logits.shape[2]).masked_fill(~near, 0)
+    if state is None:
+        chosen = mask_of(select_top(weight, scored.k), size)
+    else:
+        own = select_top(weight, max(1, int(least * scored.k)))
+        chosen = state.within((-weight.log()).scatter(-1, own, -torch.inf), scored.k)
+    rest = logits.masked_fill(chosen[:, :, None], -torch.inf).logsumexp(-1, keepdim=True)
+    return attend_chosen(scored, chosen, rest)
+
+
 def shared_storage(
-    window: Tensor, keys: Tensor, kept: int, *, kernel_size: int, least: float = LEAST, **exact: Any
+    window: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    kept: int,
+    *,
+    kernel_size: int,
+    least: float = LEAST,
+    by_values: bool = False,
+    **exact: Any,
 ) -> Tensor:
     """Return which tokens each head stores where the heads of a layer share Hkv * N (AdaKV, arXiv 2407.11550).
 
     Args:
         window: [B, H, W, D], the prompt's last queries.
         keys: [B, Hkv, S, D].
+        values: [B, Hkv, S, Dv].
         kept: N, of a head on average.
         kernel_size: of the pooling.
         least: share of N that each head stores at least.
+        by_values: whether to rank by scores times the length of the value, over its mean in the head.
         **exact: scaling, softcap and sinks.
 
     Returns:
         [B, Hkv, S] bool.
     """
     size = window.shape[2]
-    scores = pooled(window_scores(window, keys, **exact), kernel_size)
-    best = best_of_heads(scores, kept - size, least)
+    scores = window_scores(window, keys, **exact)
+    if by_values:
+        length = values[:, :, :-size].norm(dim=-1)
+        scores = scores * length / length.mean(-1, keepdim=True)
+    best = best_of_heads(pooled(scores, kernel_size), kept - size, least)
     return torch.nn.functional.pad(best, (0, size), value=True)

@@ -61,8 +61,8 @@ class Arm:
         ranks: from a layer's values and number to what ranks in stage 1, or None for the library's.
         summary: from the window's queries, the prompt's keys and values, the closed store, and scaling, softcap and
             sinks to what the step is given as its state; or None.
-        storage: from the window's queries, the prompt's keys, N, the pooling, and scaling, softcap and sinks to what
-            each head stores, [B, Hkv, S] bool, where heads do not store as much as each other; or None.
+        storage: from the window's queries, the prompt's keys and values, N, the pooling, and scaling, softcap and sinks
+            to what each head stores, [B, Hkv, S] bool, where heads do not store as much as each other; or None.
         step: the decode step.
         extra: tokens' worth of bytes that the step reads beside what `stats()` counts.
         extra_a_head: likewise, for each query head of a group but one.

@@ -83,7 +83,7 @@ class ArmLayer(RocketKVLayer):
         store.extend(key, value, expected=prompt)
         if arm.storage is not None and split.kept_tokens is not None:
             # What a head does not store is to it as padding is.
-            held = arm.storage(window, key, split.kept_tokens, kernel_size=arm.kernel_size, **layer.exact)
+            held = arm.storage(window, key, value, split.kept_tokens, kernel_size=arm.kernel_size, **layer.exact)
             store.reopen(key, value, torch.where(held, torch.arange(prompt, dtype=torch.int32), -1), prompt)
             split = replace(split, kept_tokens=None)
         store.remember_queries(layer.query[:, :, :WIDEST_WINDOW], arm.window_size)

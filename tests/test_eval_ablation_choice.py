@@ -43,6 +43,7 @@ def steps_of(layers: list[Layer], arm: Arm, count: int) -> tuple[ArmLayer, Tenso
         ("least-weight", {}),
         ("reuse-2", {"period": 1}),
         ("coarse", {"share": 1}),
+        ("planes", {"share": 1}),
         ("value-norms-select", {}),
         ("adakv", {"least": 1}),
     ],
@@ -64,7 +65,7 @@ def test_heads_that_share_take_the_best_of_all_and_some_of_their_own() -> None:
     assert best_of_heads(weight, 4, 0.5)[0].int().tolist() == [[1] * 6 + [0] * 2, [1, 0, 1] + [0] * 5]
 
 
-@pytest.mark.parametrize("name", ["top-p", "least-weight"])
+@pytest.mark.parametrize("name", ["top-p", "least-weight", "planes-least-weight", "all"])
 def test_heads_that_take_what_they_need_read_as_much_on_average(layers: list[Layer], name: str) -> None:
     split = fitted_split(BY_NAME["rocketkv+:kernel-13"], CASE)
     made = [ArmLayer(BY_NAME[f"rocketkv+:{name}"], split, layer, PROMPT) for layer in layers]
@@ -111,6 +112,29 @@ def test_pages_left_out_are_not_scored(layers: list[Layer], counted: bool) -> No
     made.store.crop(PROMPT)
     made.store.scales[:, :, :size][~near] = torch.nan
     torch.testing.assert_close(made.step_of(*token, **layer.exact), own[0])
+
+
+def test_high_bits_are_of_the_same_sketch(layers: list[Layer]) -> None:
+    made = steps_of(layers, BY_NAME["rocketkv+:planes"], 1)[0]
+    made.store.codes.fill_(0xFF)  # all channels 1.5 steps from the mean
+    scored = ablation_steps.score_tokens(*step_at(layers[0], 1), made.store, layers[0].exact)
+    shift = scored.rows @ made.store.mean[..., None]
+    rough = ablation_choice.high_bit_logits(scored, made.store)[..., :-1] - shift
+    expected = (scored.logits[..., :-1] - shift) * ablation_choice.HIGH_BIT / 1.5
+    torch.testing.assert_close(rough, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_low_bits_of_what_ranks_low_are_not_read(layers: list[Layer]) -> None:
+    arm, layer = BY_NAME["rocketkv+:planes"], layers[0]
+    made, own = steps_of(layers, arm, 1)
+    made.store.crop(PROMPT)
+    scored = ablation_steps.score_tokens(*step_at(layer, 0), made.store, layer.exact)
+    rough = ablation_steps.group_weights(ablation_choice.high_bit_logits(scored, made.store))
+    size = rough.shape[-1]
+    low = ablation_choice.mask_of(rough.argsort(dim=-1)[..., : int(0.7 * size)], size)
+    made.store.crop(PROMPT)
+    made.store.codes[:, :, :size][low] &= 0b10101010
+    assert torch.equal(made.step_of(*step_at(layer, 0), **layer.exact), own[0])
 
 
 def test_heads_that_share_storage_store_as_much_together(layers: list[Layer]) -> None:
