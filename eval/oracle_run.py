@@ -239,6 +239,7 @@ def _stored_attention(
         unit_size=1,
         sinks=exact["sinks"],
         protected=split.protected,
+        by_largest=split.by_largest,
     )
     real = None if lengths is None else positions < lengths[..., None]
     return dense, attend(query, keys, values, positions, mask=real, **exact)

@@ -80,7 +80,7 @@ def decode(
         shape = DecodeShape(
             batch=batch, heads=query_heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=head_dim, capacity=capacity,
             page_size=page_size, channels=channels, top_k=top_k, token_budget=token_budget, sinks=ends,
-            sketch=rule, residual=rule is not None,
+            sketch=rule, residual=rule is not None, by_largest=rule is not None,
         )  # fmt: skip
         rows = head_dim if page_size == 1 else 2 * head_dim
         tiles = (batch, kv_heads, shape.tiles)

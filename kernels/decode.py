@@ -57,6 +57,7 @@ class DecodeShape:
         protected: how many first tokens are read whatever their rank.
         sketch: how keys are sketched, or None where pages are scored or nothing is.
         residual: whether the tokens not read count as one.
+        by_largest: whether tokens rank by the largest weight of the group's heads, not by their average.
     """
 
     batch: int
@@ -73,6 +74,7 @@ class DecodeShape:
     protected: int = 0
     sketch: SketchRule | None = None
     residual: bool = False
+    by_largest: bool = False
 
     @property
     def group(self) -> int:
@@ -323,7 +325,8 @@ def decode_step(
             lengths, lengths if sinks is None else sinks, space.scores, space.peaks, space.sums, space.ordered,
             space.chosen, space.rest, shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, top_k,
             shape.protected, G=shape.group, P=page_size, SPLITS=space.splits, SINKS=sinks is not None,
-            RESIDUAL=shape.residual, GP=space.group_block, SP=split_block, CHUNK=SELECT_CHUNK, num_warps=16,
+            RESIDUAL=shape.residual, LARGEST=shape.by_largest, GP=space.group_block, SP=split_block,
+            CHUNK=SELECT_CHUNK, num_warps=16,
         )  # fmt: skip
     page_block = triton.next_power_of_2(space.page_capacity) if mode == RANKED.value else 1
     # As many registers as the weights of all pages take, or the float32 sums of a large group.
@@ -341,7 +344,8 @@ def decode_step(
         shape.sinks or 0, shape.protected, scaling, cap,
         MODE=mode, G=shape.group, D=shape.head_dim, DV=shape.value_dim, P=page_size,
         SPLITS=space.splits, PARTS=space.parts, SINKS=sinks is not None, SOFTCAP=softcap is not None, EXACT=exact,
-        RESIDUAL=shape.residual, GP=space.group_block, DP=head_block, DVP=space.value_block, SP=split_block,
-        UP=page_block, BT=TOKEN_BLOCK // 2 if wide else TOKEN_BLOCK, num_warps=warps, num_stages=2 if wide else 3,
+        RESIDUAL=shape.residual, LARGEST=shape.by_largest, GP=space.group_block, DP=head_block,
+        DVP=space.value_block, SP=split_block, UP=page_block, BT=TOKEN_BLOCK // 2 if wide else TOKEN_BLOCK,
+        num_warps=warps, num_stages=2 if wide else 3,
     )  # fmt: skip
     return out

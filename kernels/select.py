@@ -55,6 +55,7 @@ def select_kernel(
     SPLITS: tl.constexpr,
     SINKS: tl.constexpr,
     RESIDUAL: tl.constexpr,  # pages are single tokens then
+    LARGEST: tl.constexpr,  # whether tokens rank by the largest weight of the group's heads, not by their average
     GP: tl.constexpr,
     SP: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -70,7 +71,7 @@ def select_kernel(
         for start in range(0, pages, CHUNK):
             page = start + tl.arange(0, CHUNK)
             weight = page_weights(
-                scores, peaks, sums, sinks, row, page, pages, page_capacity, kv_heads, G, GP, SPLITS, SP, SINKS
+                scores, peaks, sums, sinks, row, page, pages, page_capacity, kv_heads, G, GP, SPLITS, SP, SINKS, LARGEST
             )
             tl.store(ordered + page, ordered_bits(weight, pages - page, page * P < protected), mask=page < pages)
         tl.debug_barrier()  # what follows reads what other threads wrote

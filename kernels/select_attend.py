@@ -21,8 +21,9 @@ INFINITE = tl.constexpr(0x7F800000)  # the bits of infinity
 def page_weights(
     scores, peaks, sums, sinks, row, page, pages, page_capacity, kv_heads,
     G: tl.constexpr, GP: tl.constexpr, SPLITS: tl.constexpr, SP: tl.constexpr, SINKS: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """Return the weight of one token of each page, a softmax over stored tokens averaged over the group's heads."""
+    """Return the weight of one token of each page, a softmax over stored tokens: the heads' average, or the largest."""
     weight = tl.zeros(page.shape, tl.float32)
     part = tl.arange(0, SP)
     for g in range(G):
@@ -34,8 +35,14 @@ def page_weights(
         if SINKS:
             total += tl.exp(tl.load(sinks + (row % kv_heads) * G + g).to(tl.float32) - highest)
         logit = tl.load(scores + (row * G + g) * page_capacity + page, mask=page < pages, other=float("-inf"))
-        weight += tl.exp(logit - highest) / total
-    return weight / G
+        own = tl.exp(logit - highest) / total
+        if LARGEST:
+            weight = tl.where((own > weight) | (own != own), own, weight)  # NaN stays
+        else:
+            weight += own
+    if not LARGEST:
+        weight /= G
+    return weight
 
 
 @triton.jit
@@ -147,6 +154,7 @@ def select_attend_kernel(
     SOFTCAP: tl.constexpr,
     EXACT: tl.constexpr,
     RESIDUAL: tl.constexpr,  # whether the tokens not chosen count as one; pages are single tokens then
+    LARGEST: tl.constexpr,  # whether tokens rank by the largest weight of the group's heads, not by their average
     GP: tl.constexpr,
     DP: tl.constexpr,
     DVP: tl.constexpr,
@@ -177,7 +185,7 @@ def select_attend_kernel(
             pages = (stored + P - 1) // P
             count = tl.minimum(tl.maximum(stored - page * P, 0), P)
             weight = page_weights(
-                scores, peaks, sums, sinks, row, page, pages, page_capacity, kv_heads, G, GP, SPLITS, SP, SINKS
+                scores, peaks, sums, sinks, row, page, pages, page_capacity, kv_heads, G, GP, SPLITS, SP, SINKS, LARGEST
             )
             bits = ordered_bits(weight, count, page * P < protected)
             value, above = threshold(bits, count, stored, read, P)

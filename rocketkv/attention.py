@@ -96,6 +96,7 @@ def select(
     unit_size: int,
     sinks: Tensor | None = None,
     protected: int = 0,
+    by_largest: bool = False,
     ordered: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Choose the k stored tokens of largest estimated weight for each KV head.
@@ -111,6 +112,7 @@ def select(
         unit_size: tokens a unit stands for.
         sinks: [H], one learned logit a head that joins the softmax's denominator, or None.
         protected: how many first tokens are chosen before all others, by whole units.
+        by_largest: whether the largest weight of the group's heads counts, not their average.
         ordered: whether positions must ascend, for which attention does not care.
 
     Returns:
@@ -135,7 +137,8 @@ def select(
         total = total + torch.exp(sinks.float()[:, None] - logits.logsumexp(-1, keepdim=True))
     if isinstance(total, Tensor) or total != 1:
         weight = weight / total
-    shared = weight.view(batch, kv_heads, group, units).sum(2)  # ranks as the average does
+    by_head = weight.view(batch, kv_heads, group, units)
+    shared = by_head.amax(2) if by_largest else by_head.sum(2)  # the sum ranks as the average does
     if protected:
         shared[..., : page_count(protected, unit_size)] = torch.inf
     if lengths is None:

@@ -282,6 +282,7 @@ def _decode_shape(query: Tensor, keys: Tensor, values: Tensor, split: BudgetSpli
         protected=split.protected,
         sketch=rule,
         residual=split.residual,
+        by_largest=split.by_largest,
     )
 
 
@@ -436,6 +437,7 @@ def attend_selected(
             unit_size=split.page_size,
             sinks=sinks,
             protected=split.protected,
+            by_largest=split.by_largest,
             ordered=False,
         )
     if value_sum is None:

@@ -39,6 +39,8 @@ class BudgetSplit:
         protected: tokens of the longest row that are stored first, before all others, and attended to at every step.
         residual: whether the tokens that a step does not attend to count as one, their mean value, with the weight that
             their scores estimate.
+        by_largest: whether a token ranks by the largest weight that a query head of its group gives it, in place of the
+            average of the group.
 
     Raises:
         TypeError: a count is not an int.
@@ -55,6 +57,7 @@ class BudgetSplit:
     oracle: bool = False
     protected: int = 0
     residual: bool = False
+    by_largest: bool = False
 
     def __post_init__(self) -> None:
         for name in ("token_budget", "kept_tokens", "page_size", "channels", "sketch_bits", "top_k", "sinks"):
@@ -82,6 +85,8 @@ class BudgetSplit:
             raise ValueError("top_k needs a ranking: set channels or sketch_bits (by attention) or sinks (by position)")
         if self.residual and not self.scored:
             raise ValueError("residual needs the scores of all tokens: set channels or sketch_bits")
+        if self.by_largest and not self.scored:
+            raise ValueError("by_largest is of a ranking by scores: set channels or sketch_bits")
         if self.top_k is not None and self.top_k > self.token_budget:
             raise ValueError(
                 f"top_k must be at most token_budget={self.token_budget}, what a step may read; got {self.top_k}. "
@@ -182,6 +187,7 @@ def rocketkv_plus_split(
         sketch_bits=bits,
         top_k=max(1, left),
         residual=True,
+        by_largest=True,
     )
 
 

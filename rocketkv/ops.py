@@ -29,7 +29,8 @@ _SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) positions, "
     "Tensor(d!)[] index, Tensor(e!)? value_sum, Tensor(f!)? missed, Tensor(g!) lengths, Tensor(h!) clock, "
     "Tensor(i!)? ring, Tensor(j!)[] buffers, Tensor(k!) out, int page_size, int? channels, int? sketch_bits, "
-    "int? top_k, int token_budget, int? ends, int protected, float scaling, float? softcap, Tensor? sinks) -> ()"
+    "int? top_k, int token_budget, int? ends, int protected, bool by_largest, float scaling, float? softcap, "
+    "Tensor? sinks) -> ()"
 )
 
 
@@ -56,6 +57,7 @@ def decode_step_op(
     token_budget: int,
     ends: int | None,
     protected: int,
+    by_largest: bool,
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
@@ -85,6 +87,7 @@ def decode_step_op(
         token_budget: t: a row that stores no more attends to all of it.
         ends: first tokens that are read where tokens are ranked by position, else None.
         protected: first tokens that are read whatever their rank.
+        by_largest: whether tokens rank by the largest weight of the group's heads, not by their average.
         scaling: factor of the logits.
         softcap: the model's soft-cap of the logits, or None.
         sinks: [H], the model's learned sinks, or None.
@@ -98,6 +101,7 @@ def decode_step_op(
         sinks=ends,
         protected=protected,
         residual=value_sum is not None,
+        by_largest=by_largest,
     )
     exact: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
     if buffers:
@@ -258,6 +262,7 @@ class StaticStep:
             split.token_budget,
             split.sinks,
             split.protected,
+            split.by_largest,
             scaling,
             softcap,
             sinks,

@@ -51,6 +51,7 @@ class Case:
     protected: int = 0
     sketch_bits: int | None = None
     residual: bool = True
+    by_largest: bool = False
 
     def __str__(self) -> str:
         changed = {name: value for name, value in vars(self).items() if value != getattr(Case(), name)}
@@ -65,9 +66,9 @@ class Case:
             return BudgetSplit(**common, kept_tokens=None, page_size=1, channels=None, top_k=self.top_k, sinks=4)
         if self.sketch_bits is not None:
             common |= {"sketch_bits": self.sketch_bits, "residual": self.residual}
-            return BudgetSplit(**common, top_k=self.top_k, protected=self.protected)
+            return BudgetSplit(**common, top_k=self.top_k, protected=self.protected, by_largest=self.by_largest)
         shape: dict[str, Any] = {"page_size": self.page_size, "channels": self.channels, "top_k": self.top_k}
-        return BudgetSplit(**common, **shape, protected=self.protected)
+        return BudgetSplit(**common, **shape, protected=self.protected, by_largest=self.by_largest)
 
 
 def make(case: Case, seed: int = 0) -> tuple[KVStore, list[tuple[Tensor, Tensor, Tensor]], Tensor | None]:
@@ -163,4 +164,5 @@ def expected_positions(case: Case, store: KVStore, query: Tensor, sinks: Tensor 
         unit_size=case.split.page_size,
         sinks=sinks,
         protected=case.protected,
+        by_largest=case.split.by_largest,
     )[0]

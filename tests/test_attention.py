@@ -171,12 +171,14 @@ def test_select_units_with_too_few_tokens_takes_all_of_them_first() -> None:
     assert found[1, :1].tolist() == [0]
 
 
-def naive_select(logits: Tensor, k: int, tokens: int, unit_size: int, sinks: Tensor | None) -> tuple[list[int], Tensor]:
+def naive_select(
+    logits: Tensor, k: int, tokens: int, unit_size: int, sinks: Tensor | None, by_largest: bool
+) -> tuple[list[int], Tensor]:
     """Select for one row and KV head: logits [G, U] to the tokens and their mass [G], token by token."""
     per_token = logits.double().repeat_interleave(unit_size, dim=-1)[:, :tokens]
     column = per_token.new_full((len(logits), 0), 0) if sinks is None else sinks.double()[:, None]
     weights = torch.cat((per_token, column), dim=-1).softmax(-1)[:, :tokens]
-    chosen = top(weights.mean(0), k)
+    chosen = top(weights.amax(0) if by_largest else weights.mean(0), k)
     return chosen, weights[:, chosen].sum(-1)
 
 
@@ -186,11 +188,12 @@ def mass_of(positions: Tensor, weight: Tensor, unit_size: int) -> Tensor:
     return weight.gather(-1, (positions.long() // unit_size).repeat_interleave(group, dim=1)).sum(-1)
 
 
+@pytest.mark.parametrize("by_largest", [False, True])
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
 @pytest.mark.parametrize("unit_size", PAGE_SIZES)
-def test_select_takes_the_largest_mean_weight_and_reports_weights(
-    unit_size: int, ragged: bool, with_sinks: bool
+def test_select_takes_the_largest_weights_of_a_group_and_reports_them(
+    unit_size: int, ragged: bool, with_sinks: bool, by_largest: bool
 ) -> None:
     batch, heads, kv_heads, stored, k = 2, 6, 2, 83, 20
     logits = torch.randn(batch, heads, page_count(stored, unit_size)) * 3
@@ -201,9 +204,8 @@ def test_select_takes_the_largest_mean_weight_and_reports_weights(
         for b in range(batch):
             for g in range(kv_heads):
                 logits[b, 3 * g : 3 * g + 3, page_count(int(lengths[b, g]), unit_size) :] = torch.nan
-    positions, weight = select(
-        logits, k, stored=stored, lengths=lengths, kv_heads=kv_heads, unit_size=unit_size, sinks=sinks
-    )
+    shape = {"stored": stored, "lengths": lengths, "kv_heads": kv_heads, "unit_size": unit_size}
+    positions, weight = select(logits, k, sinks=sinks, by_largest=by_largest, **shape)
     assert positions.shape == (batch, kv_heads, k)
     assert positions.dtype == torch.int32
     assert weight.shape == logits.shape
@@ -215,7 +217,7 @@ def test_select_takes_the_largest_mean_weight_and_reports_weights(
             tokens = stored if lengths is None else int(lengths[b, g])
             number = page_count(tokens, unit_size)
             sink = None if sinks is None else sinks[own]
-            chosen, expected = naive_select(logits[b, own, :number], k, tokens, unit_size, sink)
+            chosen, expected = naive_select(logits[b, own, :number], k, tokens, unit_size, sink, by_largest)
             assert positions[b, g].tolist() == chosen
             assert_near(mass[b, own], expected)
 

@@ -32,12 +32,13 @@ CASES = [
     Case(sketch_bits=1, head_dim=256, lengths=(140,), programs=2),
     # More heads of a group than are scored at a time, without the residual.
     Case(sketch_bits=2, head_dim=32, heads=40, residual=False),
+    Case(sketch_bits=2, head_dim=32, heads=40, residual=False, by_largest=True),
     # More tiles than splits, and the other way round; several parts of unequal shares.
     Case(sketch_bits=2, head_dim=16, lengths=(420,), top_k=130, token_budget=200, programs=1),
     Case(sketch_bits=2, head_dim=16, lengths=(420,), top_k=130, token_budget=200, programs=64, sinks=True),
     # Rows of different lengths, some within the budget, one that passes it; protected tokens.
-    Case(sketch_bits=2, head_dim=16, lengths=(150, 73, 1), steps=2),
-    Case(sketch_bits=2, head_dim=16, lengths=(140, 91), heads=4, kv_heads=2, dtype=FP16, protected=12),
+    Case(sketch_bits=2, head_dim=16, lengths=(150, 73, 1), steps=2, by_largest=True),
+    Case(sketch_bits=2, head_dim=16, lengths=(140, 91), heads=4, kv_heads=2, dtype=FP16, protected=12, by_largest=True),
     Case(sketch_bits=2, head_dim=16, lengths=(20,)),
 ]
 
@@ -122,7 +123,7 @@ def test_steps_equal_the_reference(case: Case) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Case(sketch_bits=2, head_dim=16, heads=3, lengths=(300, 90), sinks=True),
+        Case(sketch_bits=2, head_dim=16, heads=3, lengths=(300, 90), sinks=True, by_largest=True),
         Case(sketch_bits=3, head_dim=16, lengths=(300,), programs=64, protected=3),
     ],
     ids=str,

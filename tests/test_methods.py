@@ -145,7 +145,7 @@ def rocketkv_plus(head: Head, attended: int = BUDGET // 2) -> Steps:
     for at in range(PROMPT, PROMPT + STEPS):
         stored = kept + list(range(PROMPT, at + 1))
         estimate = torch.stack([head.queries[at] @ estimates[i] * SCALING for i in stored], 1)
-        weights = estimate.softmax(-1).mean(0)
+        weights = estimate.softmax(-1).amax(0)
         chosen = [stored[i] for i in best(weights.tolist(), k)]
         others = [i for i in range(len(stored)) if stored[i] not in chosen]
         mass, rest = head.logits(at, chosen).exp(), estimate[:, others].exp().sum(-1, keepdim=True)

@@ -69,7 +69,7 @@ def test_opcheck(method: str) -> None:
         given.query[:, :, 0], given.key[:, :, 0], given.value[:, :, 0], step.keys, step.values, step.positions,
         step.index, step.value_sum, step.missed, step.lengths, step.clock, ring, step.buffers, step.out,
         split.page_size, split.channels, split.sketch_bits, split.top_k, split.token_budget, split.sinks,
-        split.protected, SCALING, 2.0, torch.ones(6),
+        split.protected, split.by_largest, SCALING, 2.0, torch.ones(6),
     )  # fmt: skip
     torch.library.opcheck(torch.ops.rocketkv.decode_step.default, arguments)
 
