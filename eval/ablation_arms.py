@@ -4,8 +4,9 @@ Bytes are those of `stats()` as budgets count (16 bits; index, scales and means 
 `rocketkv` with its own split are the measure; the other arms get so many tokens to attend to that theirs are closest to
 it. Oracles, whose scores are not counted, and floors, which attend to all that is stored, are what they are.
 
-Stage 1 pools as in the paper in all arms that do not say otherwise, so that what differs is the part in question. The
-library's own `rocketkv+` pools more narrowly, as `rocketkv+:kernel-13` does; so do the arms that choose otherwise.
+Stage 1 pools as in the paper, and tokens rank by the average of a group's heads, in all arms that do not say otherwise,
+so that what differs is the part in question. The library's own `rocketkv+` pools more narrowly and ranks by the largest
+weight: `rocketkv+:largest-13`. Arms that choose otherwise pool over 13, too.
 
 Letters: t token budget, D head dim, N stored tokens, k tokens attended to, b bytes of a sketched token.
 """
@@ -236,7 +237,12 @@ ABLATIONS = (
     ),
     _with("random", "stage 1 by chance", ranks=random_ranks),
     _with("kernel-7", "pooled over 7", kernel_size=7),
-    _with("kernel-13", "pooled over 13, the library's default", kernel_size=13),
+    _with("kernel-13", "pooled over 13", kernel_size=13),
+    _at_13(
+        "largest-13",
+        "and ranked by the largest weight of a group's heads: the library's own",
+        split=functools.partial(plus_split, by_largest=True),
+    ),
     _with("kernel-21", "pooled over 21", kernel_size=21),
     _with("exact-kernel-13", "exact scores, free, pooled over 13", split=_exact, fitted=None, kernel_size=13),
     Arm(name="rocketkv:kernel-7", what="the paper's, pooled over 7", split=papers_split, kernel_size=7),

@@ -24,7 +24,7 @@ from rocketkv.eval.ablation_capture import Layer, joined_heads
 from rocketkv.eval.ablation_fit import WIDEST_WINDOW, Arm, Case, bytes_beside, fitted_split, mean_bytes, target_bytes
 from rocketkv.eval.ablation_report import document, ratio, tables
 from rocketkv.eval.ablation_run import ArmLayer, divergences, measure, run_arm, run_steps
-from rocketkv.eval.ablation_steps import random_ranks, unpooled_ties
+from rocketkv.eval.ablation_steps import plain_step, random_ranks, unpooled_ties
 from rocketkv.eval.ablation_texts import KINDS, four_texts
 from rocketkv.models import CACHE_ARGUMENT
 from rocketkv.progress import Progress
@@ -293,3 +293,12 @@ def test_the_command(
     assert "KL" not in capsys.readouterr().out
     assert ablation.main([*given, "--arms", "none", "-o", str(tmp_path / "no")]) == 2
     assert "there are no arms none" in capsys.readouterr().err
+
+
+def test_the_librarys_own_method_is_one_of_the_arms() -> None:
+    arm = BY_NAME["rocketkv+:largest-13"]
+    own = RocketKVConfig(method="rocketkv+", token_budget=CASE.budget)
+    assert arm.kernel_size == own.pool_size
+    assert arm.window_size == own.window_size
+    assert arm.step is plain_step
+    assert arm.split(CASE) == own.split_for(CASE.prompt, CASE.head_dim)
