@@ -116,12 +116,19 @@ def check_step(
     batch, kv_heads = store.lengths.shape
     listed = workspace.chosen.view(batch, kv_heads, -1)
     known, weight = select(
-        logits, split.top_k, stored=stored, lengths=None, kv_heads=kv_heads, unit_size=split.page_size
+        logits,
+        split.top_k,
+        stored=stored,
+        lengths=None,
+        kv_heads=kv_heads,
+        unit_size=split.page_size,
+        by_largest=split.by_largest,
     )
     if buffers.case.ties:
         require_equal("a step's selection among equal scores", listed, known)
     else:
-        shared = weight.view(batch, kv_heads, -1, pages).mean(2)
+        by_head = weight.view(batch, kv_heads, -1, pages)
+        shared = by_head.amax(2) if split.by_largest else by_head.mean(2)
         _require_best(listed, known, shared.repeat_interleave(split.page_size, dim=2)[..., :stored])
     place = listed.long()[..., None].expand(-1, -1, -1, query.shape[2])
     exact = exact_attention(query, store.keys.gather(2, place), store.values.gather(2, place), buffers.scaling)

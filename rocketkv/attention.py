@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .constants import number, steps
 from .index import TILE_PAGES, gather_tokens, movable, page_bounds, page_count, restored
 
-# Added to what divides: a head may be zero in the channels that its group chose, and 0 * inf is no score.
+# The least that divides: a head may be zero in the channels that its group chose, and 0 * inf is no score.
 _TINY = 1e-30
 
 
@@ -59,7 +59,7 @@ def score(
     negative = scored.sum(1) <= 0
     bound_row = torch.add(chosen, negative, alpha=head_dim) if rows > head_dim else chosen
     missed = size.sum(-1, keepdim=True) / scored.abs().sum(-1, keepdim=True).clamp_min_(_TINY)
-    scored = scored * missed.sqrt_().mul_(number(scaling))
+    scored = scored * (missed.sqrt_() * number(scaling))
 
     # Only the tiles in use are read, and of them the chosen rows of 128 pages.
     pages = page_count(stored, page_size)
@@ -101,7 +101,8 @@ def select(
 ) -> tuple[Tensor, Tensor]:
     """Choose the k stored tokens of largest estimated weight for each KV head.
 
-    The weights are a softmax over stored tokens, each of a page with the page's logit, averaged over the group.
+    The weights are a softmax over stored tokens, each of a page with the page's logit; of those of a group's heads the
+    average counts, or the largest.
 
     Args:
         logits: [B, H, U] float32, one a unit (a page of tokens, or a single token).

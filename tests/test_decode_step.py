@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
-from rocketkv.backend import recent
-from rocketkv.budget import METHODS
+from rocketkv.backend import decode_step, recent
+from rocketkv.budget import METHODS, BudgetSplit
+from rocketkv.constants import MOST_STEPS, _steps, number, steps
 from rocketkv.store import KVStore
 
 from .tracking import Tracker
@@ -64,6 +67,42 @@ def test_every_step_writes_into_the_same_buffers(method: str, layout: str) -> No
     before = {name: tensor.data_ptr() for name, tensor in store.tensors().items()}
     decode(store, wide(20))
     assert {name: tensor.data_ptr() for name, tensor in store.tensors().items()} == before
+
+
+def test_what_steps_keep_is_on_the_cpu_whatever_the_default_device_is() -> None:
+    number.cache_clear()
+    _steps.cache_clear()
+    for method in ("rocketkv", "rocketkv+"):
+        store, given = steady_store(method, LAYOUTS["uniform"]), wide(2)
+        expected = decode(copy.deepcopy(store), given)
+        number.cache_clear()
+        _steps.cache_clear()
+        with torch.device("meta"):
+            decode(copy.deepcopy(store), given)
+        assert decode(store, given).equal(expected)
+
+
+def test_what_steps_keep_is_small() -> None:
+    for count in (1, MOST_STEPS, MOST_STEPS + 1):
+        made = steps(count, -3, torch.device("cpu"))
+        assert made.tolist() == [-3 * i for i in range(count)]
+        assert (steps(count, -3, torch.device("cpu")) is made) == (count <= MOST_STEPS)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_step_has_gradients(residual: bool) -> None:
+    split = BudgetSplit(token_budget=24, kept_tokens=40, page_size=2, channels=6, top_k=12, residual=residual)
+    store = KVStore()
+    extend(store, wide(80))
+    close(store, split, RESERVE)
+    given = wide(1)
+    query = given.query[:, :, 0].requires_grad_()
+    decode_step(
+        query, given.key[:, :, 0], given.value[:, :, 0], store, scaling=WIDTH**-0.5, backend="torch"
+    ).sum().backward()
+    assert query.grad is not None
+    assert query.grad.isfinite().all()
+    assert query.grad.any()
 
 
 def test_growth_and_rolling_do_not_wait_either() -> None:

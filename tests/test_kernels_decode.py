@@ -48,6 +48,7 @@ CASES = [
     *(Case(lengths=(700,), page_size=1, programs=n, top_k=200, token_budget=400) for n in (1, 2, 3, 64)),
     # Rows of different lengths: within the budget, one token, and each with an open page of its own.
     Case(lengths=(200, 199), heads=6, kv_heads=2, steps=3),
+    Case(lengths=(200, 131), heads=6, kv_heads=2, by_largest=True),
     Case(lengths=(200, 74, 73, 75, 1)),
     Case(lengths=(12, 200), page_size=1),
     Case(lengths=(130, 200, 91), dtype=torch.bfloat16, page_size=4),
