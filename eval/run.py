@@ -90,6 +90,7 @@ def _run_one(bench: Bench, cell: CellDict, path: Path, counts: Counts, mine: boo
         return
     found = finished(path)
     if found is not None and not (bench.retry_out_of_memory and found["status"] == "out_of_memory"):
+        Journal(journal_path(bench.results, cell)).remove()  # of a process that ended between its record and this
         counts.done_before += 1
         return
     start = time.monotonic()
