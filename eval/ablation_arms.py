@@ -145,12 +145,12 @@ def _planes_split(case: Case, *, share: float) -> BudgetSplit:
     return plus_split(case, sketch_bits=2, kept_tokens=stored - RESERVE)
 
 
-def _coarse(name: str, what: str, *, more_stored: bool = False, counted: bool = False, **pages: Any) -> Arm:
+def _coarse(name: str, what: str, *, more_stored: bool = False, **pages: Any) -> Arm:
     return _at_13(
         name,
         what,
         split=functools.partial(_coarse_split, **pages) if more_stored else plus_split,
-        step=functools.partial(coarse_step, counted=counted, **pages),
+        step=functools.partial(coarse_step, **pages),
         extra_bytes=functools.partial(_coarse_bytes, **pages),
     )
 

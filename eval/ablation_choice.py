@@ -153,14 +153,26 @@ def top_p_step(query: Tensor, key: Tensor, value: Tensor, store: KVStore, state:
     return attend_chosen(scored, chosen, rest_of(scored, chosen))
 
 
+def heavy(weight: Tensor, state: Limit, k: int, least: float) -> Tensor:
+    """Return the tokens [B, Hkv, N] bool whose weight reaches the state's bound, and of each head the best in any case.
+
+    Args:
+        weight: [B, Hkv, N], mean over the group.
+        state: the limit of minus the weight's logarithm.
+        k: tokens of a head on average.
+        least: share of k that each head has in any case.
+    """
+    own = select_top(weight, max(1, int(least * k)))
+    return state.within((-weight.log()).scatter(-1, own, -torch.inf), k)
+
+
 def least_weight_step(
     query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Limit, *, least: float = LEAST, **exact: Any
 ) -> Tensor:
     """Attend to all tokens whose estimated weight, mean over the group, reaches a bound, and to some in any case."""
     scored = score_tokens(query, key, value, store, exact, uneven=True)
     weight = group_weights(scored.logits) / scored.logits.shape[2]
-    own = select_top(weight, max(1, int(least * scored.k)))
-    chosen = state.within((-weight.log()).scatter(-1, own, -torch.inf), scored.k)
+    chosen = heavy(weight, state, scored.k, least)
     return attend_chosen(scored, chosen, rest_of(scored, chosen))
 
 
@@ -237,10 +249,11 @@ def coarse_step(
     page_size: int,
     channels: int,
     share: float,
-    counted: bool,
     **exact: Any,
 ) -> Tensor:
     """Choose pages by their bounds, as the paper's stage 2 does, and rank the tokens of those alone by the sketch.
+
+    The tokens that are not scored count for nothing in the residual.
 
     Args:
         query: [B, H, D].
@@ -251,19 +264,13 @@ def coarse_step(
         page_size: P.
         channels: r.
         share: of the pages that are scored.
-        counted: whether the tokens that are not scored count in the residual, each with the mean weight of those that
-            are scored and not attended to; or not at all.
         **exact: scaling, softcap and sinks.
     """
     scored = score_tokens(query, key, value, store, exact)
     near = near_tokens(query, scored, page_size, channels, share, exact["scaling"])
     logits = scored.logits.masked_fill(~near[:, :, None], -torch.inf)
     chosen = mask_of(select_top(group_weights(logits), scored.k), scored.keys.shape[2])
-    rest = logits.masked_fill(chosen[:, :, None], -torch.inf).logsumexp(-1, keepdim=True)
-    if counted:
-        left = (near & ~chosen).sum(-1).clamp(min=1)[:, :, None, None]
-        rest = rest + (1 + (~near).sum(-1)[:, :, None, None] / left).log()
-    return attend_chosen(scored, chosen, rest)
+    return attend_chosen(scored, chosen, logits.masked_fill(chosen[:, :, None], -torch.inf).logsumexp(-1, keepdim=True))
 
 
 def high_bit_logits(scored: Scored, store: KVStore) -> Tensor:
@@ -310,11 +317,7 @@ def planes_step(
     near = torch.zeros_like(scored.filled).scatter_(-1, order, torch.arange(size) < count)
     logits = torch.where(near[:, :, None], scored.logits, rough)
     weight = (group_weights(logits) / logits.shape[2]).masked_fill(~near, 0)
-    if state is None:
-        chosen = mask_of(select_top(weight, scored.k), size)
-    else:
-        own = select_top(weight, max(1, int(least * scored.k)))
-        chosen = state.within((-weight.log()).scatter(-1, own, -torch.inf), scored.k)
+    chosen = mask_of(select_top(weight, scored.k), size) if state is None else heavy(weight, state, scored.k, least)
     rest = logits.masked_fill(chosen[:, :, None], -torch.inf).logsumexp(-1, keepdim=True)
     return attend_chosen(scored, chosen, rest)
 

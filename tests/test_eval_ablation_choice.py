@@ -98,10 +98,8 @@ def test_a_selection_is_used_again_without_its_index(layers: list[Layer]) -> Non
     assert torch.equal(*outs)
 
 
-@pytest.mark.parametrize("counted", [False, True])
-def test_pages_left_out_are_not_scored(layers: list[Layer], counted: bool) -> None:
+def test_pages_left_out_are_not_scored(layers: list[Layer]) -> None:
     arm, layer = BY_NAME["rocketkv+:coarse"], layers[0]
-    arm = replace(arm, step=functools.partial(arm.step, counted=counted))
     token = step_at(layer, 0)
     made, own = steps_of(layers, arm, 1)
     made.store.crop(PROMPT)
