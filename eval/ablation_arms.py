@@ -5,8 +5,8 @@ Bytes are those of `stats()` as budgets count (16 bits; index, scales and means 
 it. Oracles, whose scores are not counted, and floors, which attend to all that is stored, are what they are.
 
 Stage 1 pools as in the paper, and tokens rank by the average of a group's heads, in all arms that do not say otherwise,
-so that what differs is the part in question. The library's own `rocketkv+` pools more narrowly and ranks by the largest
-weight: `rocketkv+:largest-13`. Arms that choose otherwise pool over 13, too.
+so that what differs is the part in question. The library's own `rocketkv+` pools more narrowly, ranks by the largest
+weight, and counts in values in stage 1: `rocketkv+:value-aware-13`. Arms that choose otherwise pool over 13, too.
 
 Letters: t token budget, D head dim, N stored tokens, k tokens attended to, b bytes of a sketched token.
 """
@@ -240,8 +240,13 @@ ABLATIONS = (
     _with("kernel-13", "pooled over 13", kernel_size=13),
     _at_13(
         "largest-13",
-        "and ranked by the largest weight of a group's heads: the library's own",
+        "and ranked by the largest weight of a group's heads",
         split=functools.partial(plus_split, by_largest=True),
+    ),
+    _at_13(
+        "value-aware-13",
+        "and stage 1 by what a token's loss would change: the library's own",
+        split=functools.partial(plus_split, by_largest=True, value_aware=True),
     ),
     _with("kernel-21", "pooled over 21", kernel_size=21),
     _with("exact-kernel-13", "exact scores, free, pooled over 13", split=_exact, fitted=None, kernel_size=13),

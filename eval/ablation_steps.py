@@ -54,7 +54,9 @@ def random_ranks(values: Tensor, number: int) -> Ranks:
 def unpooled_ties(values: Tensor, number: int) -> Ranks:
     """Rank tokens of equal pooled scores by their own scores, not by their positions."""
 
-    def ranks(window: Tensor, keys: Tensor, *, kernel_size: int, valid: Tensor | None, **exact: Any) -> Tensor:
+    def ranks(
+        window: Tensor, keys: Tensor, *, value: Tensor | None, kernel_size: int, valid: Any, **exact: Any
+    ) -> Tensor:
         scores = window_scores(window, keys, **exact)
         order = scores.argsort(dim=-1, stable=True)
         order = order.gather(-1, pooled(scores, kernel_size).gather(-1, order).argsort(dim=-1, stable=True))
@@ -67,7 +69,9 @@ def unpooled_ties(values: Tensor, number: int) -> Ranks:
 def by_value_norms(values: Tensor, number: int) -> Ranks:
     """Rank tokens by attention times the length of their values."""
 
-    def ranks(window: Tensor, keys: Tensor, *, kernel_size: int, valid: Tensor | None, **exact: Any) -> Tensor:
+    def ranks(
+        window: Tensor, keys: Tensor, *, value: Tensor | None, kernel_size: int, valid: Any, **exact: Any
+    ) -> Tensor:
         size = window.shape[2]
         scores = window_scores(window, keys, **exact) * values[:, :, :-size].norm(dim=-1)
         return _with_window(pooled(scores, kernel_size), size)

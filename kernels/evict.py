@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..eviction import value_aware
 from .compact import compact_kernel, tokens_first_kernel
 from .decode import DTYPES, INTERPRETED, LARGEST_HEAD_DIM, TILE_PAGES
 from .pool import pool_kernel, side_by_side_kernel
@@ -191,6 +192,7 @@ def prompt_scores(
     query: Tensor,
     key: Tensor,
     *,
+    value: Tensor | None = None,
     kernel_size: int,
     scaling: float,
     softcap: float | None = None,
@@ -202,6 +204,7 @@ def prompt_scores(
     Args:
         query: [B, H, W, D], the queries of the prompt's last W tokens.
         key: [B, Hkv, S, D], all keys of the prompt; any strides.
+        value: [B, Hkv, S, Dv], all values, where tokens rank by what they change (`eviction.value_aware`); or None.
         kernel_size: odd width of the max-pooling over positions.
         scaling: factor of the logits.
         softcap: see `window_scores`.
@@ -212,6 +215,8 @@ def prompt_scores(
         [B, Hkv, S] float32: plus infinity in the window, minus infinity at padding.
     """
     scores = window_scores(query, key, scaling=scaling, softcap=softcap, sinks=sinks, valid=valid)
+    if value is not None:
+        scores = value_aware(scores, value)
     return pool_scores(scores, query.shape[2], kernel_size=kernel_size, valid=valid)
 
 

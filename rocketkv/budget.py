@@ -41,6 +41,7 @@ class BudgetSplit:
             their scores estimate.
         by_largest: whether a token ranks by the largest weight that a query head of its group gives it, in place of the
             average of the group.
+        value_aware: whether stage 1 ranks a token by what its loss would change of the output, not by attention alone.
 
     Raises:
         TypeError: a count is not an int.
@@ -58,6 +59,7 @@ class BudgetSplit:
     protected: int = 0
     residual: bool = False
     by_largest: bool = False
+    value_aware: bool = False
 
     def __post_init__(self) -> None:
         for name in ("token_budget", "kept_tokens", "page_size", "channels", "sketch_bits", "top_k", "sinks"):
@@ -87,6 +89,10 @@ class BudgetSplit:
             raise ValueError("residual needs the scores of all tokens: set channels or sketch_bits")
         if self.by_largest and not self.scored:
             raise ValueError("by_largest is of a ranking by scores: set channels or sketch_bits")
+        if self.value_aware and (self.kept_tokens is None or self.sinks is not None):
+            raise ValueError(
+                "value_aware is of stage 1, where it ranks by attention: set kept_tokens and leave sinks None"
+            )
         if self.top_k is not None and self.top_k > self.token_budget:
             raise ValueError(
                 f"top_k must be at most token_budget={self.token_budget}, what a step may read; got {self.top_k}. "
@@ -188,6 +194,7 @@ def rocketkv_plus_split(
         top_k=max(1, left),
         residual=True,
         by_largest=True,
+        value_aware=True,
     )
 
 

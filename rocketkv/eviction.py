@@ -131,10 +131,43 @@ def pooled(scores: Tensor, kernel_size: int) -> Tensor:
     return F.max_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
 
 
+def value_aware(scores: Tensor, value: Tensor) -> Tensor:
+    """Return each token's score times the distance of its value from the output: how far its loss would move that.
+
+    Without a token of weight a and value v, an output o would be o + a / (1 - a) (o - v). Here o is that of the scores,
+    the mean of all values by them, and a the score itself (beyond the paper; after value-aware eviction, VATP, arXiv
+    2406.12335, which takes the length of v).
+
+    Args:
+        scores: [B, Hkv, S - W] float32, of `window_scores`.
+        value: [B, Hkv, S, Dv], all values, the window's own last.
+
+    Returns:
+        [B, Hkv, S - W] float32; 0 where the score is.
+    """
+    batch, kv_heads, size = scores.shape
+    block = max(1, SCORE_BLOCK_BYTES // (4 * batch * kv_heads * value.shape[3]))
+    blocks = [slice(start, min(start + block, size)) for start in range(0, size, block)]
+
+    def scored(part: slice) -> Tensor:
+        # A value at padding may be anything, and counts for nothing.
+        return value[:, :, part].float().masked_fill(scores[:, :, part, None] == 0, 0)
+
+    out = value.new_zeros(batch, kv_heads, 1, value.shape[3], dtype=torch.float32)
+    for part in blocks:
+        out += scores[:, :, None, part] @ scored(part)
+    out /= scores.sum(-1)[..., None, None].clamp(min=torch.finfo(torch.float32).tiny)
+    changed = torch.empty_like(scores)
+    for part in blocks:
+        changed[:, :, part] = scores[:, :, part] * torch.linalg.vector_norm(scored(part) - out, dim=-1)
+    return changed
+
+
 def prompt_scores(
     query: Tensor,
     key: Tensor,
     *,
+    value: Tensor | None = None,
     kernel_size: int,
     scaling: float,
     softcap: float | None = None,
@@ -146,6 +179,7 @@ def prompt_scores(
     Args:
         query: [B, H, W, D], the queries of the prompt's last W tokens.
         key: [B, Hkv, S, D], all keys of the prompt.
+        value: [B, Hkv, S, Dv], all values, where tokens rank by what they change (`value_aware`); or None.
         kernel_size: odd width of the max-pooling over positions.
         scaling: factor of the logits.
         softcap: see `window_scores`.
@@ -158,6 +192,8 @@ def prompt_scores(
     window = query.shape[2]
     with full_precision(key.device):
         scores = window_scores(query, key, scaling=scaling, softcap=softcap, sinks=sinks, valid=valid)
+        if value is not None:
+            scores = value_aware(scores, value)
     if valid is None:
         scores = pooled(scores, kernel_size)
     else:

@@ -230,7 +230,8 @@ class KVStore(Restorable):
                         f"kept_tokens must be at least the window of {window.shape[2]} tokens, got {split.kept_tokens}"
                     )
                 exact = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
-                ranks = scores(window, keys, kernel_size=kernel_size, valid=valid, **exact)
+                counted = values if split.value_aware else None
+                ranks = scores(window, keys, value=counted, kernel_size=kernel_size, valid=valid, **exact)
                 slots = choose(self._with_marks(ranks, protected, split.kept_tokens), split.kept_tokens)
             else:
                 restorable -= split.kept_tokens - split.sinks

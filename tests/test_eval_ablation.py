@@ -20,7 +20,7 @@ from rocketkv.budget import MULTI_TURN
 from rocketkv.cache import RocketKVCache
 from rocketkv.eval import ablation, ablation_run, ablation_steps
 from rocketkv.eval.ablation_arms import ARMS, BY_NAME, FULL
-from rocketkv.eval.ablation_capture import Layer, joined_heads
+from rocketkv.eval.ablation_capture import Layer, Settings, joined_heads, multi_query
 from rocketkv.eval.ablation_fit import WIDEST_WINDOW, Arm, Case, bytes_beside, fitted_split, mean_bytes, target_bytes
 from rocketkv.eval.ablation_report import document, ratio, tables
 from rocketkv.eval.ablation_run import ArmLayer, divergences, measure, run_arm, run_steps
@@ -177,9 +177,10 @@ def test_a_learned_value_is_what_attention_misses(layers: list[Layer]) -> None:
 
 def test_ranks(layers: list[Layer]) -> None:
     window, keys = layers[0].query[:, :, 32:WIDEST_WINDOW], layers[0].key[:, :, :PROMPT]
-    exact = {"kernel_size": 63, "valid": None, **layers[0].exact}
+    exact: dict[str, Any] = {"kernel_size": 63, "valid": None, **layers[0].exact}
     pooled = ablation_run.prompt_scores(window, keys, **exact)
     own = ablation_run.prompt_scores(window, keys, **{**exact, "kernel_size": 1})
+    exact["value"] = None
     found = unpooled_ties(keys, 0)(window, keys, **exact)
     order = found[0, 0, :-32].argsort(descending=True)
     pairs = list(zip(pooled[0, 0][order].tolist(), own[0, 0][order].tolist(), strict=True))
@@ -198,6 +199,37 @@ def test_joined_heads_are_wider_and_exact(layers: list[Layer]) -> None:
     assert max(error for text in found for error in text) < 1e-5
     # Across layers too, where they have a single head left.
     assert len(joined_heads(layers, 3)) == 1
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(6, 3, 64), (4, 4, 64), (3, 1, 16)])
+def test_multi_query_layers_are_of_the_same_function(heads: int, kv_heads: int, width: int) -> None:
+    model = build(hidden_size=16 * heads, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    own = captured(model)
+    wide = [multi_query(layer) for layer in own]
+    case = replace(CASE, head_dim=width, group=heads)
+    split = fitted_split(FULL, case)
+    made = ArmLayer(FULL, split, wide[0], PROMPT)
+    outs = [made.step_of(*step_at(wide[0], step), **wide[0].exact) for step in range(STEPS)]
+    torch.testing.assert_close(torch.stack(outs, 1), own[0].out, atol=1e-5, rtol=0)
+    assert wide[0].key.shape == (2, 1, PROMPT + STEPS, width)
+    assert wide[0].key.norm(dim=2).min() > 1
+    with torch.inference_mode():
+        full = [ArmLayer(FULL, split, layer, PROMPT) for layer in own]
+        expected = torch.stack(list(run_steps(model, full, windows(), PROMPT))).log_softmax(-1)
+    record = run_arm(model, wide, windows(), SETTINGS, FULL, BUDGET, expected)
+    assert record["kl"] is not None
+    assert all(abs(value) < 1e-8 for value in record["kl"])
+    assert {len(layer) for text in record["errors"] for layer in text} == {1}
+    for name in ("rocketkv", "rocketkv+"):
+        record = run_arm(model, wide, windows(), SETTINGS, BY_NAME[name], BUDGET, expected)
+        assert record["kl"] is not None
+        assert all(value > 1e-6 for value in record["kl"])
+        assert record["target_bytes"] == target_bytes(case)
+
+
+def test_multi_query_layers_are_not_joined() -> None:
+    with pytest.raises(ValueError, match="joined must be 1"):
+        Settings(model="tiny", joined=2, multi_query=True)
 
 
 def test_kl_of_known_distributions() -> None:
@@ -291,12 +323,16 @@ def test_the_command(
     assert files("one") == files("two")
     assert ablation.main([*given, "--joined", "2", "-o", str(tmp_path / "joined")]) == 0
     assert "KL" not in capsys.readouterr().out
+    assert ablation.main([*given, "--multi-query", "-o", str(tmp_path / "wide")]) == 0
+    assert "as one; " in capsys.readouterr().out
+    assert ablation.main([*given, "--multi-query", "--joined", "2", "-o", str(tmp_path / "no")]) == 2
+    assert "joined must be 1" in capsys.readouterr().err
     assert ablation.main([*given, "--arms", "none", "-o", str(tmp_path / "no")]) == 2
     assert "there are no arms none" in capsys.readouterr().err
 
 
 def test_the_librarys_own_method_is_one_of_the_arms() -> None:
-    arm = BY_NAME["rocketkv+:largest-13"]
+    arm = BY_NAME["rocketkv+:value-aware-13"]
     own = RocketKVConfig(method="rocketkv+", token_budget=CASE.budget)
     assert arm.kernel_size == own.pool_size
     assert arm.window_size == own.window_size

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rocketkv import eviction
-from rocketkv.eviction import prompt_positions, recent_positions, select_top, window_scores
+from rocketkv.eviction import prompt_positions, prompt_scores, recent_positions, select_top, value_aware, window_scores
 
 from .close import assert_near
 from .naive import softmax_weights, top
@@ -243,10 +243,54 @@ def test_recent_positions_of_a_short_row_hold_all_its_tokens() -> None:
     assert set(range(15, 20)) <= set(found)
 
 
+@pytest.mark.usefixtures("_blocks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "window", "value_dim"), [(41, 7, 8), (53, 8, 11), (9, 9, 4), (12, 1, 6)])
+def test_value_aware_scores_are_weight_times_distance_from_the_output(
+    size: int, window: int, value_dim: int, dtype: torch.dtype
+) -> None:
+    scores, value = torch.rand(2, 3, size - window), torch.randn(2, 3, size, value_dim).to(dtype)
+    scores[1, 2] = 0  # a row of padding alone
+    found = value_aware(scores, value)
+    assert found.dtype == torch.float32
+    assert found.shape == scores.shape
+    for b in range(2):
+        for head in range(3):
+            weight, own = scores[b, head].double(), value[b, head, : size - window].double()
+            out = (weight / weight.sum().clamp(min=1e-30)) @ own
+            expected = [float(w * (v - out).norm()) for w, v in zip(weight, own, strict=True)]
+            torch.testing.assert_close(found[b, head], torch.tensor(expected))
+
+
+@pytest.mark.usefixtures("_blocks")
+@pytest.mark.parametrize("garbage", [NAN, INF])
+def test_values_at_padding_are_not_seen(garbage: float) -> None:
+    query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 40, 8), torch.randn(2, 2, 40, 6)
+    valid = padding("left", 2, 2, 40)
+    ranking: dict[str, Any] = {"kernel_size": 5, "scaling": 0.5, "valid": valid}
+    clean = prompt_scores(query, key, value=value, **ranking)
+    spoilt = value.clone()
+    spoilt[0, :, :17] = garbage
+    assert torch.equal(prompt_scores(query, key, value=spoilt, **ranking), clean)
+    alone = prompt_scores(query[:1], key[:1, :, 17:], value=value[:1, :, 17:], kernel_size=5, scaling=0.5)
+    torch.testing.assert_close(clean[:1, :, 17:], alone)
+
+
+def test_a_token_that_changes_nothing_is_evicted_before_one_that_does() -> None:
+    """All tokens have the same key, so the same weight; one has another value than the rest."""
+    query, key = torch.randn(1, 2, 4, 8), torch.randn(1, 1, 1, 8).expand(1, 1, 30, 8)
+    value = torch.ones(1, 1, 30, 8)
+    value[:, :, 19] = 3.0
+    settings: dict[str, Any] = {"kernel_size": 1, "scaling": 0.3}
+    assert prompt_positions(query, key, 5, **settings).tolist() == [[[0, 26, 27, 28, 29]]]
+    assert prompt_positions(query, key, 5, value=value, **settings).tolist() == [[[19, 26, 27, 28, 29]]]
+
+
 def test_scratch_of_a_128k_prompt_stays_under_64_mb() -> None:
     query = torch.randn(1, 32, 32, 128, dtype=torch.bfloat16)
     key = torch.randn(1, 8, 4096, 128, dtype=torch.bfloat16).repeat(1, 1, 32, 1)
-    with Tracker([query, key]) as tracker:
-        found = prompt_positions(query, key, 2891, kernel_size=63, scaling=128**-0.5)
-    assert found.shape == (1, 8, 2891)
-    assert tracker.peak < 64 * 10**6
+    for value in (None, key):
+        with Tracker([query, key]) as tracker:
+            found = prompt_positions(query, key, 2891, value=value, kernel_size=63, scaling=128**-0.5)
+        assert found.shape == (1, 8, 2891)
+        assert tracker.peak < 64 * 10**6

@@ -342,14 +342,14 @@ def test_prompt_positions_are_those_of_the_same_scores(
     kind: str, kernel_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evict, "SELECT_CHUNK", 128)
-    query, key = torch.randn(2, 4, 6, 16) * 2, torch.randn(2, 2, 130, 16)
+    query, key, value = torch.randn(2, 4, 6, 16) * 2, torch.randn(2, 2, 130, 16), torch.randn(2, 2, 130, 9)
     settings: dict[str, Any] = {"scaling": 0.25, "valid": padding(kind, 2, 2, 130), "kernel_size": kernel_size}
     scores = eviction.window_scores(query, key, scaling=0.25, valid=settings["valid"])
     monkeypatch.setattr(evict, "window_scores", lambda *args, **kwargs: scores)
-    for kept in (6, 51):
-        found = evict.prompt_positions(query, key, kept, **settings)
+    for kept, counted in ((6, None), (51, None), (51, value)):
+        found = evict.prompt_positions(query, key, kept, value=counted, **settings)
         assert found.dtype == torch.int32
-        assert torch.equal(found, eviction.prompt_positions(query, key, kept, **settings).int())
+        assert torch.equal(found, eviction.prompt_positions(query, key, kept, value=counted, **settings).int())
 
 
 def test_prompt_positions_must_keep_the_window() -> None:
@@ -471,8 +471,11 @@ def test_scratch_of_a_128k_prompt_stays_under_64_mb(padded: bool, monkeypatch: p
     query = torch.zeros(1, 32, 32, 128, dtype=torch.bfloat16)
     key = torch.zeros(1, 8, 1, 128, dtype=torch.bfloat16).expand(1, 8, size, 128)
     valid = torch.ones(1, 1, size, dtype=torch.bool) if padded else None
-    with Tracker([query, key]) as tracker:
-        found = evict.prompt_positions(query, key, 6344, kernel_size=63, scaling=128**-0.5, valid=valid)
-    assert found.shape == (1, 8, 6344)
-    assert tracker.peak < 64 * 10**6
-    assert not tracker.syncs()
+    for value in (None, key):
+        with Tracker([query, key]) as tracker:
+            found = evict.prompt_positions(
+                query, key, 6344, value=value, kernel_size=63, scaling=128**-0.5, valid=valid
+            )
+        assert found.shape == (1, 8, 6344)
+        assert tracker.peak < 64 * 10**6
+        assert not tracker.syncs()
