@@ -33,6 +33,7 @@ class PatchState:
     chat: ChatMarks | None = None
     former_configs: list[tuple[nn.Module, PretrainedConfig]] = field(default_factory=list)
     former_generate: Callable[..., Any] | None = None
+    former_forward: Callable[..., Any] | None = None
     hook: RemovableHandle | None = None
     warned: set[str] = field(default_factory=set)
     on_step: OnStep | None = None

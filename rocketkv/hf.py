@@ -18,6 +18,7 @@ from .cache import RocketKVCache, arm, compress_layers, mark_prompt, rocketkv_la
 from .chat import ChatMarks, chat_marks
 from .compiled import CompiledStep
 from .config import RocketKVConfig
+from .forward import DecoderForward, eagerly, step_statically
 from .generation import (
     STATE,
     PatchState,
@@ -29,7 +30,7 @@ from .generation import (
 )
 from .handover import forget_hand_over
 from .interface import IMPLEMENTATION, NAME, rocketkv_attention, rocketkv_mask
-from .models import CACHE_ARGUMENT, find_decoder, given_cache, refuse_unsupported
+from .models import CACHE_ARGUMENT, find_decoder, given_cache, given_inputs, refuse_unsupported
 from .monitor import OnStep, refuse_static
 from .stats import CacheStats
 
@@ -110,7 +111,8 @@ def patch(
     """Compress a model's KV cache from now on: `model.generate(...)`, pipelines and loops work as before.
 
     Patching again changes the settings. Only full-attention layers are compressed; sliding-window and linear layers of
-    hybrid models stay as they are. Caches that are not dynamic run exactly as without the patch, with a warning.
+    hybrid models stay as they are. Caches that are not dynamic run exactly as without the patch, with a warning. Under
+    `torch.compile` of one's own, decode steps with `decode_capacity` are compiled; a cache that grows runs eagerly.
 
     Args:
         model: a causal language model of transformers, bare or wrapped (PEFT).
@@ -166,6 +168,8 @@ def patch(
     for module in attentions:
         setattr(module, IMPLEMENTATION, before)
     state.hook = decoder.register_forward_pre_hook(_ForwardHook(state), with_kwargs=True)
+    state.former_forward = decoder.__dict__.get("forward")
+    decoder.__dict__["forward"] = DecoderForward(decoder, state.former_forward, state.warned)
     if hasattr(outer, "generate"):
         outer.__dict__["generate"] = functools.partial(generate, outer)
     for name in _CONTINUOUS_BATCHING:
@@ -191,13 +195,17 @@ def unpatch(model: nn.Module) -> None:
     state = state_of(outer)
     if state is None:
         return
-    _, attentions = find_decoder(outer)
+    decoder, attentions = find_decoder(outer)
     _give_configs_back(state.former_configs)
     for module in attentions:
         if IMPLEMENTATION in module.__dict__:
             delattr(module, IMPLEMENTATION)
     if state.hook is not None:
         state.hook.remove()
+    if isinstance(decoder.__dict__.get("forward"), DecoderForward):  # or it has been wrapped since: it goes on working
+        del decoder.__dict__["forward"]
+        if state.former_forward is not None:
+            decoder.__dict__["forward"] = state.former_forward
     for name in ("generate", *_CONTINUOUS_BATCHING):
         outer.__dict__.pop(name, None)
     if state.former_generate is not None:
@@ -250,13 +258,21 @@ class _ForwardHook:
                 f"the attention implementation of this patched {type(decoder).__name__} was set to "
                 f"{decoder.config._attn_implementation!r}; call rocketkv.unpatch(model) before changing it"
             )
-        if torch.compiler.is_compiling() and _arm_static_step(kwargs.get(CACHE_ARGUMENT)):
-            return args, kwargs  # what follows is for prompts, for caches yet to be made, and partly not traceable
         kwargs, cache = given_cache(kwargs)
-        inputs = _inputs(args, kwargs)
+        if torch.compiler.is_compiling():
+            if _arm_static_step(cache, given_inputs(args, kwargs)):
+                return args, kwargs  # what follows is for prompts and for caches yet to be made
+            if not (_makes_cache(decoder, cache, kwargs) or convertible(cache) or rocketkv_layers(cache)):
+                return self._begin(decoder, cache, args, kwargs)
+        return eagerly(self._begin, decoder, cache, args, kwargs)  # type: ignore[no-any-return]
+
+    def _begin(
+        self, decoder: PreTrainedModel, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Make a cache ready for the forward, or the forward a cache; return the forward's arguments."""
+        inputs = given_inputs(args, kwargs)
         _refuse_inputs(decoder, cache, inputs, kwargs)
-        use_cache = kwargs.get("use_cache")
-        if cache is None and not decoder.training and (decoder.config.use_cache if use_cache is None else use_cache):
+        if _makes_cache(decoder, cache, kwargs):
             cache = RocketKVCache(decoder.config, self.state.config)
             kwargs[CACHE_ARGUMENT] = cache
             if self.state.running is not None and inputs is not None:
@@ -286,27 +302,24 @@ class _ForwardHook:
             )
 
 
-def _arm_static_step(cache: Any) -> bool:
+def _makes_cache(decoder: PreTrainedModel, cache: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a forward without a cache would have one made."""
+    use_cache = kwargs.get("use_cache")
+    return cache is None and not decoder.training and bool(decoder.config.use_cache if use_cache is None else use_cache)
+
+
+def _arm_static_step(cache: Any, inputs: Tensor | None) -> bool:
     """Arm the layers of a cache whose next forward is a static step; return whether it is."""
     layers = rocketkv_layers(cache)
-    for layer in layers:
-        if not layer.steps_statically(1):
-            return False
+    if not step_statically(layers, inputs):
+        return False
     for layer in layers:
         layer.armed = True
-    return len(layers) > 0
+    return True
 
 
 def _holds_full_attention(decoder: PreTrainedModel) -> bool:
     return bool(rocketkv_layers(RocketKVCache(decoder.config)))
-
-
-def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the ids or embeddings that a forward gets."""
-    for inputs in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), args[0] if args else None):
-        if isinstance(inputs, Tensor):
-            return inputs
-    return None
 
 
 def _refuse_inputs(decoder: PreTrainedModel, cache: Any, inputs: Tensor | None, kwargs: dict[str, Any]) -> None:

@@ -134,6 +134,10 @@ class RocketKVLayer(CacheLayerMixin):
         Raises:
             ValueError: the model is not patched, so nobody would claim them.
         """
+        if torch.compiler.is_compiling() and not self.steps_statically(key_states.shape[2]):
+            from .untraced import call_untraced
+
+            return call_untraced(self.update, key_states, value_states)  # type: ignore[no-any-return]
         if not self.armed:
             raise ValueError(
                 "this RocketKV cache was given to a model that is not patched, or a layer of the model uses it twice "
@@ -208,6 +212,12 @@ class RocketKVLayer(CacheLayerMixin):
         Raises:
             ValueError: nothing is pending.
         """
+        if torch.compiler.is_compiling() and not self.steps_statically(query.shape[2]):
+            from .untraced import call_untraced
+
+            return call_untraced(  # type: ignore[no-any-return]
+                self.attend, query, mask, scaling=scaling, softcap=softcap, sinks=sinks, fast=fast
+            )
         if self.pending is None:
             raise ValueError("attend follows update, which hands the keys and values over")
         key, value = self.pending

@@ -3,7 +3,7 @@
 import warnings
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import ALL_CACHE_NAMES
@@ -34,6 +34,14 @@ def given_cache(kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     if CACHE_ARGUMENT != "cache" and "cache" in given:
         given = {CACHE_ARGUMENT: given["cache"]}
     return {**kwargs, **given}, next(iter(given.values()), None)
+
+
+def given_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the ids or embeddings that a forward gets."""
+    for inputs in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), args[0] if args else None):
+        if isinstance(inputs, Tensor):
+            return inputs
+    return None
 
 
 def find_decoder(model: PreTrainedModel) -> tuple[PreTrainedModel, list[nn.Module]]:

@@ -19,6 +19,8 @@ import rocketkv
 from rocketkv.budget import BudgetSplit
 from rocketkv.cache import RocketKVCache, cache_stats, rocketkv_layers
 from rocketkv.compiled import TORCH
+from rocketkv.handover import claim, hand_over
+from rocketkv.layer import RocketKVLayer
 from rocketkv.models import CACHE_ARGUMENT
 
 from .close import assert_near
@@ -334,3 +336,72 @@ def test_the_helper_runs_eagerly_what_it_cannot_compile(family: str, reason: str
     assert len([message for message in messages if message.startswith(EAGERLY) and reason in message]) == 1
     assert cache.get_seq_length() == 92
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+
+
+@traced
+@pytest.mark.parametrize(
+    ("way", "capacity", "split"),
+    [
+        ("model", None, SKETCH_SPLIT),
+        ("generate", None, SPLIT),
+        ("layers", None, SKETCH_SPLIT),
+        ("layers", ROOM, SPLIT),
+    ],
+)
+def test_ones_own_compile_changes_no_logits(way: str, capacity: int | None, split: BudgetSplit) -> None:
+    model = build(num_hidden_layers=1)
+    fields = {**STATIC, "decode_capacity": capacity, "split": split}
+    rocketkv.patch(model, **fields)
+
+    def run(step: Any) -> tuple[Tensor, Tensor, Any]:
+        if way == "generate":
+            return greedy(model, PADDED, 4)
+        return own_loop(model, PADDED, step, 4, **fields)
+
+    expected, expected_logits, _ = run(model)
+    step: Any = model
+    if way == "model":
+        step = torch.compile(model, backend="eager")
+    elif way == "generate":
+        model.forward = torch.compile(model.forward, backend="eager")
+    else:
+        for layer in model.model.layers:
+            layer.compile(backend="eager")
+    for _ in range(2):
+        found, logits, cache = run(step)
+        assert found.equal(expected)
+        assert_near(logits, expected_logits, 1e-5)
+    assert {layer.store.seen for layer in rocketkv_layers(cache)} == {90 + 3}
+
+
+@traced
+def test_ones_own_compile_of_a_cache_that_grows_says_that_it_runs_eagerly() -> None:
+    model = build(num_hidden_layers=1)
+    rocketkv.patch(model, **SMALL)
+    step = torch.compile(model, backend="eager")
+    messages = said(lambda: hand_written(step, PROMPT, 3))
+    assert [message for message in messages if message.startswith(EAGERLY)] == [
+        EAGERLY + "the cache grows; set decode_capacity"
+    ]
+
+
+@traced
+def test_a_hand_over_outlives_a_graph_that_breaks() -> None:
+    layer = RocketKVLayer(rocketkv.RocketKVConfig(**SMALL))
+
+    def step(key: Tensor) -> bool:
+        layer.pending = (key, key)
+        hand_over(layer)
+        torch._dynamo.graph_break()
+        return claim(key) is layer
+
+    assert torch.compile(step, backend="eager")(torch.ones(2))
+    assert torch._dynamo.utils.counters["graph_break"]
+
+
+def test_an_attention_that_does_not_read_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    rocketkv.patch(model, **SMALL)
+    monkeypatch.setattr("rocketkv.interface.claim", lambda key: None)  # as where dynamo loses the hand-over
+    with pytest.raises(ValueError, match="its attention did not read the cache"):
+        model(PROMPT)
