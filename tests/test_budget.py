@@ -134,6 +134,7 @@ def test_the_sketchs_split_spends_the_budget(
     assert split.top_k is not None
     assert (split.token_budget, split.page_size, split.channels, split.residual) == (budget, 1, None, True)
     assert split.by_largest
+    assert split.value_aware
     assert split.sketch_bits == (2 if head_dim <= 128 else 1)
     stored = split.kept_tokens + reserve
     assert stored <= prompt + reserve
@@ -241,5 +242,8 @@ def test_settings_of_a_split_must_go_together() -> None:
         BudgetSplit(token_budget=8, kept_tokens=8, residual=True)
     with pytest.raises(ValueError, match="by_largest is of a ranking by scores"):
         BudgetSplit(token_budget=8, kept_tokens=8, by_largest=True)
+    for fields in ({}, {"kept_tokens": 8, "top_k": 4, "sinks": 1}):
+        with pytest.raises(ValueError, match="value_aware is of stage 1, where it ranks by attention"):
+            BudgetSplit(token_budget=8, value_aware=True, **fields)
     with pytest.raises(ValueError, match=r"top_k must be at most token_budget=8.*got 9"):
         BudgetSplit(token_budget=8, channels=3, top_k=9)

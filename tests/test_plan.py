@@ -90,6 +90,7 @@ def test_llama_8b_by_hand() -> None:
         "protected": 0,
         "residual": False,
         "by_largest": False,
+        "value_aware": False,
     }
     heads = 32 * 8
     assert found["memory"]["key_bytes"] == found["memory"]["value_bytes"] == heads * 3018 * 128 * 2
