@@ -1,7 +1,8 @@
 """What each part of `rocketkv+` is worth at equal bytes read: `python -m rocketkv.eval.ablation -o FOLDER`.
 
 The folder gets `ablation.json` and `ablation.md`, and a journal, from which an interrupted run goes on. `--joined 2`
-measures attention errors alone, on heads of twice the width that are made of the model's own.
+measures attention errors alone, on heads of twice the width that are made of the model's own. `--multi-query` measures
+all, on layers of the same functions with one KV head, which is as wide as the layer's together.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256, 512], metavar="T", help="in tokens")
     found.add_argument("--arms", nargs="+", default=list(BY_NAME), metavar="NAME", help="some of the arms (all)")
     found.add_argument("--joined", type=int, default=1, metavar="N", help="errors alone, of heads made of N KV heads")
+    found.add_argument("--multi-query", action="store_true", help="one wide KV head a layer, of the same function")
     found.add_argument("--seed", type=int, default=0, help="of the texts (default %(default)s)")
     found.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     found.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="of all files; also to go on")
@@ -53,7 +55,12 @@ def run(args: argparse.Namespace) -> int:
     if unknown:
         raise ValueError(f"there are no arms {', '.join(unknown)}; there are {', '.join(BY_NAME)}")
     settings = Settings(
-        model=args.model or SMOLLM2, prompt=args.prompt, steps=args.steps, seed=args.seed, joined=args.joined
+        model=args.model or SMOLLM2,
+        prompt=args.prompt,
+        steps=args.steps,
+        seed=args.seed,
+        joined=args.joined,
+        multi_query=args.multi_query,
     )
     if args.threads is not None:
         torch.set_num_threads(args.threads)

@@ -1,13 +1,14 @@
 """One reading of the ablation's texts: what every layer of a model was given, from which all arms' stores are made.
 
-Letters: B texts, H query heads, Hkv KV heads, D head dim, Dv of values, S tokens of prompt and steps, m steps.
+Letters: B texts, H query heads, Hkv KV heads, G = H/Hkv, D head dim, Dv of values, S tokens of prompt and steps, m
+steps, P the least power of two that is no less than Hkv.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Settings:
         steps: m.
         seed: of the texts.
         joined: how many neighbouring KV heads make up one, where errors of such heads alone are measured; else 1.
+        multi_query: whether each layer is computed by one KV head of P times the width, for all query heads.
     """
 
     model: str
@@ -38,6 +40,7 @@ class Settings:
     steps: int = 64
     seed: int = 0
     joined: int = 1
+    multi_query: bool = False
 
     def __post_init__(self) -> None:
         if self.prompt < WIDEST_WINDOW or self.steps < 1 or self.joined < 1:
@@ -45,6 +48,8 @@ class Settings:
                 f"prompt must be at least {WIDEST_WINDOW} tokens, steps and joined at least 1; got {self.prompt}, "
                 f"{self.steps} and {self.joined}"
             )
+        if self.multi_query and self.joined > 1:
+            raise ValueError(f"joined must be 1 where layers become multi-query ones, got {self.joined}")
 
 
 @dataclass
@@ -58,6 +63,7 @@ class Layer:
         value: [B, Hkv, S, Dv].
         out: [B, m, H, Dv], exact attention of the steps.
         exact: scaling, softcap and sinks.
+        shared_by: the Hkv KV heads of the model's layer that share one here, see `one_head`; or None.
     """
 
     number: int
@@ -66,6 +72,7 @@ class Layer:
     value: Tensor
     out: Tensor
     exact: dict[str, Any]
+    shared_by: int | None = None
 
 
 def capture(model: PreTrainedModel, windows: Sequence[Window], settings: Settings, progress: Progress) -> list[Layer]:
@@ -122,3 +129,53 @@ def joined_heads(layers: Sequence[Layer], count: int) -> list[Layer]:
         )
         found.append(Layer(number, query, key, value, out.transpose(1, 2), exact))
     return found
+
+
+@functools.cache  # a constant
+@torch.inference_mode(False)  # it may be used in a later call that is not in inference mode
+def spread(kv_heads: int, channels: int) -> Tensor:
+    """Return a fixed map with orthonormal rows from Hkv heads' channels to P times as many, [Hkv, D, P * D] float32.
+
+    It mixes each channel with the same channel of the other heads alone, so that no channel is always zero and few are
+    large, as in the model: pages and subsets of channels need that.
+    """
+    parts = 1 << (kv_heads - 1).bit_length()
+    drawn = torch.randn(parts, parts, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mixed: Tensor = torch.linalg.qr(drawn)[0][:kv_heads]
+    return torch.einsum("hp,cd->hcpd", mixed, torch.eye(channels, dtype=torch.float64)).flatten(2).float()
+
+
+def one_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the KV heads of a layer one to share, with the same logits: a multi-query layer of the same function.
+
+    Its key is the keys of all, and a query is zero but in its own KV head's channels, before both are `spread`.
+
+    Args:
+        query: [B, H, n, D].
+        key: [B, Hkv, n', D].
+        value: [B, Hkv, n', Dv].
+
+    Returns:
+        [B, H, n, P * D], [B, 1, n', P * D] and [B, 1, n', P * Dv].
+    """
+    kv_heads = key.shape[1]
+    by_key, by_value = (spread(kv_heads, part.shape[-1]).to(part) for part in (key, value))
+    grouped = query.reshape(query.shape[0], kv_heads, -1, *query.shape[2:])
+    return (
+        torch.einsum("bhgnd,hde->bhgne", grouped, by_key).flatten(1, 2),
+        torch.einsum("bhnd,hde->bne", key, by_key)[:, None],
+        torch.einsum("bhnd,hde->bne", value, by_value)[:, None],
+    )
+
+
+def own_channels(out: Tensor, kv_heads: int) -> Tensor:
+    """Return what a layer of Hkv KV heads gives, [B, H, Dv], of the outputs [B, H, P * Dv] where they share one."""
+    channels = out.shape[-1] >> (kv_heads - 1).bit_length()
+    grouped = out.reshape(out.shape[0], kv_heads, -1, out.shape[-1])
+    return torch.einsum("bhge,hde->bhgd", grouped, spread(kv_heads, channels).to(out)).flatten(1, 2)
+
+
+def multi_query(layer: Layer) -> Layer:
+    """Return what the multi-query layer of the same function is given, see `one_head`; outputs are the same."""
+    query, key, value = one_head(layer.query, layer.key, layer.value)
+    return replace(layer, query=query, key=key, value=value, shared_by=layer.key.shape[1])

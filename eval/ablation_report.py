@@ -77,6 +77,7 @@ def tables(result: Mapping[str, Any]) -> str:
     """Return a Markdown table for each budget of a document."""
     settings, names = result["settings"], [text["id"] for text in result["texts"]]
     heads = "" if settings["joined"] == 1 else f", {settings['joined']} KV heads joined to one"
+    heads += ", KV heads of a layer as one" if settings["multi_query"] else ""
     about = f"{len(names)} texts ({', '.join(names)}) of {settings['prompt']} tokens, {settings['steps']} steps"
     lines = [f"{settings['model']}{heads}; {about}"]
     with_kl = settings["joined"] == 1

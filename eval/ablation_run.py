@@ -39,7 +39,7 @@ from ..prefill import FastAttention
 from ..progress import Progress
 from ..stats import step_bytes
 from .ablation_arms import FULL
-from .ablation_capture import Layer, Settings, capture, joined_heads
+from .ablation_capture import Layer, Settings, capture, joined_heads, multi_query, one_head, own_channels
 from .ablation_choice import Limit, fitted_limit
 from .ablation_fit import RESERVE, TOLERANCE, WIDEST_WINDOW, Arm, Case, bytes_beside, fitted_split, target_bytes
 from .divergence import Window
@@ -95,6 +95,7 @@ class ArmLayer(RocketKVLayer):
             **layer.exact,
         )
         self.arm = arm
+        self.shared_by = layer.shared_by
         self.state = None if arm.summary is None else arm.summary(window, key, value, store, **layer.exact)
         self.read: list[float] = []
 
@@ -113,12 +114,14 @@ class ArmLayer(RocketKVLayer):
             raise ValueError("attend follows update, and takes one token at a time")
         key, value = self.pending
         self.pending = None
+        if self.shared_by is not None:
+            query, key, value = one_head(query, key, value)
         return self.step_of(query[:, :, 0], key[:, :, 0], value[:, :, 0], scaling, softcap, sinks)[:, None]
 
     def step_of(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
     ) -> Tensor:
-        """Run the arm's step on [B, H, D] and [B, Hkv, D]; return [B, H, Dv]."""
+        """Run the arm's step on [B, H, D] and [B, Hkv, D], as the store has them; return the model's [B, H, Dv]."""
         exact: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
         counted = self._next_bytes()
         out = self.arm.step(query, key, value, self.store, self.state, **exact)
@@ -126,7 +129,7 @@ class ArmLayer(RocketKVLayer):
         if isinstance(self.state, Limit) and split is not None and split.top_k is not None:
             counted += (self.state.attended - split.top_k) * 4 * query.shape[-1]
         self.read.append(counted)
-        return out
+        return out if self.shared_by is None else own_channels(out, self.shared_by)
 
     def _next_bytes(self) -> float:
         """Return the bytes that the step that comes reads, a row and KV head, as budgets count."""
@@ -325,6 +328,8 @@ def measure(
                         with torch.inference_mode():
                             progress.say("decoding over the full cache")
                             expected = reference(model, layers, windows, settings, path)
+                    if settings.multi_query:
+                        layers = [multi_query(layer) for layer in layers]
                 progress.say(f"{arm.name} at {budget}")
                 journal.put(key, run_arm(model, layers, windows, settings, arm, budget, expected))
             progress.step()
