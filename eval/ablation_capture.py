@@ -137,7 +137,7 @@ def spread(kv_heads: int, channels: int) -> Tensor:
     """Return a fixed map with orthonormal rows from Hkv heads' channels to P times as many, [Hkv, D, P * D] float32.
 
     It mixes each channel with the same channel of the other heads alone, so that no channel is always zero and few are
-    large, as in the model: pages and subsets of channels need that.
+    large, as in the model.
     """
     parts = 1 << (kv_heads - 1).bit_length()
     drawn = torch.randn(parts, parts, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
