@@ -71,7 +71,8 @@ def decode(
         ends: how many first tokens are kept where tokens are ranked by position, else None.
         softcap: of the logits, or None.
         sinks: whether the model has learned sinks.
-        sketch_bits: bits a channel of the sketch, which has a residual, or None where pages are scored or nothing is.
+        sketch_bits: bits a channel of the sketch, which has a residual with a bias, or None where pages are scored or
+            nothing is.
     """
 
     def launch(programs: int) -> Tensor:
@@ -101,6 +102,7 @@ def decode(
             index=meta(*tiles, rows, TILE_PAGES, dtype=index_dtype or dtype) if channels is not None else None,
             sketch=sketch,
             value_sum=None if rule is None else meta(batch, kv_heads, head_dim, dtype=torch.float64),
+            residual_bias=None if rule is None else meta(batch, query_heads, dtype=torch.float32),
             lengths=meta(batch, kv_heads, dtype=torch.int32),
             seen=meta(1, dtype=torch.int32),
             workspace=DecodeWorkspace(shape, META, programs, rotation=meta(head_dim, head_dim, dtype=dtype)),

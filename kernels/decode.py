@@ -236,6 +236,7 @@ def decode_step(
     index: Tensor | None = None,
     sketch: Sequence[Tensor] = (),
     value_sum: Tensor | None = None,
+    residual_bias: Tensor | None = None,
     missed: Tensor | None = None,
     lengths: Tensor,
     seen: Tensor,
@@ -262,6 +263,7 @@ def decode_step(
         sketch: codes [B, Hkv, capacity, C] uint8 and scales [B, Hkv, capacity] bfloat16, written, and the mean key
             [B, Hkv, D] float32; or nothing where keys are not sketched.
         value_sum: [B, Hkv, Dv] float64, the sum of the values of each row, raised by the new one; with a residual.
+        residual_bias: [B, H] float32, added to the logit of the tokens that are not read, or None; with a residual.
         missed: [B, H] float32 to write the weight of the tokens that are not read to, or None to keep it from the
             caller; with a residual.
         lengths: [B, Hkv] int32, tokens of each row; raised by one.
@@ -337,15 +339,17 @@ def decode_step(
     wide = head_block * keys.itemsize > 512
     select_attend_kernel[(rows, space.parts)](
         query, keys, values, lengths, seen, lengths if sinks is None else sinks,
-        space.scores, space.peaks, space.sums, value_sum if shape.residual else lengths, space.rest,
+        space.scores, space.peaks, space.sums, value_sum if shape.residual else lengths,
+        lengths if residual_bias is None else residual_bias.contiguous(), space.rest,
         space.missed if missed is None else missed, space.chosen,
         space.partial_out, space.partial_peaks, space.partial_sums, space.partial_values, space.arrivals, out,
         *query.stride()[:2], shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, top_k,
         shape.sinks or 0, shape.protected, scaling, cap,
         MODE=mode, G=shape.group, D=shape.head_dim, DV=shape.value_dim, P=page_size,
         SPLITS=space.splits, PARTS=space.parts, SINKS=sinks is not None, SOFTCAP=softcap is not None, EXACT=exact,
-        RESIDUAL=shape.residual, LARGEST=shape.by_largest, GP=space.group_block, DP=head_block,
-        DVP=space.value_block, SP=split_block, UP=page_block, BT=TOKEN_BLOCK // 2 if wide else TOKEN_BLOCK,
+        RESIDUAL=shape.residual, BIAS=residual_bias is not None, LARGEST=shape.by_largest, GP=space.group_block,
+        DP=head_block, DVP=space.value_block, SP=split_block, UP=page_block,
+        BT=TOKEN_BLOCK // 2 if wide else TOKEN_BLOCK,
         num_warps=warps, num_stages=2 if wide else 3,
     )  # fmt: skip
     return out

@@ -87,8 +87,8 @@ def write_rest(rest, row, g, peak, mass, GP: tl.constexpr):
 
 @triton.jit
 def _with_others(
-    total, mass, peak, own, rest, value_sum, missed, row, stored, read, everything, head, column,
-    G: tl.constexpr, DV: tl.constexpr, GP: tl.constexpr, PARTS: tl.constexpr,
+    total, mass, peak, own, rest, value_sum, bias, missed, row, stored, read, everything, head, column,
+    G: tl.constexpr, DV: tl.constexpr, GP: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Return an attention's sum and mass with the tokens that are not read as one more, of their mean value.
 
@@ -100,6 +100,8 @@ def _with_others(
     cached: tl.constexpr = ".cg" if PARTS > 1 else ""  # from this program, or from other parts
     other_peak = tl.load(place, mask=there, other=float("-inf"), cache_modifier=cached)
     other = tl.load(place + GP, mask=there, other=0.0, cache_modifier=cached)
+    if BIAS:
+        other_peak += tl.load(bias + row * G + head, mask=there, other=0.0)
     every = tl.load(value_sum + row * DV + column, mask=column < DV, other=0.0)
     mean = ((every - own.to(tl.float64)) / tl.maximum(stored - read, 1).to(tl.float64)).to(tl.float32)
     mean = tl.where(everything, 0.0, mean)
@@ -123,6 +125,7 @@ def select_attend_kernel(
     peaks,  # [B, Hkv, SPLITS, GP] float32
     sums,  # [B, Hkv, SPLITS, GP] float32
     value_sum,  # [B, Hkv, DV] float64, this step's value included
+    bias,  # [B, H] float32, added to the logit of the tokens not chosen
     rest,  # [B, Hkv, 2, GP] float32, peak and sum of the tokens not chosen; written where ranked here
     missed,  # [B, H] float32, written: the weight of the tokens not chosen
     chosen,  # [B, Hkv, k] int32, written where ranked here
@@ -154,6 +157,7 @@ def select_attend_kernel(
     SOFTCAP: tl.constexpr,
     EXACT: tl.constexpr,
     RESIDUAL: tl.constexpr,  # whether the tokens not chosen count as one; pages are single tokens then
+    BIAS: tl.constexpr,  # whether the logit of the tokens not chosen has a bias
     LARGEST: tl.constexpr,  # whether tokens rank by the largest weight of the group's heads, not by their average
     GP: tl.constexpr,
     DP: tl.constexpr,
@@ -269,8 +273,8 @@ def select_attend_kernel(
             peak = higher
         if RESIDUAL:
             total, mass = _with_others(
-                total, mass, peak, own, rest, value_sum, missed, row, stored, read, everything, head, column,
-                G, DV, GP, PARTS,
+                total, mass, peak, own, rest, value_sum, bias, missed, row, stored, read, everything, head, column,
+                G, DV, GP, PARTS, BIAS,
             )  # fmt: skip
         tl.store(out + written, (total / mass[:, None]).to(out.dtype.element_ty), mask=inside)
         tl.store(lengths + row, stored)
@@ -305,8 +309,8 @@ def select_attend_kernel(
                 for i in range(PARTS):
                     own += tl.load(partial_values + (row * PARTS + i) * DVP + column, cache_modifier=".cg")
                 total, mass = _with_others(
-                    total, mass, highest, own, rest, value_sum, missed, row, stored, read, everything, head, column,
-                    G, DV, GP, PARTS,
+                    total, mass, highest, own, rest, value_sum, bias, missed, row, stored, read, everything, head,
+                    column, G, DV, GP, PARTS, BIAS,
                 )  # fmt: skip
             tl.store(out + written, (total / mass[:, None]).to(out.dtype.element_ty), mask=inside)
             tl.store(arrivals + row, 0)

@@ -29,7 +29,8 @@ HALF = (torch.float16, torch.bfloat16)
 class Case:
     """One layer in the middle of decoding; `lengths` are the tokens of its rows, the longest of them the buffer's.
 
-    With `sketch_bits` it has a sketch in place of pages, and a residual unless that is switched off.
+    With `sketch_bits` it has a sketch in place of pages, and a residual unless that is switched off; `biased` is for
+    the residual's weight.
     """
 
     lengths: tuple[int, ...] = (200,)
@@ -52,6 +53,7 @@ class Case:
     sketch_bits: int | None = None
     residual: bool = True
     by_largest: bool = False
+    biased: bool = False
 
     def __str__(self) -> str:
         changed = {name: value for name, value in vars(self).items() if value != getattr(Case(), name)}
@@ -100,6 +102,13 @@ def make(case: Case, seed: int = 0) -> tuple[KVStore, list[tuple[Tensor, Tensor,
     return store, steps, sinks
 
 
+def bias_of(case: Case) -> Tensor | None:
+    """Return what is added to the logit of the tokens that a step does not read, or None where the case has no bias."""
+    generator = torch.Generator().manual_seed(1)
+    bias = 2 * torch.randn(len(case.lengths), case.heads, generator=generator)
+    return bias.to(DEVICE) if case.biased else None
+
+
 def workspace_of(case: Case, store: KVStore) -> decode.DecodeWorkspace:
     assert store.keys is not None
     assert store.values is not None
@@ -112,7 +121,12 @@ def workspace_of(case: Case, store: KVStore) -> decode.DecodeWorkspace:
 
 
 def kernel_step(
-    case: Case, store: KVStore, workspace: decode.DecodeWorkspace, step: tuple[Tensor, ...], sinks: Tensor | None
+    case: Case,
+    store: KVStore,
+    workspace: decode.DecodeWorkspace,
+    step: tuple[Tensor, ...],
+    sinks: Tensor | None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     query, _, value = step
     # The interpreter does not round to bfloat16, it cuts off.
@@ -125,6 +139,7 @@ def kernel_step(
         index=store.index,
         sketch=[getattr(store, name) for name in SketchIndex.names] if case.sketch_bits is not None else (),
         value_sum=store.value_sum,
+        residual_bias=bias,
         missed=None if store.value_sum is None else store.missed_room(query),
         lengths=store.lengths,
         seen=store.clock(),

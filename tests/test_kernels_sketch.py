@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="Triton has no package for this platform")
 
 from rocketkv.kernels import decode
 
-from .layer_case import Case, expected_logits, expected_positions, kernel_step, make, workspace_of
+from .layer_case import Case, bias_of, expected_logits, expected_positions, kernel_step, make, workspace_of
 
 BF16, FP16 = torch.bfloat16, torch.float16
 CASES = [
@@ -40,6 +40,9 @@ CASES = [
     Case(sketch_bits=2, head_dim=16, lengths=(150, 73, 1), steps=2, by_largest=True),
     Case(sketch_bits=2, head_dim=16, lengths=(140, 91), heads=4, kv_heads=2, dtype=FP16, protected=12, by_largest=True),
     Case(sketch_bits=2, head_dim=16, lengths=(20,)),
+    # A bias of the residual: groups, rows of which some are within the budget, several parts; one head, and one part.
+    Case(sketch_bits=2, head_dim=16, heads=6, kv_heads=2, lengths=(150, 73, 1), steps=2, sinks=True, biased=True),
+    Case(sketch_bits=1, dtype=BF16, head_dim=72, heads=1, lengths=(140,), softcap=4.0, programs=1, biased=True),
 ]
 
 
@@ -51,11 +54,12 @@ def attention(
     chosen: Tensor,
     logits: Tensor,
     sinks: Tensor | None,
+    bias: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Attend in one precision, by the definition: to the chosen tokens [k] and to all others as one.
 
-    Args: query [G, D], keys [N, D], values [N, DV], estimated logits [G, N], sinks [G].
+    Args: query [G, D], keys [N, D], values [N, DV], estimated logits [G, N], sinks [G], bias [G].
     """
     query, keys, values, logits = (tensor.cpu().to(dtype) for tensor in (query, keys, values, logits))
     others = torch.ones(len(keys), dtype=torch.bool).index_fill(0, chosen, False)
@@ -64,7 +68,8 @@ def attention(
         exact = torch.tanh(exact / case.softcap) * case.softcap
     columns, own = [exact], values[chosen]
     if case.residual and bool(others.any()):
-        columns.append(logits[:, others].logsumexp(-1, keepdim=True))
+        rest = logits[:, others].logsumexp(-1, keepdim=True)
+        columns.append(rest if bias is None else rest + bias.cpu().to(dtype)[:, None])
         own = torch.cat((own, values[others].mean(0, keepdim=True)))
     if sinks is not None:
         columns.append(sinks.cpu().to(dtype)[:, None])
@@ -82,7 +87,8 @@ def assert_step(
     sinks: Tensor | None,
 ) -> None:
     query, key, value = step
-    found = kernel_step(case, store, workspace, step, sinks)
+    bias = bias_of(case)
+    found = kernel_step(case, store, workspace, step, sinks, bias)
     plain.append(key, value)
     kept = ("keys", "values", "positions", "lengths", "codes", "scales", "mean")
     for name in (*kept, *(["value_sum"] if case.residual else [])):
@@ -99,7 +105,8 @@ def assert_step(
             assert workspace.chosen[row].tolist() == positions[b, h].tolist()
             chosen = positions[b, h].long().cpu()
         stored = (store.keys[b, h, :length], store.values[b, h, :length])  # type: ignore[index]
-        given = (query[b, heads], *stored, chosen, scores, None if sinks is None else sinks[heads])
+        own = (None if sinks is None else sinks[heads], None if bias is None else bias[b, heads])
+        given = (query[b, heads], *stored, chosen, scores, *own)
         exact, rest = attention(case, *given, torch.float64)
         low, _ = attention(case, *given, case.dtype)
         errors.append((found[b, heads].cpu().double() - exact).abs().max())
@@ -125,6 +132,8 @@ def test_steps_equal_the_reference(case: Case) -> None:
     [
         Case(sketch_bits=2, head_dim=16, heads=3, lengths=(300, 90), sinks=True, by_largest=True),
         Case(sketch_bits=3, head_dim=16, lengths=(300,), programs=64, protected=3),
+        Case(sketch_bits=2, head_dim=16, heads=4, kv_heads=2, lengths=(300, 90), programs=64, sinks=True, biased=True),
+        Case(sketch_bits=2, head_dim=16, lengths=(150, 20), programs=1, by_largest=True, biased=True),
     ],
     ids=str,
 )
@@ -135,6 +144,33 @@ def test_a_choice_in_a_launch_of_its_own(case: Case, monkeypatch: pytest.MonkeyP
     workspace = workspace_of(case, store)
     assert workspace.separate
     assert_step(case, store, copy.deepcopy(store), workspace, step, sinks)
+
+
+@pytest.mark.parametrize("programs", [1, 64])
+def test_a_bias_weighs_what_is_not_read_and_no_more(programs: int) -> None:
+    case = Case(sketch_bits=2, head_dim=16, heads=4, kv_heads=2, lengths=(150, 20), programs=programs, biased=True)
+    store, [step], _ = make(case)
+    bias = bias_of(case)
+    assert bias is not None
+
+    def stepped(given: Tensor | None) -> tuple[Tensor, Tensor]:
+        other = copy.deepcopy(store)
+        out = kernel_step(case, other, workspace_of(case, other), step, None, given)
+        assert other.missed is not None
+        return out, other.missed.clone()
+
+    out, missed = stepped(None)
+    for found, expected in zip(stepped(torch.zeros_like(bias)), (out, missed), strict=True):
+        assert torch.equal(found, expected)
+    biased, more = stepped(bias)
+    # A row within the budget leaves nothing out. In the other the odds of what is left out are multiplied.
+    assert torch.equal(biased[1], out[1])
+    assert (more[1] == 0).all()
+    assert_near(more[0].logit(), missed[0].logit() + bias[0], 1e-5)
+    # A bias that rows share, and one that leaves nothing.
+    for found, expected in zip(stepped(bias[:1].expand(2, -1)), (biased, more), strict=True):
+        assert torch.equal(found, expected)
+    assert (stepped(torch.full_like(bias, -200.0))[1] == 0).all()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
