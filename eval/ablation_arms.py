@@ -6,7 +6,8 @@ it. Oracles, whose scores are not counted, and floors, which attend to all that 
 
 Stage 1 pools as in the paper, and tokens rank by the average of a group's heads, in all arms that do not say otherwise,
 so that what differs is the part in question. The library's own `rocketkv+` pools more narrowly, ranks by the largest
-weight, and counts in values in stage 1: `rocketkv+:value-aware-13`. Arms that choose otherwise pool over 13, too.
+weight, counts in values in stage 1 and calibrates the residual: `rocketkv+:own`. Arms that choose otherwise pool over
+13, too.
 
 Letters: t token budget, D head dim, N stored tokens, k tokens attended to, b bytes of a sketched token.
 """
@@ -75,14 +76,15 @@ def _papers_n(case: Case) -> BudgetSplit:
     return plus_split(case, most_stored=kept + RESERVE)
 
 
-def _exact(case: Case, *, residual: bool = False) -> BudgetSplit:
+def _exact(case: Case, *, residual: bool = False, **changes: Any) -> BudgetSplit:
     """Return the N and k of `rocketkv+`, chosen by exact scores."""
     own = fitted_split(BY_NAME["rocketkv+"], case)
-    return replace(own, sketch_bits=None, channels=case.head_dim, oracle=True, residual=residual)
+    return replace(own, sketch_bits=None, channels=case.head_dim, oracle=True, residual=residual, **changes)
 
 
 def _floor(case: Case, own: Callable[[Case], BudgetSplit]) -> BudgetSplit:
-    return BudgetSplit(token_budget=case.budget, kept_tokens=own(case).kept_tokens)
+    split = own(case)
+    return BudgetSplit(token_budget=case.budget, kept_tokens=split.kept_tokens, value_aware=split.value_aware)
 
 
 def _with(name: str, what: str, **fields: Any) -> Arm:
@@ -177,6 +179,7 @@ _NEAR = 0.25  # of the tokens, whose low bits are scored, too
 _NEED: dict[str, Any] = {"summary": functools.partial(a_limit, most=(0.0, 30.0)), "step": least_weight_step}
 _NEED_PLANES = {**_NEED, "step": functools.partial(planes_step, share=_NEAR)}
 _SHARED_NORMS = functools.partial(shared_storage, by_values=True)
+_OWN = functools.partial(plus_split, by_largest=True, value_aware=True, calibrated=True)
 _ONE_RUN = functools.partial(evicted_summary, runs=1)
 
 MAIN = (
@@ -245,9 +248,21 @@ ABLATIONS = (
     ),
     _at_13(
         "value-aware-13",
-        "and stage 1 by what a token's loss would change: the library's own",
+        "and stage 1 by what a token's loss would change",
         split=functools.partial(plus_split, by_largest=True, value_aware=True),
     ),
+    _at_13(
+        "own",
+        "and the residual's weight fitted by the window's queries: the library's own",
+        split=_OWN,
+    ),
+    _at_13(
+        "exact-own",
+        "its N and k by exact scores, free, no residual: stored-topk there",
+        split=functools.partial(_exact, by_largest=True, value_aware=True),
+        fitted=None,
+    ),
+    _at_13("floor-own", "dense attention over its N", split=functools.partial(_floor, own=_OWN), fitted=None),
     _with("kernel-21", "pooled over 21", kernel_size=21),
     _with("exact-kernel-13", "exact scores, free, pooled over 13", split=_exact, fitted=None, kernel_size=13),
     Arm(name="rocketkv:kernel-7", what="the paper's, pooled over 7", split=papers_split, kernel_size=7),

@@ -147,4 +147,4 @@ def papers_split(case: Case) -> BudgetSplit:
 
 def plus_split(case: Case, *, most_stored: int | None = None, **changes: Any) -> BudgetSplit:
     split = rocketkv_plus_split(case.prompt, case.budget, case.head_dim, RESERVE, most_stored=most_stored)
-    return replace(split, **{"by_largest": False, "value_aware": False, **changes})
+    return replace(split, **{"by_largest": False, "value_aware": False, "calibrated": False, **changes})

@@ -191,7 +191,7 @@ def stages(taken: Taken, config: RocketKVConfig, prompt: int) -> Stages:
         raise ValueError("the prompt is not closed")
     bare: RocketKVLayer | None = None
     if split.residual:
-        bare = RocketKVLayer(replace(config, split=replace(split, residual=False)))
+        bare = RocketKVLayer(replace(config, split=replace(split, residual=False, calibrated=False)))
         bare.prompt_end = prompt
         _feed(bare, taken, 0, prompt)
     found: list[list[Tensor]] = [[], [], [], [], []]

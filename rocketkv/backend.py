@@ -195,6 +195,7 @@ def _triton_step(
         store.lengths,
         store.clock(),
         value_sum=store.value_sum,
+        residual_bias=store.residual_bias,
         missed=store.missed_room(query) if split.residual and store.stored >= split.token_budget else None,
         ring=store.window,
         split=split,
@@ -219,6 +220,7 @@ def run_kernels(
     clock: Tensor,
     *,
     value_sum: Tensor | None,
+    residual_bias: Tensor | None,
     missed: Tensor | None,
     ring: Tensor | None,
     split: BudgetSplit,
@@ -248,6 +250,7 @@ def run_kernels(
             index=parts.get("index"),
             sketch=() if split.sketch_bits is None else [parts[name] for name in SketchIndex.names],
             value_sum=value_sum,
+            residual_bias=residual_bias,
             missed=missed,
             lengths=lengths,
             seen=clock,
@@ -377,6 +380,7 @@ def _torch_step(
         index,
         store.index_parts(),
         store.value_sum,
+        store.residual_bias,
         split=split,
         stored=stored,
         lengths=lengths,
@@ -395,6 +399,7 @@ def attend_selected(
     index: Index,
     parts: Parts,
     value_sum: Tensor | None,
+    bias: Tensor | None,
     *,
     split: BudgetSplit,
     stored: int,
@@ -413,6 +418,7 @@ def attend_selected(
         index: what stage 2 ranks by.
         parts: its tensors.
         value_sum: [B, Hkv, Dv] float64, the sum of each row's values, where there is a residual.
+        bias: [B, H] float32, of the residual's logit, or None.
         split: what the step may read.
         stored: N, tokens of the longest row.
         lengths: [B, Hkv] int32, tokens of each row, or None where every row has N.
@@ -448,7 +454,7 @@ def attend_selected(
         positions, mask = all_where_short(positions, attended, token_budget)
         positions = torch.where(mask, positions, stored)  # beyond every row's length: they do not count
     with full_precision(query.device):
-        return residual_attend(query, keys, values, positions, logits, value_sum, lengths=lengths, **exact)
+        return residual_attend(query, keys, values, positions, logits, value_sum, bias=bias, lengths=lengths, **exact)
 
 
 def attend_chosen(

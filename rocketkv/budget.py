@@ -41,6 +41,7 @@ class BudgetSplit:
             their scores estimate.
         by_largest: whether a token ranks by the largest weight that a query head of its group gives it, in place of the
             average of the group.
+        calibrated: whether the weight of those in each query head is fitted at a prompt's end, by its last queries.
         value_aware: whether stage 1 ranks a token by what its loss would change of the output, not by attention alone.
 
     Raises:
@@ -58,6 +59,7 @@ class BudgetSplit:
     oracle: bool = False
     protected: int = 0
     residual: bool = False
+    calibrated: bool = False
     by_largest: bool = False
     value_aware: bool = False
 
@@ -87,6 +89,8 @@ class BudgetSplit:
             raise ValueError("top_k needs a ranking: set channels or sketch_bits (by attention) or sinks (by position)")
         if self.residual and not self.scored:
             raise ValueError("residual needs the scores of all tokens: set channels or sketch_bits")
+        if self.calibrated and not (self.residual and self.sketch_bits is not None):
+            raise ValueError("calibrated is of a residual by sketched keys: set sketch_bits and residual")
         if self.by_largest and not self.scored:
             raise ValueError("by_largest is of a ranking by scores: set channels or sketch_bits")
         if self.value_aware and (self.kept_tokens is None or self.sinks is not None):
@@ -193,6 +197,7 @@ def rocketkv_plus_split(
         sketch_bits=bits,
         top_k=max(1, left),
         residual=True,
+        calibrated=True,
         by_largest=True,
         value_aware=True,
     )

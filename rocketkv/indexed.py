@@ -3,10 +3,13 @@
 Letters: B batch, H query heads, Hkv KV heads, D head dim of keys, Dv of values.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .budget import BudgetSplit
+from .calibration import residual_bias
 from .indexes import INDEX_TENSORS, index_of
 from .residual import sum_values, summable
 from .window import QueryWindow
@@ -17,6 +20,7 @@ class Indexed(QueryWindow):
 
     Attributes:
         values: [B, Hkv, capacity, Dv], or None before the first token.
+        positions: [B, Hkv, capacity] int32, each slot's position in the sequence while decoding.
         lengths: [B, Hkv] int32, slots in use of each row while decoding; None before.
         split: what stage 1 and 2 may store and read, from the last prompt on.
         index: [B, Hkv, tile, rows, 128], the bounds of pages, or None where no pages are scored.
@@ -24,11 +28,14 @@ class Indexed(QueryWindow):
         scales: [B, Hkv, capacity] bfloat16.
         mean: [B, Hkv, D] float32.
         value_sum: [B, Hkv, Dv] float64, the exact sum of all values of a row's tokens, or None without a residual.
+        residual_bias: [B, H] float32, what is added to the logit of what a step does not attend to (`calibration`), or
+            None where that is not calibrated.
         missed: [B, H] float32, the estimated weight of the tokens that the last step did not attend to, on the device;
             None where no step has estimated it.
     """
 
     values: Tensor | None
+    positions: Tensor | None
     lengths: Tensor | None
     split: BudgetSplit | None
     index: Tensor | None
@@ -36,6 +43,7 @@ class Indexed(QueryWindow):
     scales: Tensor | None
     mean: Tensor | None
     value_sum: Tensor | None
+    residual_bias: Tensor | None
     missed: Tensor | None
 
     @property
@@ -53,7 +61,7 @@ class Indexed(QueryWindow):
 
     def _forget_index(self) -> None:
         """Have no index, as in a prompt."""
-        for name in (*INDEX_TENSORS, "value_sum", "missed"):
+        for name in (*INDEX_TENSORS, "value_sum", "residual_bias", "missed"):
             setattr(self, name, None)
 
     @torch.inference_mode(False)  # it may be written in a later call that is not in inference mode
@@ -66,6 +74,28 @@ class Indexed(QueryWindow):
             self._set(index.build(self.keys, self.stored, lengths, dtype))
         if self.split is not None and self.split.residual:
             self.value_sum = sum_values(self.values, self.stored, lengths)
+
+    @torch.inference_mode(False)
+    def _calibrate(self, window: Tensor, exact: dict[str, Any]) -> None:
+        """Fit what the residual weighs, by the queries [B, H, W, D] of the prompt's last tokens."""
+        index = index_of(self.split)
+        if self.split is None or index is None or self.keys is None or self.values is None:
+            raise ValueError("calibration is of an index")
+        if self.positions is None or self.lengths is None:
+            raise ValueError("calibration comes after a prompt's end")
+        self.residual_bias = residual_bias(
+            window,
+            self.keys,
+            self.values,
+            self.positions,
+            self.lengths,
+            index,
+            self.index_parts(),
+            split=self.split,
+            stored=self.stored,
+            seen=self.seen,
+            **exact,
+        )
 
     def _index_token(self, value: Tensor, slot: int | None) -> None:
         """Take in the last token of every row, whose value is [B, Hkv, Dv]; it is in `slot`, or rows differ."""

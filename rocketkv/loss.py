@@ -199,7 +199,7 @@ def attend_wider_where(
         ValueError: the store's steps select nothing, or have no residual.
     """
     keys, values, lengths = _filled(store)
-    split, index, value_sum = store.split, index_of(store.split), store.value_sum
+    split, index, value_sum, bias = store.split, index_of(store.split), store.value_sum, store.residual_bias
     if split is None or split.top_k is None or index is None or value_sum is None:
         raise ValueError("only a step that selects by scores and has a residual can attend to more")
     read, stored = split.top_k, store.stored
@@ -215,6 +215,7 @@ def attend_wider_where(
                 index,
                 {name: part(tensor) for name, tensor in store.index_parts().items()},
                 part(value_sum),
+                None if bias is None else part(bias, queries.shape[1]),
                 split=wider,
                 stored=stored,
                 lengths=None if lengths is None else part(lengths),

@@ -27,10 +27,10 @@ _MUTATED = (
 # Spelled out, since PyTorch 2.6 infers none from `list[Tensor]`; (a!) marks what a step writes.
 _SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) positions, "
-    "Tensor(d!)[] index, Tensor(e!)? value_sum, Tensor(f!)? missed, Tensor(g!) lengths, Tensor(h!) clock, "
-    "Tensor(i!)? ring, Tensor(j!)[] buffers, Tensor(k!) out, int page_size, int? channels, int? sketch_bits, "
-    "int? top_k, int token_budget, int? ends, int protected, bool by_largest, float scaling, float? softcap, "
-    "Tensor? sinks) -> ()"
+    "Tensor(d!)[] index, Tensor(e!)? value_sum, Tensor? residual_bias, Tensor(f!)? missed, Tensor(g!) lengths, "
+    "Tensor(h!) clock, Tensor(i!)? ring, Tensor(j!)[] buffers, Tensor(k!) out, int page_size, int? channels, "
+    "int? sketch_bits, int? top_k, int token_budget, int? ends, int protected, bool by_largest, float scaling, "
+    "float? softcap, Tensor? sinks) -> ()"
 )
 
 
@@ -44,6 +44,7 @@ def decode_step_op(
     positions: Tensor,
     index: list[Tensor],
     value_sum: Tensor | None,
+    residual_bias: Tensor | None,
     missed: Tensor | None,
     lengths: Tensor,
     clock: Tensor,
@@ -74,6 +75,7 @@ def decode_step_op(
         index: the tensors of the store's index in the order of its names, written; none where nothing is scored.
         value_sum: [B, Hkv, Dv] float64, the sum of the values of each row, raised by the new ones; None without a
             residual.
+        residual_bias: [B, H] float32, added to the logit of what was not selected, or None.
         missed: [B, H] float32, the estimated weight of what was not selected, written; None without a residual.
         lengths: [B, Hkv] int32, slots in use of each row; raised by one.
         clock: [1] int32, tokens of the sequence so far; raised by one.
@@ -101,13 +103,15 @@ def decode_step_op(
         sinks=ends,
         protected=protected,
         residual=value_sum is not None,
+        calibrated=residual_bias is not None,
         by_largest=by_largest,
     )
     exact: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
     if buffers:
         ranked = index_of(split)
         parts = {} if ranked is None else dict(zip(ranked.names, index, strict=True))
-        given: dict[str, Any] = {"value_sum": value_sum, "missed": missed, "ring": ring, "split": split, **exact}
+        given: dict[str, Any] = {"value_sum": value_sum, "residual_bias": residual_bias, "missed": missed, "ring": ring}
+        given |= {"split": split, **exact}
         run_kernels(
             query, key, value, keys, values, positions, parts, lengths, clock, workspace=buffers, out=out, **given
         )
@@ -115,7 +119,7 @@ def decode_step_op(
     if ring is not None:
         ring.index_copy_(2, clock.long() % ring.shape[2], query[:, :, None].to(ring.dtype))
     _append(key, value, keys, values, positions, index, value_sum, lengths, clock, split)
-    out.copy_(_attend(query, keys, values, index, value_sum, missed, lengths, split, **exact))
+    out.copy_(_attend(query, keys, values, index, value_sum, residual_bias, missed, lengths, split, **exact))
 
 
 @decode_step_op.register_fake
@@ -159,6 +163,7 @@ def _attend(
     values: Tensor,
     index: list[Tensor],
     value_sum: Tensor | None,
+    residual_bias: Tensor | None,
     missed: Tensor | None,
     lengths: Tensor,
     split: BudgetSplit,
@@ -185,6 +190,7 @@ def _attend(
         ranked,
         dict(zip(ranked.names, index, strict=True)),
         value_sum,
+        residual_bias,
         split=split,
         stored=capacity,
         lengths=lengths,
@@ -206,6 +212,7 @@ class StaticStep:
         positions: [B, Hkv, N] int32.
         index: the tensors of the index in the order of its names.
         value_sum: [B, Hkv, Dv] float64, or None.
+        residual_bias: [B, H] float32, or None.
         missed: [B, H] float32, or None.
         lengths: [B, Hkv] int32.
         clock: [1] int32.
@@ -220,6 +227,7 @@ class StaticStep:
     positions: Tensor
     index: list[Tensor]
     value_sum: Tensor | None
+    residual_bias: Tensor | None
     missed: Tensor | None
     lengths: Tensor
     clock: Tensor
@@ -249,6 +257,7 @@ class StaticStep:
             self.positions,
             self.index,
             self.value_sum,
+            self.residual_bias,
             self.missed,
             self.lengths,
             self.clock,
@@ -298,6 +307,7 @@ def static_step(
         positions=store.positions,
         index=list(store.index_parts().values()),
         value_sum=store.value_sum,
+        residual_bias=store.residual_bias,
         missed=store.missed,
         lengths=store.lengths,
         clock=store.clock(),

@@ -196,7 +196,8 @@ def plan(
             stored, room = _stored(split, context), decode_room(split, reserve)
         elif isinstance(kind, DynamicSlidingWindowLayer):
             stored = min(context, kind.sliding_window - 1)  # the window less the token that attends
-        counted = _count_layer(split, context, stored, room, (batch * kv_heads, head_dim, value_dim), sizes)
+        shape = (batch * kv_heads, head_dim, value_dim)
+        counted = _count_layer(split, context, stored, room, shape, sizes, batch * decoder.config.num_attention_heads)
         if split is not None and settings.keeps_history:
             counted = replace(counted, history_bytes=counted.full_bytes)
         layers.append(counted)
@@ -246,7 +247,13 @@ def _kv_shape(module: nn.Module | None, config: PretrainedConfig) -> tuple[int, 
 
 
 def _count_layer(
-    split: BudgetSplit | None, context: int, stored: int, room: int, shape: tuple[int, int, int], sizes: tuple[int, int]
+    split: BudgetSplit | None,
+    context: int,
+    stored: int,
+    room: int,
+    shape: tuple[int, int, int],
+    sizes: tuple[int, int],
+    query_rows: int,
 ) -> LayerStats:
     """Count a layer as its cache will be when the prompt has ended.
 
@@ -257,6 +264,7 @@ def _count_layer(
         room: slots beyond those.
         shape: B * Hkv, D and Dv.
         sizes: bytes of an element of K and V, and of a page's bound.
+        query_rows: B * H.
     """
     (rows, head_dim, value_dim), (size, index_size) = shape, sizes
     capacity, dense = stored + room, stored if split is None else context
@@ -264,6 +272,7 @@ def _count_layer(
     index_bytes = 0 if index is None else index.row_bytes(capacity, head_dim, index_size)
     if split is not None and split.residual:
         index_bytes += value_dim * torch.float64.itemsize
+    bias_bytes = query_rows * torch.float32.itemsize if split is not None and split.calibrated else 0
     dims, token = (head_dim, value_dim), head_dim + value_dim
     appended = 0 if split is None else 1  # the next step appends its token before it reads
     read, dense_read = stored + appended, dense + appended
@@ -273,7 +282,7 @@ def _count_layer(
         tokens_stored=stored,
         key_bytes=rows * capacity * head_dim * size,
         value_bytes=rows * capacity * value_dim * size,
-        index_bytes=rows * index_bytes,
+        index_bytes=rows * index_bytes + bias_bytes,
         other_bytes=0 if split is None else rows * (capacity + 1) * INTEGER,
         full_bytes=rows * dense * token * size,
         step_bytes=rows * step_bytes(split, read, dims, sizes),

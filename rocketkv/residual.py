@@ -56,6 +56,7 @@ def residual_attend(
     logits: Tensor,
     value_sum: Tensor,
     *,
+    bias: Tensor | None = None,
     lengths: Tensor | None,
     scaling: float,
     softcap: float | None = None,
@@ -74,6 +75,7 @@ def residual_attend(
             count.
         logits: [B, H, N] float32, the estimated logits of all tokens; those of the chosen are not used.
         value_sum: [B, Hkv, Dv] float32 or float64, the sum of the values of all of a row's tokens.
+        bias: [B, H] float32, added to the logit of the others together, or None (`rocketkv.calibration`).
         lengths: [B, Hkv], tokens of each row, or None where every row has N.
         scaling: factor of the logits.
         softcap: c of `c * tanh(logit / c)`, or None.
@@ -97,6 +99,10 @@ def residual_attend(
     exact = torch.matmul(query.float().view(*grouped, -1) * number(scaling), own_keys.transpose(-1, -2))
     if softcap is not None:
         exact = torch.tanh(exact / softcap) * softcap
+    if bias is not None:
+        # Taken from what it is compared with, which is less than there are others.
+        bias = bias.view(*grouped, 1)
+        exact = exact - bias
     chosen = place[:, :, None].expand(*grouped, -1)
     others = logits.view(*grouped, -1).scatter(-1, chosen, -torch.inf)[..., :stored]
     left: Tensor | int = max(1, stored - positions.shape[-1])
@@ -110,7 +116,8 @@ def residual_attend(
     # One softmax over exact logits and estimates; of what it gives the others only the sum counts.
     columns = [exact, others]
     if sinks is not None:
-        columns.append(sinks.float().view(1, kv_heads, -1, 1).expand(*grouped, 1))
+        own_sinks = sinks.float().view(1, kv_heads, -1, 1).expand(*grouped, 1)
+        columns.append(own_sinks if bias is None else own_sinks - bias)
     weight = torch.cat(columns, -1).softmax(-1)
     if lengths is not None:
         weight = weight.masked_fill((lengths == 0)[..., None, None], 0)

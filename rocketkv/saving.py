@@ -299,6 +299,8 @@ def _fill(store: KVStore, held: dict[str, Tensor], entry: dict[str, Any]) -> Non
         expected["missed"] = (batch, held["missed"].shape[1])
     if split.residual:
         expected["value_sum"] = (batch, kv_heads, held["values"].shape[-1])
+    if split.calibrated:
+        expected["residual_bias"] = (batch, held["residual_bias"].shape[1])
     found = {name: tuple(tensor.shape) for name, tensor in held.items()}
     lengths = held["lengths"]
     bounds = (int(lengths.min()), int(lengths.max()))
@@ -321,6 +323,8 @@ def _fill(store: KVStore, held: dict[str, Tensor], entry: dict[str, Any]) -> Non
             setattr(store, name, whole(name, room))
     if split.residual:
         store.value_sum = held["value_sum"].clone()
+    if split.calibrated:
+        store.residual_bias = held["residual_bias"].clone()
     if "missed" in held:
         store.missed = held["missed"].clone()
     for name, value in fields.items():

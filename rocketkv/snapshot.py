@@ -21,10 +21,10 @@ from .index import TILE_PAGES, movable
 from .indexed import Indexed
 from .indexes import INDEX_TENSORS
 
-TENSORS = ("keys", "values", *INDEX_TENSORS, "value_sum", "missed", "positions", "lengths", "window")
-# What is written slot by slot, or where rows are reordered; lengths, and the queries of a closed store, are few and
-# always copied; those of a prompt are replaced, never written; the sum of values is made anew, and what was missed is
-# that of the last step whatever comes back.
+TENSORS = ("keys", "values", *INDEX_TENSORS, "value_sum", "residual_bias", "missed", "positions", "lengths", "window")
+# What is written slot by slot, or where rows are reordered. Lengths, the queries of a closed store, and in a static one
+# the residual's bias, are few and always copied; those of a prompt are replaced, never written; the sum of values is
+# made anew, and what was missed is that of the last step whatever comes back.
 GUARDED = ("keys", "values", *INDEX_TENSORS, "positions")
 FIELDS = (
     *("decode_capacity", "split", "marks", "closed", "aligned"),
@@ -41,6 +41,7 @@ class StoreSnapshot:
         home: the tensors that the store had, by name.
         lengths: [B, Hkv] int32, a copy of what they were, or None in a prompt.
         ring: [B, H, W, D], a copy of the queries that a closed store remembers, or None.
+        bias: [B, H], a copy of the residual's bias where reordered rows are written in place, or None.
         fields: the store's settings, by name.
         seen: tokens of the sequence.
         stored: slots in use of the longest row.
@@ -55,6 +56,7 @@ class StoreSnapshot:
     home: dict[str, Tensor]
     lengths: Tensor | None
     ring: Tensor | None
+    bias: Tensor | None
     fields: dict[str, Any]
     seen: int
     stored: int
@@ -144,6 +146,11 @@ class Restorable(Indexed):
         self._forget_snapshots()
         self.__dict__.update(state)
 
+    @property
+    def _in_place(self) -> bool:
+        """Whether rows are reordered in place: buffers of a static store stay where they are."""
+        return self.decode_capacity is not None and self.closed
+
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor that lives in this store, by name: the one walk for counting, copying and moving."""
         return {name: tensor for name in TENSORS if (tensor := getattr(self, name)) is not None}
@@ -164,6 +171,7 @@ class Restorable(Indexed):
             home=self.tensors(),
             lengths=None if self.lengths is None else self.lengths.clone(),
             ring=self.window.clone() if self.closed and self.window is not None else None,
+            bias=self.residual_bias.clone() if self._in_place and self.residual_bias is not None else None,
             fields={name: getattr(self, name) for name in FIELDS},
             seen=seen,
             stored=stored,
@@ -197,6 +205,8 @@ class Restorable(Indexed):
             self.ticks.fill_(snapshot.seen)
         if self.window is not None and snapshot.ring is not None:
             self.window.copy_(snapshot.ring)
+        if self.residual_bias is not None and snapshot.bias is not None:
+            self.residual_bias.copy_(snapshot.bias)
         if self.lengths is not None and snapshot.lengths is not None:
             self.lengths.copy_(snapshot.lengths)
             self._empty_behind(self.lengths, used)

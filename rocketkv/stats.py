@@ -151,7 +151,7 @@ def store_stats(store: KVStore) -> LayerStats:
     batch, kv_heads, _, head_dim = keys.shape
     rows = batch * kv_heads
     dims = (head_dim, values.shape[3])
-    known = ("keys", "values", "value_sum", *INDEX_TENSORS)
+    known = ("keys", "values", "value_sum", "residual_bias", *INDEX_TENSORS)
     # Keys and values of a prompt may be slices of one tensor: a storage counts once.
     storages = {t.untyped_storage().data_ptr(): live_bytes(t) for n, t in store.tensors().items() if n not in known}
     shared = keys.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
@@ -166,7 +166,7 @@ def store_stats(store: KVStore) -> LayerStats:
         tokens_stored=store.stored,
         key_bytes=live_bytes(keys),
         value_bytes=0 if shared else live_bytes(values),
-        index_bytes=sum(map(live_bytes, (*store.index_parts().values(), store.value_sum))),
+        index_bytes=sum(map(live_bytes, (*store.index_parts().values(), store.value_sum, store.residual_bias))),
         other_bytes=sum(storages.values()) + live_bytes(store.ticks),
         device=str(keys.device),
         full_bytes=rows * store.seen * sum(dims) * keys.itemsize,

@@ -77,11 +77,11 @@ class KVStore(Restorable):
     @torch.inference_mode(False)
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by a function of it, for instance to reorder rows (their first dimension)."""
-        if self.decode_capacity is not None and self.closed:
+        if self._in_place:
             self._protect(0, 0)
         for name, tensor in self.tensors().items():
             changed = restored(function(movable(tensor)), tensor.dtype)
-            if self.decode_capacity is not None and self.closed and changed.shape == tensor.shape:
+            if self._in_place and changed.shape == tensor.shape:
                 tensor.copy_(changed)  # a static buffer stays where it is
             else:
                 setattr(self, name, changed)
@@ -256,6 +256,8 @@ class KVStore(Restorable):
         )
         self.stored, self.shortest, self.closed, self._holes = longest, shortest, True, False
         self._close_index(index_dtype)
+        if split.calibrated:
+            self._calibrate(window, {"scaling": scaling, "softcap": softcap, "sinks": sinks})
         self._restorable, self._prompt_end, self._prompt_stored = restorable, self.seen, longest
         self.close_window(remembered)
         self.decode_capacity = decode_capacity

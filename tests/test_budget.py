@@ -135,6 +135,7 @@ def test_the_sketchs_split_spends_the_budget(
     assert (split.token_budget, split.page_size, split.channels, split.residual) == (budget, 1, None, True)
     assert split.by_largest
     assert split.value_aware
+    assert split.calibrated
     assert split.sketch_bits == (2 if head_dim <= 128 else 1)
     stored = split.kept_tokens + reserve
     assert stored <= prompt + reserve
@@ -240,6 +241,9 @@ def test_settings_of_a_split_must_go_together() -> None:
         BudgetSplit(token_budget=8, sketch_bits=2, page_size=3, top_k=4)
     with pytest.raises(ValueError, match="residual needs the scores"):
         BudgetSplit(token_budget=8, kept_tokens=8, residual=True)
+    for fields in ({"sketch_bits": 2, "top_k": 4}, {"channels": 2, "top_k": 4, "residual": True}):
+        with pytest.raises(ValueError, match="calibrated is of a residual by sketched keys"):
+            BudgetSplit(token_budget=8, calibrated=True, **fields)
     with pytest.raises(ValueError, match="by_largest is of a ranking by scores"):
         BudgetSplit(token_budget=8, kept_tokens=8, by_largest=True)
     for fields in ({}, {"kept_tokens": 8, "top_k": 4, "sinks": 1}):

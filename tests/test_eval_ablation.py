@@ -332,7 +332,7 @@ def test_the_command(
 
 
 def test_the_librarys_own_method_is_one_of_the_arms() -> None:
-    arm = BY_NAME["rocketkv+:value-aware-13"]
+    arm = BY_NAME["rocketkv+:own"]
     own = RocketKVConfig(method="rocketkv+", token_budget=CASE.budget)
     assert arm.kernel_size == own.pool_size
     assert arm.window_size == own.window_size

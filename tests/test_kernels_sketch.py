@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rocketkv import backend
+from rocketkv.residual import residual_attend
 from rocketkv.store import KVStore
 
 from .close import assert_near
@@ -171,6 +172,27 @@ def test_a_bias_weighs_what_is_not_read_and_no_more(programs: int) -> None:
     for found, expected in zip(stepped(bias[:1].expand(2, -1)), (biased, more), strict=True):
         assert torch.equal(found, expected)
     assert (stepped(torch.full_like(bias, -200.0))[1] == 0).all()
+
+
+def test_a_bias_is_what_the_reference_adds() -> None:
+    case = Case(
+        sketch_bits=2, head_dim=16, value_dim=24, heads=6, kv_heads=2, lengths=(150, 91), softcap=4.0, sinks=True,
+        biased=True,
+    )  # fmt: skip
+    store, [step], sinks = make(case)
+    bias = bias_of(case)
+    found = kernel_step(case, store, workspace_of(case, store), step, sinks, bias)
+    query, positions = step[0], expected_positions(case, store, step[0], sinks)
+    assert store.keys is not None
+    assert store.values is not None
+    assert store.value_sum is not None
+    out, missed = residual_attend(
+        query, store.keys, store.values, positions, expected_logits(case, store, query), store.value_sum,
+        bias=bias, lengths=store.lengths, scaling=case.head_dim**-0.5, softcap=case.softcap, sinks=sinks,
+    )  # fmt: skip
+    assert_near(found, out)
+    assert store.missed is not None
+    assert_near(store.missed, missed)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

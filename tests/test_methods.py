@@ -56,12 +56,18 @@ def rocket_capacity(head: Head) -> int:
     return max(math.floor(total / c ** min(0.2 + 0.06 * math.log2(c), 0.8)), min(2 * head.reserve, total))
 
 
-def snap(head: Head, kept: int, end: int = PROMPT) -> list[int]:
-    """Stage 1: the window before `end`, and the tokens before it that it attends to most, after max-pooling."""
+def snap(head: Head, kept: int, end: int = PROMPT, *, value_aware: bool = False) -> list[int]:
+    """Stage 1: the window before `end`, and the tokens before it that it attends to most, after max-pooling.
+
+    Value-aware, a token counts by how far its value is from the mean that they attend to.
+    """
     before = end - WINDOW
     scores = torch.zeros(before, dtype=torch.float64)
     for at in range(before, end):
         scores += head.logits(at, list(range(at + 1))).softmax(-1)[:, :before].sum(0)
+    if value_aware:
+        out = scores @ head.values[:before] / scores.sum()
+        scores *= (head.values[:before] - out).norm(dim=-1)
     pooled = [float(scores[max(0, i - KERNEL // 2) : i + KERNEL // 2 + 1].max()) for i in range(before)]
     return best(pooled, kept - WINDOW) + list(range(before, end))
 
@@ -138,19 +144,33 @@ def rocketkv_plus(head: Head, attended: int = BUDGET // 2) -> Steps:
     token, sketch = 4 * D, D // 4 + 2  # bytes
     capacity = max(min((BUDGET - attended) * token // sketch, total), min(2 * head.reserve, total))
     k = math.floor(BUDGET - capacity * sketch / token) - 1
-    kept = snap(head, capacity - head.reserve) if capacity < total else list(range(PROMPT))
+    kept = snap(head, capacity - head.reserve, value_aware=True) if capacity < total else list(range(PROMPT))
     mean = head.keys[kept].mean(0)
     estimates = {i: sketched(head.keys[i], mean) for i in [*kept, *range(PROMPT, PROMPT + STEPS)]}
-    out = []
-    for at in range(PROMPT, PROMPT + STEPS):
-        stored = kept + list(range(PROMPT, at + 1))
+
+    def parted(at: int, stored: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what is attended to, its mass [G, 1], that of the others, and their mean value."""
         estimate = torch.stack([head.queries[at] @ estimates[i] * SCALING for i in stored], 1)
-        weights = estimate.softmax(-1).amax(0)
-        chosen = [stored[i] for i in best(weights.tolist(), k)]
+        chosen = [stored[i] for i in best(estimate.softmax(-1).amax(0).tolist(), k)]
         others = [i for i in range(len(stored)) if stored[i] not in chosen]
         mass, rest = head.logits(at, chosen).exp(), estimate[:, others].exp().sum(-1, keepdim=True)
         mean_value = head.values[[stored[i] for i in others]].mean(0)
-        out.append((mass @ head.values[chosen] + rest * mean_value) / (mass.sum(-1, keepdim=True) + rest))
+        return mass @ head.values[chosen], mass.sum(-1, keepdim=True), rest, mean_value
+
+    # By what factor of the others' mass the window's queries would have erred least, each as if it were a step.
+    cross, square = torch.zeros(2, len(head.queries[0]), 1, dtype=torch.float64)
+    for at in range(PROMPT - WINDOW, PROMPT) if len(kept) > BUDGET else ():
+        stored = [i for i in kept if i <= at]
+        own, mass, rest, mean_value = parted(at, stored)
+        full = head.attend(at, stored)
+        fixed, linear = (own - mass * full) / (mass + rest), rest * (mean_value - full) / (mass + rest)
+        cross -= ((fixed * linear).sum(-1) / full.square().sum(-1))[:, None]
+        square += (linear.square().sum(-1) / full.square().sum(-1))[:, None]
+    factor = ((cross + 0.1 * square + 1e-6) / (1.1 * square + 1e-6)).clamp(1e-4, 1.6)
+    out = []
+    for at in range(PROMPT, PROMPT + STEPS):
+        own, mass, rest, mean_value = parted(at, kept + list(range(PROMPT, at + 1)))
+        out.append((own + factor * rest * mean_value) / (mass + factor * rest))
     return out
 
 

@@ -90,6 +90,7 @@ def test_llama_8b_by_hand() -> None:
         "protected": 0,
         "residual": False,
         "by_largest": False,
+        "calibrated": False,
         "value_aware": False,
     }
     heads = 32 * 8

@@ -67,7 +67,8 @@ def test_opcheck(method: str) -> None:
     ring = torch.zeros(2, 6, 4, D) if method == "rocketkv" else None
     arguments = (
         given.query[:, :, 0], given.key[:, :, 0], given.value[:, :, 0], step.keys, step.values, step.positions,
-        step.index, step.value_sum, step.missed, step.lengths, step.clock, ring, step.buffers, step.out,
+        step.index, step.value_sum, step.residual_bias, step.missed, step.lengths, step.clock, ring, step.buffers,
+        step.out,
         split.page_size, split.channels, split.sketch_bits, split.top_k, split.token_budget, split.sinks,
         split.protected, split.by_largest, SCALING, 2.0, torch.ones(6),
     )  # fmt: skip
@@ -137,8 +138,8 @@ def test_a_step_on_the_kernels_does_nothing_else(method: str, monkeypatch: pytes
         out = run_kernels(
             second.query[:, :, 0], second.key[:, :, 0], second.value[:, :, 0], step.keys, step.values, step.positions,
             dict(zip(names, step.index, strict=True)), step.lengths, step.clock, value_sum=step.value_sum,
-            missed=step.missed, ring=None, split=step.split, workspace=step.buffers, scaling=SCALING, softcap=None,
-            sinks=None, out=step.out,
+            residual_bias=step.residual_bias, missed=step.missed, ring=None, split=step.split,
+            workspace=step.buffers, scaling=SCALING, softcap=None, sinks=None, out=step.out,
         )  # fmt: skip
     assert launched == kernels
     assert [name for name in tracker.operations if name not in VIEWS] == []

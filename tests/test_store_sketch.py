@@ -192,7 +192,7 @@ def test_within_the_budget_it_is_plain_attention(padded: bool) -> None:
 
 def test_the_missed_weight_is_that_of_the_others() -> None:
     # With four bits and few channels an estimate is nearly exact.
-    store = prompted(tokens(2, PROMPT), replace(PLUS, sketch_bits=4, top_k=6, by_largest=False))
+    store = prompted(tokens(2, PROMPT), replace(PLUS, sketch_bits=4, top_k=6, by_largest=False, calibrated=False))
     given = tokens(2, 3)
     decode(store, given[:2])
     assert store.missed is not None
@@ -243,7 +243,7 @@ def test_bytes_are_those_of_codes_scales_and_means() -> None:
     store = prompted(tokens(2, PROMPT), PLUS)
     found, rows, capacity = store_stats(store), 2 * HKV, store.capacity
     value_dim = store.values.shape[3]  # type: ignore[union-attr]
-    assert found.index_bytes == rows * (capacity * (D // 4 + 2) + 4 * D + 8 * value_dim)
+    assert found.index_bytes == rows * (capacity * (D // 4 + 2) + 4 * D + 8 * value_dim) + 2 * 4 * H
     stored, k = store.stored + 1, PLUS.top_k or 0
     read = stored * (D // 4 + 2)
     assert found.nominal_step_bytes == rows * (read + 2 * (k + 1) * (D + value_dim))
@@ -254,7 +254,7 @@ def test_the_kernels_leave_a_residual_of_pages_to_pytorch_and_say_so(monkeypatch
     pytest.importorskip("rocketkv.kernels.decode", reason="Triton has no package for this platform")
     monkeypatch.setattr(backend, "backend_name", lambda *_: "triton")
     backend._say_once.cache_clear()
-    store = prompted(tokens(1, PROMPT), replace(PLUS, sketch_bits=None, channels=4))
+    store = prompted(tokens(1, PROMPT), replace(PLUS, sketch_bits=None, channels=4, calibrated=False))
     other = copy.deepcopy(store)
     given = tokens(1, 3)
     with pytest.warns(UserWarning, match="needs the scores of a sketch; the kernels have it for no other"):
