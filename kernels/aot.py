@@ -361,9 +361,17 @@ def _compile(target_name: str, configuration_name: str) -> list[Report]:
     return reports
 
 
-def compile_all(targets: Sequence[str], jobs: int) -> list[Report]:
-    """Compile every configuration for the named devices, in so many processes, from an empty cache."""
-    tasks = [(target, name) for target in targets for name in CONFIGURATIONS]
+def compile_all(targets: Sequence[str], jobs: int, brief: Sequence[str] = ()) -> list[Report]:
+    """Compile the configurations for the named devices, in so many processes, from an empty cache.
+
+    For those in `brief`, only the main ones, and those that have kernels which no main one has.
+    """
+    tasks = [
+        (target, name)
+        for target in targets
+        for name, configuration in CONFIGURATIONS.items()
+        if target not in brief or configuration.main or configuration.alone
+    ]
     reports: list[Report] = []
     with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": cache}):
         # Not forked: Triton's compiler has threads.
@@ -415,6 +423,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m rocketkv.kernels.aot", description="Compile every kernel.")
     parser.add_argument("--target", action="append", choices=tuple(TARGETS), help="a device; by default each")
+    parser.add_argument(
+        "--brief", action="append", choices=tuple(TARGETS), help="a device to compile only the main configurations for"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes (2)")
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
     arguments = parser.parse_args(argv)
@@ -423,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     asked = arguments.target or list(TARGETS)
     left_out = {name: reason for name in asked if (reason := TARGETS[name].left_out()) is not None}
-    reports = compile_all([name for name in asked if name not in left_out], arguments.jobs)
+    reports = compile_all([name for name in asked if name not in left_out], arguments.jobs, arguments.brief or ())
     seconds = round(time.monotonic() - began, 1)
     if arguments.json:
         found = {"triton": triton.__version__, "seconds": seconds, "left_out": left_out}

@@ -26,11 +26,13 @@ class Configuration:
         launch: makes them on meta tensors, for a device of so many multiprocessors.
         kernels: those of its kernels that count, or None for all.
         main: whether it is held to no spills on sm_80 and sm_90 and to wide loads.
+        alone: whether some of its kernels are launched in no main one.
     """
 
     launch: Callable[[int], object]
     kernels: tuple[str, ...] | None = None
     main: bool = False
+    alone: bool = False
 
 
 def meta(*sizes: int, dtype: torch.dtype) -> Tensor:
@@ -231,7 +233,9 @@ CONFIGURATIONS = {
     "smollm2-135m-fp32-sketch": Configuration(decode(FP32, **THREE_BITS, **SMOLLM), (*SKETCHED[:1], *SELECT)),
     "llama-3.1-8b-prompt-128k": Configuration(evict(BF16, tokens=131072, kept=6343, page_size=3), main=True),
     "smollm2-135m-prompt-8k": Configuration(
-        evict(FP16, tokens=8192, kept=3614, page_size=2, index_dtype=E5M2, batch=8, padded=True, **SMOLLM), PADDED
+        evict(FP16, tokens=8192, kept=3614, page_size=2, index_dtype=E5M2, batch=8, padded=True, **SMOLLM),
+        PADDED,
+        alone=True,
     ),
     "gemma-2-9b-prompt-8k": Configuration(evict(BF16, tokens=8192, kept=3614, page_size=1, **GEMMA), WIDEST),
     "mqa-fp32-prompt-8k": Configuration(evict(FP32, tokens=8192, kept=1024, page_size=None, **MQA), WIDEST),
