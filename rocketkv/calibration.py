@@ -19,7 +19,8 @@ from .budget import BudgetSplit
 from .eviction import full_precision
 from .indexes import Index
 
-# The logits of some queries, [B, H, queries, N] in float32, and each of their few copies, stay under this.
+# The logits of some queries, [B, H, queries, N] in float32, and each of their few copies, stay under this; those of one
+# query may be larger.
 BLOCK_BYTES = 4 * 2**20
 
 # Of how many windows like this one, with f = 1 in each, the rest of a conversation is taken to consist.
@@ -32,7 +33,7 @@ NEGLIGIBLE = 1e-6
 LEAST, MOST = 1e-4, 1.6
 
 
-def residual_bias(
+def fitted_bias(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -174,16 +175,17 @@ def _head_terms(
         softcap: of the logits, or None.
         sinks: [G], or None.
     """
-    logits = torch.matmul(rows, keys[:, None].transpose(-1, -2))
+    # The group's queries as rows of one matrix: keys and values are not copied for each head.
+    logits = torch.bmm(rows.flatten(1, 2), keys.transpose(1, 2)).view(*rows.shape[:3], -1)
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     logits = logits.masked_fill(~seen, -torch.inf)
     near = logits.masked_fill(~chosen, -torch.inf)
     columns = [logits.logsumexp(-1), near.logsumexp(-1), rest]
     weights = logits.softmax(-1), near.softmax(-1)
-    out, own = (torch.matmul(weight, values[:, None]) for weight in weights)
+    out, own = (torch.bmm(weight.flatten(1, 2), values).view(*rows.shape[:3], -1) for weight in weights)
     others = (seen & ~chosen).float()
-    mean = torch.matmul(others, values[:, None]) / others.sum(-1, keepdim=True).clamp(min=1)
+    mean = torch.bmm(others[:, 0], values)[:, None] / others.sum(-1, keepdim=True).clamp(min=1)
     # Shares of the chosen and of the others in a step's total, in which sinks have no value.
     sink = torch.full_like(rest, -torch.inf) if sinks is None else sinks[:, None].expand_as(rest)
     share = torch.stack((columns[1], rest, sink), -1).softmax(-1)

@@ -154,12 +154,13 @@ def value_aware(scores: Tensor, value: Tensor) -> Tensor:
         return value[:, :, part].float().masked_fill(scores[:, :, part, None] == 0, 0)
 
     out = value.new_zeros(batch, kv_heads, 1, value.shape[3], dtype=torch.float32)
-    for part in blocks:
-        out += scores[:, :, None, part] @ scored(part)
-    out /= scores.sum(-1)[..., None, None].clamp(min=torch.finfo(torch.float32).tiny)
     changed = torch.empty_like(scores)
-    for part in blocks:
-        changed[:, :, part] = scores[:, :, part] * torch.linalg.vector_norm(scored(part) - out, dim=-1)
+    with full_precision(value.device):
+        for part in blocks:
+            out += scores[:, :, None, part] @ scored(part)
+        out /= scores.sum(-1)[..., None, None].clamp(min=torch.finfo(torch.float32).tiny)
+        for part in blocks:
+            changed[:, :, part] = scores[:, :, part] * torch.linalg.vector_norm(scored(part) - out, dim=-1)
     return changed
 
 
@@ -192,8 +193,8 @@ def prompt_scores(
     window = query.shape[2]
     with full_precision(key.device):
         scores = window_scores(query, key, scaling=scaling, softcap=softcap, sinks=sinks, valid=valid)
-        if value is not None:
-            scores = value_aware(scores, value)
+    if value is not None:
+        scores = value_aware(scores, value)
     if valid is None:
         scores = pooled(scores, kernel_size)
     else:

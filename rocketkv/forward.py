@@ -21,7 +21,7 @@ from .models import given_cache, given_inputs
 
 def eagerly(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function eagerly, also where `torch.compile` traces the caller or has given up tracing it."""
-    if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
+    if torch.compiler.is_dynamo_compiling() or "torch._dynamo" in sys.modules:
         from .untraced import call_untraced
 
         return call_untraced(function, *args)
@@ -68,7 +68,7 @@ class DecoderForward:
         layers = rocketkv_layers(cache)
         if not layers:
             return self._forward(args, kwargs)
-        traced = torch.compiler.is_compiling()
+        traced = torch.compiler.is_dynamo_compiling()
         if traced and step_statically(layers, given_inputs(args, kwargs)):
             return self._checked(layers, args, kwargs)
         return eagerly(self._run, cache, layers, args, kwargs, traced)

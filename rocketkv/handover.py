@@ -33,7 +33,7 @@ _counting = threading.Lock()
 
 def hand_over(layer: Any) -> None:
     """Leave a layer, whose `pending` key and value were just returned to the model, for the attention call."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         _traced.layer = layer
     else:
         _hand_over.layer = layer
@@ -45,7 +45,7 @@ def claim(key: Tensor) -> Any:
     Raises:
         ValueError: a layer of ours handed over another tensor: the model changes keys between cache and attention.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         layer = _traced.layer
         _traced.layer = None
         if layer is None and _traced.eager_forwards:
@@ -76,7 +76,7 @@ def _holds(layer: Any, key: Tensor) -> bool:
 def forget_hand_over() -> None:
     """Drop what an interrupted forward may have left."""
     _traced.layer = None
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         _hand_over.layer = None
 
 

@@ -112,7 +112,8 @@ def patch(
 
     Patching again changes the settings. Only full-attention layers are compressed; sliding-window and linear layers of
     hybrid models stay as they are. Caches that are not dynamic run exactly as without the patch, with a warning. Under
-    `torch.compile` of one's own, decode steps with `decode_capacity` are compiled; a cache that grows runs eagerly.
+    `torch.compile` of one's own, decode steps with `decode_capacity` are compiled, but do not see the end of its room
+    (`handle.compile_step()` does); a cache that grows runs eagerly.
 
     Args:
         model: a causal language model of transformers, bare or wrapped (PEFT).
@@ -253,13 +254,19 @@ class _ForwardHook:
         self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         forget_hand_over()
+        forward = decoder.__dict__.get("forward")
+        if isinstance(forward, DecoderForward) and forward.decoder is not decoder:
+            raise ValueError(
+                f"this {type(decoder).__name__} is a shallow copy (as nn.DataParallel makes) of a patched model, and "
+                f"would run that one's weights: copy the model before rocketkv.patch, or use copy.deepcopy"
+            )
         if decoder.config._attn_implementation != NAME:
             raise ValueError(
                 f"the attention implementation of this patched {type(decoder).__name__} was set to "
                 f"{decoder.config._attn_implementation!r}; call rocketkv.unpatch(model) before changing it"
             )
         kwargs, cache = given_cache(kwargs)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             if _arm_static_step(cache, given_inputs(args, kwargs)):
                 return args, kwargs  # what follows is for prompts and for caches yet to be made
             if not (_makes_cache(decoder, cache, kwargs) or convertible(cache) or rocketkv_layers(cache)):

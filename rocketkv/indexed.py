@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .budget import BudgetSplit
-from .calibration import residual_bias
+from .calibration import fitted_bias
 from .indexes import INDEX_TENSORS, index_of
 from .residual import sum_values, summable
 from .window import QueryWindow
@@ -76,6 +76,7 @@ class Indexed(QueryWindow):
             self.value_sum = sum_values(self.values, self.stored, lengths)
 
     @torch.inference_mode(False)
+    @torch.no_grad()  # a model's sinks are parameters
     def _calibrate(self, window: Tensor, exact: dict[str, Any]) -> None:
         """Fit what the residual weighs, by the queries [B, H, W, D] of the prompt's last tokens."""
         index = index_of(self.split)
@@ -83,7 +84,7 @@ class Indexed(QueryWindow):
             raise ValueError("calibration is of an index")
         if self.positions is None or self.lengths is None:
             raise ValueError("calibration comes after a prompt's end")
-        self.residual_bias = residual_bias(
+        self.residual_bias = fitted_bias(
             window,
             self.keys,
             self.values,

@@ -134,7 +134,7 @@ class RocketKVLayer(CacheLayerMixin):
         Raises:
             ValueError: the model is not patched, so nobody would claim them.
         """
-        if torch.compiler.is_compiling() and not self.steps_statically(key_states.shape[2]):
+        if torch.compiler.is_dynamo_compiling() and not self.steps_statically(key_states.shape[2]):
             from .untraced import call_untraced
 
             return call_untraced(self.update, key_states, value_states)  # type: ignore[no-any-return]
@@ -212,7 +212,7 @@ class RocketKVLayer(CacheLayerMixin):
         Raises:
             ValueError: nothing is pending.
         """
-        if torch.compiler.is_compiling() and not self.steps_statically(query.shape[2]):
+        if torch.compiler.is_dynamo_compiling() and not self.steps_statically(query.shape[2]):
             from .untraced import call_untraced
 
             return call_untraced(  # type: ignore[no-any-return]
@@ -274,10 +274,10 @@ class RocketKVLayer(CacheLayerMixin):
     ) -> Tensor | None:
         """Run a static step and return [B, 1, H, Dv], or None where gradients are asked for, which it does not have."""
         if torch.is_grad_enabled() and query.requires_grad:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_dynamo_compiling():
                 raise ValueError("a compiled decode step has no gradients: run it under torch.inference_mode()")
             return None
-        traced = torch.compiler.is_compiling()
+        traced = torch.compiler.is_dynamo_compiling()
         captured = not traced and query.is_cuda and torch.cuda.is_current_stream_capturing()
         if not (traced or captured):
             self.make_room()
@@ -382,7 +382,9 @@ class RocketKVLayer(CacheLayerMixin):
         While a forward is compiled or captured, and after such steps that the host did not count, it is a tensor of no
         dimensions, as that of transformers' own static cache.
         """
-        if self.step is not None and (torch.compiler.is_compiling() or not self.store.counted or self._captured()):
+        if self.step is not None and (
+            torch.compiler.is_dynamo_compiling() or not self.store.counted or self._captured()
+        ):
             seen: Any = self.static_clock()[0]
             return seen  # type: ignore[no-any-return]  # transformers itself declares an int
         return self.tokens_seen

@@ -78,8 +78,20 @@ def missed_mass(store: KVStore, heads: int) -> Tensor | None:
     if store.split is None or not store.split.residual or store.keys is None:
         return None
     if selects(store) and store.missed is not None:
-        return store.missed.clone()
+        return uncalibrated(store.missed, store.residual_bias)
     return torch.full((store.keys.shape[0], heads), torch.nan if selects(store) else 0.0, device=store.keys.device)
+
+
+def uncalibrated(missed: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the estimated weight of what a step did not attend to, given with what weight it counted that in.
+
+    The bias is what makes the mean value serve best; it says nothing of how much was missed.
+
+    Args:
+        missed: [B, H] float32, the weight with the bias.
+        bias: [B, H] float32, of the logit, or None.
+    """
+    return missed.clone() if bias is None else missed / (missed + (1 - missed) * bias.exp())
 
 
 def last_missed(store: KVStore) -> Tensor | None:
@@ -226,7 +238,7 @@ def attend_wider_where(
             )
             if rest is None:
                 raise ValueError("a step with a residual says what it missed")
-            return found, rest
+            return found, uncalibrated(rest, None if bias is None else part(bias, queries.shape[1]))
 
         out, missed = _replaced(passed, query, out, missed, sinks, attend_wider)
         passed = passed & beyond(missed, bound, passed.shape[1])

@@ -100,7 +100,7 @@ def residual_attend(
     if softcap is not None:
         exact = torch.tanh(exact / softcap) * softcap
     if bias is not None:
-        # Taken from what it is compared with, which is less than there are others.
+        # Taken from the few exact logits in place of being added to the many estimates: the softmax is the same.
         bias = bias.view(*grouped, 1)
         exact = exact - bias
     chosen = place[:, :, None].expand(*grouped, -1)

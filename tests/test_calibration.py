@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -14,10 +15,12 @@ from rocketkv import calibration
 from rocketkv.budget import BudgetSplit
 from rocketkv.indexes import index_of
 from rocketkv.residual import residual_attend
+from rocketkv.sketch import build_sketch, rotation
 from rocketkv.store import KVStore
 
 from .close import assert_near
 from .naive import softmax_weights, top
+from .tracking import Tracker
 
 SPLIT = BudgetSplit(
     token_budget=24, kept_tokens=40, sketch_bits=2, top_k=11, residual=True, calibrated=True, by_largest=True
@@ -102,6 +105,34 @@ def test_the_factor_is_that_of_least_squares(heads: int, kv_heads: int, extras: 
     expected = (sums[0] + prior * sums[1] + least) / ((1 + prior) * sums[1] + least)
     assert ((expected > calibration.LEAST) & (expected < calibration.MOST)).any()
     assert_near(store.residual_bias[0], expected.clamp(calibration.LEAST, calibration.MOST).log())
+
+
+def test_it_keeps_no_graph_of_a_models_parameters() -> None:
+    """Sinks are parameters of the model; caches are copied, and outlive a forward."""
+    sinks = torch.nn.Parameter(torch.randn(6))
+    for context in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):
+        with context:
+            store, _ = closed(6, 2, sinks=sinks)
+        assert store.residual_bias is not None
+        assert not store.residual_bias.requires_grad
+        assert not store.residual_bias.is_inference()
+        copy.deepcopy(store)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_group_shares_its_keys(batch: int) -> None:
+    """Scratch does not grow with the query heads that share a KV head's keys and values."""
+    size, dims = 3000, (16, 16)
+    keys, values = (torch.randn(batch, 1, size, width) for width in dims)
+    query, positions = torch.randn(batch, 8, 1, 16), torch.arange(size).expand(batch, 1, size)
+    parts = build_sketch(keys, size, rotation(16), 2)._asdict()
+    index, lengths = index_of(SPLIT), torch.full((batch, 1), size)
+    assert index is not None
+    with Tracker([query, keys, values, *parts.values()]) as tracker:
+        calibration.fitted_bias(
+            query, keys, values, positions, lengths, index, parts, split=SPLIT, stored=size, seen=size, scaling=0.25
+        )
+    assert tracker.largest[0] < keys.nbytes + values.nbytes
 
 
 def padded(*missing: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -405,3 +406,29 @@ def test_an_attention_that_does_not_read_the_cache(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("rocketkv.interface.claim", lambda key: None)  # as where dynamo loses the hand-over
     with pytest.raises(ValueError, match="its attention did not read the cache"):
         model(PROMPT)
+
+
+def test_a_compiler_at_work_in_another_thread_changes_nothing() -> None:
+    model = build(num_hidden_layers=1)
+    at_work, done = threading.Event(), threading.Event()
+
+    def slow(graph: Any, inputs: Any) -> Any:
+        at_work.set()
+        done.wait(60)
+        return graph.forward
+
+    other = threading.Thread(target=lambda: torch.compile(lambda x: x + 1, backend=slow)(torch.ones(2)))
+    with rocketkv.patch(model, **SMALL):
+        expected = hand_written(model, prompt(90), 4)[0]
+        other.start()
+        assert at_work.wait(60)
+        found = hand_written(model, prompt(90), 4)[0]
+        done.set()
+        other.join()
+    assert found.equal(expected)
+
+
+def test_a_shallow_copy_of_a_patched_model_is_refused() -> None:
+    model = build(num_hidden_layers=1)
+    with rocketkv.patch(model, **SMALL), pytest.raises(ValueError, match="is a shallow copy"):
+        copy.copy(model.model)(prompt(9))
