@@ -86,7 +86,7 @@ class Monitor:
         Raises:
             ValueError: the step is being compiled.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             raise ValueError(
                 "a step that is watched (on_step, audit_every, on_loss) cannot be compiled: it asks the device what it "
                 "missed. Leave those out, or do not compile"

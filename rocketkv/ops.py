@@ -103,7 +103,6 @@ def decode_step_op(
         sinks=ends,
         protected=protected,
         residual=value_sum is not None,
-        calibrated=residual_bias is not None,
         by_largest=by_largest,
     )
     exact: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}

@@ -408,7 +408,8 @@ def test_an_attention_that_does_not_read_the_cache(monkeypatch: pytest.MonkeyPat
         model(PROMPT)
 
 
-def test_a_compiler_at_work_in_another_thread_changes_nothing() -> None:
+@pytest.mark.parametrize("fields", [{}, {"split": SKETCH_SPLIT, "audit_every": 1}], ids=["pages", "watched"])
+def test_a_compiler_at_work_in_another_thread_changes_nothing(fields: dict[str, Any]) -> None:
     model = build(num_hidden_layers=1)
     at_work, done = threading.Event(), threading.Event()
 
@@ -418,13 +419,15 @@ def test_a_compiler_at_work_in_another_thread_changes_nothing() -> None:
         return graph.forward
 
     other = threading.Thread(target=lambda: torch.compile(lambda x: x + 1, backend=slow)(torch.ones(2)))
-    with rocketkv.patch(model, **SMALL):
+    with rocketkv.patch(model, **SMALL | fields):
         expected = hand_written(model, prompt(90), 4)[0]
         other.start()
         assert at_work.wait(60)
-        found = hand_written(model, prompt(90), 4)[0]
-        done.set()
-        other.join()
+        try:
+            found = hand_written(model, prompt(90), 4)[0]
+        finally:
+            done.set()
+            other.join()
     assert found.equal(expected)
 
 
