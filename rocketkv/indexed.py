@@ -112,14 +112,13 @@ class Indexed(QueryWindow):
         if index is not None and parts:
             self._set(index.grow(parts, capacity))
 
-    @torch.inference_mode(False)
     def missed_room(self, query: Tensor) -> Tensor:
         """Return where a step of queries [B, H, D] is to write what it missed, [B, H]; always the same tensor."""
         if self.missed is None or self.missed.is_inference():  # of a copy that was made in inference mode
-            self.missed = torch.zeros(query.shape[:2], device=query.device)
+            with torch.inference_mode(False):
+                self.missed = torch.zeros(query.shape[:2], device=query.device)
         return self.missed
 
-    @torch.inference_mode(False)
     def note_missed(self, missed: Tensor) -> None:
         """Keep what a step missed, [B, H] float32; always in the same tensor."""
         self.missed_room(missed).copy_(missed.detach())

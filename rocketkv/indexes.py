@@ -197,7 +197,7 @@ class SketchIndex:
         """See `Index`."""
         turn = rotation(keys.shape[3], keys.device)
         if slot is not None:
-            write_tokens(Sketch(**parts), keys[:, :, slot : slot + 1], slot, turn, self.bits)
+            write_tokens(Sketch(**parts), keys.narrow(2, slot, 1), slot, turn, self.bits)
             return
         last = (lengths.long() - 1).clamp(min=0)
         own = keys.gather(2, last[..., None, None].expand(-1, -1, 1, keys.shape[3]))

@@ -96,7 +96,8 @@ def residual_attend(
         positions = positions.clamp(max=stored - 1)
         logits = functional.pad(logits, (0, 1))
     own_keys, own_values = (tensor.float() for tensor in gather_tokens(positions, keys, values))
-    exact = torch.matmul(query.float().view(*grouped, -1) * number(scaling), own_keys.transpose(-1, -2))
+    rows = query.float().view(batch * kv_heads, heads // kv_heads, -1)
+    exact = torch.bmm(rows * number(scaling), own_keys.flatten(0, 1).transpose(1, 2)).view(*grouped, -1)
     if softcap is not None:
         exact = torch.tanh(exact / softcap) * softcap
     if bias is not None:
@@ -105,7 +106,7 @@ def residual_attend(
         exact = exact - bias
     chosen = place[:, :, None].expand(*grouped, -1)
     others = logits.view(*grouped, -1).scatter(-1, chosen, -torch.inf)[..., :stored]
-    left: Tensor | int = max(1, stored - positions.shape[-1])
+    left: Tensor = number(max(1, stored - positions.shape[-1]), torch.float64)
     if lengths is not None and real is not None:
         exact = exact.masked_fill(~real[:, :, None], -torch.inf)
         own_values = own_values.masked_fill(~real[..., None], 0)
@@ -123,5 +124,6 @@ def residual_attend(
         weight = weight.masked_fill((lengths == 0)[..., None, None], 0)
     attended = exact.shape[-1]
     rest = weight.narrow(-1, attended, stored).sum(-1)
-    out = torch.matmul(weight[..., :attended], own_values).addcmul_(rest[..., None], mean[:, :, None])
+    out = torch.bmm(weight.flatten(0, 1).narrow(-1, 0, attended), own_values.flatten(0, 1))
+    out.addcmul_(rest.view(*out.shape[:2], 1), mean.view(-1, 1, out.shape[2]))
     return out.view(batch, heads, -1).to(query.dtype), rest.view(batch, heads)

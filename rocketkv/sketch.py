@@ -192,13 +192,13 @@ def encode(keys: Tensor, mean: Tensor, turn: Tensor, bits: int) -> tuple[Tensor,
     whole = (difference / largest).mul_(number(top)).round_().nan_to_num_(nan=0.0)
     with full_precision(keys.device):
         turned = functional.linear(whole, turn)
-    square = whole.square().sum(-1, keepdim=True)
+        square = torch.linalg.vecdot(whole, whole).unsqueeze(-1)
     # Steps from the middle, which is a border; the largest difference is `top`, so only zeros have squares under 1.
-    step = square.clamp(min=1).sqrt_().mul_(number(spacing))
+    step = square.clamp_min(1).sqrt_().mul_(number(spacing))
     level = (turned / step).floor_().clamp_(-half, half - 1)
-    product = (turned * (level + number(0.5))).sum(-1, keepdim=True)
-    scale = largest * (square * number(norm / top) / product.clamp_(min=0.5))
-    return pack(level.add_(number(half)).to(torch.uint8), bits), scale[..., 0].to(torch.bfloat16)
+    product = turned.mul_(level + number(0.5)).sum(-1, keepdim=True)
+    scale = square.mul_(number(norm / top)).div_(product.clamp_min_(0.5)).mul_(largest)
+    return pack(level.add_(number(half)).to(torch.uint8), bits), scale.squeeze(-1).to(torch.bfloat16)
 
 
 def build_sketch(keys: Tensor, tokens: int, turn: Tensor, bits: int, lengths: Tensor | None = None) -> Sketch:
@@ -240,8 +240,8 @@ def write_tokens(sketch: Sketch, keys: Tensor, start: int | Tensor, turn: Tensor
         last = min(first + block, count)
         codes, scales = encode(keys[:, :, first:last], sketch.mean, turn, bits)
         if isinstance(start, int):
-            sketch.codes[:, :, start + first : start + last] = codes
-            sketch.scales[:, :, start + first : start + last] = scales
+            sketch.codes.narrow(2, start + first, last - first).copy_(codes)
+            sketch.scales.narrow(2, start + first, last - first).copy_(scales)
         else:
             place = start.long()[..., None] + torch.arange(first, last, device=keys.device)
             sketch.codes.scatter_(2, place[..., None].expand_as(codes), codes)
@@ -290,24 +290,24 @@ def score_sketch(
     """
     batch, heads, head_dim = query.shape
     kv_heads = sketch.mean.shape[1]
-    rows = query.float().view(batch * kv_heads, heads // kv_heads, head_dim) * number(scaling)
-    weight = torch.matmul(rows, _digit_rotation(head_dim, bits, query.device))
-    middle = weight[..., -1:]
-    shift = torch.bmm(rows, sketch.mean.flatten(0, 1)[..., None])
+    rows = query.float().view(batch * heads, head_dim) * number(scaling)
+    grouped = (batch * kv_heads, heads // kv_heads, -1)
+    weight = torch.mm(rows, _digit_rotation(head_dim, bits, query.device)).view(grouped)
+    shift = torch.bmm(rows.view(grouped), sketch.mean.flatten(0, 1).unsqueeze(-1))
+    codes, scales = sketch.codes.flatten(0, 1), sketch.scales.flatten(0, 1).unsqueeze(1)
     blocks = []
-    block = _block_tokens(sketch.mean[:, :, None])
+    block = _block_tokens(sketch.mean.unsqueeze(2))
     for start in range(0, stored, block):
-        stop = min(start + block, stored)
+        count = min(block, stored - start)
         # With tokens last multiplication is so much faster that turning the bytes pays.
-        codes = sketch.codes[:, :, start:stop].flatten(0, 1).transpose(1, 2).contiguous()
-        product, column = middle, 0
+        bytes_first = codes.narrow(1, start, count).transpose(1, 2).contiguous()
+        product, column = weight.narrow(-1, weight.shape[-1] - 1, 1), 0
         for first, size, masks in _digits(head_dim, bits, query.device):
             # In their places within a byte, which the weights make up for.
-            digits = (codes[:, None, first : first + size] & masks).float().flatten(1, 2)
+            digits = (bytes_first.narrow(1, first, size).unsqueeze(1) & masks).float().flatten(1, 2)
             product = torch.baddbmm(product, weight.narrow(-1, column, digits.shape[1]), digits)
             column += digits.shape[1]
-        scales = sketch.scales[:, :, None, start:stop].flatten(0, 1).float()
-        blocks.append(torch.addcmul(shift, product, scales))
+        blocks.append(torch.addcmul(shift, product, scales.narrow(2, start, count).float()))
     logits = (blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)).view(batch, heads, stored)
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
@@ -317,13 +317,13 @@ def score_sketch(
 def _digits(head_dim: int, bits: int, device: torch.device) -> tuple[tuple[int, int, Tensor], ...]:
     """Return where the digits of packed codes are: a plane's first byte, its bytes, and masks of digits [m, 1, 1].
 
-    Half of a plane's digits at a time: all of them, as floats, would be as large as the keys. Constants; uint8.
+    Constants; uint8.
     """
     found, first = [], 0
     for _, width in planes(bits):
         size = -(-head_dim * width // 8)
         masks = torch.tensor([(2**width - 1) << place for place in range(0, 8, width)], device=device).byte()
-        found += [(first, size, half.view(-1, 1, 1)) for half in masks.chunk(2)]
+        found.append((first, size, masks.view(-1, 1, 1)))
         first += size
     return tuple(found)
 
