@@ -5,9 +5,9 @@ Bytes are those of `stats()` as budgets count (16 bits; index, scales and means 
 it. Oracles, whose scores are not counted, and floors, which attend to all that is stored, are what they are.
 
 Stage 1 pools as in the paper, and tokens rank by the average of a group's heads, in all arms that do not say otherwise,
-so that what differs is the part in question. The library's own `rocketkv+` pools more narrowly, ranks by the largest
-weight, counts in values in stage 1 and calibrates the residual: `rocketkv+:own`. Arms that choose otherwise pool over
-13, too.
+so that what differs is the part in question. The library's own `rocketkv+` pools more narrowly and further back, ranks
+by the largest weight, counts in values in stage 1 and calibrates the residual: `rocketkv+:own`. Arms that choose
+otherwise pool over 13, too.
 
 Letters: t token budget, D head dim, N stored tokens, k tokens attended to, b bytes of a sketched token.
 """
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..budget import BudgetSplit, sketch_bytes
+from ..budget import READ_ON, BudgetSplit, sketch_bytes
 from ..index import page_count
 from ..indexes import index_of
 from .ablation_choice import (
@@ -84,7 +84,12 @@ def _exact(case: Case, *, residual: bool = False, **changes: Any) -> BudgetSplit
 
 def _floor(case: Case, own: Callable[[Case], BudgetSplit]) -> BudgetSplit:
     split = own(case)
-    return BudgetSplit(token_budget=case.budget, kept_tokens=split.kept_tokens, value_aware=split.value_aware)
+    return BudgetSplit(
+        token_budget=case.budget,
+        kept_tokens=split.kept_tokens,
+        value_aware=split.value_aware,
+        pool_offset=split.pool_offset,
+    )
 
 
 def _with(name: str, what: str, **fields: Any) -> Arm:
@@ -179,7 +184,8 @@ _NEAR = 0.25  # of the tokens, whose low bits are scored, too
 _NEED: dict[str, Any] = {"summary": functools.partial(a_limit, most=(0.0, 30.0)), "step": least_weight_step}
 _NEED_PLANES = {**_NEED, "step": functools.partial(planes_step, share=_NEAR)}
 _SHARED_NORMS = functools.partial(shared_storage, by_values=True)
-_OWN = functools.partial(plus_split, by_largest=True, value_aware=True, calibrated=True)
+_OWN_RANKS: dict[str, Any] = {"by_largest": True, "value_aware": True, "pool_offset": READ_ON}
+_OWN = functools.partial(plus_split, calibrated=True, **_OWN_RANKS)
 _ONE_RUN = functools.partial(evicted_summary, runs=1)
 
 MAIN = (
@@ -252,14 +258,15 @@ ABLATIONS = (
         split=functools.partial(plus_split, by_largest=True, value_aware=True),
     ),
     _at_13(
-        "own",
-        "and the residual's weight fitted by the window's queries: the library's own",
-        split=_OWN,
+        "centred-13",
+        "and the residual's weight fitted by the window's queries",
+        split=functools.partial(_OWN, pool_offset=0),
     ),
+    _at_13("own", "and pools that end 4 tokens after a token, not 6: the library's own", split=_OWN),
     _at_13(
         "exact-own",
         "its N and k by exact scores, free, no residual: stored-topk there",
-        split=functools.partial(_exact, by_largest=True, value_aware=True),
+        split=functools.partial(_exact, **_OWN_RANKS),
         fitted=None,
     ),
     _at_13("floor-own", "dense attention over its N", split=functools.partial(_floor, own=_OWN), fitted=None),

@@ -147,4 +147,5 @@ def papers_split(case: Case) -> BudgetSplit:
 
 def plus_split(case: Case, *, most_stored: int | None = None, **changes: Any) -> BudgetSplit:
     split = rocketkv_plus_split(case.prompt, case.budget, case.head_dim, RESERVE, most_stored=most_stored)
-    return replace(split, **{"by_largest": False, "value_aware": False, "calibrated": False, **changes})
+    plain = {"by_largest": False, "value_aware": False, "calibrated": False, "pool_offset": 0}
+    return replace(split, **{**plain, **changes})

@@ -55,7 +55,7 @@ def unpooled_ties(values: Tensor, number: int) -> Ranks:
     """Rank tokens of equal pooled scores by their own scores, not by their positions."""
 
     def ranks(
-        window: Tensor, keys: Tensor, *, value: Tensor | None, kernel_size: int, valid: Any, **exact: Any
+        window: Tensor, keys: Tensor, *, value: Any, kernel_size: int, pool_offset: int, valid: Any, **exact: Any
     ) -> Tensor:
         scores = window_scores(window, keys, **exact)
         order = scores.argsort(dim=-1, stable=True)
@@ -70,7 +70,7 @@ def by_value_norms(values: Tensor, number: int) -> Ranks:
     """Rank tokens by attention times the length of their values."""
 
     def ranks(
-        window: Tensor, keys: Tensor, *, value: Tensor | None, kernel_size: int, valid: Any, **exact: Any
+        window: Tensor, keys: Tensor, *, value: Any, kernel_size: int, pool_offset: int, valid: Any, **exact: Any
     ) -> Tensor:
         size = window.shape[2]
         scores = window_scores(window, keys, **exact) * values[:, :, :-size].norm(dim=-1)

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..eviction import value_aware
+from ..eviction import pool_reach, value_aware
 from .compact import compact_kernel, tokens_first_kernel
 from .decode import DTYPES, INTERPRETED, LARGEST_HEAD_DIM, TILE_PAGES
 from .pool import pool_kernel, side_by_side_kernel
@@ -118,7 +118,9 @@ def window_scores(
     return scores
 
 
-def pool_scores(scores: Tensor, window: int, *, kernel_size: int, valid: Tensor | None = None) -> Tensor:
+def pool_scores(
+    scores: Tensor, window: int, *, kernel_size: int, pool_offset: int = 0, valid: Tensor | None = None
+) -> Tensor:
     """Return the maximum of each token's neighbourhood, with the window above everything and padding below.
 
     A row's tokens are pooled side by side: padding between them does not part neighbours.
@@ -127,6 +129,7 @@ def pool_scores(scores: Tensor, window: int, *, kernel_size: int, valid: Tensor 
         scores: [B, Hkv, S - W] float32; a NaN makes its whole neighbourhood NaN.
         window: W.
         kernel_size: odd width of the neighbourhood.
+        pool_offset: tokens by which it is moved back, see `eviction.pool_reach`.
         valid: [B, 1 or Hkv, S] bool, False at padding, or None.
 
     Returns:
@@ -148,7 +151,8 @@ def pool_scores(scores: Tensor, window: int, *, kernel_size: int, valid: Tensor 
         scores = beside
     pool_kernel[(rows, triton.cdiv(size, POOL_CHUNK))](
         scores, mask, ranks, pooled, size, older, kv_heads, mask_heads,
-        KERNEL=kernel_size, VALID=valid is not None, CHUNK=POOL_CHUNK, num_warps=4,
+        KERNEL=kernel_size, BEFORE=pool_reach(kernel_size, pool_offset)[0], VALID=valid is not None, CHUNK=POOL_CHUNK,
+        num_warps=4,
     )  # fmt: skip
     return pooled
 
@@ -194,6 +198,7 @@ def prompt_scores(
     *,
     value: Tensor | None = None,
     kernel_size: int,
+    pool_offset: int = 0,
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -206,6 +211,7 @@ def prompt_scores(
         key: [B, Hkv, S, D], all keys of the prompt; any strides.
         value: [B, Hkv, S, Dv], all values, where tokens rank by what they change (`eviction.value_aware`); or None.
         kernel_size: odd width of the max-pooling over positions.
+        pool_offset: tokens by which pools are moved back, see `eviction.pool_reach`.
         scaling: factor of the logits.
         softcap: see `window_scores`.
         sinks: see `window_scores`.
@@ -217,7 +223,7 @@ def prompt_scores(
     scores = window_scores(query, key, scaling=scaling, softcap=softcap, sinks=sinks, valid=valid)
     if value is not None:
         scores = value_aware(scores, value)
-    return pool_scores(scores, query.shape[2], kernel_size=kernel_size, valid=valid)
+    return pool_scores(scores, query.shape[2], kernel_size=kernel_size, pool_offset=pool_offset, valid=valid)
 
 
 def prompt_positions(query: Tensor, key: Tensor, kept: int, **ranking: Any) -> Tensor:

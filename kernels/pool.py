@@ -39,6 +39,7 @@ def pool_kernel(
     kv_heads,
     valid_heads,
     KERNEL: tl.constexpr,
+    BEFORE: tl.constexpr,  # tokens of a pool before its own
     VALID: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -55,7 +56,7 @@ def pool_kernel(
         count = tl.load(ranks + line + older - 1)
     best = tl.full([CHUNK], float("-inf"), tl.float32)
     for i in range(KERNEL):
-        neighbour = centre + i - KERNEL // 2
+        neighbour = centre + i - BEFORE
         score = tl.load(
             scores + row * older + neighbour, mask=(neighbour >= 0) & (neighbour < count), other=float("-inf")
         )

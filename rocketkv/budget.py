@@ -16,6 +16,9 @@ STREAMING_SINKS = 4
 # The widest heads whose keys are sketched in 2 bits a channel; in wider ones 1 bit errs less at equal bytes.
 WIDEST_OF_TWO_BITS = 128
 
+# Tokens by which the pools of sketched methods are moved back (docs/beyond.md): a head that found a match reads on.
+READ_ON = 2
+
 # Percentage of t that goes to the attention where a filter is followed by others, at least.
 ATTENDED_OF_FILTERED = 65
 
@@ -43,6 +46,8 @@ class BudgetSplit:
             average of the group.
         calibrated: whether the weight of those in each query head is fitted at a prompt's end, by its last queries.
         value_aware: whether stage 1 ranks a token by what its loss would change of the output, not by attention alone.
+        pool_offset: tokens by which the pools of stage 1's ranks are moved back, so that a token that was attended to
+            keeps more of those that follow it than of those before; at most as far as to end at the token itself.
 
     Raises:
         TypeError: a count is not an int.
@@ -62,6 +67,7 @@ class BudgetSplit:
     calibrated: bool = False
     by_largest: bool = False
     value_aware: bool = False
+    pool_offset: int = 0
 
     def __post_init__(self) -> None:
         for name in ("token_budget", "kept_tokens", "page_size", "channels", "sketch_bits", "top_k", "sinks"):
@@ -72,8 +78,9 @@ class BudgetSplit:
                 raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1 (or None where allowed), got {value}")
-        if self.protected < 0:
-            raise ValueError(f"protected must be a number of tokens, 0 or more; got {self.protected!r}")
+        for name in ("protected", "pool_offset"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be a number of tokens, 0 or more; got {getattr(self, name)!r}")
         if self.channels is not None and self.sketch_bits is not None:
             raise ValueError("pages are scored by channels, single tokens by sketch_bits: set one of them")
         if self.sketch_bits is not None and (self.sketch_bits > 4 or self.page_size != 1):
@@ -93,10 +100,11 @@ class BudgetSplit:
             raise ValueError("calibrated is of a residual by sketched keys: set sketch_bits and residual")
         if self.by_largest and not self.scored:
             raise ValueError("by_largest is of a ranking by scores: set channels or sketch_bits")
-        if self.value_aware and (self.kept_tokens is None or self.sinks is not None):
-            raise ValueError(
-                "value_aware is of stage 1, where it ranks by attention: set kept_tokens and leave sinks None"
-            )
+        for name in ("value_aware", "pool_offset"):
+            if getattr(self, name) and (self.kept_tokens is None or self.sinks is not None):
+                raise ValueError(
+                    f"{name} is of stage 1, where it ranks by attention: set kept_tokens and leave sinks None"
+                )
         if self.top_k is not None and self.top_k > self.token_budget:
             raise ValueError(
                 f"top_k must be at most token_budget={self.token_budget}, what a step may read; got {self.top_k}. "
@@ -200,6 +208,7 @@ def rocketkv_plus_split(
         calibrated=True,
         by_largest=True,
         value_aware=True,
+        pool_offset=READ_ON,
     )
 
 

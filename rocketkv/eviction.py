@@ -126,8 +126,23 @@ def window_scores(
     return total
 
 
-def pooled(scores: Tensor, kernel_size: int) -> Tensor:
-    """Return the maximum of each token's neighbourhood of odd width, of scores [B, Hkv, S]."""
+def pool_reach(kernel_size: int, offset: int) -> tuple[int, int]:
+    """Return how many tokens before a token and how many behind it are in its pool.
+
+    Args:
+        kernel_size: odd width of the pool.
+        offset: tokens by which it is moved back, towards the beginning; no further than to end at the token itself.
+    """
+    half = kernel_size // 2
+    moved = min(offset, half)
+    return half + moved, half - moved
+
+
+def pooled(scores: Tensor, kernel_size: int, offset: int = 0) -> Tensor:
+    """Return the maximum of each token's neighbourhood of odd width (see `pool_reach`), of scores [B, Hkv, S]."""
+    if offset:
+        scores = F.pad(scores, pool_reach(kernel_size, offset), value=-torch.inf)
+        return F.max_pool1d(scores, kernel_size, stride=1)
     return F.max_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
 
 
@@ -170,6 +185,7 @@ def prompt_scores(
     *,
     value: Tensor | None = None,
     kernel_size: int,
+    pool_offset: int = 0,
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -182,6 +198,7 @@ def prompt_scores(
         key: [B, Hkv, S, D], all keys of the prompt.
         value: [B, Hkv, S, Dv], all values, where tokens rank by what they change (`value_aware`); or None.
         kernel_size: odd width of the max-pooling over positions.
+        pool_offset: tokens by which pools are moved back, see `pool_reach`.
         scaling: factor of the logits.
         softcap: see `window_scores`.
         sinks: see `window_scores`.
@@ -196,11 +213,12 @@ def prompt_scores(
     if value is not None:
         scores = value_aware(scores, value)
     if valid is None:
-        scores = pooled(scores, kernel_size)
+        scores = pooled(scores, kernel_size, pool_offset)
     else:
         # A row's tokens side by side: padding between them must not part neighbours.
         order = (~valid[..., :-window]).byte().argsort(dim=-1, stable=True).expand_as(scores)
-        scores = torch.zeros_like(scores).scatter_(-1, order, pooled(scores.gather(-1, order), kernel_size))
+        beside = pooled(scores.gather(-1, order), kernel_size, pool_offset)
+        scores = torch.zeros_like(scores).scatter_(-1, order, beside)
     # The window wins over everything, padding (masked after pooling, which spreads into it) over nothing.
     scores = F.pad(scores, (0, window), value=torch.inf)
     return scores if valid is None else scores.masked_fill(~valid, -torch.inf)

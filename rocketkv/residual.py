@@ -96,7 +96,7 @@ def residual_attend(
         positions = positions.clamp(max=stored - 1)
         logits = functional.pad(logits, (0, 1))
     own_keys, own_values = (tensor.float() for tensor in gather_tokens(positions, keys, values))
-    rows = query.float().view(batch * kv_heads, heads // kv_heads, -1)
+    rows = query.float().reshape(batch * kv_heads, heads // kv_heads, -1)
     exact = torch.bmm(rows * number(scaling), own_keys.flatten(0, 1).transpose(1, 2)).view(*grouped, -1)
     if softcap is not None:
         exact = torch.tanh(exact / softcap) * softcap

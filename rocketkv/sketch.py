@@ -290,7 +290,7 @@ def score_sketch(
     """
     batch, heads, head_dim = query.shape
     kv_heads = sketch.mean.shape[1]
-    rows = query.float().view(batch * heads, head_dim) * number(scaling)
+    rows = query.float().reshape(batch * heads, head_dim) * number(scaling)
     grouped = (batch * kv_heads, heads // kv_heads, -1)
     weight = torch.mm(rows, _digit_rotation(head_dim, bits, query.device)).view(grouped)
     shift = torch.bmm(rows.view(grouped), sketch.mean.flatten(0, 1).unsqueeze(-1))

@@ -231,7 +231,8 @@ class KVStore(Restorable):
                     )
                 exact = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
                 counted = values if split.value_aware else None
-                ranks = scores(window, keys, value=counted, kernel_size=kernel_size, valid=valid, **exact)
+                pools = {"kernel_size": kernel_size, "pool_offset": split.pool_offset}
+                ranks = scores(window, keys, value=counted, valid=valid, **pools, **exact)
                 slots = choose(self._with_marks(ranks, protected, split.kept_tokens), split.kept_tokens)
             else:
                 restorable -= split.kept_tokens - split.sinks

@@ -136,6 +136,7 @@ def test_the_sketchs_split_spends_the_budget(
     assert split.by_largest
     assert split.value_aware
     assert split.calibrated
+    assert split.pool_offset == 2
     assert split.sketch_bits == (2 if head_dim <= 128 else 1)
     stored = split.kept_tokens + reserve
     assert stored <= prompt + reserve
@@ -249,5 +250,9 @@ def test_settings_of_a_split_must_go_together() -> None:
     for fields in ({}, {"kept_tokens": 8, "top_k": 4, "sinks": 1}):
         with pytest.raises(ValueError, match="value_aware is of stage 1, where it ranks by attention"):
             BudgetSplit(token_budget=8, value_aware=True, **fields)
+        with pytest.raises(ValueError, match="pool_offset is of stage 1, where it ranks by attention"):
+            BudgetSplit(token_budget=8, pool_offset=3, **fields)
+    with pytest.raises(ValueError, match="pool_offset must be a number of tokens, 0 or more; got -1"):
+        BudgetSplit(token_budget=8, kept_tokens=8, pool_offset=-1)
     with pytest.raises(ValueError, match=r"top_k must be at most token_budget=8.*got 9"):
         BudgetSplit(token_budget=8, channels=3, top_k=9)

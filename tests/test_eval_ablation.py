@@ -180,7 +180,7 @@ def test_ranks(layers: list[Layer]) -> None:
     exact: dict[str, Any] = {"kernel_size": 63, "valid": None, **layers[0].exact}
     pooled = ablation_run.prompt_scores(window, keys, **exact)
     own = ablation_run.prompt_scores(window, keys, **{**exact, "kernel_size": 1})
-    exact["value"] = None
+    exact |= {"value": None, "pool_offset": 0}
     found = unpooled_ties(keys, 0)(window, keys, **exact)
     order = found[0, 0, :-32].argsort(descending=True)
     pairs = list(zip(pooled[0, 0][order].tolist(), own[0, 0][order].tolist(), strict=True))

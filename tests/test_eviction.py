@@ -181,33 +181,36 @@ def test_window_scores_are_float32_whatever_the_keys(dtype: torch.dtype) -> None
     assert_near(found, naive_scores(query, key, scaling=0.25))
 
 
-def naive_positions(scores: Tensor, real: Tensor, kept: int, window: int, kernel_size: int) -> list[int]:
+def naive_positions(scores: Tensor, real: Tensor, kept: int, window: int, kernel_size: int, offset: int) -> list[int]:
     """Choose for one row and KV head from its scores [S - W]: pooled over its tokens, padding out, the window in."""
     tokens = [i for i in range(len(scores)) if real[i]]
-    half = kernel_size // 2
+    ahead = max(0, kernel_size // 2 - offset)
     pooled = {
-        i: max(float(scores[j]) for j in tokens[max(0, at - half) : at + half + 1]) for at, i in enumerate(tokens)
+        i: max(float(scores[j]) for j in tokens[max(0, at + ahead + 1 - kernel_size) : at + ahead + 1])
+        for at, i in enumerate(tokens)
     }
     order = sorted(tokens, key=lambda i: (-pooled[i], i))
     own = [i for i in range(len(scores), len(scores) + window) if real[i]]
     return sorted(order[: kept - window] + own)
 
 
+@pytest.mark.parametrize("offset", [0, 2])
 @pytest.mark.parametrize("kernel_size", [1, 3, 7, 63])
 @pytest.mark.parametrize("kind", ["none", "left", "holes", "holes-per-head"])
-def test_prompt_positions_are_the_pooled_best_and_the_window(kind: str, kernel_size: int) -> None:
+def test_prompt_positions_are_the_pooled_best_and_the_window(kind: str, kernel_size: int, offset: int) -> None:
     window, size = 6, 90
     query, key = torch.randn(2, 6, window, 16) * 2, torch.randn(2, 2, size, 16)
     valid = padding(kind, 2, 2, size)
     valid[..., -window:] = True
     given = None if kind == "none" else valid
     scores = window_scores(query, key, scaling=0.25, valid=given)
+    pools = {"kernel_size": kernel_size, "pool_offset": offset}
     for kept in (window, window + 1, 31):
-        found = prompt_positions(query, key, kept, kernel_size=kernel_size, scaling=0.25, valid=given)
+        found = prompt_positions(query, key, kept, scaling=0.25, valid=given, **pools)
         for b in range(2):
             for g in range(2):
                 real = valid[b, g % valid.shape[1]]
-                assert found[b, g].tolist() == naive_positions(scores[b, g], real, kept, window, kernel_size)
+                assert found[b, g].tolist() == naive_positions(scores[b, g], real, kept, window, kernel_size, offset)
 
 
 def test_padding_makes_up_the_number_of_a_short_row() -> None:

@@ -248,34 +248,37 @@ def test_layouts_do_not_matter(layout: int) -> None:
         assert torch.equal(found, wanted)
 
 
-def reference_pooled(scores: Tensor, window: int, kernel_size: int, valid: Tensor | None) -> Tensor:
+def reference_pooled(scores: Tensor, window: int, kernel_size: int, offset: int, valid: Tensor | None) -> Tensor:
     """Pool row by row and token by token: nothing shared with either implementation."""
     batch, kv_heads, older = scores.shape
     out = torch.full((batch, kv_heads, older + window), -INF)
-    half = kernel_size // 2
+    ahead = max(0, kernel_size // 2 - offset)
     for b in range(batch):
         for h in range(kv_heads):
             real = torch.ones(older + window, dtype=torch.bool) if valid is None else valid[b, h % valid.shape[1]]
             tokens = real[:older].nonzero()[:, 0]
             for at, token in enumerate(tokens.tolist()):
-                out[b, h, token] = scores[b, h][tokens[max(0, at - half) : at + half + 1]].max()  # NaN stays
+                pool = tokens[max(0, at + ahead + 1 - kernel_size) : at + ahead + 1]
+                out[b, h, token] = scores[b, h][pool].max()  # NaN stays
             out[b, h, older:][real[older:]] = INF
     return out
 
 
 @not_finite
-@pytest.mark.parametrize("kernel_size", [1, 3, 7, 63])
+@pytest.mark.parametrize(("kernel_size", "offset"), [(1, 0), (3, 0), (3, 2), (7, 0), (7, 2), (63, 0), (63, 5)])
 @pytest.mark.parametrize("kind", PADDING)
 @pytest.mark.parametrize(("size", "window"), [(150, 6), (33, 32), (7, 1)])
-def test_pooling(size: int, window: int, kind: str, kernel_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pooling(
+    size: int, window: int, kind: str, kernel_size: int, offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(evict, "POOL_CHUNK", 64)
     scores = torch.randint(0, 40, (2, 2, size - window)).float()
     scores[1, 0, (size - window) // 3] = NAN
     valid = padding(kind, 2, 2, size)
-    found = evict.pool_scores(scores, window, kernel_size=kernel_size, valid=valid)
-    expected = reference_pooled(scores, window, kernel_size, valid)
+    found = evict.pool_scores(scores, window, kernel_size=kernel_size, pool_offset=offset, valid=valid)
+    expected = reference_pooled(scores, window, kernel_size, offset, valid)
     torch.testing.assert_close(found, expected, equal_nan=True, rtol=0, atol=0)
-    if valid is None:
+    if valid is None and not offset:
         plain = F.max_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
         torch.testing.assert_close(found[..., : size - window], plain, equal_nan=True, rtol=0, atol=0)
 
@@ -344,6 +347,7 @@ def test_prompt_positions_are_those_of_the_same_scores(
     monkeypatch.setattr(evict, "SELECT_CHUNK", 128)
     query, key, value = torch.randn(2, 4, 6, 16) * 2, torch.randn(2, 2, 130, 16), torch.randn(2, 2, 130, 9)
     settings: dict[str, Any] = {"scaling": 0.25, "valid": padding(kind, 2, 2, 130), "kernel_size": kernel_size}
+    settings["pool_offset"] = 3
     scores = eviction.window_scores(query, key, scaling=0.25, valid=settings["valid"])
     monkeypatch.setattr(evict, "window_scores", lambda *args, **kwargs: scores)
     for kept, counted in ((6, None), (51, None), (51, value)):

@@ -56,10 +56,11 @@ def rocket_capacity(head: Head) -> int:
     return max(math.floor(total / c ** min(0.2 + 0.06 * math.log2(c), 0.8)), min(2 * head.reserve, total))
 
 
-def snap(head: Head, kept: int, end: int = PROMPT, *, value_aware: bool = False) -> list[int]:
+def snap(head: Head, kept: int, end: int = PROMPT, *, value_aware: bool = False, ahead: int = KERNEL // 2) -> list[int]:
     """Stage 1: the window before `end`, and the tokens before it that it attends to most, after max-pooling.
 
-    Value-aware, a token counts by how far its value is from the mean that they attend to.
+    Value-aware, a token counts by how far its value is from the mean that they attend to. A pool ends `ahead` tokens
+    after its own.
     """
     before = end - WINDOW
     scores = torch.zeros(before, dtype=torch.float64)
@@ -68,7 +69,7 @@ def snap(head: Head, kept: int, end: int = PROMPT, *, value_aware: bool = False)
     if value_aware:
         out = scores @ head.values[:before] / scores.sum()
         scores *= (head.values[:before] - out).norm(dim=-1)
-    pooled = [float(scores[max(0, i - KERNEL // 2) : i + KERNEL // 2 + 1].max()) for i in range(before)]
+    pooled = [float(scores[max(0, i + ahead + 1 - KERNEL) : i + ahead + 1].max()) for i in range(before)]
     return best(pooled, kept - WINDOW) + list(range(before, end))
 
 
@@ -144,7 +145,11 @@ def rocketkv_plus(head: Head, attended: int = BUDGET // 2) -> Steps:
     token, sketch = 4 * D, D // 4 + 2  # bytes
     capacity = max(min((BUDGET - attended) * token // sketch, total), min(2 * head.reserve, total))
     k = math.floor(BUDGET - capacity * sketch / token) - 1
-    kept = snap(head, capacity - head.reserve, value_aware=True) if capacity < total else list(range(PROMPT))
+    # Moved back by two tokens, but no further than to end at the token itself.
+    ahead = max(0, KERNEL // 2 - 2)
+    kept = list(range(PROMPT))
+    if capacity < total:
+        kept = snap(head, capacity - head.reserve, value_aware=True, ahead=ahead)
     mean = head.keys[kept].mean(0)
     estimates = {i: sketched(head.keys[i], mean) for i in [*kept, *range(PROMPT, PROMPT + STEPS)]}
 

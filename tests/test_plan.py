@@ -92,6 +92,7 @@ def test_llama_8b_by_hand() -> None:
         "by_largest": False,
         "calibrated": False,
         "value_aware": False,
+        "pool_offset": 0,
     }
     heads = 32 * 8
     assert found["memory"]["key_bytes"] == found["memory"]["value_bytes"] == heads * 3018 * 128 * 2

@@ -63,7 +63,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 SPLIT = BudgetSplit(token_budget=24, kept_tokens=40, page_size=2, channels=8, top_k=12)
 SKETCH_SPLIT = BudgetSplit(
     token_budget=24, kept_tokens=40, sketch_bits=2, top_k=11, residual=True, calibrated=True, by_largest=True,
-    value_aware=True,
+    value_aware=True, pool_offset=2,
 )  # fmt: skip
 SETTINGS: dict[str, Any] = {"decode_reserve": 8, "window_size": 8, "kernel_size": 7}
 SMALL: dict[str, Any] = {**SETTINGS, "token_budget": 24, "split": SPLIT}
