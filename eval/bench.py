@@ -1,9 +1,9 @@
 """`rocketkv bench`: decode speed against dense attention, in one run, correctness first.
 
-`attention` times one layer's decode step against PyTorch's attention over the full cache, with the query heads as they
-are (`enable_gqa`) and with the heads of a group as rows, which is the strongest dense form on a CPU. `decode` times
-whole decode steps of a model against `rocketkv+`, the stock model, whose cache copies itself each step, and `full`,
-dense attention over a preallocated cache.
+`attention` times one layer's decode step against that of `rocketkv+` and PyTorch's attention over the full cache, with
+the query heads as they are (`enable_gqa`) and with the heads of a group as rows, which is the strongest dense form on a
+CPU. `decode` times whole decode steps of a model against `rocketkv+`, the stock model, whose cache copies itself each
+step, and `full`, dense attention over a preallocated cache.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from ..env import processor
 from ..hf import patch, unpatch
 from ..models import CACHE_ARGUMENT
 from ..progress import Progress
+from ..sketch import Sketch, decode, rotation
 from ..store import KVStore
 from .models import load_model
 
@@ -125,12 +126,16 @@ def bench_attention(
 
     grouped = query.view(1, kv_heads, heads // kv_heads, head_dim)
     with torch.inference_mode(), Progress("checking", total=rounds) as progress:
-        store = closed(config)
+        store, sketched = closed(config), closed(RocketKVConfig(method="rocketkv+", token_budget=token_budget))
         _check_full(closed(RocketKVConfig(method="full")), key, value, query, new_key, new_value, scaling)
         _check_step(store, query, new_key, new_value, scaling)
+        _check_sketched_step(sketched, query, new_key, new_value, scaling)
 
         def sparse() -> Tensor:
             return decode_step(query, new_key, new_value, store, scaling=scaling)
+
+        def plus() -> Tensor:
+            return decode_step(query, new_key, new_value, sketched, scaling=scaling)
 
         def gqa() -> Tensor:
             return F.scaled_dot_product_attention(query[:, :, None], key, value, enable_gqa=True, scale=scaling)
@@ -138,8 +143,8 @@ def bench_attention(
         def group_rows() -> Tensor:
             return F.scaled_dot_product_attention(grouped, key, value, scale=scaling)
 
-        arms = {"rocketkv": Arm(sparse), "SDPA enable_gqa": Arm(gqa), "SDPA group as rows": Arm(group_rows)}
-        seconds = _alternate(arms, rounds, steps, progress)
+        calls = {"rocketkv": sparse, "rocketkv+": plus, "SDPA enable_gqa": gqa, "SDPA group as rows": group_rows}
+        seconds = _alternate({name: Arm(call) for name, call in calls.items()}, rounds, steps, progress)
     shape = {"context": context, "token_budget": token_budget, "heads": heads, "kv_heads": kv_heads}
     return _result("attention", {**shape, "head_dim": head_dim, "dtype": "float32"}, seconds, rounds, steps)
 
@@ -181,6 +186,35 @@ def _check_step(store: KVStore, query: Tensor, new_key: Tensor, new_value: Tenso
         attention = (group @ keys[head, chosen].T * scaling).softmax(1)
         expected.append(attention @ values[head, chosen])
     _require_close("a sparse step", out, torch.cat(expected)[None])
+
+
+def _check_sketched_step(store: KVStore, query: Tensor, new_key: Tensor, new_value: Tensor, scaling: float) -> None:
+    """Check a step of `rocketkv+` against its definition, on its own sketch's keys, in loops over heads in float64."""
+    out = decode_step(query, new_key, new_value, store, scaling=scaling)
+    split, stored, bias = store.split, store.stored, store.residual_bias
+    if split is None or split.sketch_bits is None or split.top_k is None or bias is None:
+        raise RuntimeError("this method has no sketch, or no calibrated residual")
+    if store.keys is None or store.values is None or stored <= split.token_budget:
+        raise ValueError(
+            f"token_budget must be below the {stored} stored tokens, or a step reads them all and selects nothing; got "
+            f"{split.token_budget}"
+        )
+    turn = rotation(query.shape[2], query.device)
+    sketched = decode(Sketch(**store.index_parts()), stored, turn, split.sketch_bits)[0].double()
+    keys, values = store.keys[0, :, :stored].double(), store.values[0, :, :stored].double()
+    queries = query[0].double().view(keys.shape[0], -1, keys.shape[2])
+    factors = bias[0].double().exp().view(keys.shape[0], -1, 1)
+    expected = []
+    for head, group in enumerate(queries):
+        estimate = group @ sketched[head].T * scaling
+        weight = estimate.softmax(1).amax(0)
+        chosen = sorted(range(stored), key=lambda token: (-float(weight[token]), token))[: split.top_k]
+        others = sorted(set(range(stored)) - set(chosen))
+        near = (group @ keys[head, chosen].T * scaling).exp()
+        rest = estimate[:, others].exp().sum(1, keepdim=True) * factors[head]
+        whole = near @ values[head, chosen] + rest * values[head, others].mean(0)
+        expected.append(whole / (near.sum(1, keepdim=True) + rest))
+    _require_close("a step of rocketkv+", out, torch.cat(expected)[None])
 
 
 def _require_close(what: str, got: Tensor, expected: Tensor) -> None:

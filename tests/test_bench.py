@@ -12,20 +12,25 @@ pytestmark = pytest.mark.integration
 
 def test_attention_reports_every_arm() -> None:
     result = bench.bench_attention(context=600, token_budget=96, rounds=2, steps=1, heads=4, kv_heads=2, head_dim=16)
-    assert set(result["milliseconds"]) == {"rocketkv", "SDPA enable_gqa", "SDPA group as rows"}
+    assert set(result["milliseconds"]) == {"rocketkv", "rocketkv+", "SDPA enable_gqa", "SDPA group as rows"}
     for name, ratio in result["speedup_over"].items():
         assert ratio["min"] <= ratio["median"] <= ratio["max"], name
 
 
-def test_nothing_is_timed_when_a_step_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("index", "what"),
+    [("index", "a sparse step"), ("codes", r"a step of rocketkv\+"), (None, "a step over all tokens")],
+)
+def test_nothing_is_timed_when_a_step_is_wrong(index: str | None, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = bench.decode_step
 
     def wrong(query: Tensor, key: Tensor, value: Tensor, store: bench.KVStore, *, scaling: float) -> Tensor:
-        return real(query, key, value, store, scaling=scaling) + 1e-2
+        spoilt = index is None or getattr(store, index) is not None
+        return real(query, key, value, store, scaling=scaling) + 1e-2 * spoilt
 
     monkeypatch.setattr(bench, "decode_step", wrong)
     monkeypatch.setattr(bench, "_alternate", lambda *args: pytest.fail("timed a wrong result"))
-    with pytest.raises(RuntimeError, match="nothing is timed"):
+    with pytest.raises(RuntimeError, match=f"{what} is wrong.*nothing is timed"):
         bench.bench_attention(context=600, token_budget=96, rounds=1, steps=1, heads=4, kv_heads=2, head_dim=16)
 
 
