@@ -97,7 +97,7 @@ def _with(name: str, what: str, **fields: Any) -> Arm:
 
 
 def _at_13(name: str, what: str, **fields: Any) -> Arm:
-    """Return an arm that pools as the library's own `rocketkv+` does."""
+    """Return an arm that pools over 13, as the library's own `rocketkv+` does."""
     return _with(name, what, **{"kernel_size": 13, **fields})
 
 

@@ -46,7 +46,7 @@ from .divergence import Window
 from .journal import Journal
 from .records import digest, write_atomically
 
-VERSION = 1
+VERSION = 2
 
 
 class RecordDict(TypedDict):

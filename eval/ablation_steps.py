@@ -59,7 +59,8 @@ def unpooled_ties(values: Tensor, number: int) -> Ranks:
     ) -> Tensor:
         scores = window_scores(window, keys, **exact)
         order = scores.argsort(dim=-1, stable=True)
-        order = order.gather(-1, pooled(scores, kernel_size).gather(-1, order).argsort(dim=-1, stable=True))
+        ranks_of = pooled(scores, kernel_size, pool_offset)
+        order = order.gather(-1, ranks_of.gather(-1, order).argsort(dim=-1, stable=True))
         place = torch.arange(scores.shape[-1], dtype=torch.float32).expand_as(scores)
         return _with_window(torch.zeros_like(scores).scatter_(-1, order, place), window.shape[2])
 
@@ -74,7 +75,7 @@ def by_value_norms(values: Tensor, number: int) -> Ranks:
     ) -> Tensor:
         size = window.shape[2]
         scores = window_scores(window, keys, **exact) * values[:, :, :-size].norm(dim=-1)
-        return _with_window(pooled(scores, kernel_size), size)
+        return _with_window(pooled(scores, kernel_size, pool_offset), size)
 
     return ranks
 

@@ -38,7 +38,7 @@ from .journal import Journal
 from .oracle import decompose, group_weights, smallest_prefixes, union
 from .records import digest
 
-VERSION = 1
+VERSION = 2
 NOMINAL_ITEMSIZE = 2  # bytes of an element, as budgets count
 
 

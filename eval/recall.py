@@ -31,7 +31,7 @@ from .needle import found, needle_grid
 from .records import digest, write_atomically
 from .retention import TAIL, Head, adopt, read
 
-VERSION = 1
+VERSION = 2
 NEW_TOKENS = 16
 ARMS = (FULL, "rocketkv:64", "rocketkv:128", "rocketkv:256", "rocketkv+:64", "rocketkv+:128", "rocketkv+:256")
 

@@ -42,7 +42,7 @@ from .models import SMOLLM2, load_model
 from .prompts import continued, encode, follow_up, render
 from .records import digest, write_atomically
 
-VERSION = 1
+VERSION = 2
 ARMS = (FULL, "rocketkv", "rocketkv-mt", "rocketkv-mt+")
 LATE = 3  # the turn from which on a further row sums up: a question or two may fit in what the first one kept
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..budget import READ_ON
+from ..config import PAPERS_POOL, SKETCHED_POOL
 from .append_sketch import SketchRule
 from .decode import TILE_PAGES, DecodeShape, DecodeWorkspace, decode_step
 from .dense_decode import DenseWorkspace, dense_decode
@@ -158,7 +160,9 @@ def evict(
             sinks=meta(query_heads, dtype=dtype) if sinks else None,
             valid=valid,
         )
-        slots = select_top(pool_scores(scores, WINDOW, kernel_size=63, valid=valid), kept)
+        # Without pages as the methods with a sketch pool.
+        width, offset = (PAPERS_POOL, 0) if page_size is not None else (SKETCHED_POOL, READ_ON)
+        slots = select_top(pool_scores(scores, WINDOW, kernel_size=width, pool_offset=offset, valid=valid), kept)
         return compact(keys, keys, slots, valid, None, kept, kept + RESERVE, page_size, index_dtype)
 
     return launch

@@ -1,8 +1,8 @@
 """Bounded decoding: where the room for generated tokens is used up, stage 1 runs again over those.
 
-What the prompt kept stays. The generated tokens are ranked as a prompt's are, by the queries of the last W of them,
-which a ring of W slots remembers; half of the room is kept, so that this happens every half room, not at every step.
-Buffers do not move.
+What the prompt kept stays. The generated tokens are ranked by the attention of the last W of them, pooled around each,
+in every method; a ring of W slots remembers those queries. Half of the room is kept, so that this happens every half
+room, not at every step. Buffers do not move.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim, N stored tokens, W observation window.
 """

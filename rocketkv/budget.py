@@ -23,6 +23,10 @@ READ_ON = 2
 ATTENDED_OF_FILTERED = 65
 
 
+# Fields of a split that are counts of at least 1; all but the first two may be None.
+_COUNTS = ("token_budget", "page_size", "kept_tokens", "channels", "sketch_bits", "top_k", "sinks")
+
+
 @dataclass(frozen=True, kw_only=True)
 class BudgetSplit:
     """What each stage may store and read, per KV head.
@@ -70,13 +74,13 @@ class BudgetSplit:
     pool_offset: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("token_budget", "kept_tokens", "page_size", "channels", "sketch_bits", "top_k", "sinks"):
+        for name in (*_COUNTS, "protected", "pool_offset"):
             value = getattr(self, name)
-            if value is None and name not in ("token_budget", "page_size"):
+            if value is None and name in _COUNTS[2:]:
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
-            if value < 1:
+            if value < 1 and name in _COUNTS:
                 raise ValueError(f"{name} must be at least 1 (or None where allowed), got {value}")
         for name in ("protected", "pool_offset"):
             if getattr(self, name) < 0:

@@ -27,8 +27,9 @@ class RocketKVConfig:
         window_size: W, queries at the end of the prompt whose attention ranks the prompt's tokens; their own tokens are
             always kept (paper and SnapKV section 3: 32).
         kernel_size: odd width, in tokens, of the max-pooling of those ranks; None for the method's own: 63 as in the
-            paper, and 13 for methods with a sketch, which were measured to lose less with it (docs/beyond.md). Where
-            generated tokens are ranked, at most 5.
+            paper, and 13 for methods with a sketch, which were measured to lose less with it (docs/beyond.md). Those
+            move their pools back by two tokens of whatever width (`BudgetSplit.pool_offset`). Where generated tokens
+            are ranked, at most 5, around each.
         split: a budget split of your own, used for every prompt length; None derives one from the prompt.
         backend: `torch`, the reference; `triton`, the kernels; or `auto`, the kernels where there is a GPU that runs
             them. The environment variable ROCKETKV_BACKEND decides where this is `auto`.
@@ -104,7 +105,7 @@ class RocketKVConfig:
         self._check_protect(self.protect)
         if self.kernel_size is not None and self.kernel_size % 2 == 0:
             raise ValueError(
-                f"kernel_size must be odd, so that a token lies in the middle of its pool; got {self.kernel_size}. "
+                f"kernel_size must be odd, a token and as many before as behind it; got {self.kernel_size}. "
                 f"Use {self.kernel_size - 1} or {self.kernel_size + 1}."
             )
         if self.split is not None:

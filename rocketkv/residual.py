@@ -106,7 +106,7 @@ def residual_attend(
         exact = exact - bias
     chosen = place[:, :, None].expand(*grouped, -1)
     others = logits.view(*grouped, -1).scatter(-1, chosen, -torch.inf)[..., :stored]
-    left: Tensor = number(max(1, stored - positions.shape[-1]), torch.float64)
+    left: Tensor | int = max(1, stored - positions.shape[-1])
     if lengths is not None and real is not None:
         exact = exact.masked_fill(~real[:, :, None], -torch.inf)
         own_values = own_values.masked_fill(~real[..., None], 0)
@@ -125,5 +125,5 @@ def residual_attend(
     attended = exact.shape[-1]
     rest = weight.narrow(-1, attended, stored).sum(-1)
     out = torch.bmm(weight.flatten(0, 1).narrow(-1, 0, attended), own_values.flatten(0, 1))
-    out.addcmul_(rest.view(*out.shape[:2], 1), mean.view(-1, 1, out.shape[2]))
+    out.addcmul_(rest.view(*out.shape[:2], 1), mean.reshape(-1, 1, out.shape[2]))
     return out.view(batch, heads, -1).to(query.dtype), rest.view(batch, heads)

@@ -106,7 +106,8 @@ def load_cache(path: str | os.PathLike[str], model: nn.Module) -> RocketKVCache:
     state = state_of(outer)
     if state is not None:
         # As JSON holds them: a tuple of ranges to protect is a list there.
-        refuse_difference(path, "settings", document.get("settings"), json.loads(json.dumps(asdict(state.config))))
+        here = json.loads(json.dumps(asdict(state.config)))
+        refuse_difference(path, "settings", _with_defaults(document.get("settings")), here)
     tensors = read(lambda name: True)
     try:
         with torch.inference_mode(False):  # buffers may be written in a later call that is not in inference mode
@@ -227,6 +228,14 @@ def _packed(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "capacity": store.capacity,
         "prompt_tokens": layer.prompt_tokens,
     }
+
+
+def _with_defaults(settings: Any) -> Any:
+    """Return saved settings with what their split does not say, for it is older than a field, as if it had said so."""
+    split = settings.get("split") if isinstance(settings, dict) else None
+    if not isinstance(split, dict):
+        return settings
+    return {**settings, "split": {**asdict(BudgetSplit(token_budget=1)), **split}}
 
 
 def _cache(decoder: PreTrainedModel, document: dict[str, Any], tensors: dict[str, Tensor]) -> RocketKVCache:

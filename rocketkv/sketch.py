@@ -317,13 +317,13 @@ def score_sketch(
 def _digits(head_dim: int, bits: int, device: torch.device) -> tuple[tuple[int, int, Tensor], ...]:
     """Return where the digits of packed codes are: a plane's first byte, its bytes, and masks of digits [m, 1, 1].
 
-    Constants; uint8.
+    Half of a plane's digits at a time: all of them, as floats, would be as large as the keys. Constants; uint8.
     """
     found, first = [], 0
     for _, width in planes(bits):
         size = -(-head_dim * width // 8)
         masks = torch.tensor([(2**width - 1) << place for place in range(0, 8, width)], device=device).byte()
-        found.append((first, size, masks.view(-1, 1, 1)))
+        found += [(first, size, half.view(-1, 1, 1)) for half in masks.chunk(2)]
         first += size
     return tuple(found)
 

@@ -34,6 +34,17 @@ def test_nothing_is_timed_when_a_step_is_wrong(index: str | None, what: str, mon
         bench.bench_attention(context=600, token_budget=96, rounds=1, steps=1, heads=4, kv_heads=2, head_dim=16)
 
 
+def test_nothing_is_timed_when_a_sketch_is_not_of_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = bench.decode
+
+    def other(sketch: bench.Sketch, *rest: int) -> Tensor:
+        return real(bench.Sketch(torch.randint_like(sketch.codes, 256), *sketch[1:]), *rest)
+
+    monkeypatch.setattr(bench, "decode", other)
+    with pytest.raises(RuntimeError, match="the sketch is not one of the stored keys"):
+        bench.bench_attention(context=600, token_budget=96, rounds=1, steps=1, heads=4, kv_heads=2, head_dim=16)
+
+
 def test_a_budget_that_selects_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="selects nothing"):
         bench.bench_attention(context=64, token_budget=512, rounds=1, steps=1, heads=2, kv_heads=2, head_dim=16)

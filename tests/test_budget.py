@@ -208,9 +208,10 @@ def test_least_token_budget_is_the_least_that_works(method: str, window: int, re
     assert least == 1 or not works(method, least - 1, window, reserve)
 
 
-@pytest.mark.parametrize(
-    "name", ["token_budget", "kept_tokens", "page_size", "channels", "sketch_bits", "top_k", "sinks"]
-)
+COUNTS = ["token_budget", "kept_tokens", "page_size", "channels", "sketch_bits", "top_k", "sinks"]
+
+
+@pytest.mark.parametrize("name", COUNTS)
 def test_counts_of_a_split_must_be_positive(name: str) -> None:
     fields = {"token_budget": 8, "top_k": 4, "channels": 3, name: 0}
     with pytest.raises(ValueError, match=f"{name} must be at least 1.*got 0"):
@@ -218,7 +219,7 @@ def test_counts_of_a_split_must_be_positive(name: str) -> None:
 
 
 @pytest.mark.parametrize("value", [1.5, True, "8"])
-@pytest.mark.parametrize("name", ["token_budget", "kept_tokens", "page_size", "channels", "sketch_bits", "top_k"])
+@pytest.mark.parametrize("name", [*COUNTS, "protected", "pool_offset"])
 def test_counts_of_a_split_must_be_integers(name: str, value: Any) -> None:
     fields: dict[str, Any] = {"token_budget": 8, "top_k": 4, "channels": 3, name: value}
     with pytest.raises(TypeError, match=rf"{name} must be an int.*{type(value).__name__}"):

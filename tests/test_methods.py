@@ -19,7 +19,7 @@ from rocketkv.store import KVStore
 
 from .close import assert_near
 
-PROMPT, STEPS, BUDGET, WINDOW, KERNEL = 150, 12, 32, 8, 7
+PROMPT, STEPS, BUDGET, WINDOW, KERNEL = 190, 12, 32, 8, 7
 H, HKV, D = 6, 2, 16
 SCALING = D**-0.5
 
