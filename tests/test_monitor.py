@@ -33,7 +33,8 @@ from .turns import DV, HKV, KERNEL, PROMPT, RESERVE, SCALING, WINDOW, D, H, Toke
 
 SPLIT = BudgetSplit(token_budget=14, kept_tokens=50, sketch_bits=2, top_k=6, residual=True)
 PLUS: dict[str, Any] = {**SETTINGS, "method": "rocketkv+", "token_budget": 24, "split": SKETCH_SPLIT}
-ALL_STORED = BudgetSplit(token_budget=24, kept_tokens=40, value_aware=True)  # as much kept, and no selection of it
+# As much kept, and no selection of it.
+ALL_STORED = BudgetSplit(token_budget=24, kept_tokens=40, value_aware=True, pool_offset=SKETCH_SPLIT.pool_offset)
 
 
 def layer(
