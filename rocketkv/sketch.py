@@ -43,9 +43,6 @@ LEVEL_STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352}
 # Blocks of tokens whose channels, [B, Hkv, block, D] in float32, stay under this.
 BLOCK_BYTES = 8 * 2**20
 
-# A block of them up to which all digits of a plane are scored at once: larger ones leave a processor's cache.
-CACHED_BYTES = 2 * 2**20
-
 
 class Sketch(NamedTuple):
     """The sketch of a buffer of keys; written in place by `write_tokens`.
@@ -305,8 +302,7 @@ def score_sketch(
         # With tokens last multiplication is so much faster that turning the bytes pays.
         bytes_first = codes.narrow(1, start, count).transpose(1, 2).contiguous()
         product, column = weight.narrow(-1, weight.shape[-1] - 1, 1), 0
-        pieces = 1 if 4 * batch * kv_heads * head_dim * count <= CACHED_BYTES else 2
-        for first, size, masks in _digits(head_dim, bits, query.device, pieces):
+        for first, size, masks in _digits(head_dim, bits, query.device):
             # In their places within a byte, which the weights make up for.
             digits = (bytes_first.narrow(1, first, size).unsqueeze(1) & masks).float().flatten(1, 2)
             product = torch.baddbmm(product, weight.narrow(-1, column, digits.shape[1]), digits)
@@ -318,16 +314,16 @@ def score_sketch(
 
 @functools.cache
 @torch.inference_mode(False)
-def _digits(head_dim: int, bits: int, device: torch.device, pieces: int) -> tuple[tuple[int, int, Tensor], ...]:
+def _digits(head_dim: int, bits: int, device: torch.device) -> tuple[tuple[int, int, Tensor], ...]:
     """Return where the digits of packed codes are: a plane's first byte, its bytes, and masks of digits [m, 1, 1].
 
-    A plane's digits in so many pieces: all of them, as floats, are as large as the keys. Constants; uint8.
+    Half of a plane's digits at a time: all of them, as floats, would be as large as the keys. Constants; uint8.
     """
     found, first = [], 0
     for _, width in planes(bits):
         size = -(-head_dim * width // 8)
         masks = torch.tensor([(2**width - 1) << place for place in range(0, 8, width)], device=device).byte()
-        found += [(first, size, piece.view(-1, 1, 1)) for piece in masks.chunk(pieces)]
+        found += [(first, size, half.view(-1, 1, 1)) for half in masks.chunk(2)]
         first += size
     return tuple(found)
 
