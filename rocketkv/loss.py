@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from .attention import attend
-from .backend import attend_selected
 from .budget import BudgetSplit
 from .index import movable, restored
 from .indexes import index_of
+from .reference import attend_selected
 from .store import KVStore
 
 # The chosen tokens are taken to have at least this share of the weight: dividing by less would only magnify noise.

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from .attention import attend
-from .backend import attend_chosen, attend_selected, recent, run_kernels, static_buffers
+from .backend import run_kernels, static_buffers
 from .budget import BudgetSplit
 from .indexes import index_of
+from .reference import attend_chosen, attend_selected, recent
 from .residual import summable
 from .store import KVStore
 

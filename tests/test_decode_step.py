@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 
-from rocketkv.backend import decode_step, recent
+from rocketkv.backend import decode_step
 from rocketkv.budget import METHODS, BudgetSplit
 from rocketkv.constants import MOST_STEPS, _steps, number, steps
+from rocketkv.reference import recent
 from rocketkv.store import KVStore
 
 from .tracking import Tracker

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from rocketkv import backend
+from rocketkv import reference
 from rocketkv.attention import select
 from rocketkv.backend import close_prompt, decode_step
 from rocketkv.budget import BudgetSplit
@@ -176,7 +176,7 @@ def test_one_turn_by_the_kernels_and_what_they_select(layer: int, budget: int, m
         selected.append(positions.sort(-1).values)
         return positions, weight
 
-    monkeypatch.setattr(backend, "select", noted)
+    monkeypatch.setattr(reference, "select", noted)
     workspaces: dict[Any, Any] = {}
     for i in range(info["decode_steps"]):
         step = data["query_decode"][:, :, i], key[:, :, prompt + i], value[:, :, prompt + i]

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 import rocketkv
-from rocketkv import RocketKVConfig, backend
+from rocketkv import RocketKVConfig, reference
 from rocketkv.attention import select
 from rocketkv.budget import BudgetSplit, with_protected
 from rocketkv.cache import RocketKVCache, rocketkv_layers
@@ -203,13 +203,13 @@ def test_each_message_keeps_its_share_and_the_window_stays(protect: bool) -> Non
 def read_slots(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
     """What each decode step of each layer reads of its store: slots [B, Hkv, k], or None for all."""
     seen: list[Tensor | None] = []
-    attend = backend.attend
+    attend = reference.attend
 
     def recorded(query: Any, keys: Any, values: Any, positions: Tensor | None = None, **kwargs: Any) -> Tensor:
         seen.append(None if positions is None else positions.clone())
         return attend(query, keys, values, positions, **kwargs)
 
-    monkeypatch.setattr(backend, "attend", recorded)
+    monkeypatch.setattr(reference, "attend", recorded)
     return seen
 
 

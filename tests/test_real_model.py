@@ -14,7 +14,7 @@ from transformers import pipeline
 from transformers.cache_utils import Cache, DynamicCache
 
 import rocketkv
-from rocketkv import backend
+from rocketkv import reference
 from rocketkv.cache import rocketkv_layers
 from rocketkv.eval.evidence import NEEDLE_ARMS, NEEDLE_COUNT, NEEDLE_SEED, NEEDLE_TOKENS
 from rocketkv.eval.models import load_smollm2
@@ -244,13 +244,13 @@ def test_the_rules_are_kept_and_read_and_the_answer_is_nearer(smollm2: Any, monk
     with rocketkv.patch(model, **FIELDS):
         without = greedy_after(model, ids[:, -TAIL:], plain)
     read: list[Tensor | None] = []
-    attend = backend.attend
+    attend = reference.attend
 
     def recorded(query: Any, keys: Any, values: Any, positions: Tensor | None = None, **kwargs: Any) -> Tensor:
         read.append(positions)
         return attend(query, keys, values, positions, **kwargs)
 
-    monkeypatch.setattr(backend, "attend", recorded)
+    monkeypatch.setattr(reference, "attend", recorded)
     with rocketkv.patch(model, tokenizer=tokenizer, **FIELDS, protect="system"):
         found = greedy_after(model, ids[:, -TAIL:], protected)
     [mark] = rocketkv_layers(protected)[0].store.marks or ()
