@@ -21,16 +21,18 @@ os.environ["OMP_NUM_THREADS"] = "1"
 LONGEST = [
     "test_real_model",
     "test_kernels_aot",
-    "test_hf_turns_mt",
-    "test_bounded",
-    "test_golden",
     "test_kernels_evict",
-    "test_kernels_decode",
-    "test_kernels_edges",
-    "test_eval_run",
+    "test_hf_turns_mt",
     "test_compiled",
-    "test_demo",
+    "test_golden",
+    "test_hf_cache_mt",
+    "test_eval_run",
+    "test_kernels_decode",
+    "test_bounded_models",
     "test_hf_models",
+    "test_demo",
+    "test_bounded",
+    "test_kernels_edges",
 ]
 
 # Kernels are for the interpreter or the compiler from their import on: without a GPU only the former runs them.
