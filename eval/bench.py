@@ -34,6 +34,14 @@ from ..store import KVStore
 from .models import load_model
 
 ROUNDS = 7
+STEPS = 8
+# What each benchmark takes beside --rounds and --json.
+_OPTIONS = {
+    "attention": {"context", "budget", "steps", "threads"},
+    "decode": {"context", "budget", "steps", "threads", "model"},
+    "kernels": {"cases", "quick", "check", "dtype"},
+    "model": {"cases", "quick", "check", "shape"},
+}
 
 # Of Gaussian keys sketched in 1 bit, whose error is the largest, about 0.75 (2 bits: 0.36); of keys that are not theirs
 # it is more than 1.
@@ -57,25 +65,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, help="prompt tokens (default 32768, or 8192 less the steps for decode)")
     parser.add_argument("--budget", type=int, help="token budget (default 1024, or 256 for decode)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"alternating rounds (default {ROUNDS})")
-    parser.add_argument("--steps", type=int, default=8, help="decode steps a round (default 8)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--steps", type=int, help=f"decode steps a round (default {STEPS})")
+    parser.add_argument("--threads", type=int, help="CPU threads (default 2)")
     parser.add_argument("--model", help="for decode: a hub name or local folder; default SmolLM2-135M-Instruct")
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document and no table (kernels and model: beside it else)"
+    )
     on_gpu = parser.add_argument_group("kernels and model")
     on_gpu.add_argument("--cases", help="BATCHxCONTEXT/BUDGET, separated by commas, as 1x8192/512,8x32768/1024")
     on_gpu.add_argument("--quick", action="store_true", help="the small cases only")
     on_gpu.add_argument("--check", action="store_true", help="the checks of every case at tiny sizes, without timing")
-    dtypes = ("bfloat16", "float16", "float32")
-    on_gpu.add_argument("--dtype", choices=dtypes, default=dtypes[0], help=f"for kernels (default {dtypes[0]})")
+    on_gpu.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="for kernels (default bfloat16)")
     on_gpu.add_argument("--shape", help="for model: llama-3.1-8b (the default) or qwen3-8b")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run a benchmark and print it; returns the exit code."""
+    """Run a benchmark and print it; returns the exit code.
+
+    Raises:
+        ValueError: an option is given that the benchmark does not take, or a number is less than 1.
+    """
+    _check_options(args)
     if args.what in ("kernels", "model"):  # which need what is not everywhere
         return int(importlib.import_module(f".bench_{args.what}", __package__).run(args))
-    torch.set_num_threads(args.threads)
-    options = {"rounds": args.rounds, "steps": args.steps}
+    torch.set_num_threads(args.threads or 2)
+    options = {"rounds": args.rounds, "steps": args.steps or STEPS}
     if args.what == "attention":
         result = bench_attention(context=args.context or 32768, token_budget=args.budget or 1024, **options)
     else:
@@ -84,12 +98,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuse what would be ignored, and numbers that would stand for the default."""
+    known = {name for names in _OPTIONS.values() for name in names}
+    others = [f"--{name}" for name in sorted(known - _OPTIONS[args.what]) if getattr(args, name) not in (None, False)]
+    if others:
+        taken = ", ".join(f"--{name}" for name in sorted(_OPTIONS[args.what]))
+        raise ValueError(f"{args.what} takes no {', '.join(others)}; beside --rounds and --json it takes {taken}")
+    for name in ("context", "budget", "rounds", "steps", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+
+
 def bench_attention(
     *,
     context: int,
     token_budget: int,
     rounds: int = ROUNDS,
-    steps: int = 8,
+    steps: int = STEPS,
     heads: int = 32,
     kv_heads: int = 8,
     head_dim: int = 128,
@@ -230,7 +257,7 @@ def _require_close(what: str, got: Tensor, expected: Tensor) -> None:
 
 
 def bench_decode(
-    model_name: str | None, *, context: int | None, token_budget: int, rounds: int = ROUNDS, steps: int = 8
+    model_name: str | None, *, context: int | None, token_budget: int, rounds: int = ROUNDS, steps: int = STEPS
 ) -> dict[str, Any]:
     """Time whole decode steps of a model after a prompt of random tokens: compressed, stock, dense preallocated.
 
@@ -244,7 +271,7 @@ def bench_decode(
     Raises:
         RuntimeError: at full budget the patched model's logits are not the stock model's; nothing is timed then.
     """
-    length = context or 8192 - (rounds + 1) * steps
+    length = 8192 - (rounds + 1) * steps if context is None else context
     model, _ = load_model(model_name)
     configs = {
         "rocketkv": RocketKVConfig(token_budget=token_budget),

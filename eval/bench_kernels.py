@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stderr.write(f"rocketkv bench kernels: {reason}\n")
         return 2
     cases = [Case.parse(text) for text in args.cases.split(",")] if args.cases else list(QUICK if args.quick else CASES)
-    dtype = DTYPES[args.dtype]
+    dtype = DTYPES[args.dtype or "bfloat16"]
     try:
         with torch.inference_mode():
             if args.check:

@@ -53,7 +53,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--agnostic", action=argparse.BooleanOptionalAction, help="compress the context before the question is seen"
     )
     parser.add_argument("--data-dir", help="a folder with the benchmarks' files, in place of the hub")
-    parser.add_argument("--set", action="append", metavar="FIELD=VALUE", help="a field of RocketKVConfig; repeatable")
+    parser.add_argument(
+        "--set", action="append", metavar="FIELD=VALUE", help="a field of RocketKVConfig, as window_size=64; repeatable"
+    )
     run = parser.add_argument_group("this run")
     run.add_argument("-o", "--output", type=Path, default=Path("results"), help="folder of the results (results)")
     run.add_argument("--shard", metavar="I/N", help="run the I-th of N parts of the cells")

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 FULL = "full"
 KVPRESS = "kvpress:"
-# Settings of the library's methods that a sweep may set; method and budget are the sweep's own axes.
-SETTINGS = tuple(
-    field.name for field in fields(RocketKVConfig) if field.name not in ("method", "token_budget", "split")
-)
+# Settings of the library's methods that a sweep may set. Method and budget are the sweep's own axes; splits and ranges
+# are no text, and to find messages `patch` would need the tokenizer.
+_NOT_SET = ("method", "token_budget", "split", "protect", "fair_shares")
+SETTINGS = tuple(field.name for field in fields(RocketKVConfig) if field.name not in _NOT_SET)
 
 
 class Method(Protocol):
@@ -159,6 +159,7 @@ def find_method(name: str, token_budget: int | None, settings: Mapping[str, Any]
 
     Raises:
         ValueError: there is no such method, or a budget or a setting is missing, impossible or not taken.
+        TypeError: a setting has the wrong type, or what the user's function returned is no method.
         ImportError: kvpress or the user's module is not installed here.
     """
     settings = dict(settings or {})

@@ -25,6 +25,7 @@ ATTENDED_OF_FILTERED = 65
 
 # Fields of a split that are counts of at least 1; all but the first two may be None.
 _COUNTS = ("token_budget", "page_size", "kept_tokens", "channels", "sketch_bits", "top_k", "sinks")
+_SWITCHES = ("oracle", "residual", "calibrated", "by_largest", "value_aware")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class BudgetSplit:
             keeps more of those that follow it than of those before; at most as far as to end at the token itself.
 
     Raises:
-        TypeError: a count is not an int.
+        TypeError: a count is not an int, or a switch not a bool.
         ValueError: a count is not positive, or the fields do not go together.
     """
 
@@ -82,6 +83,9 @@ class BudgetSplit:
                 raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
             if value < 1 and name in _COUNTS:
                 raise ValueError(f"{name} must be at least 1 (or None where allowed), got {value}")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("protected", "pool_offset"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be a number of tokens, 0 or more; got {getattr(self, name)!r}")

@@ -52,7 +52,7 @@ class RocketKVCache(DynamicCache):
         **fields: fields of `RocketKVConfig`.
 
     Raises:
-        TypeError: `config` and fields are both given, or `prompt_length` is no int.
+        TypeError: `config` is none, or given beside fields, or `prompt_length` is no int.
         ValueError: a field, or `prompt_length`, has an impossible value.
     """
 
@@ -65,6 +65,8 @@ class RocketKVCache(DynamicCache):
         **fields: Any,
     ) -> None:
         super().__init__(config=model_config)
+        if not isinstance(config, (RocketKVConfig, type(None))):
+            raise TypeError(f"config must be a RocketKVConfig or None, got {type(config).__name__}; fields go by name")
         if config is not None and fields:
             raise TypeError(f"give either config or fields, got both (fields: {', '.join(fields)})")
         self._life = object()
@@ -109,8 +111,11 @@ class RocketKVCache(DynamicCache):
         the same addresses.
 
         Raises:
+            TypeError: it is no snapshot.
             ValueError: the snapshot is of another cache, or was taken before this one was reset.
         """
+        if not isinstance(snapshot, Snapshot):
+            raise TypeError(f"rollback goes back to what snapshot() returned, got {type(snapshot).__name__}")
         if snapshot.cache() is not self:
             raise ValueError(
                 "this snapshot is of another cache (a copy of a cache is another one): give rollback() one that this "

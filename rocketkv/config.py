@@ -3,6 +3,8 @@
 import difflib
 from dataclasses import dataclass
 
+import torch
+
 from .budget import METHODS, MULTI_TURN, SKETCHED, UNRANKED, BudgetSplit, least_token_budget
 
 BACKENDS = ("auto", "torch", "triton")
@@ -174,6 +176,10 @@ class RocketKVConfig:
             raise TypeError(
                 f"history_device must be the name of a device, such as 'cpu', or None; got {type(device).__name__}"
             )
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"history_device must be the name of a device, such as 'cpu'; got {device!r}") from error
         if not self.keeps_history:
             raise ValueError(
                 f"history_device={device!r} is for methods that keep a history, {', '.join(sorted(MULTI_TURN))}; "
@@ -181,6 +187,8 @@ class RocketKVConfig:
             )
 
     def _check_protect(self, protect: object) -> None:
+        if not isinstance(self.fair_shares, bool):
+            raise TypeError(f"fair_shares must be True or False, got {self.fair_shares!r}")
         if protect is None and not self.fair_shares:
             return
         if self.method in UNRANKED:
@@ -194,7 +202,8 @@ class RocketKVConfig:
         if not isinstance(protect, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in protect):
             raise TypeError(f"protect must be 'system' or a tuple of ranges (start, stop), got {protect!r}")
         for start, stop in protect:
-            if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop):
+            whole = all(isinstance(end, int) and not isinstance(end, bool) for end in (start, stop))
+            if not (whole and 0 <= start < stop):
                 raise ValueError(
                     f"a range to protect must be (start, stop) with 0 <= start < stop; got {(start, stop)}"
                 )

@@ -69,6 +69,7 @@ def save_cache(
     Raises:
         TypeError: `cache` is no RocketKVCache, `model` no transformers model, or `ids` are no integers.
         ValueError: the cache is in a state that a file cannot hold, or `ids` are not its tokens; the message says why.
+        FileNotFoundError: there is no such folder.
     """
     if not isinstance(cache, RocketKVCache):
         raise TypeError(f"cache must be a RocketKVCache, got {type(cache).__name__}")
@@ -98,6 +99,7 @@ def load_cache(path: str | os.PathLike[str], model: nn.Module) -> RocketKVCache:
         TypeError: `model` is no transformers model.
         ValueError: the file is damaged, is of another model, other settings or another version of this library, or is
             no saved cache at all; the message names what differs.
+        FileNotFoundError: there is no such file.
     """
     path = Path(path)
     outer, decoder = _models(model)
@@ -121,6 +123,7 @@ def load_inputs(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Raises:
         ValueError: the file is damaged, or was saved without them.
+        FileNotFoundError: there is no such file.
     """
     path = Path(path)
     found = open_tensors(path)[1](lambda name: name in _INPUTS)

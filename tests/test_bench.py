@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rocketkv.cli import main
 from rocketkv.eval import bench
 from rocketkv.eval.evidence import wilson_interval
 
@@ -61,3 +62,23 @@ def test_a_close_result_passes_and_a_nan_does_not() -> None:
     bench._require_close("this", torch.ones(3), torch.ones(3))
     with pytest.raises(RuntimeError, match="this is wrong"):
         bench._require_close("this", torch.full((3,), torch.nan), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            "attention --cases 1x8192/512 --quick",
+            "attention takes no --cases, --quick; beside --rounds and --json it takes",
+        ),
+        ("attention --model smollm2", "attention takes no --model"),
+        ("decode --dtype float32", "decode takes no --dtype"),
+        ("kernels --check --context 512", "kernels takes no --context"),
+        ("model --check --dtype float32", "model takes no --dtype"),
+        ("attention --budget 0", "--budget must be at least 1, got 0"),
+        ("decode --rounds 0", "--rounds must be at least 1, got 0"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(given: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *given.split()]) == 2
+    assert said in capsys.readouterr().err

@@ -226,6 +226,14 @@ def test_counts_of_a_split_must_be_integers(name: str, value: Any) -> None:
         BudgetSplit(**fields)
 
 
+@pytest.mark.parametrize("value", [1, "yes", None])
+@pytest.mark.parametrize("name", ["oracle", "residual", "calibrated", "by_largest", "value_aware"])
+def test_switches_of_a_split_must_be_bools(name: str, value: Any) -> None:
+    fields: dict[str, Any] = {"token_budget": 8, "kept_tokens": 8, "top_k": 4, "sketch_bits": 2, name: value}
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got {value!r}"):
+        BudgetSplit(**fields)
+
+
 def test_settings_of_a_split_must_go_together() -> None:
     with pytest.raises(ValueError, match="set top_k and leave sinks None"):
         BudgetSplit(token_budget=8, channels=3)

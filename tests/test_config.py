@@ -48,6 +48,13 @@ def test_a_budget_cannot_be_left_out() -> None:
         RocketKVConfig(token_budget=None)  # type: ignore[arg-type]
 
 
+def test_what_is_no_switch_and_no_device_is_refused() -> None:
+    with pytest.raises(TypeError, match="fair_shares must be True or False, got 'no'"):
+        RocketKVConfig(fair_shares="no")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"history_device must be the name of a device.*got 'banana'"):
+        RocketKVConfig(method="rocketkv-mt", history_device="banana")
+
+
 @pytest.mark.parametrize("value", [0, -1])
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_must_be_positive(name: str, value: int) -> None:

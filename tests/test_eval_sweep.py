@@ -206,6 +206,7 @@ def test_what_cannot_be_made_is_refused_before_anything_runs(
         ({"settings": None}, TypeError, "settings must be a mapping of fields to values, got None"),
         ({"settings": {"window": 1}}, ValueError, "unknown settings window; there are"),
         ({"settings": {"token_budget": 1}}, ValueError, "unknown settings token_budget"),
+        ({"settings": {"protect": "system"}}, ValueError, "unknown settings protect"),
     ],
 )
 def test_a_plan_refuses_what_is_impossible(fields: dict[str, Any], error: type[Exception], message: str) -> None:

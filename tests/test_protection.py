@@ -173,6 +173,7 @@ def test_each_message_keeps_its_share_and_the_window_stays(protect: bool) -> Non
     ("fields", "kind", "message"),
     [
         ({"protect": "user"}, ValueError, "protect must be 'system', ranges .start, stop. or None; got 'user'"),
+        ({"protect": ((False, True),)}, ValueError, "0 <= start < stop; got .False, True."),
         ({"protect": [(1, 2)]}, TypeError, "tuple of ranges"),
         ({"protect": (1, 2)}, TypeError, "tuple of ranges"),
         ({"protect": ((1, 2, 3),)}, TypeError, "tuple of ranges"),

@@ -247,6 +247,17 @@ def test_a_snapshot_of_a_cache_copies_no_keys_and_values() -> None:
         assert tracker.largest[0] < known[0].nbytes // 8
 
 
+@pytest.mark.parametrize("given", [512, {"token_budget": 512}])
+def test_a_cache_of_no_config_is_refused(given: Any) -> None:
+    with pytest.raises(TypeError, match=f"config must be a RocketKVConfig or None, got {type(given).__name__}"):
+        rocketkv.RocketKVCache(build().config, given)
+
+
+def test_a_rollback_to_no_snapshot_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"what snapshot\(\) returned, got int"):
+        rocketkv.RocketKVCache(build().config, **SMALL).rollback(3)  # type: ignore[arg-type]
+
+
 REFUSED: list[tuple[Callable[[Any], Any], str]] = [
     (copy.deepcopy, "of another cache"),
     (lambda cache: rocketkv.RocketKVCache(build().config, **SMALL), "of another cache"),
