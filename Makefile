@@ -42,7 +42,7 @@ endif
 
 help:
 	@echo "make demo       a real model answers from a long context, full cache beside compressed (under 4 minutes)"
-	@echo "make test       everything CI checks: lint, the tests, parts of them on the oldest transformers and Triton"
+	@echo "make test       what CI checks on one Python: lint, tests, parts of them on the oldest transformers and Triton"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make wheel      build dist/*.whl and check it from an empty folder"

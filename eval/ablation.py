@@ -34,7 +34,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--texts", type=Path, nargs="+", metavar="FILE", help="in UTF-8 (default: four made offline)")
     found.add_argument("--prompt", type=int, default=4096, metavar="TOKENS", help="of a prompt (default %(default)s)")
     found.add_argument("--steps", type=int, default=64, help="teacher-forced after it (default %(default)s)")
-    found.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256, 512], metavar="T", help="in tokens")
+    found.add_argument(
+        "--budgets", type=int, nargs="+", default=[64, 128, 256, 512], metavar="T", help="in tokens (64 to 512)"
+    )
     found.add_argument("--arms", nargs="+", default=list(BY_NAME), metavar="NAME", help="some of the arms (all)")
     found.add_argument("--joined", type=int, default=1, metavar="N", help="errors alone, of heads made of N KV heads")
     found.add_argument("--multi-query", action="store_true", help="one wide KV head a layer, of the same function")

@@ -259,10 +259,10 @@ ABLATIONS = (
     ),
     _at_13(
         "centred-13",
-        "and the residual's weight fitted by the window's queries",
+        "and the residual calibrated",
         split=functools.partial(_OWN, pool_offset=0),
     ),
-    _at_13("own", "and pools that end 4 tokens after a token, not 6: the library's own", split=_OWN),
+    _at_13("own", "and pools that reach further back than ahead: the library's own", split=_OWN),
     _at_13(
         "exact-own",
         "its N and k by exact scores, free, no residual: stored-topk there",

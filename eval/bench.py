@@ -3,7 +3,7 @@
 `attention` times one layer's decode step against that of `rocketkv+` and PyTorch's attention over the full cache, with
 the query heads as they are (`enable_gqa`) and with the heads of a group as rows, which is the strongest dense form on a
 CPU. `decode` times whole decode steps of a model against `rocketkv+`, the stock model, whose cache copies itself each
-step, and `full`, dense attention over a preallocated cache.
+step, and dense attention over a preallocated cache (method `full`).
 """
 
 import argparse

@@ -227,7 +227,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         default = getattr(defaults, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default {default})")
-    parser.add_argument("--capacities", type=int, nargs="+", default=defaults.capacities, help="decode capacities")
+    capacities = " ".join(map(str, defaults.capacities))
+    parser.add_argument(
+        "--capacities", type=int, nargs="+", default=defaults.capacities, help=f"of decoding (default {capacities})"
+    )
     parser.add_argument("--methods", nargs="+", default=METHODS, help=f"to bound (default {' '.join(METHODS)})")
     parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS, help="what to measure")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")

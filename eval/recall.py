@@ -129,10 +129,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     defaults = Settings()
     parser.add_argument("--model", default=defaults.model, help="a hub name, a local folder, or smollm2 (the default)")
-    parser.add_argument("--tokens", type=int, nargs="+", default=defaults.tokens, help="lengths of prompts")
+    lengths = " ".join(map(str, defaults.tokens))
+    parser.add_argument("--tokens", type=int, nargs="+", default=defaults.tokens, help=f"of the prompts ({lengths})")
     parser.add_argument("--prompts", type=int, default=defaults.prompts, help=f"of each length ({defaults.prompts})")
     parser.add_argument("--seed", type=int, default=defaults.seed, help=f"of the prompts ({defaults.seed})")
-    parser.add_argument("--arms", nargs="+", default=defaults.arms, help="full, or METHOD:BUDGET")
+    parser.add_argument(
+        "--arms", nargs="+", default=defaults.arms, help=f"full, or METHOD:BUDGET ({' '.join(defaults.arms)})"
+    )
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     parser.add_argument("-o", "--output", type=Path, required=True, help="where to put OUTPUT.json and OUTPUT.md")
     args = parser.parse_args(arguments)

@@ -367,7 +367,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("batch", "documents at once, which share the split of the longest"),
     ):
         default = getattr(defaults, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default {default or 'its own'})")
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"{what} (default {'its own' if default is None else default})"
+        )
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     parser.add_argument("-o", "--output", type=Path, required=True, help="where to put OUTPUT.json and OUTPUT.md")
     args = parser.parse_args(arguments)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import json
 import sys
 import time
@@ -343,12 +342,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     defaults = Settings()
-    add = functools.partial(parser.add_argument, help="(default %(default)s)")
     parser.add_argument("--model", default=defaults.model, help="a hub name, a local folder, or smollm2 (the default)")
     parser.add_argument("--budgets", type=_whole_numbers, default=defaults.budgets, help="by commas (default 128)")
     parser.add_argument("--texts", nargs="+", default=(), metavar="FILE", help="in UTF-8 (default: generated prose)")
-    for name in ("context", "steps", "samples", "seed", "watched"):
-        add(f"--{name}", type=int, default=getattr(defaults, name))
+    for name, what in (
+        ("context", "tokens of each prompt"),
+        ("steps", "teacher-forced after it"),
+        ("samples", "texts of each file, or of generated prose"),
+        ("seed", "of the prose"),
+        ("watched", "steps of each way of watching, for its cost; 0 for none"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=int, default=getattr(defaults, name), help=f"{what} (default %(default)s)"
+        )
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     parser.add_argument("-o", "--output", type=Path, required=True, help="where to put OUTPUT.json and OUTPUT.md")
     args = parser.parse_args(arguments)

@@ -221,7 +221,7 @@ def rocketkv_plus_split(
 
 
 def rocketkv_mt_plus_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
-    """Split a budget as `rocketkv_plus_split`, with more of it for the attention, 0.65 t.
+    """Split a budget as `rocketkv_plus_split`, with more of it for the attention at 2 bits, 0.65 t (at 1 bit the same).
 
     The next turn filters anew, so what this one's filter leaves out is not lost (measured: docs/conversations.md).
     """

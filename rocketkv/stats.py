@@ -27,7 +27,7 @@ class LayerStats:
         tokens_stored: tokens that the longest row still stores.
         key_bytes: bytes of the key buffers, spare room included.
         value_bytes: bytes of the value buffers, likewise.
-        index_bytes: bytes of stage 2's index, and of the sum of values that a residual needs.
+        index_bytes: bytes of stage 2's index, and of the sum of values and the factors that a residual needs.
         other_bytes: bytes of positions, lengths, pending window queries and what a step estimates beside its output.
         history_bytes: bytes of the tokens that a multi-turn method keeps beside those that its turn decodes from.
         device: where keys, values and index are, or None where there are none.
