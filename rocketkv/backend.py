@@ -228,9 +228,31 @@ def run_kernels(
     sinks: Tensor | None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Run a decode step by the kernels, on a store's tensors, its clock, its ring, and a workspace or its buffers.
+    """Run a decode step by the kernels, on a store's tensors, which are written in place.
 
-    `missed` is where the weight of what was not attended to is written; None where nobody asks.
+    Args:
+        query: [B, H, D], after rotary embedding.
+        key: [B, Hkv, D], likewise.
+        value: [B, Hkv, Dv].
+        keys: [B, Hkv, capacity, D].
+        values: [B, Hkv, capacity, Dv].
+        positions: [B, Hkv, capacity] int32.
+        parts: the index's tensors by name.
+        lengths: [B, Hkv] int32, tokens of each row before the step.
+        clock: [1] int32, the store's clock.
+        value_sum: [B, Hkv, Dv] float64, the sum of each row's values, where there is a residual.
+        residual_bias: [B, H] float32, of the residual's logit, or None.
+        missed: [B, H] float32, where the weight of what was not attended to is written; None where nobody asks.
+        ring: [B, H, W, D], the queries of the last tokens, or None where none are remembered.
+        split: what the step may read.
+        workspace: a `DecodeWorkspace`, or its buffers in their order.
+        scaling: factor of the logits.
+        softcap: the model's soft-cap of the logits, or None.
+        sinks: [H], the model's learned sinks, or None.
+        out: [B, H, Dv], where the result is written; None makes one.
+
+    Returns:
+        [B, H, Dv] in the query's dtype.
     """
     from .kernels import decode  # only where it runs: triton is not everywhere
 

@@ -90,6 +90,9 @@ class History:
 
         Args:
             store: its prompt not closed, which holds every token of the sequence.
+
+        Raises:
+            ValueError: the store holds none.
         """
         if store.keys is None or store.values is None:
             raise ValueError("there is no prompt to keep")
@@ -146,6 +149,9 @@ class History:
         Args:
             store: its last prompt closed.
             given: tokens to make room for.
+
+        Raises:
+            ValueError: nothing was kept.
         """
         if self.device is not None:
             self._send(store, given)
@@ -192,6 +198,9 @@ class History:
             store: its prompt closed.
             row: of the batch.
             head: KV head.
+
+        Raises:
+            ValueError: nothing was kept.
         """
         if self.keys is None or self.values is None:
             raise ValueError("there is no history")

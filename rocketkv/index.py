@@ -39,7 +39,10 @@ def restored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rounded(bounds: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return bounds in the index's dtype, to nearest; in 8 bits what is out of range becomes its end, NaN stays."""
+    """Return bounds, of any shape, in the index's dtype, to nearest; in 8 bits what is out of range becomes its end.
+
+    NaN stays.
+    """
     if dtype in FLOAT8:
         # One format has no infinity, and PyTorch's releases differ in what becomes of what is too large for it.
         limit = torch.finfo(dtype).max
@@ -102,7 +105,7 @@ def build_index(keys: Tensor, tokens: int, page_size: int, dtype: torch.dtype | 
 
 
 def grow_index(index: Tensor, capacity: int, page_size: int) -> Tensor:
-    """Return the index with enough tiles for a buffer of `capacity` tokens."""
+    """Return an index [B, Hkv, T, rows, 128] with tiles for `capacity` tokens: itself, or a copy with zeros added."""
     missing = tile_count(capacity, page_size) - index.shape[2]
     if missing <= 0:
         return index

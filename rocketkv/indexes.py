@@ -55,7 +55,7 @@ class Index(Protocol):
         ...
 
     def grow(self, parts: Parts, capacity: int) -> dict[str, Tensor]:
-        """Return the parts with room for a buffer of `capacity` slots."""
+        """Return the parts with room for a buffer of `capacity` slots, which has as many as they have or more."""
         ...
 
     def append(self, parts: Parts, keys: Tensor, lengths: Tensor, slot: int | None) -> None:
@@ -70,7 +70,7 @@ class Index(Protocol):
         ...
 
     def rebuild(self, parts: Parts, keys: Tensor, tokens: int) -> None:
-        """Write the index anew, in place, after tokens of the buffer have been moved."""
+        """Write the index of the first `tokens` slots of keys [B, Hkv, capacity, D] anew, after tokens were moved."""
         ...
 
     def score(

@@ -310,7 +310,11 @@ class RocketKVLayer(CacheLayerMixin):
         return attend_prompt(store, query, key, value, mask, fast, **exact)
 
     def close_prompt(self, exact: dict[str, Any]) -> None:
-        """Run stage 1 at the end of a prompt, given scaling, softcap and sinks."""
+        """Run stage 1 at the end of a prompt, given scaling, softcap and sinks.
+
+        Raises:
+            ValueError: there is no prompt.
+        """
         store, config = self.store, self.config
         if store.keys is None:
             raise ValueError("there is no prompt to close")
@@ -474,7 +478,7 @@ class RocketKVLayer(CacheLayerMixin):
         self.turn_begins = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the rows for beam search; a row may come several times."""
+        """Reorder the rows for beam search by `beam_idx` [rows], integers; a row may come several times."""
         self._settle()
         self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
@@ -485,7 +489,7 @@ class RocketKVLayer(CacheLayerMixin):
         self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows only."""
+        """Keep some rows only, by `indices` [rows], integers or a mask."""
         self._settle()
         self.step = None
         self._map(lambda tensor: tensor[indices.to(tensor.device)])

@@ -23,7 +23,7 @@ BLOCK_BYTES = 4 * 2**20
 
 
 def summable(values: Tensor) -> Tensor:
-    """Return values in float64, rounded to multiples of 2^-32: what is summed of them."""
+    """Return values, of any shape and float dtype, in float64, as multiples of 2^-32: what is summed of them."""
     rounder = number(ROUNDER, torch.float64)
     return values.double().add_(rounder).sub_(rounder)
 

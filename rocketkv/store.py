@@ -354,7 +354,11 @@ class KVStore(Restorable):
         self._index_token(value, slot if uniform else None)
 
     def make_room(self) -> None:
-        """See to it that every row has room for one more token: grow by doubling, or roll."""
+        """See to it that every row has room for one more token: grow by doubling, or roll.
+
+        Raises:
+            ValueError: the store is static, and its room has ended.
+        """
         if self.stored < self.capacity or self.split is None:
             return
         if self.decode_capacity is not None:
