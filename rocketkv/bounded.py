@@ -71,8 +71,12 @@ def evict_generated(
     window, device = query.shape[2], store.keys.device
     lengths = store.lengths.long()[..., None]
     if at_random:
-        generator = torch.Generator().manual_seed(store.seen)
-        ranks = torch.rand(count - window, generator=generator).to(device).expand(*lengths.shape[:2], -1)
+        generator = torch.Generator("cpu").manual_seed(store.seen)
+        ranks = (
+            torch.rand(count - window, dtype=torch.float32, generator=generator, device="cpu")
+            .to(device)
+            .expand(*lengths.shape[:2], -1)
+        )
     else:
         # Rows of different lengths end side by side, as those of a prompt do.
         slot = torch.arange(stored, device=device) - (stored - lengths)

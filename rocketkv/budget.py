@@ -124,6 +124,11 @@ class BudgetSplit:
         """True where a step scores what is stored, and so has an index."""
         return self.channels is not None or self.sketch_bits is not None
 
+    def ranks(self, prompt_tokens: int) -> bool:
+        """Whether the end of a prompt, whose longest row has so many tokens, needs its last queries."""
+        evicts = self.kept_tokens is not None and self.sinks is None and prompt_tokens > self.kept_tokens
+        return evicts or (self.calibrated and prompt_tokens > self.token_budget)
+
     @property
     def rolling(self) -> bool:
         """True where a generated token pushes the oldest one out that is not a sink."""

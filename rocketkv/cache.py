@@ -202,15 +202,23 @@ def rocketkv_layers(cache: Any) -> list[RocketKVLayer]:
     return [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, RocketKVLayer)]
 
 
-def begin_prompt(cache: Any, end: int, *, speculative: bool = False) -> None:
+def begin_prompt(cache: Any, end: int, *, speculative: bool = False, drafts: bool = False) -> None:
     """Tell a cache that the next prompt ends when the sequence has `end` tokens, and whether drafts are verified.
 
-    A single token after others is no prompt: `generate` goes on where it stopped, with the last token it wrote.
+    A single token after decoded ones is no prompt: `generate` goes on where it stopped, with the last it wrote.
+
+    Args:
+        cache: the cache.
+        end: tokens of the sequence when the prompt ends.
+        speculative: whether forwards of several tokens verify a draft.
+        drafts: whether it is an assistant's, which takes in after its prompt what the model has said to its drafts.
     """
     for layer in rocketkv_layers(cache):
         seen = layer.tokens_seen
-        layer.prompt_end = end if seen == 0 or end > seen + 1 else None
-        layer.speculative = speculative
+        catches_up = drafts and layer.store.closed
+        begins = end > seen + 1 or not layer.store.closed  # what has not ended goes on, if by a single token
+        layer.prompt_end = end if begins and not catches_up else None
+        layer.speculative = speculative or catches_up
 
 
 def mark_prompt(cache: Any, ids: Tensor | None, mask: Any, chat: ChatMarks | None) -> None:

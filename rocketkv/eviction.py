@@ -102,7 +102,7 @@ def window_scores(
             scores.masked_fill_(token > own[:, None], -torch.inf)
         return scores
 
-    peak = torch.full((batch, kv_heads, group * window), -torch.inf, device=key.device)
+    peak = torch.full((batch, kv_heads, group * window), -torch.inf, dtype=torch.float32, device=key.device)
     if sinks is not None:
         peak = sinks.float().reshape(1, kv_heads, group, 1).expand(batch, -1, -1, window).reshape_as(peak).clone()
     mass = torch.ones_like(peak) if sinks is not None else torch.zeros_like(peak)
@@ -118,7 +118,7 @@ def window_scores(
     if valid is not None:
         real = valid[:, :, -window:].expand(-1, kv_heads, -1)
         weight = weight * real.repeat(1, 1, group)
-    total = torch.empty(batch, kv_heads, size - window, device=key.device)
+    total = torch.empty(batch, kv_heads, size - window, dtype=torch.float32, device=key.device)
     for start in range(0, size - window, block):
         stop = min(start + block, size - window)
         scores = logits(start, stop)

@@ -82,10 +82,10 @@ def refuse_empty_rows(mask: Tensor) -> None:
 class Generation:
     """One call of `generate`: where its prompt ends, and the cache that it uses once that is known."""
 
-    def __init__(self, end: int | None, speculative: bool, croppable: bool) -> None:
+    def __init__(self, end: int | None, speculative: bool, drafts: bool) -> None:
         self.end = end
         self.speculative = speculative
-        self.croppable = croppable
+        self.drafts = drafts
         self.cache: Any = None
         self.compiles = False  # whether transformers may compile the decode steps
 
@@ -93,8 +93,8 @@ class Generation:
         """Tell a cache of ours, before its first forward of this call, where the prompt ends."""
         self.cache = cache
         if self.end is not None:
-            begin_prompt(cache, self.end, speculative=self.speculative)
-        if self.croppable:
+            begin_prompt(cache, self.end, speculative=self.speculative, drafts=self.drafts)
+        if self.speculative or self.drafts:
             make_croppable(cache)
 
     def begin_anew(self, cache: Any, given: int) -> None:
@@ -135,8 +135,8 @@ def generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     elif cache is not None and convertible(cache):
         compress_layers(cache, state.config, decoder.config)
     speculative = _speculative(model, args, kwargs)
-    croppable = speculative or bool(_setting(model, args, kwargs, "is_assistant"))
-    running = Generation(_prompt_end(args, kwargs), speculative, croppable)
+    drafts = bool(_setting(model, args, kwargs, "is_assistant"))
+    running = Generation(_prompt_end(args, kwargs), speculative, drafts)
     if isinstance(cache, RocketKVCache) or rocketkv_layers(cache):
         running.begin(cache)
         args, kwargs = _watched(model, args, kwargs, running, state.warned)

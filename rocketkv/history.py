@@ -268,6 +268,7 @@ class History:
     def _living(self) -> list[HistorySnapshot]:
         return [taken for reference in self._snapshots if (taken := reference()) is not None]
 
+    @torch.inference_mode(False)
     def _protect(self, start: int) -> None:
         """Have buffers of our own before slots from `start` on are written, if a snapshot holds those."""
         if any(taken.keys is self.keys and taken.held > start for taken in self._living()):

@@ -116,7 +116,7 @@ class Indexed(QueryWindow):
         """Return where a step of queries [B, H, D] is to write what it missed, [B, H]; always the same tensor."""
         if self.missed is None or self.missed.is_inference():  # of a copy that was made in inference mode
             with torch.inference_mode(False):
-                self.missed = torch.zeros(query.shape[:2], device=query.device)
+                self.missed = torch.zeros(query.shape[:2], dtype=torch.float32, device=query.device)
         return self.missed
 
     def note_missed(self, missed: Tensor) -> None:

@@ -3,6 +3,7 @@
 Letters: B batch, H query heads, Hkv KV heads, D head dim, n tokens of a forward, W observation window.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +27,7 @@ from .protection import warn_unprotected
 from .snapshot import StoreSnapshot
 from .stats import LayerStats, live_bytes, store_stats
 from .store import KVStore
-from .turns import check_prompt_length, prompt_part
+from .turns import check_prompt_length, check_queries, prompt_part
 
 # What a layer's snapshot holds beside its store's.
 _SNAPPED = ("prompt_end", "prompt_tokens", "prompt_ids", "turn_begins", "speculative", "step", "backend", "bounded")
@@ -88,6 +89,15 @@ class RocketKVLayer(CacheLayerMixin):
 
     def __repr__(self) -> str:
         return f"RocketKVLayer(method={self.config.method!r}, seen={self.store.seen}, stored={self.store.stored})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RocketKVLayer":
+        """Copy into tensors that may be written anywhere, also where a copy would be made of inference tensors."""
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        with torch.inference_mode(False):
+            for name, value in self.__dict__.items():
+                setattr(other, name, copy.deepcopy(value, memo))
+        return other
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]  # derived from the store
@@ -313,12 +323,15 @@ class RocketKVLayer(CacheLayerMixin):
         """Run stage 1 at the end of a prompt, given scaling, softcap and sinks.
 
         Raises:
-            ValueError: there is no prompt.
+            ValueError: there is no prompt, or a crop has taken all queries that are to rank its tokens.
         """
         store, config = self.store, self.config
         if store.keys is None:
             raise ValueError("there is no prompt to close")
         split = config.split_for(self.prompt_tokens, store.keys.shape[3])
+        queries = 0 if store.window is None else store.window.shape[2]
+        if split.ranks(self.prompt_tokens):
+            check_queries(queries, min(config.window_size, store.open_tokens))
         self.backend = backend_name(store.keys.device, config.backend)
         if self.history is not None:
             self.history.keep(store)
@@ -435,6 +448,8 @@ class RocketKVLayer(CacheLayerMixin):
             return
         if self.history is not None and not self.store.closed:
             self.history.guard(self.store, length)
+        if not self.store.closed and length < seen:
+            self.prompt_tokens = max(0, self.prompt_tokens - (seen - length))
         self.store.crop(length)
         if self.history is not None:
             self.history.crop(length)

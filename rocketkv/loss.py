@@ -79,7 +79,8 @@ def missed_mass(store: KVStore, heads: int) -> Tensor | None:
         return None
     if selects(store) and store.missed is not None:
         return uncalibrated(store.missed, store.residual_bias)
-    return torch.full((store.keys.shape[0], heads), torch.nan if selects(store) else 0.0, device=store.keys.device)
+    unknown = torch.nan if selects(store) else 0.0
+    return torch.full((store.keys.shape[0], heads), unknown, dtype=torch.float32, device=store.keys.device)
 
 
 def uncalibrated(missed: Tensor, bias: Tensor | None) -> Tensor:

@@ -300,7 +300,7 @@ def static_step(
     if store.positions is None or store.lengths is None:
         raise ValueError("a static step needs a store that was closed with a decode_capacity")
     if split.residual:
-        store.note_missed(torch.zeros(query.shape[:2], device=query.device))
+        store.note_missed(torch.zeros(query.shape[:2], dtype=torch.float32, device=query.device))
     step = StaticStep(
         keys=store.keys,
         values=store.values,

@@ -128,12 +128,12 @@ def rotation(head_dim: int, device: torch.device | str | None = None) -> Tensor:
     the odd rest m, which is 1 up to a sign where D is a power of two. The same for every call, version and device.
     """
     odd = odd_part(head_dim)
-    matrix = odd * torch.eye(odd) - 2
+    matrix = odd * torch.eye(odd, dtype=torch.float32, device="cpu") - 2
     while matrix.shape[0] < head_dim:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
     draw = random.Random(head_dim)  # whose `random()` is the same in all versions of Python
-    signs = torch.tensor([1.0 if draw.random() < 0.5 else -1.0 for _ in range(head_dim)])
-    return (matrix * signs).to(device)
+    signs = [1.0 if draw.random() < 0.5 else -1.0 for _ in range(head_dim)]
+    return (matrix * matrix.new_tensor(signs)).to(device)
 
 
 def grid(head_dim: int) -> int:

@@ -28,7 +28,8 @@ class LayerStats:
         key_bytes: bytes of the key buffers, spare room included.
         value_bytes: bytes of the value buffers, likewise.
         index_bytes: bytes of stage 2's index, and of the sum of values and the factors that a residual needs.
-        other_bytes: bytes of positions, lengths, pending window queries and what a step estimates beside its output.
+        other_bytes: bytes of positions, lengths, queries of the window and of drafts, and what a step estimates beside
+            its output.
         history_bytes: bytes of the tokens that a multi-turn method keeps beside those that its turn decodes from.
         device: where keys, values and index are, or None where there are none.
         history_device: where the history is, or None where there is none.
@@ -167,7 +168,7 @@ def store_stats(store: KVStore) -> LayerStats:
         key_bytes=live_bytes(keys),
         value_bytes=0 if shared else live_bytes(values),
         index_bytes=sum(map(live_bytes, (*store.index_parts().values(), store.value_sum, store.residual_bias))),
-        other_bytes=sum(storages.values()) + live_bytes(store.ticks),
+        other_bytes=sum(storages.values()) + live_bytes(store.ticks) + sum(map(live_bytes, store.held_back)),
         device=str(keys.device),
         full_bytes=rows * store.seen * sum(dims) * keys.itemsize,
         step_bytes=rows * step_bytes(store.split, stored, dims, sizes, shortest=shortest),

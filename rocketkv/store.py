@@ -220,11 +220,12 @@ class KVStore(Restorable):
             counts = valid.sum(-1)
             shortest, longest = (int(count) for count in torch.stack(counts.aminmax()).tolist())
             self._refuse_padded_ends(valid, counts)
-        restorable = self.seen
+        # A turn whose prompt evicts nothing can be taken back, to where the last eviction was.
+        restorable = self._restorable
         slots: Tensor | None = None
         if split.kept_tokens is not None and longest > split.kept_tokens:
             if split.sinks is None:
-                restorable -= window.shape[2]
+                restorable = self.seen - window.shape[2]
                 if split.kept_tokens < window.shape[2]:
                     raise ValueError(
                         f"kept_tokens must be at least the window of {window.shape[2]} tokens, got {split.kept_tokens}"
@@ -235,7 +236,7 @@ class KVStore(Restorable):
                 ranks = scores(window, keys, value=counted, valid=valid, **pools, **exact)
                 slots = choose(self._with_marks(ranks, protected, split.kept_tokens), split.kept_tokens)
             else:
-                restorable -= split.kept_tokens - split.sinks
+                restorable = self.seen - (split.kept_tokens - split.sinks)
                 slots = recent_positions(self._all_valid(valid), split.kept_tokens, split.sinks)
             longest, shortest = split.kept_tokens, min(shortest, split.kept_tokens)
             self._complete = False
@@ -247,8 +248,9 @@ class KVStore(Restorable):
             ordered = protected_first(present, protected)
             self._moved = not torch.equal(ordered, present)
             if self._moved:
-                # A crop into the prompt would find tokens out of the sequence's order.
-                slots, restorable, self._complete = ordered, self.seen, False
+                # A crop to before the last of them would find tokens out of the sequence's order.
+                last = int(self._prompt_positions().masked_fill(~protected, -1).amax())
+                slots, restorable, self._complete = ordered, max(restorable, last + 1), False
         self.aligned = self.aligned and slots is None
         room = decode_room(split, decode_reserve) if decode_capacity is None else decode_capacity
         page_size = None if split.channels is None else split.page_size  # pages are made as keys are moved
@@ -282,6 +284,11 @@ class KVStore(Restorable):
         if not any(mark.messages for mark in self.marks):
             return scores
         return with_fair_shares(scores, message_numbers(self.marks, self._prompt_positions()), kept)
+
+    @property
+    def open_tokens(self) -> int:
+        """Tokens of the present prompt, which has not ended; 0 while decoding."""
+        return 0 if self.closed else self.stored - self._prompt_start
 
     @property
     def generated(self) -> int:
@@ -455,6 +462,7 @@ class KVStore(Restorable):
             self._prompt_start = min(self._prompt_start, self.stored)
         else:
             # Rows end at different slots before this prompt: leave holes.
-            self.positions = torch.where(self.positions < length, self.positions, -1)
+            with torch.inference_mode(False):  # the next prompt writes into them
+                self.positions = torch.where(self.positions < length, self.positions, -1)
             self._prompt_start = self.stored
             self._holes, self.aligned = True, False

@@ -1,5 +1,7 @@
 """Where a turn begins: which tokens of a forward are a prompt's, and which are decoded."""
 
+import warnings
+
 
 def prompt_part(seen: int, given: int, prompt_end: int | None, *, begins: bool = False, verifies: bool = False) -> int:
     """Return how many of the `given` tokens of a forward belong to a prompt; the rest are decoded.
@@ -33,3 +35,25 @@ def check_prompt_length(length: object) -> None:
         raise TypeError(f"prompt_length must be an int (tokens), got {length!r} of type {type(length).__name__}")
     if length < 1:
         raise ValueError(f"prompt_length must be at least 1, got {length}; None where it is not known")
+
+
+def check_queries(found: int, wanted: int) -> None:
+    """Say so where a crop has forgotten queries of a prompt's last tokens before it ended: those before are not kept.
+
+    Args:
+        found: how many of them are at hand to rank the prompt's tokens.
+        wanted: how many there should be.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if found >= wanted:
+        return
+    what = (
+        f"the queries of a prompt's last {wanted} tokens rank its tokens, but {found} of them are left: a crop took "
+        "the others before the prompt had ended. Crop after its end (tell the cache its prompt_length), or let "
+        f"{wanted} tokens or more of the prompt follow the crop."
+    )
+    if found == 0:
+        raise ValueError(what)
+    warnings.warn(what, stacklevel=2)

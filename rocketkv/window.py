@@ -63,6 +63,11 @@ class QueryWindow(TokenCounts):
         self._earlier = None
 
     @property
+    def held_back(self) -> tuple[Tensor, ...]:
+        """What `foresee_queries` holds on to."""
+        return () if self._earlier is None else self._earlier[2:]
+
+    @property
     def remembered(self) -> int:
         """How many queries the ring holds, of the last tokens."""
         return 0 if not self.closed or self.window is None else min(self.window.shape[2], self.seen - self._ring_from)

@@ -146,10 +146,14 @@ def test_everything_kept_without_protection_is_kept_with_it(lengths: list[int]) 
             assert kept[len(span) :] == sorted(set(kept) - span)
 
 
-def test_a_crop_into_a_prompt_whose_order_changed_is_refused() -> None:
-    store = closed(tokens(1, 60), None, ((50, 55),))
-    with pytest.raises(ValueError, match="Crop to 60 or more"):
-        store.crop(57)
+def test_a_crop_goes_back_to_the_last_token_that_was_moved_and_no_further() -> None:
+    for last, least in ((55, 56), (59, 59)):  # the window's 4 tokens are there in any case
+        store = closed(tokens(1, 60), None, ((50, last),))
+        before = [set(kept_by(store, 0, g)) for g in range(HKV)]
+        with pytest.raises(ValueError, match=f"Crop to {least} or more"):
+            store.crop(least - 1)
+        store.crop(least)
+        assert [set(kept_by(store, 0, g)) for g in range(HKV)] == [{*kept} - {*range(least, 60)} for kept in before]
 
 
 @pytest.mark.parametrize("protect", [False, True])
