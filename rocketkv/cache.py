@@ -52,7 +52,7 @@ class RocketKVCache(DynamicCache):
         **fields: fields of `RocketKVConfig`.
 
     Raises:
-        TypeError: `config` is none, or given beside fields, or `prompt_length` is no int.
+        TypeError: `config` is no RocketKVConfig, or given beside fields, or `prompt_length` is no int.
         ValueError: a field, or `prompt_length`, has an impossible value.
     """
 
