@@ -80,14 +80,14 @@ wheel: $(VENV)/.demo
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 	$(PIP_INSTALL) --no-deps --target $(WHEEL_CHECK) dist/*.whl
 	cd $(WHEEL_CHECK) && PYTHONPATH=$(CURDIR)/$(WHEEL_CHECK) $(abspath $(BIN))/python -c \
-		"import rocketkv, rocketkv.eval.needle; print('imported from', rocketkv.__file__)"
+		"import rocketkv, rocketkv.eval.tasks.needle_text; print('imported from', rocketkv.__file__)"
 	@ls -l dist
 
 evidence: $(VENV)/.demo
-	$(BIN)/python -m rocketkv.eval.evidence
+	$(BIN)/python tools/evidence.py
 
 kernels-report: $(VENV)/.dev
-	$(BIN)/python -m rocketkv.kernels.aot
+	$(BIN)/python -m rocketkv.eval.bench.aot
 
 hooks: $(VENV)/.dev
 	$(BIN)/pre-commit install

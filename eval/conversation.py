@@ -23,14 +23,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from ..cache import begin_prompt, cache_stats
-from ..models import CACHE_ARGUMENT
-from .latency import percentile, synchronize, time_stage_1
-from .memory import cache_cost, peak_bytes, reset_peak
+from ..hf.cache import begin_prompt, cache_stats
+from ..hf.models import CACHE_ARGUMENT
+from .measures.latency import percentile, synchronize, time_stage_1
+from .measures.memory import cache_cost, peak_bytes, reset_peak
 from .methods import Method
 from .prompts import continued, encode, follow_up, longest, render
 from .records import CostDict, digest
-from .task import Sample, Turn
+from .tasks.base import Sample, Turn
 
 AWARE, AGNOSTIC = "aware", "agnostic"
 TRACE_POINTS = 64  # at most, of the cache's size over time

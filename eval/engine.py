@@ -14,7 +14,7 @@ from typing import Any
 from .lm import SAMPLE, RocketKVLM
 from .prompts import render
 from .records import SampleDict, digest
-from .task import Sample, Task
+from .tasks.base import Sample, Task
 
 _LOUD = ("lm_eval", "datasets")
 

@@ -23,13 +23,13 @@ from tqdm import tqdm
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
-from ..cache import cache_stats
 from ..config import RocketKVConfig
-from ..models import CACHE_ARGUMENT
-from .divergence import decode_logprobs
-from .memory import cache_cost
+from ..hf.cache import cache_stats
+from ..hf.loading import SMOLLM2, load_smollm2
+from ..hf.models import CACHE_ARGUMENT
+from .measures.kl import decode_logprobs
+from .measures.memory import cache_cost
 from .methods import FULL, Compressed, Full, Method, find_method
-from .models import SMOLLM2, load_smollm2
 
 GROWTH_STEP = 64  # tokens between two notes of a cache's size
 SAMPLE = "rocketkv_sample"  # field of a document of ours: its sample's id

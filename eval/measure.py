@@ -12,11 +12,11 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from ..cache import RocketKVCache, cache_stats
 from ..config import RocketKVConfig
-from ..hf import patch
-from ..models import CACHE_ARGUMENT
-from ..stats import CacheStats
+from ..hf.cache import RocketKVCache, cache_stats
+from ..hf.models import CACHE_ARGUMENT
+from ..hf.patch import patch
+from ..state.stats import CacheStats
 
 
 @dataclass(frozen=True, kw_only=True)

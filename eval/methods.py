@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..budget import METHODS
-from ..cache import RocketKVCache
 from ..config import RocketKVConfig
-from ..hf import patch
-from ..models import find_decoder
+from ..hf.cache import RocketKVCache
+from ..hf.models import find_decoder
+from ..hf.patch import patch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

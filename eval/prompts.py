@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from .task import Preparation, Sample
+from .tasks.base import Preparation, Sample
 
 UNBOUNDED = 2**31 - 1  # of a model whose configuration has no number of positions
 # Some templates print the date: the same one in every record, or two days' would not compare.

@@ -10,7 +10,7 @@ from .append import write_token
 from .math import as_bound, rounded, soft_capped, widened
 
 TILE_PAGES = tl.constexpr(128)
-TINY = tl.constexpr(1e-30)  # a head may be zero in the channels that its group chose; see `rocketkv.attention`
+TINY = tl.constexpr(1e-30)  # a head may be zero in the channels that its group chose; see `rocketkv.core.attention`
 
 
 @triton.jit

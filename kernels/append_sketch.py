@@ -1,6 +1,6 @@
 """First launch of a decode step on a sketch: append the token and its sketch, score all tokens by their packed codes.
 
-What the sketch is, `rocketkv.sketch` says. Its bits are the same here: they come of whole numbers that float32 holds,
+`rocketkv.core.sketch` defines the sketch. Its bits are the same here: they come of whole numbers that float32 holds,
 in whatever order they are summed, and of divisions and square roots that are rounded to the nearest. So is the sum of
 values, in float64: one program owns a row, so no atomics are needed, and a float32 sum, even of two halves, would drift
 from one that is made anew.

@@ -155,7 +155,7 @@ class DecodeWorkspace:
         device: where.
         programs: programs that fill the device, by default its multiprocessors.
         buffers: those of an earlier workspace for the same, in the order of `tensors`, or None for new ones.
-        rotation: [D, D] in the queries' dtype, R of `rocketkv.sketch` times the length of its rows; where keys are
+        rotation: [D, D] in the queries' dtype, R of `rocketkv.core.sketch` times the length of its rows; where keys are
             sketched and no buffers are given.
     """
 

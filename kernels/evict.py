@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..eviction import pool_reach, value_aware
+from ..core.eviction import pool_reach, value_aware
 from .compact import compact_kernel, tokens_first_kernel
 from .decode import DTYPES, INTERPRETED, LARGEST_HEAD_DIM, TILE_PAGES
 from .pool import pool_kernel, side_by_side_kernel

@@ -4,8 +4,8 @@ import rocketkv
 rocketkv.patch(model, token_budget=512)
 model.generate(...)
 
-Names are imported when they are first used: neither `rocketkv --help` nor an engine that imports `rocketkv.eviction`
-waits for transformers.
+Names are imported when they are first used: neither `rocketkv --help` nor an engine that imports
+`rocketkv.core.eviction` waits for transformers.
 """
 
 import importlib
@@ -15,11 +15,11 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .budget import METHODS, BudgetSplit
-    from .cache import RocketKVCache
     from .config import RocketKVConfig
-    from .hf import PatchHandle, patch, unpatch
-    from .saving import load_cache, load_inputs, save_cache
-    from .stats import CacheStats
+    from .hf.cache import RocketKVCache
+    from .hf.files import load_cache, load_inputs, save_cache
+    from .hf.patch import PatchHandle, patch, unpatch
+    from .state.stats import CacheStats
 
 __all__ = [
     "METHODS",
@@ -39,15 +39,15 @@ __all__ = [
 _MODULES = {
     "METHODS": ".budget",
     "BudgetSplit": ".budget",
-    "CacheStats": ".stats",
-    "PatchHandle": ".hf",
-    "RocketKVCache": ".cache",
+    "CacheStats": ".state.stats",
+    "PatchHandle": ".hf.patch",
+    "RocketKVCache": ".hf.cache",
     "RocketKVConfig": ".config",
-    "load_cache": ".saving",
-    "load_inputs": ".saving",
-    "patch": ".hf",
-    "save_cache": ".saving",
-    "unpatch": ".hf",
+    "load_cache": ".hf.files",
+    "load_inputs": ".hf.files",
+    "patch": ".hf.patch",
+    "save_cache": ".hf.files",
+    "unpatch": ".hf.patch",
 }
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import attend
-from .backend import run_kernels, static_buffers
 from .budget import BudgetSplit
-from .indexes import index_of
-from .reference import attend_chosen, attend_selected, recent
-from .residual import summable
-from .store import KVStore
+from .core.attention import attend
+from .core.indexes import index_of
+from .core.residual import summable
+from .dispatch import run_kernels, static_buffers
+from .state.reference import attend_chosen, attend_selected, recent
+from .state.store import KVStore
 
 _MUTATED = (
     *("keys", "values", "positions", "index", "value_sum", "missed", "lengths", "clock", "ring", "buffers", "out"),
@@ -288,7 +288,7 @@ def static_step(
     Args:
         query: [B, H, D], of any step.
         store: the layer's store.
-        backend: see `rocketkv.backend.backend_name`.
+        backend: see `rocketkv.dispatch.backend_name`.
         workspaces: where the kernels keep what they work in; the layers of a cache share one.
 
     Raises:

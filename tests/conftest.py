@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import os
+import sys
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,27 +20,35 @@ from torch import Tensor
 # Of processes that tests start; those of the tests' own process are set below, for each test.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# By the time they take, longest first.
+ROOT = Path(__file__).resolve().parents[1]
+
+# By the time they take, longest first: paths from this folder.
 LONGEST = [
-    "test_real_model",
-    "test_kernels_aot",
-    "test_kernels_evict",
-    "test_hf_turns_mt",
-    "test_compiled",
-    "test_golden",
-    "test_hf_cache_mt",
-    "test_eval_run",
-    "test_kernels_decode",
-    "test_bounded_models",
-    "test_hf_models",
-    "test_demo",
-    "test_bounded",
-    "test_kernels_edges",
+    "hf/test_real_model.py",
+    "kernels/test_aot.py",
+    "kernels/test_evict.py",
+    "hf/test_turns_mt.py",
+    "hf/test_compiled.py",
+    "state/test_golden.py",
+    "hf/test_cache_mt.py",
+    "eval/test_run.py",
+    "kernels/test_decode.py",
+    "hf/test_bounded_models.py",
+    "hf/test_models.py",
+    "cli/test_demo.py",
+    "state/test_bounded.py",
+    "kernels/test_edges.py",
 ]
 
 # Kernels are for the interpreter or the compiler from their import on: without a GPU only the former runs them.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# studies/ and tools/ are no packages of the wheel, and the root is not on sys.path (see CONTRIBUTING.md).
+for _name in ("studies", "tools"):
+    _spec = importlib.machinery.ModuleSpec(_name, None, is_package=True)
+    _spec.submodule_search_locations = [str(ROOT / _name)]
+    sys.modules[_name] = importlib.util.module_from_spec(_spec)
 
 
 def _hasten_interpreter() -> None:
@@ -75,7 +86,7 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def smollm2_tokenizer() -> Any:
     """SmolLM2's tokenizer, read once for all files: it takes seconds."""
-    from rocketkv.eval.models import load_smollm2_tokenizer
+    from rocketkv.hf.loading import load_smollm2_tokenizer
 
     return load_smollm2_tokenizer()
 
@@ -92,12 +103,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         function = getattr(item, "function", None)
         first = function not in met
         met.add(function)
-        if not item.path.name.startswith("test_kernels_"):
+        if item.path.parent.name == "studies":
+            item.add_marker("studies")
+        if item.path.parent.name != "kernels":
             continue
         target = item.callspec.params.get("target") if hasattr(item, "callspec") else None
         if target == "sm_90" or (target is None and (first or zlib.crc32(item.name.encode()) % 3 == 0)):
             item.add_marker("oldest_triton")
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    rank = {path: i for i, path in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.relative_to(ROOT / "tests").as_posix(), len(LONGEST)))
 
 
 @pytest.hookimpl(tryfirst=True)

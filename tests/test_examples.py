@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import COMMON, sharpened
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tiny import COMMON, sharpened
 
 pytestmark = pytest.mark.integration
 

@@ -41,7 +41,7 @@ print(json.dumps({
 PARTS = """
 import sys
 import rocketkv
-parts = "attention backend budget config dense eviction index masks snapshot stats store tensorfile"
+parts = "budget config core.attention core.eviction core.pages dispatch state.snapshot state.stats state.store"
 for part in parts.split():
     __import__("rocketkv." + part)
 assert rocketkv.BudgetSplit(token_budget=1) and rocketkv.METHODS and rocketkv.RocketKVConfig()
@@ -73,7 +73,7 @@ def test_importing_does_nothing_else() -> None:
     assert found["masks"]
     assert found["threads"]
     assert found["generator"]
-    assert "rocketkv.hf" in found["modules"]
+    assert "rocketkv.hf.patch" in found["modules"]
     tops = {name.partition(".")[0] for name in found["modules"]}
     assert tops.isdisjoint({"kernels", "eval", "tests", "triton", "peft", "accelerate", "gguf"})
     assert not [name for name in found["modules"] if name.startswith("rocketkv.eval")]

@@ -12,8 +12,8 @@ import html
 from collections.abc import Sequence
 
 from .arms import FULL, Arm
-from .facts import DepthMap
 from .plots import Plot, Style, distance_plots, score_plots, styles
+from .provenance import DepthMap
 from .style import CSS, JS
 from .tables import COSTS, MODES, Column, Figure, Section
 from .text import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..intervals import Interval
 from .arms import Arm
-from .facts import DepthMap
+from .provenance import DepthMap
 from .tables import COSTS, Column, Costs, Figure, Section
 
 ADAPTER = "†"

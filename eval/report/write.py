@@ -14,7 +14,7 @@ from typing import Any
 from .. import records as stored
 from ..records import CostDict, Record
 from .arms import Arm
-from .facts import DepthMap, Provenance, depth_maps, provenance
+from .provenance import DepthMap, Provenance, depth_maps, provenance
 from .tables import COSTS, LATENCY, MODES, Column, Figure, Section, length_text, sections
 from .text import (
     DISTANCES_NOTE,

@@ -13,9 +13,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..fill import fill
-from ..needle import prose
-from ..task import Preparation, Sample, Task, Turn
+from .base import Preparation, Sample, Task, Turn
+from .fill import fill
+from .needle_text import prose
 
 RULES = 6
 _MAX_NEW_TOKENS = 256

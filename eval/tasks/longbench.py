@@ -19,10 +19,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from .. import metrics
 from ..prompts import encode, render, truncate_middle
-from ..sources import check_fields, data_file, hub_file, lm_eval_file, read_jsonl, yaml_field
-from ..task import Preparation, Sample, Task, Turn
+from . import metrics
+from .base import Preparation, Sample, Task, Turn
+from .sources import check_fields, data_file, hub_file, lm_eval_file, read_jsonl, yaml_field
 
 _REPO = "zai-org/LongBench"  # THUDM/LongBench before
 _FIELDS = ("_id", "context", "input", "answers", "all_classes", "length")

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..sources import check_fields, data_file, hub_file, read_json
-from ..task import Preparation, Sample, Task, Turn
+from .base import Preparation, Sample, Task, Turn
 from .longbench import fit
+from .sources import check_fields, data_file, hub_file, read_json
 
 _REPO = "zai-org/LongBench-v2"  # THUDM/LongBench-v2 before
 _MAX_NEW_TOKENS = 128

@@ -18,9 +18,9 @@ from fractions import Fraction
 from itertools import combinations, islice, pairwise, product
 from typing import NamedTuple
 
-from ..fill import room
 from ..prompts import sample_tokens
-from ..task import Preparation, Sample, Task, Turn
+from .base import Preparation, Sample, Task, Turn
+from .fill import room
 
 _MARGIN = 8  # tokens that may be generated beside the right answer's, for its end
 _ENOUGH = 0.8  # of the length is full

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 
-from ..fill import room
-from ..needle import found, needle_prompt
 from ..prompts import sample_tokens
-from ..task import Preparation, Sample, Task, Turn
+from .base import Preparation, Sample, Task, Turn
+from .fill import room
+from .needle_text import found, needle_prompt
 
 _NEW_TOKENS = 16  # seven digits are at most seven tokens
 

@@ -24,12 +24,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from .. import scbench_metrics as metrics
 from ..prompts import follow_up
 from ..records import digest
-from ..sources import check_fields, data_file, hub_file, python_constant, read_json, read_jsonl
-from ..task import Preparation, Sample, Task, Turn
+from . import scbench_metrics as metrics
+from .base import Preparation, Sample, Task, Turn
 from .longbench import fit
+from .sources import check_fields, data_file, hub_file, python_constant, read_json, read_jsonl
 
 _REPO = "microsoft/SCBench"
 _MOST_TURNS = 5

@@ -1,0 +1,249 @@
+"""The launches that are compiled ahead of time: kernels in the shapes of known models, by name.
+
+Letters: B batch, H query heads, Hkv KV heads, D head dim, P page size, t token budget.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...budget import READ_ON
+from ...config import PAPERS_POOL, SKETCHED_POOL
+from ...kernels.append_sketch import SketchRule
+from ...kernels.decode import TILE_PAGES, DecodeShape, DecodeWorkspace, decode_step
+from ...kernels.dense_decode import DenseWorkspace, dense_decode
+from ...kernels.evict import compact, pool_scores, select_top, window_scores
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A named set of launches.
+
+    Attributes:
+        launch: makes them on meta tensors, for a device of so many multiprocessors.
+        kernels: those of its kernels that count, or None for all.
+        main: whether it is held to no spills on sm_80 and sm_90 and to wide loads.
+        alone: whether some of its kernels are launched in no main one.
+    """
+
+    launch: Callable[[int], object]
+    kernels: tuple[str, ...] | None = None
+    main: bool = False
+    alone: bool = False
+
+
+def meta(*sizes: int, dtype: torch.dtype) -> Tensor:
+    """Return a tensor without memory."""
+    return torch.empty(sizes, dtype=dtype, device=META)
+
+
+def decode(
+    dtype: torch.dtype,
+    *,
+    index_dtype: torch.dtype | None = None,
+    heads: tuple[int, int] = (32, 8),
+    head_dim: int = 128,
+    capacity: int,
+    token_budget: int,
+    page_size: int = 1,
+    channels: int | None = None,
+    top_k: int | None = None,
+    batch: int = 1,
+    ends: int | None = None,
+    softcap: float | None = None,
+    sinks: bool = False,
+    sketch_bits: int | None = None,
+) -> Callable[[int], Tensor]:
+    """Return what launches a decode step.
+
+    Args:
+        dtype: of queries, keys and values.
+        index_dtype: of the index, or None for the same.
+        heads: H and Hkv.
+        head_dim: D.
+        capacity: slots of the buffers.
+        token_budget: t.
+        page_size: P.
+        channels: r, or None.
+        top_k: k, or None.
+        batch: B.
+        ends: how many first tokens are kept where tokens are ranked by position, else None.
+        softcap: of the logits, or None.
+        sinks: whether the model has learned sinks.
+        sketch_bits: bits a channel of the sketch, which has a residual with a bias, or None where pages are scored or
+            nothing is.
+    """
+
+    def launch(programs: int) -> Tensor:
+        query_heads, kv_heads = heads
+        rule = None if sketch_bits is None else SketchRule(sketch_bits, 256, head_dim**0.5, 1.0)
+        shape = DecodeShape(
+            batch=batch, heads=query_heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=head_dim, capacity=capacity,
+            page_size=page_size, channels=channels, top_k=top_k, token_budget=token_budget, sinks=ends,
+            sketch=rule, residual=rule is not None, by_largest=rule is not None,
+        )  # fmt: skip
+        rows = head_dim if page_size == 1 else 2 * head_dim
+        tiles = (batch, kv_heads, shape.tiles)
+        sketch: tuple[Tensor, ...] = ()
+        if rule is not None:
+            sketch = (
+                meta(batch, kv_heads, capacity, sum(-(-head_dim * n // 8) for n in rule.widths), dtype=torch.uint8),
+                meta(batch, kv_heads, capacity, dtype=torch.bfloat16),
+                meta(batch, kv_heads, head_dim, dtype=torch.float32),
+            )
+        return decode_step(
+            meta(batch, query_heads, head_dim, dtype=dtype),
+            meta(batch, kv_heads, head_dim, dtype=dtype),
+            meta(batch, kv_heads, head_dim, dtype=dtype),
+            keys=meta(batch, kv_heads, capacity, head_dim, dtype=dtype),
+            values=meta(batch, kv_heads, capacity, head_dim, dtype=dtype),
+            positions=meta(batch, kv_heads, capacity, dtype=torch.int32),
+            index=meta(*tiles, rows, TILE_PAGES, dtype=index_dtype or dtype) if channels is not None else None,
+            sketch=sketch,
+            value_sum=None if rule is None else meta(batch, kv_heads, head_dim, dtype=torch.float64),
+            residual_bias=None if rule is None else meta(batch, query_heads, dtype=torch.float32),
+            lengths=meta(batch, kv_heads, dtype=torch.int32),
+            seen=meta(1, dtype=torch.int32),
+            workspace=DecodeWorkspace(shape, META, programs, rotation=meta(head_dim, head_dim, dtype=dtype)),
+            scaling=head_dim**-0.5,
+            softcap=softcap,
+            sinks=meta(query_heads, dtype=dtype) if sinks else None,
+        )
+
+    return launch
+
+
+def evict(
+    dtype: torch.dtype,
+    *,
+    heads: tuple[int, int] = (32, 8),
+    head_dim: int = 128,
+    tokens: int,
+    kept: int,
+    page_size: int | None,
+    index_dtype: torch.dtype | None = None,
+    batch: int = 1,
+    softcap: float | None = None,
+    sinks: bool = False,
+    padded: bool = False,
+) -> Callable[[int], object]:
+    """Return what launches the end of a prompt, whose keys and values are laid out token by token as models leave them.
+
+    Args:
+        dtype: of queries, keys and values.
+        heads: H and Hkv.
+        head_dim: D.
+        tokens: of the prompt.
+        kept: tokens that stay.
+        page_size: P, or None where there is no index.
+        index_dtype: of the index, or None for the keys'.
+        batch: B.
+        softcap: of the logits, or None.
+        sinks: whether the model has learned sinks.
+        padded: whether prompts are padded.
+    """
+
+    def launch(programs: int) -> object:
+        query_heads, kv_heads = heads
+        keys = meta(batch, tokens, kv_heads, head_dim, dtype=dtype).transpose(1, 2)
+        valid = meta(batch, 1, tokens, dtype=torch.bool) if padded else None
+        scores = window_scores(
+            meta(batch, query_heads, WINDOW, head_dim, dtype=dtype),
+            keys,
+            scaling=head_dim**-0.5,
+            softcap=softcap,
+            sinks=meta(query_heads, dtype=dtype) if sinks else None,
+            valid=valid,
+        )
+        # Without pages as the methods with a sketch pool.
+        width, offset = (PAPERS_POOL, 0) if page_size is not None else (SKETCHED_POOL, READ_ON)
+        slots = select_top(pool_scores(scores, WINDOW, kernel_size=width, pool_offset=offset, valid=valid), kept)
+        return compact(keys, keys, slots, valid, None, kept, kept + RESERVE, page_size, index_dtype)
+
+    return launch
+
+
+def dense(
+    dtype: torch.dtype, *, heads: tuple[int, int] = (32, 8), head_dim: int = 128, length: int
+) -> Callable[[int], Tensor]:
+    """Return what launches a decode step that attends to everything.
+
+    Args:
+        dtype: of queries, keys and values.
+        heads: H and Hkv.
+        head_dim: D.
+        length: tokens stored.
+    """
+
+    def launch(programs: int) -> Tensor:
+        query_heads, kv_heads = heads
+        keys = meta(1, kv_heads, length, head_dim, dtype=dtype)
+        workspace = DenseWorkspace(1, query_heads, kv_heads, head_dim, head_dim, length, META, programs=programs)
+        query = meta(1, query_heads, head_dim, dtype=dtype)
+        return dense_decode(query, keys, keys, workspace=workspace, scaling=head_dim**-0.5)
+
+    return launch
+
+
+WINDOW = 32
+RESERVE = 128
+BOTH = ("append_score_kernel", "select_attend_kernel")
+SKETCHED = ("append_sketch_kernel", "select_attend_kernel")
+APPEND, SELECT, ATTEND = ("append_score_kernel",), ("select_kernel",), ("select_attend_kernel",)
+WIDEST = ("window_statistics_kernel", "window_merge_kernel", "window_sums_kernel", "compact_kernel")
+PADDED = (*WIDEST, "side_by_side_kernel", "pool_kernel", "tokens_first_kernel")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+E5M2 = torch.float8_e5m2  # which every GPU converts
+
+# The paper's split of 32K, 128K and 8K tokens and `RESERVE` more; Qwen3-8B has the heads of Llama-3.1-8B.
+LLAMA_32K: dict[str, Any] = {"capacity": 5797, "token_budget": 1024, "page_size": 3, "channels": 67, "top_k": 512}
+LLAMA_128K: dict[str, Any] = {"capacity": 6471, "token_budget": 1024, "page_size": 3, "channels": 60, "top_k": 512}
+QWEN_8K: dict[str, Any] = {"capacity": 1452, "token_budget": 256, "page_size": 3, "channels": 67, "top_k": 128}
+SMOLLM_8K: dict[str, Any] = {"capacity": 3742, "token_budget": 1024, "page_size": 2, "channels": 35, "top_k": 512}
+SMOLLM: dict[str, Any] = {"heads": (9, 3), "head_dim": 64}
+GEMMA: dict[str, Any] = {"heads": (16, 8), "head_dim": 256, "softcap": 50.0}
+MQA: dict[str, Any] = {"heads": (48, 1)}
+GPT_OSS: dict[str, Any] = {"heads": (64, 8), "head_dim": 64, "sinks": True}
+# As Quest and SparQ would: pages of four, then of one, and the most pages that one program holds.
+QUEST_4K: dict[str, Any] = {"capacity": 4096, "token_budget": 1024, "page_size": 4, "channels": 256, "top_k": 512}
+SPARQ_8K: dict[str, Any] = {"capacity": 8192, "token_budget": 1024, "page_size": 1, "channels": 16, "top_k": 512}
+SPARQ_32K: dict[str, Any] = {"capacity": 32896, "token_budget": 1024, "page_size": 1, "channels": 3, "top_k": 512}
+# Of `rocketkv_plus_split`; then 3 bits, and more tokens than one program holds.
+PLUS_32K: dict[str, Any] = {"capacity": 7710, "token_budget": 1024, "sketch_bits": 2, "top_k": 511}
+PLUS_8K: dict[str, Any] = {"capacity": 4638, "token_budget": 512, "sketch_bits": 1, "top_k": 357}
+THREE_BITS: dict[str, Any] = {"capacity": 16384, "token_budget": 1024, "sketch_bits": 3, "top_k": 512}
+
+# No more than six a kernel: code that one of them leaves out, such as reading all tokens, is part of another's.
+CONFIGURATIONS = {
+    "llama-3.1-8b-32k": Configuration(decode(BF16, **LLAMA_32K), BOTH, main=True),
+    "llama-3.1-8b-128k": Configuration(decode(BF16, **LLAMA_128K), BOTH, main=True),
+    "qwen3-8b-8k-batch-8": Configuration(decode(BF16, **QWEN_8K, batch=8), BOTH, main=True),
+    # Nothing evicted: more pages than one program holds.
+    "llama-3.1-8b-128k-mt": Configuration(decode(BF16, **{**LLAMA_128K, "capacity": 131200}), SELECT, main=True),
+    "smollm2-135m-8k": Configuration(decode(FP16, index_dtype=E5M2, **SMOLLM_8K, **SMOLLM), APPEND),
+    "gemma-2-9b-quest-4k": Configuration(decode(BF16, **QUEST_4K, **GEMMA), BOTH),
+    "mqa-fp32-sparq-8k": Configuration(decode(FP32, **SPARQ_8K, **MQA), BOTH),
+    "mqa-fp32-sparq-32k": Configuration(decode(FP32, **SPARQ_32K, **MQA), SELECT),
+    "gpt-oss-20b-streaming": Configuration(
+        decode(BF16, capacity=1151, token_budget=1024, top_k=1024, ends=4, **GPT_OSS), ATTEND
+    ),
+    "llama-3.1-8b-32k-sketch": Configuration(decode(BF16, **PLUS_32K), SKETCHED, main=True),
+    "gemma-2-9b-sketch-8k": Configuration(decode(BF16, **PLUS_8K, **GEMMA), SKETCHED[:1]),
+    "smollm2-135m-fp32-sketch": Configuration(decode(FP32, **THREE_BITS, **SMOLLM), (*SKETCHED[:1], *SELECT)),
+    "llama-3.1-8b-prompt-128k": Configuration(evict(BF16, tokens=131072, kept=6343, page_size=3), main=True),
+    "smollm2-135m-prompt-8k": Configuration(
+        evict(FP16, tokens=8192, kept=3614, page_size=2, index_dtype=E5M2, batch=8, padded=True, **SMOLLM),
+        PADDED,
+        alone=True,
+    ),
+    "gemma-2-9b-prompt-8k": Configuration(evict(BF16, tokens=8192, kept=3614, page_size=1, **GEMMA), WIDEST),
+    "mqa-fp32-prompt-8k": Configuration(evict(FP32, tokens=8192, kept=1024, page_size=None, **MQA), WIDEST),
+    "llama-3.1-8b-dense-32k": Configuration(dense(BF16, length=32768), main=True),
+    "smollm2-135m-dense-8k": Configuration(dense(FP16, length=8191, **SMOLLM)),
+    "gpt-oss-20b-prompt-8k": Configuration(evict(BF16, tokens=8192, kept=3614, page_size=2, **GPT_OSS), WIDEST),
+}

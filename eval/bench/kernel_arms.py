@@ -1,0 +1,244 @@
+"""What `rocketkv bench kernels` times for one case: dense attention, our decode step, and each kernel alone.
+
+Letters: B batch, H query heads, Hkv KV heads, D head dim, N stored tokens, k tokens read.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from ...kernels import decode, evict
+from . import kernel_checks
+from .dense_arms import SPLIT_KV, dense_calls, split_kv
+from .gpu_timing import Arm, nothing
+from .kernel_cases import CaseBuffers
+
+STEP = "rocketkv"
+STAGE_1 = "stage 1"
+
+
+@dataclass(frozen=True)
+class CaseArms:
+    """The arms of a case.
+
+    Attributes:
+        arms: all of them, the step's own first.
+        absent: dense attention that this machine does not have, and why.
+        tiling: how the split-KV kernel is cut.
+    """
+
+    arms: tuple[Arm, ...]
+    absent: dict[str, str]
+    tiling: dict[str, int]
+
+
+def case_arms(buffers: CaseBuffers) -> CaseArms:
+    """Return everything that is timed of a case."""
+    dense, absent, tiling = _dense_arms(buffers)
+    step = _Step(buffers)
+    return CaseArms((step.arm(), *dense, *step.kernel_arms(), *_eviction_arms(buffers)), absent, tiling)
+
+
+def _dense_arms(buffers: CaseBuffers) -> tuple[list[Arm], dict[str, str], dict[str, int]]:
+    given = (buffers.query, buffers.keys, buffers.values, buffers.scaling)
+    calls, absent = dense_calls(*given)
+    calls[SPLIT_KV], tiling = split_kv(*given)
+
+    def check(name: str, call: Callable[[int], Tensor]) -> None:
+        kernel_checks.check_dense(name, buffers, call(0))
+
+    arms = [
+        Arm(name, "dense", call, buffers.dense_sets, buffers.moved["dense"], check=partial(check, name, call))
+        for name, call in calls.items()
+    ]
+    return arms, absent, tiling
+
+
+class _Recorder:
+    """Stands in a kernel's place and takes its launches down."""
+
+    def __init__(self, name: str, kernel: Any, launches: dict[str, Callable[[], Any]]) -> None:
+        self.name, self.kernel, self.launches = name, kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def record(*args: Any, **kwargs: Any) -> None:
+            self.launches[self.name] = partial(self.kernel[grid], *args, **kwargs)
+
+        return record
+
+
+class _Step:
+    """The decode step over the sets of a case, and its launches one by one."""
+
+    kernels = ("append_score", "select", "select_attend")
+
+    def __init__(self, buffers: CaseBuffers) -> None:
+        self.buffers = buffers
+        layer, split, store = buffers.layer, buffers.split, buffers.stores[0]
+        self.workspace = decode.DecodeWorkspace(
+            decode.DecodeShape(
+                batch=buffers.case.batch,
+                heads=layer.heads,
+                kv_heads=layer.kv_heads,
+                head_dim=layer.head_dim,
+                value_dim=layer.head_dim,
+                capacity=store.capacity,
+                page_size=split.page_size,
+                channels=split.channels,
+                top_k=split.top_k,
+                token_budget=split.token_budget,
+                sinks=split.sinks,
+            ),
+            buffers.device,
+        )
+        self.outs = [torch.empty_like(query) for query in buffers.query[: buffers.sets]]
+
+    def run(self, number: int) -> Tensor:
+        """Run a whole step on one set."""
+        store, buffers = self.buffers.stores[number], self.buffers
+        if store.keys is None or store.values is None or store.positions is None or store.lengths is None:
+            raise ValueError("the store is not closed")
+        return decode.decode_step(
+            buffers.query[number],
+            buffers.key[number],
+            buffers.value[number],
+            keys=store.keys,
+            values=store.values,
+            positions=store.positions,
+            index=store.index,
+            lengths=store.lengths,
+            seen=store.clock(),
+            workspace=self.workspace,
+            scaling=buffers.scaling,
+            out=self.outs[number],
+        )
+
+    def check(self) -> None:
+        """Check as many steps as fill a page, and one more, on the first set."""
+        self.buffers.rewind()
+        for number in range(self.buffers.split.page_size + 1):
+            out = self.run(0)
+            kernel_checks.check_step(self.buffers, self.workspace, self.buffers.stores[0], out, number + 1)
+        self.buffers.rewind()
+
+    def arm(self) -> Arm:
+        """Return the whole step."""
+        return Arm(
+            STEP,
+            "step",
+            self.run,
+            self.buffers.sets,
+            self.buffers.moved["rocketkv"],
+            check=self.check,
+            prepare=self.buffers.rewind,
+            room=self.buffers.layer.reserve,
+        )
+
+    def launches(self, number: int) -> dict[str, Callable[[], Any]]:
+        """Return the launches of a step on one set, by kernel, none of which is carried out."""
+        made: dict[str, Callable[[], Any]] = {}
+        names = {name: f"{name}_kernel" for name in self.kernels}
+        recorders: dict[str, Any] = {
+            attribute: _Recorder(name, getattr(decode, attribute), made) for name, attribute in names.items()
+        }
+        with mock.patch.multiple(decode, **recorders):
+            self.run(number)
+        return made
+
+    def kernel_arms(self) -> list[Arm]:
+        """Return each launch alone, with the very arguments that it has in a step; the step's check stands for all."""
+        every = [self.launches(number) for number in range(self.buffers.sets)]
+
+        def prepare() -> None:
+            # Scores of every page that a step may reach, since `select_attend` alone raises the lengths.
+            self.buffers.rewind()
+            lengths = self.buffers.stores[-1].lengths
+            if lengths is not None:
+                lengths += self.buffers.layer.reserve - 1
+                every[-1]["append_score"]()
+            self.buffers.rewind()
+
+        def run(name: str, number: int) -> Any:
+            return every[number][name]()
+
+        return [
+            Arm(
+                name,
+                "kernel",
+                partial(run, name),
+                self.buffers.sets,
+                self.buffers.moved.get(name, 0),
+                prepare=prepare,
+                room=self.buffers.layer.reserve,
+            )
+            for name in every[0]
+        ]
+
+
+def _eviction_arms(buffers: CaseBuffers) -> list[Arm]:
+    """Return stage 1's kernels; the least that each moves is its inputs once and its outputs once."""
+    layer, split, scaling = buffers.layer, buffers.split, buffers.scaling
+    kept = split.kept_tokens or 0
+    sets = buffers.dense_sets
+
+    def window_scores(number: int) -> Tensor:
+        return evict.window_scores(buffers.window[number], buffers.keys[number], scaling=scaling)
+
+    def pool_scores(number: int) -> Tensor:
+        return evict.pool_scores(scores[number], layer.window, kernel_size=layer.kernel_size)
+
+    def select_top(number: int) -> Tensor:
+        return evict.select_top(pooled[number], kept)
+
+    def compact(number: int, slots: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        return evict.compact(
+            buffers.keys[number],
+            buffers.values[number],
+            chosen[number] if slots is None else slots,
+            None,
+            None,
+            kept,
+            kept + layer.reserve,
+            split.page_size,
+        )
+
+    def stage_1(number: int) -> tuple[Tensor | None, ...]:
+        pooled = evict.pool_scores(window_scores(number), layer.window, kernel_size=layer.kernel_size)
+        return compact(number, evict.select_top(pooled, kept))
+
+    scores = [window_scores(number) for number in range(sets)]
+    pooled = [pool_scores(number) for number in range(sets)]
+    chosen = [select_top(number) for number in range(sets)]
+    written = sum(tensor.nbytes for tensor in compact(0) if tensor is not None)
+    survivors = chosen[0].numel() * 2 * layer.head_dim * buffers.dtype.itemsize
+    inputs = buffers.window[0].nbytes + buffers.keys[0].nbytes
+    moved = {
+        "window_scores": inputs + scores[0].nbytes,
+        "pool_scores": scores[0].nbytes + pooled[0].nbytes,
+        "select_top": pooled[0].nbytes + chosen[0].nbytes,
+        "compact": survivors + chosen[0].nbytes + written,
+        STAGE_1: inputs + survivors + written,
+    }
+    calls: dict[str, Callable[[int], Any]] = {
+        "window_scores": window_scores,
+        "pool_scores": pool_scores,
+        "select_top": select_top,
+        "compact": compact,
+        STAGE_1: stage_1,
+    }
+    return [
+        Arm(
+            name,
+            "stage 1",
+            call,
+            sets,
+            moved[name],
+            check=partial(kernel_checks.check_eviction, buffers) if name == "window_scores" else nothing,
+        )
+        for name, call in calls.items()
+    ]

@@ -1,0 +1,189 @@
+"""The cases of `rocketkv bench kernels`: one layer in the middle of decoding, its buffers and the bytes it moves.
+
+Letters: B batch, H query heads, Hkv KV heads, D head dim, S tokens of the prompt, N stored tokens, t token budget,
+W observation window, P page size, k tokens read.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...budget import BudgetSplit
+from ...config import RocketKVConfig
+from ...core.pages import TILE_PAGES, index_rows, tile_count
+from ...state.stats import step_bytes
+from ...state.store import KVStore
+from .gpu_timing import COPY_BYTES, sets_for
+
+# Attention that looks at few tokens, as real attention does: otherwise one token more or less would not show.
+SHARPNESS = 3.0
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What all cases share; by default Llama-3.1-8B's layer."""
+
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    window: int = 32
+    reserve: int = 128
+    kernel_size: int = 63
+
+
+TINY_LAYER = LayerShape(heads=4, kv_heads=2, head_dim=32, window=8, reserve=8, kernel_size=7)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Batch, prompt and budget; `ties` gives every token the same score."""
+
+    batch: int
+    context: int
+    token_budget: int
+    ties: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.context}/{self.token_budget}" + ("/ties" if self.ties else "")
+
+    @classmethod
+    def parse(cls, text: str) -> "Case":
+        """Read `BATCHxCONTEXT/BUDGET`, with `/ties` behind it for equal scores.
+
+        Raises:
+            ValueError: it is written otherwise.
+        """
+        found = re.fullmatch(r"(\d+)x(\d+)/(\d+)(/ties)?", text.strip())
+        if found is None:
+            raise ValueError(f"a case is BATCHxCONTEXT/BUDGET, as 8x32768/1024 (or 8x32768/1024/ties); got {text!r}")
+        batch, context, token_budget = (int(part) for part in found.groups()[:3])
+        if not batch:
+            raise ValueError(f"batch must be at least 1, got {text!r}")
+        return cls(batch, context, token_budget, found[4] is not None)
+
+    def tiny(self) -> "Case":
+        """Return a case of the same kind that the interpreter can run."""
+        return Case(min(self.batch, 2), max(128, self.context // 128), max(32, self.token_budget // 16), self.ties)
+
+
+def split_of(case: Case, layer: LayerShape) -> BudgetSplit:
+    """Return the budget split of a case.
+
+    Raises:
+        ValueError: the budget is so large that nothing is selected.
+    """
+    config = RocketKVConfig(
+        token_budget=case.token_budget, decode_reserve=layer.reserve, window_size=layer.window
+    )  # its checks too
+    split = config.split_for(case.context, layer.head_dim)
+    if split.kept_tokens is None or not case.token_budget < split.kept_tokens < case.context:
+        raise ValueError(
+            f"case {case}: {split.kept_tokens} of {case.context} tokens are stored, and a step may read "
+            f"{case.token_budget}: nothing is selected; lower the budget or raise the context"
+        )
+    return split
+
+
+def moved_bytes(case: Case, layer: LayerShape, itemsize: int) -> dict[str, int]:
+    """Return the bytes of keys, values and index that a call reads, by arm; a step's are those of its first token."""
+    split = split_of(case, layer)
+    rows, dims, sizes = case.batch * layer.kv_heads, (layer.head_dim, layer.head_dim), (itemsize, itemsize)
+    stored = (split.kept_tokens or 0) + 1
+    step = step_bytes(split, stored, dims, sizes)
+    attended = min(split.top_k or stored, stored) * sum(dims) * itemsize
+    return {
+        "dense": rows * step_bytes(None, case.context, dims, sizes),
+        "rocketkv": rows * step,
+        "append_score": rows * (step - attended),
+        "select_attend": rows * attended,
+    }
+
+
+def set_counts(case: Case, layer: LayerShape, itemsize: int, cache_bytes: int) -> tuple[int, int]:
+    """Return how many sets of dense and of compressed buffers keep what is read cold."""
+    moved = moved_bytes(case, layer, itemsize)
+    return sets_for(moved["dense"], cache_bytes), sets_for(moved["rocketkv"], cache_bytes)
+
+
+def needed_bytes(case: Case, layer: LayerShape, itemsize: int, cache_bytes: int) -> int:
+    """Return the memory that a case takes: its sets, the copy's buffers, and what the checks make in float64."""
+    split = split_of(case, layer)
+    dense_sets, sets = set_counts(case, layer, itemsize, cache_bytes)
+    dense = moved_bytes(case, layer, itemsize)["dense"]
+    capacity = (split.kept_tokens or 0) + layer.reserve
+    row = 2 * capacity * layer.head_dim
+    row += tile_count(capacity, split.page_size) * index_rows(layer.head_dim, split.page_size) * TILE_PAGES
+    stores = sets * case.batch * layer.kv_heads * row * itemsize
+    check = 4 * (8 // itemsize) * dense // case.batch
+    return dense_sets * dense + stores + 4 * COPY_BYTES + check
+
+
+class CaseBuffers:
+    """The sets of one case: queries, the full cache, and compressed stores with room for `reserve` tokens.
+
+    Args:
+        case: the case.
+        layer: its layer.
+        dtype: of queries, keys and values.
+        device: where.
+        cache_bytes: size of the device's L2 cache; None for one set, which is enough for checks.
+    """
+
+    def __init__(
+        self, case: Case, layer: LayerShape, dtype: torch.dtype, device: torch.device, cache_bytes: int | None
+    ) -> None:
+        self.case, self.layer, self.dtype, self.device = case, layer, dtype, device
+        self.split = split_of(case, layer)
+        self.scaling = layer.head_dim**-0.5
+        self.moved = moved_bytes(case, layer, dtype.itemsize)
+        self.dense_sets = self.sets = 1
+        if cache_bytes is not None:
+            self.dense_sets, self.sets = set_counts(case, layer, dtype.itemsize, cache_bytes)
+        self._generator = torch.Generator(device).manual_seed(0)
+        batch, heads, kv_heads, head_dim = case.batch, layer.heads, layer.kv_heads, layer.head_dim
+        kept = self.split.kept_tokens or 0
+        self.query = [self._query(batch, heads, head_dim) for _ in range(max(self.sets, self.dense_sets))]
+        self.window = [self._normal(batch, heads, layer.window, head_dim) for _ in range(self.dense_sets)]
+        self.keys = [self._keys(batch, kv_heads, case.context, head_dim) for _ in range(self.dense_sets)]
+        self.values = [self._normal(batch, kv_heads, case.context, head_dim) for _ in range(self.dense_sets)]
+        self.key = [self._keys(batch, kv_heads, head_dim) for _ in range(self.sets)]
+        self.value = [self._normal(batch, kv_heads, head_dim) for _ in range(self.sets)]
+        self.stores = [self._store(kept) for _ in range(self.sets)]
+
+    def _normal(self, *sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=self._generator, dtype=self.dtype, device=self.device)
+
+    def _query(self, *sizes: int) -> Tensor:
+        if self.case.ties:  # whole numbers: sums of them are exact in any order
+            return torch.randint(-4, 5, sizes, generator=self._generator, device=self.device).to(self.dtype)
+        return SHARPNESS * self._normal(*sizes)
+
+    def _keys(self, *sizes: int) -> Tensor:
+        return torch.ones(sizes, dtype=self.dtype, device=self.device) if self.case.ties else self._normal(*sizes)
+
+    def _store(self, kept: int) -> KVStore:
+        """Return a store as stage 1 leaves it: its survivors are random as well."""
+        layer, batch = self.layer, self.case.batch
+        store = KVStore()
+        store.extend(
+            self._keys(batch, layer.kv_heads, kept, layer.head_dim),
+            self._normal(batch, layer.kv_heads, kept, layer.head_dim),
+        )
+        store.remember_queries(self.window[0], layer.window)
+        store.close_prompt(
+            self.split,
+            decode_reserve=layer.reserve,
+            kernel_size=layer.kernel_size,
+            scaling=self.scaling,
+            decode_capacity=layer.reserve,
+        )
+        return store
+
+    def rewind(self) -> None:
+        """Take back what steps appended to every store, without telling the host: the next round starts alike."""
+        for store in self.stores:
+            if store.lengths is not None and self.split.kept_tokens is not None:
+                store.lengths.fill_(self.split.kept_tokens)
+                store.clock().fill_(self.split.kept_tokens)

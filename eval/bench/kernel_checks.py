@@ -1,0 +1,178 @@
+"""What a result must pass before it is timed: the PyTorch reference, and attention in float64.
+
+Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, N stored tokens, P page size, k tokens read.
+"""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from ...core import eviction
+from ...core.attention import score, select
+from ...kernels import decode, evict
+from ...state.store import KVStore
+from .gpu_timing import WrongResultError
+from .kernel_cases import CaseBuffers
+
+# Of the largest value, in units of the dtype's precision: low precisions round weights too, float32 sums in any order.
+LOW_PRECISION_UNITS = 2.0
+FLOAT32_UNITS = 128.0
+SCORE_TOLERANCE = 1e-4  # of the largest score
+WEIGHT_TOLERANCE = 1e-3  # of a weight, within which two tokens may change places
+
+
+def require_near(what: str, found: Tensor, expected: Tensor) -> None:
+    """Require a result to be as near to the reference as its precision allows.
+
+    Raises:
+        WrongResultError: it is not.
+    """
+    if found.shape != expected.shape:
+        raise WrongResultError(f"{what} has shape {tuple(found.shape)}, not {tuple(expected.shape)}; nothing is timed")
+    units = FLOAT32_UNITS if found.dtype == torch.float32 else LOW_PRECISION_UNITS
+    _require(what, found, expected, units * torch.finfo(found.dtype).eps)
+
+
+def _require(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+    error = float((found.double() - expected.double()).abs().max())
+    allowed = tolerance * float(expected.double().abs().max())
+    if not error <= allowed:  # NaN is not
+        raise WrongResultError(f"{what} is wrong by {error:.2e}, more than {allowed:.2e}; nothing is timed")
+
+
+def require_equal(what: str, found: Tensor | None, expected: Tensor | None) -> None:
+    """Require two tensors to be the same.
+
+    Raises:
+        WrongResultError: they are not.
+    """
+    if found is None or expected is None:
+        same = found is expected
+    else:
+        same = found.shape == expected.shape and bool((found == expected).all())
+    if not same:
+        raise WrongResultError(f"{what} is not the reference's; nothing is timed")
+
+
+def exact_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """Return [B, H, Dv] float64, a row at a time: whole softmax, no blocks."""
+    out = []
+    for one, its_keys, its_values in zip(query, keys, values, strict=True):
+        rows = one.double().view(its_keys.shape[0], -1, its_keys.shape[2])  # [Hkv, G, D]
+        weight = (rows @ its_keys.double().transpose(-1, -2) * scaling).softmax(-1)
+        out.append((weight @ its_values.double()).flatten(0, 1))
+    return torch.stack(out)
+
+
+def check_dense(name: str, buffers: CaseBuffers, out: Tensor) -> None:
+    """Check dense attention over the first set."""
+    expected = exact_attention(buffers.query[0], buffers.keys[0], buffers.values[0], buffers.scaling)
+    require_near(name, out, expected)
+
+
+def check_step(
+    buffers: CaseBuffers, workspace: decode.DecodeWorkspace, store: KVStore, out: Tensor, steps: int
+) -> None:
+    """Check the last of some decode steps on the first set: what it wrote, scored, chose and returned.
+
+    Args:
+        buffers: the case.
+        workspace: what the kernels worked in.
+        store: the first set's, after the steps.
+        out: [B, H, D], of the last step.
+        steps: how many there were since the prompt.
+    """
+    query, split = buffers.query[0], buffers.split
+    expected = copy.deepcopy(buffers.stores[0])
+    kept = split.kept_tokens or 0
+    if expected.lengths is None or store.lengths is None or store.keys is None or store.values is None:
+        raise ValueError("the store is not closed")
+    expected.lengths.fill_(kept)
+    for _ in range(steps):
+        expected.append(buffers.key[0], buffers.value[0])
+    stored = expected.stored
+    for name in ("keys", "values", "positions", "lengths"):
+        found, known = getattr(store, name), getattr(expected, name)
+        shown = (found, known) if name == "lengths" else (found[:, :, :stored], known[:, :, :stored])
+        require_equal(f"{name} after {steps} steps", *shown)
+    require_equal(f"index after {steps} steps", store.index, expected.index)
+    require_equal(f"clock after {steps} steps", store.clock(), torch.full_like(store.clock(), expected.seen))
+    if expected.index is None or expected.keys is None or split.channels is None or split.top_k is None:
+        raise ValueError("nothing is selected")
+    logits = score(
+        query,
+        expected.index,
+        expected.keys,
+        stored=stored,
+        lengths=None,
+        page_size=split.page_size,
+        channels=split.channels,
+        scaling=buffers.scaling,
+    )
+    pages = logits.shape[2]
+    found_logits = workspace.scores.view(*query.shape[:2], -1)[..., :pages]
+    _require("a step's scores", found_logits, logits, SCORE_TOLERANCE)
+    batch, kv_heads = store.lengths.shape
+    listed = workspace.chosen.view(batch, kv_heads, -1)
+    known, weight = select(
+        logits,
+        split.top_k,
+        stored=stored,
+        lengths=None,
+        kv_heads=kv_heads,
+        unit_size=split.page_size,
+        by_largest=split.by_largest,
+    )
+    if buffers.case.ties:
+        require_equal("a step's selection among equal scores", listed, known)
+    else:
+        by_head = weight.view(batch, kv_heads, -1, pages)
+        shared = by_head.amax(2) if split.by_largest else by_head.mean(2)
+        _require_best(listed, known, shared.repeat_interleave(split.page_size, dim=2)[..., :stored])
+    place = listed.long()[..., None].expand(-1, -1, -1, query.shape[2])
+    exact = exact_attention(query, store.keys.gather(2, place), store.values.gather(2, place), buffers.scaling)
+    require_near("a step's output", out, exact)
+
+
+def _require_best(listed: Tensor, known: Tensor, weight: Tensor) -> None:
+    """Require a list of positions to ascend and to hold the largest weights, up to what rounding may change."""
+    size = weight.shape[2]
+    in_range = bool(((listed >= 0) & (listed < size)).all())
+    if not in_range or not bool((listed.diff(dim=-1) > 0).all()):
+        raise WrongResultError("a step's selection is no ascending list of stored tokens; nothing is timed")
+    least = weight.gather(2, known.long()).amin(-1, keepdim=True)
+    chosen = torch.zeros_like(weight, dtype=torch.bool).scatter_(2, listed.long(), value=True)
+    missing = ~chosen & (weight > least * (1 + WEIGHT_TOLERANCE))
+    needless = chosen & (weight < least * (1 - WEIGHT_TOLERANCE))
+    if bool((missing | needless).any()):
+        wrong = int(missing.sum() + needless.sum())
+        raise WrongResultError(f"a step's selection has {wrong} tokens that are not among the best; nothing is timed")
+
+
+def check_eviction(buffers: CaseBuffers) -> None:
+    """Check stage 1's kernels on the first set: scores near, pooling, choice, copies and index exactly."""
+    layer, split = buffers.layer, buffers.split
+    query, keys, values = buffers.window[0], buffers.keys[0], buffers.values[0]
+    kept = split.kept_tokens or 0
+    scores = evict.window_scores(query, keys, scaling=buffers.scaling)
+    _require("window_scores", scores, eviction.window_scores(query, keys, scaling=buffers.scaling), WEIGHT_TOLERANCE)
+    pooled = evict.pool_scores(scores, layer.window, kernel_size=layer.kernel_size)
+    around = torch.nn.functional.max_pool1d(scores, layer.kernel_size, stride=1, padding=layer.kernel_size // 2)
+    require_equal("pool_scores", pooled, torch.nn.functional.pad(around, (0, layer.window), value=torch.inf))
+    slots = evict.select_top(pooled, kept)
+    require_equal("select_top", slots, eviction.select_top(pooled, kept))
+    expected = KVStore()
+    place = slots.long()[..., None].expand(-1, -1, -1, layer.head_dim)
+    expected.extend(keys.gather(2, place), values.gather(2, place))
+    expected.remember_queries(query, layer.window)
+    expected.close_prompt(  # which keeps them all
+        split, decode_reserve=layer.reserve, kernel_size=layer.kernel_size, scaling=buffers.scaling
+    )
+    found = evict.compact(keys, values, slots, None, None, kept, kept + layer.reserve, split.page_size)
+    names = ("keys", "values", "positions", "lengths", "index")
+    for name, tensor in zip(names, found, strict=True):
+        known = getattr(expected, name)
+        if name == "positions":  # those of the prompt, not of the survivors
+            known = torch.nn.functional.pad(slots, (0, layer.reserve), value=-1)
+        require_equal(f"compact's {name}", tensor, known)

@@ -1,0 +1,238 @@
+"""`rocketkv bench model`: decode steps of a whole model on a GPU, dense and compressed, each as a CUDA graph.
+
+A step is a forward and the greedy choice of the next token, captured as it is and replayed; every arm does the same.
+Arms: `static`, the stock model with transformers' StaticCache; `full`, our kernels over all tokens, in the same
+buffers; `rocketkv`. The dense figure is the faster of the first two.
+
+The last line is JSON: `device`, `versions`, `shape`, `dtype`, `rounds`, `steps` (of a round), `passed` (every goal met
+by its median), `left_out`, and for each of `cases`:
+
+    case, batch, context, token_budget
+    milliseconds        of one step, by arm: median, min, max over the rounds
+    tokens_per_second   of the whole batch, by arm, by the median
+    bytes               that a step reads: `weights`, and keys, values and index, `dense` and `rocketkv`
+    byte_ceiling        what they allow, weights included
+    absent              dense arms that do not fit, and why
+    best_dense, speedup, share_of_ceiling, goals        as in `bench kernels`
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ...hf.cache import cache_stats
+from ...hf.patch import unpatch
+from ..progress import Progress
+from .gpu_timing import WrongResultError, alternate, card, event_seconds, ratios, require_rounds, spread, verdict_lines
+from .kernel_cases import Case
+from .model_arms import (
+    DECODE_CAPACITY,
+    SHAPES,
+    TINY,
+    ModelArm,
+    build_model,
+    check_arms,
+    model_arms,
+    require_near_logits,
+)
+
+STEPS = 16
+CASES = (Case(1, 131072, 1024), Case(8, 32768, 1024), Case(1, 512, 1024))
+QUICK = (Case(1, 512, 1024), Case(1, 32768, 1024))
+TINY_CASES = (Case(1, 400, 64), Case(2, 300, 64), Case(1, 40, 64))
+
+SPEEDUP_GOALS = {Case(1, 131072, 1024): 1.8, Case(8, 32768, 1024): 2.4}
+SHORT_GOAL = 0.97  # of the dense tokens a second, where a prompt is within the budget
+
+NO_GPU = (
+    "rocketkv bench model measures on a GPU, and this machine has none that torch can use; --check runs the steps of a "
+    "tiny model, without timing"
+)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark, or its checks alone, and print it; returns the exit code."""
+    if not torch.cuda.is_available() and not args.check:
+        sys.stderr.write(f"{NO_GPU}\n")
+        return 2
+    shape = args.shape or "llama-3.1-8b"
+    if shape not in SHAPES:
+        raise ValueError(f"--shape must be one of {', '.join(SHAPES)}; got {shape!r}")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    given = [Case.parse(text) for text in args.cases.split(",")] if args.cases else None
+    try:
+        with torch.inference_mode():
+            if args.check:
+                result = check_model(shape, given or TINY_CASES, device)
+            else:
+                cases = given or (QUICK if args.quick else CASES)
+                result = bench_model(shape, cases, device, rounds=args.rounds)
+    except WrongResultError as error:
+        sys.stderr.write(f"rocketkv bench model: {error}\n")
+        return 1
+    if not args.json:
+        sys.stdout.write(table(result) + "\n")
+    sys.stdout.write(json.dumps(result) + "\n")
+    return 0
+
+
+def check_model(shape: str, cases: Sequence[Case], device: torch.device) -> dict[str, Any]:
+    """Run the steps of a tiny model of the same kind and compare the arms.
+
+    Raises:
+        WrongResultError: a result is wrong.
+    """
+    longest = max(case.context for case in cases) + DECODE_CAPACITY
+    model = build_model(shape, longest, torch.float32, device, **TINY)
+    checked = []
+    for case in cases:
+        arms = model_arms(model, case)
+        try:
+            check_arms(case, arms)
+        finally:
+            unpatch(model)
+        checked.append({"case": str(case), "arms": list(arms)})
+    return {"bench": "model", "shape": shape, "checked": checked, "dtype": "float32", **card(device)}
+
+
+def bench_model(
+    shape: str, cases: Sequence[Case], device: torch.device, *, rounds: int, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Any]:
+    """Check and time every case that fits into the device's memory.
+
+    Raises:
+        WrongResultError: a result is wrong.
+        ValueError: there are too few rounds, or too many for the cache's room.
+    """
+    require_rounds(rounds)
+    if 2 + (rounds + 1) * STEPS > DECODE_CAPACITY:
+        raise ValueError(f"rounds must be at most {(DECODE_CAPACITY - 2) // STEPS - 1}, got {rounds}")
+    longest = max(case.context for case in cases) + DECODE_CAPACITY
+    model = build_model(shape, longest, dtype, device)
+    results: list[dict[str, Any]] = []
+    left_out: list[dict[str, str]] = []
+    with Progress("timing", total=len(cases)) as progress:
+        for case in cases:
+            progress.say(f"case {case}")
+            reason = _too_large(model, case, device)
+            outcome: dict[str, Any] | str = reason or _bench_case(model, case, rounds)
+            if isinstance(outcome, str):
+                left_out.append({"case": str(case), "reason": outcome})
+            else:
+                results.append(outcome)
+            progress.step()
+    return {
+        "bench": "model",
+        "shape": shape,
+        **card(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "rounds": rounds,
+        "steps": STEPS,
+        "passed": all(goal["met"] for result in results for goal in result["goals"]),
+        "left_out": left_out,
+        "cases": results,
+    }
+
+
+def _too_large(model: PreTrainedModel, case: Case, device: torch.device) -> str | None:
+    """Return why a case does not fit, or None if the full cache and two layers more do."""
+    config: Any = model.config
+    token = 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+    needed = case.batch * (case.context + DECODE_CAPACITY) * token * (config.num_hidden_layers + 2)
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return f"needs {needed / 1e9:.1f} GB beside the weights, {free / 1e9:.1f} are free" if needed > free else None
+
+
+def _bench_case(model: PreTrainedModel, case: Case, rounds: int) -> dict[str, Any] | str:
+    """Return what a case gave, or why it does not fit."""
+    try:
+        arms = model_arms(model, case)
+        absent = check_arms(case, arms)
+        graphs = {name: _captured(arm, case) for name, arm in arms.items() if name not in absent}
+    except torch.cuda.OutOfMemoryError as error:
+        return f"ran out of memory: {error}".splitlines()[0]
+    finally:
+        unpatch(model)
+    seconds = alternate({name: partial(event_seconds, replay, STEPS) for name, replay in graphs.items()}, rounds)
+    read = {name: cache_stats(arms[name].cache).total("step_bytes") for name in ("full", "rocketkv")}
+    return {
+        "case": str(case),
+        "batch": case.batch,
+        "context": case.context,
+        "token_budget": case.token_budget,
+        "absent": absent,
+        **summary(case, seconds, step_weights(model), read["full"], read["rocketkv"]),
+    }
+
+
+def _captured(arm: ModelArm, case: Case) -> Callable[[], Any]:
+    """Return what replays one step, checked against a plain one, at the end of the prompt."""
+    arm.ready()
+    start = arm.token.clone()
+    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # PyTorch's own is not typed
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        arm.step()
+        plain = arm.step().clone()
+    torch.cuda.current_stream().wait_stream(aside)
+    arm.rewind(start, case.context)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = arm.step()
+    graph.replay()
+    graph.replay()
+    require_near_logits(f"case {case}: logits of a CUDA graph's second step", logits, plain)
+    return graph.replay
+
+
+def step_weights(model: PreTrainedModel) -> int:
+    """Return the bytes of weights that a step reads: all but the embedding, of which it reads a row a token."""
+    embedding = model.get_input_embeddings().weight
+    return sum(weight.nbytes for weight in model.parameters() if weight is not embedding)
+
+
+def summary(
+    case: Case, seconds: dict[str, list[float]], weights: int, dense_bytes: int, rocketkv_bytes: int
+) -> dict[str, Any]:
+    """Return what the times of a case say."""
+    milliseconds = {name: spread(times, 1e3) for name, times in seconds.items()}
+    best = min((name for name in seconds if name != "rocketkv"), key=lambda name: milliseconds[name]["median"])
+    speedup = ratios(seconds[best], seconds["rocketkv"])
+    ceiling = (weights + dense_bytes) / (weights + rocketkv_bytes)
+    goal = SPEEDUP_GOALS.get(case, SHORT_GOAL if case.context <= case.token_budget else None)
+    found = []
+    if goal is not None:
+        what = "times the dense tokens a second, at least"
+        found.append({"what": what, "goal": goal, "got": speedup["median"], "met": speedup["median"] >= goal})
+    return {
+        "milliseconds": milliseconds,
+        "tokens_per_second": {name: 1e3 * case.batch / times["median"] for name, times in milliseconds.items()},
+        "bytes": {"weights": weights, "dense": dense_bytes, "rocketkv": rocketkv_bytes},
+        "byte_ceiling": ceiling,
+        "best_dense": best,
+        "speedup": speedup,
+        "share_of_ceiling": speedup["median"] / ceiling,
+        "goals": found,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return a benchmark's or a check's result for people."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    lines = [f"{result['shape']}, {result['dtype']}; {result['device']['name']}; {versions}"]
+    lines += [f"case {one['case']}: {', '.join(one['arms'])} agree" for one in result.get("checked", ())]
+    for one in result.get("cases", ()):
+        lines += ["", f"case {one['case']}"]
+        for name, times in one["milliseconds"].items():
+            rate, low, high = one["tokens_per_second"][name], times["min"], times["max"]
+            lines.append(f"  {name:10} {times['median']:9.3f} ms ({low:.3f}-{high:.3f}) {rate:10.1f} tokens/s")
+        lines += verdict_lines(one)
+    lines += [f"left out: case {one['case']}: {one['reason']}" for one in result.get("left_out", ())]
+    return "\n".join(lines)

@@ -1,0 +1,349 @@
+"""Decode divergence: how far compressed decoding is from decoding over the full cache, on the tokens of a text.
+
+A window of a text is cut into a prompt and a continuation. The prompt is one forward, at the end of which a method
+compresses; then the continuation's tokens go in one at a time, whatever the model would have chosen (teacher forcing),
+so that every method predicts the same tokens after the same tokens. Row i of the log-probabilities predicts token i of
+the continuation, after i decode steps. Row 0 comes out of the prefill, which no compression has touched yet: it is
+computed, but it counts in no figure. A continuation of m tokens therefore gives m - 1 steps that count.
+
+The benchmark is ours. Its figures are the usual ones: KL(full || method) in nats a token, and perplexity, the
+exponential of the mean negative log-likelihood.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, median_low
+from typing import Any, NamedTuple, TypedDict
+
+import safetensors.torch
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+
+from ...hf.cache import cache_stats
+from ...hf.models import CACHE_ARGUMENT
+from ..methods import Full, Method
+from ..progress import Progress
+from ..records import SampleDict, digest, set_aside, write_atomically
+from ..tasks.base import Preparation
+from ..tasks.needle_text import prose
+from .memory import cache_cost
+
+METRIC = "kl"  # in nats a token; lower is better
+VERSION = 1
+STEPS = 64
+GENERATED = "generated"  # in place of a file's name, where the text is our own prose
+
+
+class Window(NamedTuple):
+    """A piece of a text.
+
+    Attributes:
+        id: unique within its text.
+        ids: its tokens, prompt and continuation.
+        notes: where it comes from, of JSON's types.
+    """
+
+    id: str
+    ids: list[int]
+    notes: dict[str, Any]
+
+
+class DivergenceDict(TypedDict):
+    """How a method's predictions differ from the full cache's, over the steps that count."""
+
+    kl: float  # mean KL(full || method), nats a token
+    perplexity: float
+    full_perplexity: float
+    nll_difference: float  # the method's mean negative log-likelihood less the full cache's, nats a token
+    greedy_agreement: float  # share of the steps with the same most likely token
+    first_divergence: int | None  # decode steps up to the first where it is another, at least 1; None: never
+    prefill_kl: float  # KL of row 0, which counts nowhere: 0 unless a method changes the prefill itself
+
+
+def find_text(folder: Path | None) -> Path | None:
+    """Return the file `text.txt` of a folder, or None where there is none."""
+    path = None if folder is None else folder / "text.txt"
+    return path if path is not None and path.exists() else None
+
+
+def texts(preparation: Preparation, path: Path | None) -> list[Window]:
+    """Cut windows of `preparation.length` tokens out of a text file, or out of generated prose where `path` is None.
+
+    A file is tokenised whole, and window i begins at an offset that only the seed and i decide; windows may overlap.
+    Generated prose is another text for every window, from its beginning. A window begins with the start token of models
+    that have one.
+
+    Raises:
+        ValueError: no length is given, or the text is too short for it.
+    """
+    tokenizer, length = preparation.tokenizer, preparation.length
+    if length is None or length < 2:
+        raise ValueError(f"length must be at least 2 tokens, for a prompt and its continuation, got {length}")
+    start = _start_tokens(tokenizer)
+    room = length - len(start)
+    windows = []
+    tokens = [] if path is None else _tokens(tokenizer, path.read_text(encoding="utf-8"))
+    if path is not None and len(tokens) < room:
+        raise ValueError(
+            f"the text must have at least {room} tokens, {path.name} has {len(tokens)}; give a longer one or lower the "
+            "length"
+        )
+    for number in range(preparation.count):
+        rng = random.Random(f"divergence {preparation.seed} {number}")
+        notes: dict[str, Any]
+        if path is None:
+            notes = {"text": GENERATED, "prose_seed": rng.getrandbits(32)}
+            body = _prose_tokens(tokenizer, notes["prose_seed"], room)
+        else:
+            offset = rng.randint(0, len(tokens) - room)
+            notes = {"text": path.name, "offset": offset}
+            body = tokens[offset : offset + room]
+        windows.append(Window(str(number), start + body, notes))
+    return windows
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # `verbose` says that a text is longer than the model takes, which is why windows are cut out of it.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    first = list(tokenizer("a")["input_ids"])[:1]
+    return first if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else []
+
+
+def _prose_tokens(tokenizer: PreTrainedTokenizerBase, seed: int, count: int) -> list[int]:
+    """Return the first tokens of generated prose."""
+    sentences = count // 5 + 1  # of five words at least; more where a tokenizer cuts coarser than words
+    while len(tokens := _tokens(tokenizer, prose(seed, sentences))) < count:
+        sentences *= 2
+    return tokens[:count]
+
+
+def decode_logprobs(
+    model: PreTrainedModel,
+    method: Method,
+    prompt_ids: Sequence[int],
+    continuation_ids: Sequence[int],
+    progress: Progress | None = None,
+) -> Tensor:
+    """Return the log-probabilities [m, vocabulary], float32 on the CPU, of what follows each token that a method reads.
+
+    Row i predicts `continuation_ids[i]`, after the prompt and i decode steps over the method's cache. Row 0 comes out
+    of the prefill.
+
+    Args:
+        model: a model to which no method is attached.
+        method: how to compress.
+        prompt_ids: n tokens, one forward.
+        continuation_ids: m tokens; all but the last are read, one a step.
+        progress: where to say how far it is.
+
+    Raises:
+        ValueError: prompt or continuation has no token.
+    """
+    with method.attached(model):
+        return teacher_forced(model, method.new_cache(model, len(prompt_ids)), prompt_ids, continuation_ids, progress)
+
+
+@torch.inference_mode()
+def teacher_forced(
+    model: PreTrainedModel,
+    cache: Cache,
+    prompt_ids: Sequence[int],
+    continuation_ids: Sequence[int],
+    progress: Progress | None = None,
+) -> Tensor:
+    """Do what `decode_logprobs` does, with a cache of the caller's and the model as it is."""
+    if not prompt_ids or not continuation_ids:
+        raise ValueError(
+            f"prompt and continuation must have tokens, got {len(prompt_ids)} and {len(continuation_ids)}; cut the "
+            "text elsewhere"
+        )
+    rows: list[Tensor] = []
+    seen = 0
+    for step in range(len(continuation_ids)):
+        if progress is not None:
+            progress.say(f"decode step {step} of {len(continuation_ids) - 1}" if step else "reading the prompt")
+        given = torch.tensor([[continuation_ids[step - 1]] if step else list(prompt_ids)], device=model.device)
+        # Positions of the text: a cache that a press has shortened counts from its own length.
+        positions = torch.arange(seen, seen + given.shape[1], device=model.device)[None]
+        seen += given.shape[1]
+        logits = model(given, position_ids=positions, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits[0, -1]
+        rows.append(logits.float().log_softmax(-1).cpu())
+    return torch.stack(rows)
+
+
+def full_logprobs(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    continuation_ids: Sequence[int],
+    *,
+    model_name: str,
+    folder: Path | None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Return what `decode_logprobs` does for the stock model and its own cache: computed once, then read from a file.
+
+    The file holds the float32 values as they are. Its name is a hash of all that they depend on: the model, its dtype,
+    attention and device, the tokens, the length of the prompt, and the versions of torch and transformers. It appears
+    whole or not at all; one that does not read back is set aside and made anew.
+
+    Args:
+        model: a model to which no method is attached.
+        prompt_ids: see `decode_logprobs`.
+        continuation_ids: likewise.
+        model_name: what tells this model from others, in the file's key.
+        folder: where the files lie, or None to keep none.
+        progress: where to say how far it is.
+    """
+    key = {
+        "version": VERSION,
+        "model": model_name,
+        "dtype": str(model.dtype),
+        "attention": model.config._attn_implementation,
+        "device": model.device.type,
+        "text": digest([*prompt_ids, *continuation_ids]),
+        "prompt_tokens": len(prompt_ids),
+        "steps": len(continuation_ids),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    path = None if folder is None else folder / f"full-logprobs-{digest(key)[:16]}.safetensors"
+    if path is not None and path.exists():
+        with contextlib.suppress(SafetensorError, KeyError):
+            return safetensors.torch.load(path.read_bytes())["logprobs"]
+        set_aside(path)
+    logprobs = decode_logprobs(model, Full(), prompt_ids, continuation_ids, progress)
+    if path is not None:
+        write_atomically(path, safetensors.torch.save({"logprobs": logprobs}))
+    return logprobs
+
+
+def divergence(reference: Tensor, other: Tensor, targets: Sequence[int]) -> DivergenceDict:
+    """Compare log-probabilities row by row; the first row, the prefill's, counts in `prefill_kl` alone.
+
+    Sums are in float64, over rows that are normalised again in float64: equal rows give exactly 0.
+
+    Args:
+        reference: [m, vocabulary], of the full cache.
+        other: [m, vocabulary], of the method.
+        targets: the m tokens of the continuation.
+
+    Raises:
+        ValueError: shapes do not match, there are fewer than 2 rows, or a log-probability is not a number.
+    """
+    if reference.shape != other.shape or len(reference) != len(targets):
+        raise ValueError(
+            f"reference, other and targets must have a row a step, got {list(reference.shape)}, {list(other.shape)} "
+            f"and {len(targets)} targets"
+        )
+    if len(targets) < 2:
+        raise ValueError(
+            f"there must be at least 2 rows, as the first is the prefill's and does not count, got {len(targets)}"
+        )
+    kl, nll, full_nll, alike = [], [], [], []
+    for number, target in enumerate(targets):
+        full, compressed = (rows[number].double().log_softmax(-1) for rows in (reference, other))
+        share = full.exp()
+        # Where the full cache says 0 there is nothing to add, not even if the method says 0 too: 0 * (-inf + inf).
+        kl.append(float(torch.where(share > 0, share * (full - compressed), 0.0).sum()))
+        nll.append(-float(compressed[target]))
+        full_nll.append(-float(full[target]))
+        alike.append(bool(full.argmax() == compressed.argmax()))
+        if not (math.isfinite(kl[-1]) and math.isfinite(nll[-1]) and math.isfinite(full_nll[-1])):
+            raise ValueError(f"log-probabilities must be finite for every token that occurs; row {number} has others")
+    mean, full_mean = fmean(nll[1:]), fmean(full_nll[1:])
+    return {
+        "kl": fmean(kl[1:]),
+        "perplexity": math.exp(mean),
+        "full_perplexity": math.exp(full_mean),
+        "nll_difference": mean - full_mean,
+        "greedy_agreement": fmean(alike[1:]),
+        "first_divergence": next((step for step, same in enumerate(alike) if step and not same), None),
+        "prefill_kl": kl[0],
+    }
+
+
+def divergence_sample(
+    model: PreTrainedModel,
+    method: Method,
+    window: Window,
+    *,
+    steps: int = STEPS,
+    model_name: str,
+    folder: Path | None,
+    progress: Progress | None = None,
+) -> SampleDict:
+    """Measure one window: its last `steps` tokens are the continuation, what is before them the prompt.
+
+    Args:
+        model: a model to which no method is attached.
+        method: how to compress.
+        window: see `texts`.
+        steps: m, tokens of the continuation, of which all but the first count.
+        model_name: see `full_logprobs`.
+        folder: likewise.
+        progress: where to say how far it is.
+
+    Returns:
+        A sample whose score is the mean KL and whose notes have the fields of `DivergenceDict`.
+
+    Raises:
+        ValueError: the window leaves no room for a prompt, or there are fewer than 2 steps.
+    """
+    if not 2 <= steps < len(window.ids):
+        raise ValueError(
+            f"steps must be from 2 to {len(window.ids) - 1}, so that a window of {len(window.ids)} tokens begins with "
+            f"a prompt; got {steps}"
+        )
+    prompt, continuation = window.ids[:-steps], window.ids[-steps:]
+    reference = full_logprobs(model, prompt, continuation, model_name=model_name, folder=folder, progress=progress)
+    with method.attached(model):
+        cache = method.new_cache(model, len(prompt))
+        found = teacher_forced(model, cache, prompt, continuation, progress)
+    figures = divergence(reference, found, continuation)
+    return {
+        "id": window.id,
+        "prompt_sha256": digest(window.ids),
+        "score": figures["kl"],
+        "turns": [],
+        "cost": {"prompt_tokens": len(prompt), "new_tokens": steps, **cache_cost(cache_stats(cache))},
+        "notes": {**window.notes, **figures},
+        "trace": [],
+    }
+
+
+def divergence_values(samples: Sequence[SampleDict]) -> dict[str, float | None]:
+    """Return the figures of several windows of one length together, as a record has them in `values`.
+
+    Perplexities are of all windows' tokens; the first divergence is the median over windows, the lower one of two, and
+    None where most never diverge.
+
+    Raises:
+        ValueError: there is no sample.
+    """
+    if not samples:
+        raise ValueError("there must be at least one sample, got none")
+
+    def column(name: str) -> list[Any]:
+        return [sample["notes"][name] for sample in samples]
+
+    first = median_low([math.inf if step is None else step for step in column("first_divergence")])
+    return {
+        "perplexity": math.exp(fmean(map(math.log, column("perplexity")))),
+        "full_perplexity": math.exp(fmean(map(math.log, column("full_perplexity")))),
+        "nll_difference": fmean(column("nll_difference")),
+        "greedy_agreement": fmean(column("greedy_agreement")),
+        "first_divergence": None if math.isinf(first) else first,
+        "prefill_kl": fmean(column("prefill_kl")),
+    }

@@ -1,0 +1,209 @@
+"""What a sweep asks for: cells, from a plan that flags or a YAML file describe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from ...hf.loading import SMOLLM2
+from ..measures.kl import METRIC as KL
+from ..measures.kl import VERSION as KL_VERSION
+from ..methods import KVPRESS, SETTINGS, find_method, takes_budget
+from ..records import CellDict, cell_key
+from ..tasks.base import find_tasks
+
+LATENCY = "latency"
+LATENCY_VERSION = 1
+LM_EVAL = "lm-eval:"  # before the name of a stock task
+MEASURED = {KL: KL_VERSION, LATENCY: LATENCY_VERSION}  # benchmarks that ask nothing
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A sweep: methods x budgets x tasks x lengths.
+
+    Attributes:
+        model: a hub name, a local folder, or `smollm2`.
+        dtype: of the weights.
+        tasks: names or groups of the harness's tasks; `kl`, `latency`; `lm-eval:NAME` for a stock task.
+        methods: see `methods.find_method`.
+        budgets: tokens a decode step; methods without one have a single cell.
+        lengths: tokens of prompt and answer, for tasks that are made to a length; cuts longer prompts of the others,
+            and where there is none, those are cut at what the model takes. Stock tasks of lm-eval have their own.
+        samples: of each task.
+        max_new_tokens: at most so many for every question; None leaves it to the task. `kl` and `latency` ask none.
+        seed: of samples.
+        chat: whether prompts are put into the model's chat template, where the official rule leaves it open; None: if
+            the tokenizer has one.
+        agnostic: whether the context is compressed before the question is seen; never in stock tasks of lm-eval.
+        settings: further fields of `RocketKVConfig`.
+        data_dir: a folder with the benchmarks' files, in place of the hub.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field has an impossible value.
+    """
+
+    model: str = SMOLLM2
+    dtype: str = "float32"
+    tasks: tuple[str, ...] = ("niah_single_1", "niah_single_2", "niah_multikey_1")
+    methods: tuple[str, ...] = ("full", "rocketkv")
+    budgets: tuple[int, ...] = (512,)
+    lengths: tuple[int, ...] = ()
+    samples: int = 50
+    max_new_tokens: int | None = None
+    seed: int = 0
+    chat: bool | None = None
+    agnostic: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    data_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "methods", "budgets", "lengths"):
+            values = getattr(self, name)
+            kind = int if name in ("budgets", "lengths") else str
+            if not isinstance(values, tuple) or not all(type(value) is kind for value in values):
+                raise TypeError(f"{name} must be a list of {kind.__name__}, got {values!r}")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must not name anything twice, got {', '.join(map(str, values))}")
+        for name in ("samples", "max_new_tokens", "seed"):
+            value = getattr(self, name)
+            least = 0 if name == "seed" else 1
+            if value is None and name == "max_new_tokens":
+                continue
+            if type(value) is not int:
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not isinstance(self.model, str):
+            raise TypeError(f"model must be a str, got {self.model!r}")
+        if self.chat not in (True, False, None):
+            raise TypeError(f"chat must be true, false or null, got {self.chat!r}")
+        if self.agnostic not in (True, False):
+            raise TypeError(f"agnostic must be true or false, got {self.agnostic!r}")
+        if not isinstance(self.settings, Mapping):
+            raise TypeError(f"settings must be a mapping of fields to values, got {self.settings!r}")
+        for name in ("budgets", "lengths"):
+            if any(value < 1 for value in getattr(self, name)):
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        if not self.tasks or not self.methods:
+            raise ValueError("a sweep needs at least one task and one method")
+        if not self.budgets and any(map(takes_budget, self.methods)):
+            raise ValueError(f"budgets must name at least one, for methods {', '.join(self.methods)}")
+        unknown = sorted(set(self.settings) - set(SETTINGS))
+        if unknown:
+            raise ValueError(f"unknown settings {', '.join(unknown)}; there are {', '.join(SETTINGS)}")
+
+
+def plan_from(given: Mapping[str, Any]) -> Plan:
+    """Make a plan of fields as a YAML file or the command line has them: lists, and single values for lists of one.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is unknown or has an impossible value.
+    """
+    known = {known_field.name for known_field in fields(Plan)}
+    values = dict(given)
+    if "set" in values:  # the flag's name
+        values["settings"] = values.pop("set")
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"unknown fields {', '.join(unknown)}; a sweep has {', '.join(sorted(known))}")
+    for name in ("tasks", "methods", "budgets", "lengths"):
+        if name in values:
+            value = values[name]
+            values[name] = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if values.get("data_dir") is not None:
+        values["data_dir"] = Path(values["data_dir"])
+    return Plan(**values)
+
+
+def cells(plan: Plan, *, chat: bool) -> list[CellDict]:
+    """Return every cell of a plan, the full cache's first, each task's together.
+
+    Args:
+        plan: the sweep.
+        chat: whether the model has a chat template to use where the plan leaves it open.
+
+    Raises:
+        ValueError: there is no such task or method, or a budget is impossible for one.
+    """
+    check_methods(plan)
+    chat = chat if plan.chat is None else plan.chat
+    found = []
+    for name, version, sized, rule in _tasks(plan):
+        stock = name.startswith(LM_EVAL)  # lm-eval neither cuts its documents to a length nor asks them apart
+        for length in (None,) if stock else plan.lengths or (None,):
+            if length is None and sized:
+                raise ValueError(f"task {name!r} is made to a length: lengths must name at least one")
+            for method, budget in arms(plan):
+                mode: Literal["aware", "agnostic"] = "agnostic" if plan.agnostic and not stock else "aware"
+                cell: CellDict = {
+                    "task": name,
+                    "task_version": version,
+                    "method": method,
+                    "token_budget": budget,
+                    "length": length,
+                    "mode": mode,
+                    "chat": name not in MEASURED and chat and rule is not False,
+                    "samples": plan.samples,
+                    "max_new_tokens": None if name in MEASURED else plan.max_new_tokens,
+                    "seed": plan.seed,
+                    "model": plan.model,
+                    "dtype": plan.dtype,
+                    "settings": {} if not _ours(method) else dict(plan.settings),
+                }
+                found.append(cell)
+    return found
+
+
+def _tasks(plan: Plan) -> list[tuple[str, int, bool, bool | None]]:
+    """Return name, version, whether it is made to a length, and the rule on chat templates, of every task."""
+    stock = [(name, 0, False, None) for name in plan.tasks if name.startswith(LM_EVAL)]
+    measured = [(name, MEASURED[name], True, False) for name in plan.tasks if name in MEASURED]
+    names = [name for name in plan.tasks if name not in MEASURED and not name.startswith(LM_EVAL)]
+    asked = [(task.name, task.version, task.sized, task.chat) for task in find_tasks(names)]
+    return [*asked, *stock, *measured]
+
+
+def arms(plan: Plan) -> list[tuple[str, int | None]]:
+    """Return every method with every budget that it takes."""
+    return [
+        (method, budget)
+        for method in sorted(plan.methods, key=takes_budget)
+        for budget in (plan.budgets if takes_budget(method) else (None,))
+    ]
+
+
+def _ours(method: str) -> bool:
+    return takes_budget(method) and ":" not in method
+
+
+def check_methods(plan: Plan) -> None:
+    """Refuse a plan with a method or a budget that cannot be made; presses are for their own environment to check.
+
+    Raises:
+        ValueError: it has one.
+        ImportError: the user's module is not there.
+    """
+    for method, budget in arms(plan):
+        if not method.startswith(KVPRESS):
+            find_method(method, budget, plan.settings if _ours(method) else None)
+
+
+def shard(all_cells: Sequence[CellDict], number: int, count: int) -> list[CellDict]:
+    """Return the cells of shard `number` of `count`, counted from 1; which these are depends on the cells alone.
+
+    Raises:
+        ValueError: there is no such shard.
+    """
+    if not 1 <= number <= count:
+        raise ValueError(f"shard must be from 1/{count} to {count}/{count}, got {number}/{count}")
+    order = sorted(all_cells, key=cell_key)
+    mine = {cell_key(cell) for cell in order[number - 1 :: count]}
+    return [cell for cell in all_cells if cell_key(cell) in mine]

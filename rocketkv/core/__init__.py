@@ -1,0 +1,1 @@
+"""Stages, indexes and attention as pure functions on tensors; imports torch only."""

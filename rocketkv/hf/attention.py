@@ -1,0 +1,240 @@
+"""What transformers calls by the name of this library: an attention function, and the mask function that goes with it.
+
+Letters: B batch, H query heads, Hkv KV heads, D head dim, n queries, S keys.
+"""
+
+import functools
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..core.dense import dense_attention
+from ..core.masks import LazyMask, MaskFunction, VisibleBlock, causal_block
+from .handover import claim
+from .layer import RocketKVLayer
+from .prefill import FastAttention
+
+NAME = "rocketkv"
+# What some models give their attention beside what `rocketkv_attention` names, and what changes its weights.
+UNKNOWN = ("position_bias", "sinks", "indices", "block_indices")
+_JUST_CAUSAL: Any = causal_mask_function  # declared for ints, called with tensors
+IMPLEMENTATION = "_rocketkv_implementation"  # on each attention module of a patched model: what ran before
+
+
+class _Disguise:
+    """An object as it was before some of its attributes changed; flash-attention reads its name from the config."""
+
+    def __init__(self, target: Any, **before: Any) -> None:
+        self.__dict__.update(before)
+        self._target = target
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+
+def rocketkv_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: LazyMask | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend as a patched model does; registered with transformers under the name `rocketkv`.
+
+    Args:
+        module: the model's attention module.
+        query: [B, H, n, D], after rotary embedding.
+        key: [B, Hkv, S, D], what the cache's `update` returned.
+        value: [B, Hkv, S, Dv].
+        attention_mask: what `rocketkv_mask` made, or a 4D mask of the user's.
+        scaling: factor of the logits; None for 1/sqrt(D).
+        dropout: probability of dropping a weight, in training.
+        softcap: c of `c * tanh(logit / c)`, or None.
+        s_aux: [H], learned sinks, or None.
+        sliding_window: tokens that this layer sees, or None for all.
+        **kwargs: whatever else the model gives; handed on to its own attention.
+
+    Returns:
+        The output [B, n, H, Dv], and None: there is no weight matrix.
+
+    Raises:
+        ValueError: a compressed layer got a 4D mask, the call comes from continuous batching, or the model gives its
+            attention something that changes the weights and that is not known here.
+    """
+    if kwargs.get("cache") is not None:
+        raise ValueError(
+            "continuous batching (generate_batch) keeps its own paged cache, which RocketKV does not compress; "
+            "call rocketkv.unpatch(model) before it, or use model.generate"
+        )
+    for name in UNKNOWN:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} gives its attention {name!r}, with which RocketKV cannot decode; call "
+                "rocketkv.unpatch(model)"
+            )
+    layer: RocketKVLayer | None = claim(key)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    own: FastAttention = functools.partial(
+        _model_attention,
+        module,
+        scaling=scaling,
+        dropout=dropout,
+        softcap=softcap,
+        s_aux=s_aux,
+        sliding_window=sliding_window,
+        **kwargs,
+    )
+    if layer is None:
+        if _takes_flash(attention_mask, module, sliding_window):
+            padding = attention_mask.key_padding()
+            out = own(query, key, value, None if padding is None else padding.to(query.device))
+            if out is not None:
+                return out, None
+        return _uncompressed(
+            query, key, value, attention_mask, own, scale, dropout, softcap, s_aux, sliding_window
+        ), None
+    if isinstance(attention_mask, Tensor):
+        raise ValueError(
+            f"RocketKV needs the 2D attention_mask [batch, tokens]; {type(module).__name__} got a mask of shape "
+            f"{tuple(attention_mask.shape)}, which cannot be evaluated at the tokens that are kept. If you gave none, "
+            "the model makes it itself: this version of transformers cannot compress it, call rocketkv.unpatch(model)"
+        )
+    out = layer.attend(query, attention_mask, scaling=scale, softcap=softcap, sinks=s_aux, fast=own)
+    return out, None
+
+
+def _takes_flash(mask: LazyMask | Tensor | None, module: nn.Module, sliding_window: int | None) -> TypeGuard[LazyMask]:
+    """Whether the model's own flash attention reads this prompt, in a layer that is not compressed."""
+    if "flash" not in getattr(module, IMPLEMENTATION, "sdpa") or not isinstance(mask, LazyMask) or not mask.at_end:
+        return False
+    return mask.causal or (mask.window is not None and mask.window == sliding_window)
+
+
+def _model_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, **kwargs: Any
+) -> Tensor | None:
+    """Run what the model ran before it was patched on causal queries at the end of the keys, or return None.
+
+    Args:
+        module: the attention module.
+        query: [B, H, n, D].
+        key: [B, Hkv, S, D].
+        value: [B, Hkv, S, Dv].
+        padding: [B, S] bool, True at tokens, or None.
+        **kwargs: the attention call's own.
+
+    Returns:
+        [B, n, H, Dv], or None where that implementation cannot do it without an S x S mask, or not exactly.
+    """
+    implementation = getattr(module, IMPLEMENTATION, "sdpa")
+    if "flash" in implementation:
+        # Flash attention aligns queries to the end of the keys, and takes padding, soft-cap and sinks itself.
+        config = _Disguise(module.config, _attn_implementation=implementation)
+        disguised = _Disguise(module, config=config)
+        mask = None if padding is None else padding[:, : key.shape[2]]
+        out: Tensor = ALL_ATTENTION_FUNCTIONS[implementation](disguised, query, key, value, mask, **kwargs)[0]
+        return out
+    if padding is not None or query.shape[2] not in (1, key.shape[2]):
+        return None
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        return None
+    # Eager attention would build the S x S matrix; SDPA gives the same numbers without it.
+    attended: Tensor = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, **kwargs)[0]
+    return attended
+
+
+def _uncompressed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: LazyMask | Tensor | None,
+    own: FastAttention,
+    scaling: float,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """Attend exactly as stock: sliding-window layers, caches that are not ours, and forwards without a cache."""
+    if mask is None or (isinstance(mask, LazyMask) and mask.plain):
+        out = own(query, key, value, None)
+        if out is not None:
+            return out
+    size = key.shape[2]
+
+    def visible(start: int, stop: int) -> VisibleBlock:
+        if isinstance(mask, LazyMask):
+            return mask.block(start, stop, size, window=sliding_window)
+        if mask is None:
+            return causal_block(start, stop, size - query.shape[2], query.device)
+        # A 4D mask of the user's: True, or zero in an additive one, where a key is seen.
+        rows = mask[:, :, start:stop, :size]
+        return VisibleBlock(0, size, rows if rows.dtype == torch.bool else rows >= 0)
+
+    return dense_attention(query, key, value, visible, scaling=scaling, softcap=softcap, sinks=sinks, dropout=dropout)
+
+
+def rocketkv_mask(
+    batch_size: int,
+    kv_length: int,
+    mask_function: MaskFunction,
+    attention_mask: Tensor | LazyMask | None = None,
+    q_length: int = 0,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    cache_position: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.bool,
+    **kwargs: Any,
+) -> LazyMask:
+    """Make a lazy mask out of what transformers would make an S x S one of; registered under `rocketkv`.
+
+    Args:
+        batch_size: rows.
+        kv_length: keys of the layer.
+        mask_function: says for index tensors who sees whom.
+        attention_mask: [B, tokens] bool, False at padding, or None; a mask already made is returned as it is.
+        q_length: queries.
+        q_offset: position of the first query.
+        kv_offset: position of the first key.
+        cache_position: [n] positions of the queries, which transformers before 5.4 gives in place of the former two.
+        local_size: window or chunk of the layer, below which its mask is just causal.
+        allow_is_causal_skip: whether `mask_function` is causal and no more, up to `local_size`.
+        device: of the mask.
+        dtype: of the mask that eager attention would want; only reported.
+        **kwargs: what other mask functions need.
+    """
+    if isinstance(attention_mask, LazyMask):
+        return attention_mask
+    if cache_position is not None:
+        q_length, q_offset, device = cache_position.shape[0], cache_position[0], cache_position.device
+        if device.type == "cpu":
+            q_offset = int(q_offset)
+    if isinstance(q_offset, Tensor):
+        q_offset = q_offset.clone()  # a static cache counts its tokens in place, before this mask is evaluated
+    return LazyMask(
+        mask_function=mask_function,
+        padding=attention_mask,
+        batch_size=batch_size,
+        query_length=q_length,
+        query_offset=q_offset,
+        kv_length=kv_length,
+        kv_offset=kv_offset,
+        # Before transformers 5 a compileable cache has its masks made in full; a function that is just causal shows.
+        causal=mask_function is _JUST_CAUSAL
+        or (allow_is_causal_skip and (local_size is None or kv_length < local_size)),
+        window=local_size if allow_is_causal_skip else None,
+        device=torch.device("cpu" if device is None else device),
+        dtype=dtype,
+    )

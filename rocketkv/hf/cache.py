@@ -1,0 +1,338 @@
+"""The cache that transformers sees: compressed where a layer attends to everything, stock elsewhere.
+
+Letters: B batch, H query heads, Hkv KV heads, D head dim, n tokens of a forward, W observation window.
+"""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..config import RocketKVConfig
+from ..core.masks import LazyMask
+from ..state.history import History
+from ..state.loss import last_missed
+from ..state.monitor import Monitor, OnStep, refuse_static
+from ..state.snapshot import give_back, kept_state
+from ..state.stats import CacheStats, LayerStats, live_bytes
+from .chat import ChatMarks, row_marks
+from .layer import RocketKVLayer
+from .turns import check_prompt_length
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """The state of a cache at one time: what `RocketKVCache.snapshot` returns, and `rollback` goes back to.
+
+    Attributes:
+        cache: the cache that it is of.
+        life: of the cache, from one `reset` to the next.
+        layers: the cache's layers, and the state of each.
+    """
+
+    cache: "weakref.ref[RocketKVCache]"
+    life: object
+    layers: tuple[tuple[Any, Any], ...]
+
+
+class RocketKVCache(DynamicCache):
+    """A cache for one batch of sequences: compressed where a layer attends to everything, stock elsewhere.
+
+    `rocketkv.patch` makes one for every generation; pass your own as `cache` to keep it over turns, or to
+    tell it the prompt's length in a hand-written loop, so that stage 1 runs inside the prefill.
+
+    Args:
+        model_config: the model's configuration (`model.config`).
+        config: the compression's settings, or None for `RocketKVConfig(**fields)`.
+        prompt_length: tokens of the first prompt, padding included; None runs stage 1 at the first decoded token.
+        **fields: fields of `RocketKVConfig`.
+
+    Raises:
+        TypeError: `config` is no RocketKVConfig, or given beside fields, or `prompt_length` is no int.
+        ValueError: a field, or `prompt_length`, has an impossible value.
+    """
+
+    def __init__(
+        self,
+        model_config: PretrainedConfig,
+        config: RocketKVConfig | None = None,
+        *,
+        prompt_length: int | None = None,
+        **fields: Any,
+    ) -> None:
+        super().__init__(config=model_config)
+        if not isinstance(config, (RocketKVConfig, type(None))):
+            raise TypeError(f"config must be a RocketKVConfig or None, got {type(config).__name__}; fields go by name")
+        if config is not None and fields:
+            raise TypeError(f"give either config or fields, got both (fields: {', '.join(fields)})")
+        self._life = object()
+        compress_layers(self, config or RocketKVConfig(**fields))
+        if prompt_length is not None:
+            check_prompt_length(prompt_length)
+            begin_prompt(self, prompt_length)
+
+    def stats(self) -> CacheStats:
+        """Count tokens and bytes of every layer."""
+        return cache_stats(self)
+
+    def begin_turn(self, prompt_length: int | None = None) -> None:
+        """Say that the next forward begins a turn, where its number of tokens does not: a prompt of one token, say.
+
+        Without it, several tokens at once after decoding are a turn's prompt.
+
+        Args:
+            prompt_length: tokens of that prompt, padding included, where several forwards bring it; None: those of the
+                next forward.
+
+        Raises:
+            TypeError: `prompt_length` is no int.
+            ValueError: it is less than 1.
+        """
+        for layer in rocketkv_layers(self):
+            layer.begin_turn(prompt_length)
+
+    def snapshot(self) -> Snapshot:
+        """Return the present state, to which `rollback` goes back: between two forwards, at any time.
+
+        For many questions on one context, or drafts that may be dropped. It copies no keys and values of compressed or
+        sliding-window layers; what would be written over later is copied then, while the snapshot lives.
+        """
+        states = tuple((layer, _state(layer)) for layer in self.layers)
+        return Snapshot(weakref.ref(self), self._life, states)
+
+    def rollback(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot, as often as you like and in any order: exactly, and without a forward.
+
+        What stage 1 has evicted since is there again. Buffers of a static cache are those of the snapshot's time, at
+        the same addresses.
+
+        Raises:
+            TypeError: it is no snapshot.
+            ValueError: the snapshot is of another cache, or was taken before this one was reset.
+        """
+        if not isinstance(snapshot, Snapshot):
+            raise TypeError(f"rollback goes back to what snapshot() returned, got {type(snapshot).__name__}")
+        if snapshot.cache() is not self:
+            raise ValueError(
+                "this snapshot is of another cache (a copy of a cache is another one): give rollback() one that this "
+                "cache's own snapshot() returned"
+            )
+        if snapshot.life is not self._life:
+            raise ValueError("this snapshot was taken before the cache was reset: take one after it")
+        self.layers[:] = [layer for layer, _ in snapshot.layers]
+        for layer, state in snapshot.layers:
+            if isinstance(layer, RocketKVLayer):
+                layer.restore(state)
+            else:
+                give_back(layer, state, written=_writes(layer))
+
+    def reset(self) -> None:
+        """Forget everything; snapshots too."""
+        super().reset()  # type: ignore[no-untyped-call]  # transformers does not say that it returns nothing
+        self._life = object()
+
+
+def _state(layer: Any) -> Any:
+    """Return the state of a cache's layer, for its snapshot."""
+    return layer.snapshot() if isinstance(layer, RocketKVLayer) else kept_state(layer, written=_writes(layer))
+
+
+def _writes(layer: Any) -> bool:
+    """Whether a layer of transformers writes into its tensors; those that keep keys and values alone replace them."""
+    return type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def compress_layers(cache: DynamicCache, config: RocketKVConfig, model_config: PretrainedConfig | None = None) -> None:
+    """Replace the empty full-attention layers of a DynamicCache by layers of ours, in place; leave all others.
+
+    Args:
+        cache: the cache.
+        config: the compression's settings.
+        model_config: from which a cache that makes its layers lazily learns what they are; such a one keeps all tokens
+            of sliding-window layers too.
+    """
+    if rocketkv_layers(cache):
+        return  # done before; what is a plain layer now is to stay one
+    lazy = not cache.layers and model_config is not None
+    if lazy:
+        cache.layers.extend(DynamicCache(config=model_config).layers)
+    workspaces: dict[Any, Any] = {}
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and not layer.is_initialized:
+            cache.layers[i] = RocketKVLayer(config, workspaces, number=i)
+    if config.watched:
+        _monitor(rocketkv_layers(cache))
+    if lazy:
+        keep_whole(cache)
+
+
+def _monitor(layers: list[RocketKVLayer]) -> None:
+    """Give the layers of a cache a monitor."""
+    if layers:
+        monitor = Monitor(layers[0].config, [layer.number for layer in layers])
+        for layer in layers:
+            layer.monitor = monitor
+
+
+def arm(layers: list[RocketKVLayer], on_step: OnStep | None = None) -> None:
+    """Make the layers of a cache ready for a patched model's forward, whose decode steps are reported to `on_step`.
+
+    Raises:
+        ValueError: there are reports to make of a static cache.
+    """
+    if on_step is not None and layers:
+        refuse_static(layers[0].config)
+        if layers[0].monitor is None:
+            _monitor(layers)
+    if layers and layers[0].monitor is not None:
+        layers[0].monitor.on_step = on_step
+    following: History | None = None
+    for layer in reversed(layers):
+        layer.armed = True
+        if layer.history is not None:
+            layer.history.following, following = following, layer.history
+
+
+def rocketkv_layers(cache: Any) -> list[RocketKVLayer]:
+    """Return the layers of ours in a cache of any kind."""
+    return [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, RocketKVLayer)]
+
+
+def begin_prompt(cache: Any, end: int, *, speculative: bool = False, drafts: bool = False) -> None:
+    """Tell a cache that the next prompt ends when the sequence has `end` tokens, and whether drafts are verified.
+
+    A single token after decoded ones is no prompt: `generate` goes on where it stopped, with the last it wrote.
+
+    Args:
+        cache: the cache.
+        end: tokens of the sequence when the prompt ends.
+        speculative: whether forwards of several tokens verify a draft.
+        drafts: whether it is an assistant's, which takes in after its prompt what the model has said to its drafts.
+    """
+    for layer in rocketkv_layers(cache):
+        seen = layer.tokens_seen
+        catches_up = drafts and layer.store.closed
+        begins = end > seen + 1 or not layer.store.closed  # what has not ended goes on, if by a single token
+        layer.prompt_end = end if begins and not catches_up else None
+        layer.speculative = speculative or catches_up
+
+
+def mark_prompt(cache: Any, ids: Tensor | None, mask: Any, chat: ChatMarks | None) -> None:
+    """Mark the tokens of a prompt, or of a chunk of one, in the layers of a cache before their forward.
+
+    Args:
+        cache: the cache.
+        ids: [B, n] token ids of the forward, or None where it gets embeddings.
+        mask: the forward's attention mask [B, tokens], or anything else where there is none.
+        chat: of the tokenizer, or None where it is not known.
+
+    Raises:
+        ValueError: messages are to be found, and there is no chat template to find them by, or no token ids.
+    """
+    layers = rocketkv_layers(cache)
+    if not layers or not layers[0].config.marks_prompts or ids is None or not layers[0].prompt_part(ids.shape[1]):
+        return
+    config = layers[0].config
+    by_chat = config.protect == "system" or config.fair_shares
+    if by_chat and chat is None:
+        raise ValueError(
+            "protect='system' and fair_shares find messages by a chat template: rocketkv.patch(model, ..., "
+            "tokenizer=tokenizer)"
+        )
+    if ids.is_floating_point():
+        if by_chat:
+            raise ValueError("messages cannot be found in inputs_embeds; give token ids, or ranges to protect")
+        ids = ids.new_zeros(ids.shape[:2], dtype=torch.long)
+    first, store = layers[0], layers[0].store
+    earlier = None if first.prompt_ids is None else first.prompt_ids
+    first.prompt_ids = ids if earlier is None else torch.cat((earlier, ids), dim=1)
+    start = store.seen - (0 if earlier is None else earlier.shape[1])
+    padding = _padding_before(mask if start == 0 else None, ids.shape[0])
+    before = None if start == 0 else store.marks
+    settings: dict[str, Any] = {"protect": config.protect, "fair_shares": config.fair_shares, "chat": chat}
+    marks = tuple(
+        row_marks(row[skipped:], None if before is None else before[i], start + skipped, **settings)
+        for i, (row, skipped) in enumerate(zip(first.prompt_ids.tolist(), padding, strict=True))
+    )
+    for layer in layers:
+        layer.store.marks = marks
+
+
+def _padding_before(mask: Any, rows: int) -> list[int]:
+    """Return the slots of padding before each row's first token, by the mask that a forward was given."""
+    # A static cache has its masks made before the forward, in hybrids one for each kind of layer.
+    masks = mask.values() if isinstance(mask, dict) else (mask,)
+    for each in masks:
+        held = each.padding if isinstance(each, LazyMask) else each
+        if isinstance(held, Tensor) and held.dim() == 2:
+            found: list[int] = held.to(torch.int).argmax(-1).tolist()
+            return found
+    return [0] * rows
+
+
+def make_croppable(cache: Any) -> None:
+    """Prepare an empty cache for drafts, whose rejected tokens are taken back from it.
+
+    Before transformers 5.16 a sliding-window layer cannot give tokens back once it is full, so it must not slide.
+    """
+    if hasattr(cache, "activate_past_recording"):
+        cache.activate_past_recording()
+    else:
+        keep_whole(cache)
+
+
+def keep_whole(cache: Any) -> None:
+    """Let the empty sliding-window layers of a cache keep all tokens; masks hide what lies outside of the window."""
+    for i, layer in enumerate(getattr(cache, "layers", ())):
+        if type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized:
+            cache.layers[i] = DynamicLayer()
+
+
+def cache_stats(cache: Any) -> CacheStats:
+    """Count tokens and bytes of every layer of a cache; layers that are not ours count as stock."""
+    layers = []
+    workspaces = {id(space): space for layer in rocketkv_layers(cache) for space in layer.workspaces.values()}
+    for layer in cache.layers:
+        if isinstance(layer, RocketKVLayer):
+            layers.append(layer.stats())
+        else:
+            layers.append(_stock_stats(layer))
+    buffers = [tensor for space in workspaces.values() for tensor in space.tensors().values()]
+    monitor = next((layer.monitor for layer in rocketkv_layers(cache) if layer.monitor is not None), None)
+    return CacheStats(
+        tuple(layers),
+        sum(live_bytes(tensor) for tensor in buffers),
+        missed=tuple(last_missed(layer.store) if isinstance(layer, RocketKVLayer) else None for layer in cache.layers),
+        audits=() if monitor is None else tuple(monitor.audits),
+    )
+
+
+def _stock_stats(layer: Any) -> LayerStats:
+    """Count a layer that is not ours; linear-attention layers hold states in place of keys and values."""
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    others = [value for name, value in vars(layer).items() if name not in ("keys", "values")]
+    states = [state for value in others for state in (value.values() if isinstance(value, dict) else [value])]
+    other_bytes = sum(live_bytes(state) for state in states if isinstance(state, Tensor))
+    if not isinstance(keys, Tensor) or not isinstance(values, Tensor) or not keys.numel():
+        device = next((str(state.device) for state in states if isinstance(state, Tensor)), None)
+        return LayerStats(compressed=False, other_bytes=other_bytes, device=device)
+    size = keys.numel() * keys.itemsize + values.numel() * values.itemsize
+    nominal = 2 * (keys.numel() + values.numel())
+    return LayerStats(
+        compressed=False,
+        tokens_seen=layer.get_seq_length(),
+        tokens_stored=keys.shape[2],
+        key_bytes=live_bytes(keys),
+        value_bytes=live_bytes(values),
+        other_bytes=other_bytes,
+        device=str(keys.device),
+        full_bytes=size,
+        step_bytes=size,
+        dense_step_bytes=size,
+        nominal_step_bytes=nominal,
+        nominal_dense_step_bytes=nominal,
+    )

@@ -1,0 +1,388 @@
+"""A cache in a file: a long context is read once, and asked again another day.
+
+A file holds the tensors in use, and a document that says what they are of (the model, the settings, the version) and
+what a cache knows beside them. What does not fit, or was damaged, is refused; nothing in a file is ever executed.
+
+Letters: B batch, Hkv KV heads, N slots in use.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ..budget import BudgetSplit
+from ..config import RocketKVConfig
+from ..core.indexes import index_of
+from ..core.pages import movable
+from ..dispatch import backend_name
+from ..state.history import NAMES
+from ..state.protection import RowMarks
+from ..state.snapshot import FIELDS
+from ..state.store import KVStore
+from .cache import RocketKVCache, rocketkv_layers
+from .generate import state_of
+from .layer import RocketKVLayer
+from .models import find_decoder
+from .tensorfile import open_tensors, raw_bytes, refuse_difference, write_tensors
+
+_STOCK = {kind.__name__: kind for kind in (DynamicLayer, DynamicSlidingWindowLayer)}
+_STOCK_FIELDS = ("cumulative_length", "record_past")  # of the sliding one; which it has depends on transformers
+_INPUTS = ("input_ids", "attention_mask")
+# Fields of a model's configuration that keys and values do not depend on.
+_TRANSIENT = (
+    *("transformers_version", "name_or_path", "dtype", "torch_dtype", "architectures", "attn_implementation"),
+    *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
+    *("pad_token_id", "bos_token_id", "eos_token_id"),
+)
+_SAMPLED = 8  # numbers at either end of each weight that tell one model from another of the same shape
+
+
+def save_cache(
+    cache: RocketKVCache,
+    path: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> None:
+    """Write a cache to a file, from which `load_cache` goes on as if it had never been away.
+
+    The file appears under its name when it is complete. `model.generate` goes on from all the sequence's token ids, so
+    save those too; `load_inputs` returns them.
+
+    Args:
+        cache: after a prompt's end; it stays as it is.
+        path: the file, which is replaced if there is one; `.safetensors` is the usual ending.
+        model: the model that filled the cache, patched or not: the file says which one it is of.
+        ids: [B, n] token ids of the sequence, padding included: all that the cache has seen, or more.
+        attention_mask: [B, n], 0 at padding, for rows of different lengths.
+
+    Raises:
+        TypeError: `cache` is no RocketKVCache, `model` no transformers model, or `ids` are no integers.
+        ValueError: the cache is in a state that a file cannot hold, or `ids` are not its tokens; the message says why.
+        FileNotFoundError: there is no such folder.
+    """
+    if not isinstance(cache, RocketKVCache):
+        raise TypeError(f"cache must be a RocketKVCache, got {type(cache).__name__}")
+    outer, decoder = _models(model)
+    _refuse_unfinished(cache)
+    settings = rocketkv_layers(cache)[0].config
+    tensors = dict(_inputs(cache, ids, attention_mask))
+    layers = []
+    for i, layer in enumerate(cache.layers):
+        held, entry = _packed(layer)
+        tensors |= {f"layers.{i}.{name}": tensor for name, tensor in held.items()}
+        layers.append(entry)
+    document = {"model": _model_mark(outer, decoder), "settings": asdict(settings), "layers": layers}
+    write_tensors(Path(path), tensors, document)
+
+
+def load_cache(path: str | os.PathLike[str], model: nn.Module) -> RocketKVCache:
+    """Return the cache that `save_cache` wrote to a file, on the devices of the model that it is for.
+
+    It has the settings that it was saved with; a model that is patched must have the same.
+
+    Args:
+        path: the file, which is only read.
+        model: the model that goes on with it.
+
+    Raises:
+        TypeError: `model` is no transformers model.
+        ValueError: the file is damaged, is of another model, other settings or another version of this library, or is
+            no saved cache at all; the message names what differs.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    outer, decoder = _models(model)
+    document, read = open_tensors(path)
+    refuse_difference(path, "model", document.get("model"), _model_mark(outer, decoder))
+    state = state_of(outer)
+    if state is not None:
+        # As JSON holds them: a tuple of ranges to protect is a list there.
+        here = json.loads(json.dumps(asdict(state.config)))
+        refuse_difference(path, "settings", _with_defaults(document.get("settings")), here)
+    tensors = read(lambda name: True)
+    try:
+        with torch.inference_mode(False):  # buffers may be written in a later call that is not in inference mode
+            return _cache(decoder, document, tensors)
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise ValueError(f"{path} does not describe a cache: {error!r}") from error
+
+
+def load_inputs(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the `input_ids` [B, n] and, if there is one, the `attention_mask` [B, n] that were saved with a cache.
+
+    Raises:
+        ValueError: the file is damaged, or was saved without them.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    found = open_tensors(path)[1](lambda name: name in _INPUTS)
+    if "input_ids" not in found:
+        raise ValueError(f"{path} was saved without token ids: give them to save_cache as ids")
+    return {name: tensor.clone() for name, tensor in found.items()}
+
+
+def _models(model: nn.Module) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Return the outermost transformers model in a module, and the decoder in that."""
+    if isinstance(model, nn.Module):
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                return module, find_decoder(module)[0]
+    raise TypeError(f"model must be a transformers model or hold one, got {type(model).__name__}")
+
+
+def _refuse_unfinished(cache: RocketKVCache) -> None:
+    """Refuse a cache that a file cannot hold."""
+    ours = rocketkv_layers(cache)
+    if not ours:
+        raise ValueError("this cache has no compressed layer: there is nothing that save_cache is needed for")
+    layer: Any
+    for i, layer in enumerate(cache.layers):
+        if not isinstance(layer, RocketKVLayer):
+            if type(layer) not in _STOCK.values() or not layer.is_initialized:
+                raise ValueError(
+                    f"layer {i} is an empty or unknown {type(layer).__name__}, which cannot be saved: only full and "
+                    "sliding-window attention can, after a prompt"
+                )
+            continue
+        if layer.pending is not None:
+            raise ValueError(
+                f"layer {i} holds tokens of a forward that was interrupted; crop or roll the cache back, or start anew"
+            )
+        _ = layer.store.seen  # counts the steps that were compiled, if there are any
+        if not layer.store.counted:
+            raise ValueError(
+                "decode steps of this static cache were captured in a CUDA graph, which may write into it at any time; "
+                "save the cache before that, after its prompt"
+            )
+        if not layer.store.closed or layer.prompt_end is not None:
+            raise ValueError(
+                "the prompt is not finished, so stage 1 has not run yet: give the cache its prompt_length, or decode a "
+                "token, before saving"
+            )
+        if layer.speculative:
+            raise ValueError("drafts are being verified: save the cache after generate has returned")
+        if layer.config != ours[0].config:
+            raise ValueError("the layers of this cache have different settings, which a file does not hold")
+
+
+def _inputs(cache: RocketKVCache, ids: Tensor | None, mask: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield the sequence's token ids and mask, checked."""
+    store = rocketkv_layers(cache)[0].store
+    rows = 0 if store.keys is None else store.keys.shape[0]
+    if mask is not None and ids is None:
+        raise ValueError("attention_mask says which of the ids are padding: give ids too")
+    both: tuple[tuple[str, str, Any], ...] = (("input_ids", "ids", ids), ("attention_mask", "attention_mask", mask))
+    for name, argument, given in both:
+        if given is None:
+            continue
+        if not isinstance(given, Tensor) or given.is_floating_point() or given.is_complex():
+            raise TypeError(f"{argument} must be a tensor of integers, got {getattr(given, 'dtype', type(given))}")
+        if given.dim() != 2 or given.shape[0] != rows or given.shape[1] < store.seen:
+            raise ValueError(
+                f"{argument} must be [B, n] for the cache's {rows} rows and at least its {store.seen} tokens, padding "
+                f"included; got {list(given.shape)}"
+            )
+        if ids is not None and given.shape != ids.shape:
+            raise ValueError(f"attention_mask must have the shape of ids, {list(ids.shape)}, got {list(given.shape)}")
+        yield name, given.detach().long()
+
+
+def _packed(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of a layer, as far as they are in use, and what it knows beside them."""
+    if not isinstance(layer, RocketKVLayer):
+        fields = {name: getattr(layer, name) for name in _STOCK_FIELDS if hasattr(layer, name)}
+        return {"keys": layer.keys, "values": layer.values}, {"kind": type(layer).__name__, "fields": fields}
+    store = layer.store
+    tensors = store.tensors()
+    for name in ("keys", "values", "positions"):
+        tensors[name] = tensors[name][:, :, : store.stored]
+    index = index_of(store.split)
+    if index is not None and store.keys is not None:
+        for name in index.slotted:
+            used = index.shape(name, store.stored, store.keys.shape[3])[0]
+            tensors[name] = tensors[name][:, :, :used]
+    history = layer.history
+    if history is not None:
+        history.absorb(store)
+        held = {name: tensor[:, :, : history.seen] for name, tensor in history.tensors().items()}
+        tensors |= {f"history.{name}": tensor for name, tensor in held.items()}
+    fields = {name: getattr(store, name) for name in FIELDS}
+    return tensors, {
+        "kind": "RocketKVLayer",
+        "fields": {
+            **fields,
+            "split": None if store.split is None else asdict(store.split),
+            "marks": None if store.marks is None else [asdict(mark) for mark in store.marks],
+        },
+        "seen": store.seen,
+        "stored": store.stored,
+        "shortest": store.shortest,
+        "capacity": store.capacity,
+        "prompt_tokens": layer.prompt_tokens,
+    }
+
+
+def _with_defaults(settings: Any) -> Any:
+    """Return saved settings with what their split does not say, for it is older than a field, as if it had said so."""
+    split = settings.get("split") if isinstance(settings, dict) else None
+    if not isinstance(split, dict):
+        return settings
+    return {**settings, "split": {**asdict(BudgetSplit(token_budget=1)), **split}}
+
+
+def _cache(decoder: PreTrainedModel, document: dict[str, Any], tensors: dict[str, Tensor]) -> RocketKVCache:
+    """Make the cache that a document describes."""
+    settings = document["settings"]
+    split = settings["split"]
+    protect = settings["protect"]
+    if isinstance(protect, list):
+        protect = tuple((start, stop) for start, stop in protect)
+    split = None if split is None else BudgetSplit(**split)
+    config = RocketKVConfig(**{**settings, "split": split, "protect": protect})
+    cache = RocketKVCache(decoder.config, config)
+    entries = document["layers"]
+    if len(entries) != len(cache.layers):
+        raise ValueError(f"the file has {len(entries)} layers, the model's cache {len(cache.layers)}")
+    devices: dict[Any, torch.device] = {
+        module.layer_idx: next(module.parameters()).device for module in find_decoder(decoder)[1]
+    }
+    for i, entry in enumerate(entries):
+        prefix = f"layers.{i}."
+        held = {
+            name.removeprefix(prefix): tensor.to(devices[i])
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
+        kind = entry["kind"]
+        layer: Any = cache.layers[i]
+        if kind == "RocketKVLayer" and isinstance(layer, RocketKVLayer):
+            past = {name: held.pop(f"history.{name}") for name in NAMES if f"history.{name}" in held}
+            _fill(layer.store, held, entry)
+            if layer.history is not None:
+                layer.history.fill(past, layer.store)
+            layer.prompt_tokens = int(entry["prompt_tokens"])
+            layer.backend = backend_name(held["keys"].device, config.backend)
+            continue
+        if kind == "DynamicLayer" and type(layer) is DynamicSlidingWindowLayer:
+            layer = DynamicLayer()  # one that was told to keep all tokens, for drafts
+            cache.layers[i] = layer
+        if kind not in _STOCK or type(layer) is not _STOCK[kind]:
+            raise ValueError(f"layer {i} is a {kind} in the file, and the model wants a {type(layer).__name__}")
+        fields = {name: value for name, value in entry["fields"].items() if name in _STOCK_FIELDS}
+        for name, value in fields.items():
+            setattr(layer, name, value)  # one that records the past keeps all that it gets
+        layer.update(held["keys"].clone(), held["values"].clone())
+        for name, value in fields.items():
+            setattr(layer, name, value)  # it has counted the tokens once more
+    return cache
+
+
+def _fill(store: KVStore, held: dict[str, Tensor], entry: dict[str, Any]) -> None:
+    """Fill an empty store with what is in use of its tensors, in buffers as large as they were."""
+    fields = dict(entry["fields"])
+    fields["split"] = split = BudgetSplit(**fields["split"])
+    marks = fields["marks"]
+    fields["marks"] = None if marks is None else tuple(_marks(**mark) for mark in marks)
+    seen, stored, shortest, capacity = (int(entry[name]) for name in ("seen", "stored", "shortest", "capacity"))
+    batch, kv_heads, _, head_dim = held["keys"].shape
+    expected: dict[str, tuple[int, ...]] = {
+        "keys": (batch, kv_heads, stored, head_dim),
+        "values": (batch, kv_heads, stored, held["values"].shape[-1]),
+        "positions": (batch, kv_heads, stored),
+        "lengths": (batch, kv_heads),
+    }
+    if "window" in held:
+        expected["window"] = (batch, *held["window"].shape[1:3], head_dim)
+    index = index_of(split)
+    if index is not None:
+        expected |= {name: (batch, kv_heads, *index.shape(name, stored, head_dim)) for name in index.names}
+    if "missed" in held:
+        expected["missed"] = (batch, held["missed"].shape[1])
+    if split.residual:
+        expected["value_sum"] = (batch, kv_heads, held["values"].shape[-1])
+    if split.calibrated:
+        expected["residual_bias"] = (batch, held["residual_bias"].shape[1])
+    found = {name: tuple(tensor.shape) for name, tensor in held.items()}
+    lengths = held["lengths"]
+    # Rows may have been left out since, the longest or the shortest among them.
+    ordered = 0 <= shortest <= int(lengths.min()) and int(lengths.max()) <= stored <= capacity
+    if found != expected or set(fields) != set(FIELDS) or not ordered:
+        raise ValueError(f"shapes, lengths and settings of a layer do not go together: {found} for {expected}")
+
+    def whole(name: str, size: int, value: int = 0) -> Tensor:
+        part = movable(held[name])
+        buffer = part.new_full((*part.shape[:2], size, *part.shape[3:]), value)
+        buffer[:, :, : part.shape[2]] = part
+        return buffer.view(held[name].dtype)
+
+    store.keys, store.values = whole("keys", capacity), whole("values", capacity)
+    store.positions, store.lengths = whole("positions", capacity, -1), lengths.clone()
+    if "window" in held:
+        store.window = held["window"].clone()
+    if index is not None:
+        for name in index.names:
+            room = index.shape(name, capacity, head_dim)[0] if name in index.slotted else held[name].shape[2]
+            setattr(store, name, whole(name, room))
+    if split.residual:
+        store.value_sum = held["value_sum"].clone()
+    if split.calibrated:
+        store.residual_bias = held["residual_bias"].clone()
+    if "missed" in held:
+        store.missed = held["missed"].clone()
+    for name, value in fields.items():
+        setattr(store, name, value)
+    store.seen, store.stored, store.shortest = seen, stored, shortest
+    if store.decode_capacity is not None:
+        store.clock()
+
+
+def _marks(protected: list[list[int]], messages: list[int]) -> RowMarks:
+    """Return a row's marks from what a file says of them."""
+    return RowMarks(tuple((int(start), int(stop)) for start, stop in protected), tuple(map(int, messages)))
+
+
+def _model_mark(outer: PreTrainedModel, decoder: PreTrainedModel) -> dict[str, Any]:
+    """Return what tells a model from others, as far as its cache depends on it."""
+    config = _plain(outer.config.to_dict())
+    return {
+        "class": type(outer).__name__,
+        "dtype": str(outer.dtype),
+        "config": config,
+        "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        "weights_sha256": _weights_digest(decoder),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Return a configuration as JSON holds it, without what its cache does not depend on."""
+    if isinstance(value, Mapping):
+        kept = ((str(name), each) for name, each in value.items())
+        return {name: _plain(each) for name, each in kept if not name.startswith("_") and name not in _TRANSIENT}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _weights_digest(decoder: PreTrainedModel) -> str:
+    """Return a digest of every weight's name and shape, and of its first and last numbers where it has plain ones."""
+    digest = hashlib.sha256()
+    samples: dict[torch.device, list[Tensor]] = {}
+    for name, weight in decoder.named_parameters():
+        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
+        if type(weight) is nn.Parameter and not weight.is_meta and weight.is_floating_point():
+            ends = weight.detach().reshape(-1)
+            samples.setdefault(weight.device, []).extend(part.float() for part in (ends[:_SAMPLED], ends[-_SAMPLED:]))
+    for parts in samples.values():
+        digest.update(raw_bytes(torch.cat(parts).cpu()))
+    return digest.hexdigest()

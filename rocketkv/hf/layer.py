@@ -1,0 +1,533 @@
+"""A compressed layer of a cache: a store, and the hand-over of new keys and values to the attention function.
+
+Letters: B batch, H query heads, Hkv KV heads, D head dim, n tokens of a forward, W observation window.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from ..budget import BudgetSplit
+from ..config import RocketKVConfig
+from ..core.masks import LazyMask
+from ..core.pages import torch_dtype
+from ..dispatch import backend_name, close_prompt, decode_step, evict_generated
+from ..ops import StaticStep, static_step
+from ..state.bounded import kept_of
+from ..state.history import History, HistorySnapshot
+from ..state.monitor import Monitor
+from ..state.protection import warn_unprotected
+from ..state.snapshot import StoreSnapshot
+from ..state.stats import LayerStats, live_bytes, store_stats
+from ..state.store import KVStore
+from .handover import hand_over
+from .prefill import FastAttention, attend_prompt
+from .turns import check_prompt_length, check_queries, prompt_part
+
+# What a layer's snapshot holds beside its store's.
+_SNAPPED = ("prompt_end", "prompt_tokens", "prompt_ids", "turn_begins", "speculative", "step", "backend", "bounded")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSnapshot:
+    """The state of one layer at one time: its store's, its history's, and its own fields by name."""
+
+    store: StoreSnapshot
+    history: HistorySnapshot | None
+    fields: dict[str, Any]
+
+
+class RocketKVLayer(CacheLayerMixin):
+    """One full-attention layer's cache: transformers calls `update`, the attention function claims it and `attend`s.
+
+    Lengths reported to transformers are those of the sequence, evicted tokens included: positions stay true.
+
+    Attributes:
+        config: the compression's settings.
+        number: of the layer in the model.
+        monitor: what decode steps are shown to, of the cache; or None where nobody asked for one.
+        store: keys, values and index.
+        history: all tokens of the sequence while the store holds one turn's selection of them, for `rocketkv-mt`.
+        prompt_end: tokens of the sequence when the present prompt ends, or None where unknown.
+        prompt_tokens: tokens of the longest row up to the last prompt's end, evicted ones included, padding not.
+        prompt_ids: token ids [B, n] of the present prompt so far, in the layer that its tokens are marked by.
+        turn_begins: whether the next forward begins a turn, however few tokens it has.
+        speculative: whether forwards of several tokens verify a draft.
+        armed: whether a patched model's forward is about to use this layer.
+        pending: key and value [B, Hkv, n, D] handed over and not yet in the store.
+        step: the decode step of a static store, or None in prompts and in stores that grow.
+        backend: what runs decode steps, settled at the end of each prompt.
+        bounded: with what to rank generated tokens where their room ends, or None where that is an error.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, config: RocketKVConfig, workspaces: dict[Any, Any] | None = None, *, number: int = 0) -> None:
+        self.config = config
+        self.number = number
+        self.monitor: Monitor | None = None
+        self.workspaces = {} if workspaces is None else workspaces
+        self.store = KVStore()
+        self.history = History(config.history_device) if config.keeps_history else None
+        self.turn_begins = False
+        self.prompt_end: int | None = None
+        self.prompt_tokens = 0
+        self.prompt_ids: Tensor | None = None
+        self.speculative = False
+        self.armed = False
+        self.pending: tuple[Tensor, Tensor] | None = None
+        self.step: StaticStep | None = None
+        self.backend = config.backend
+        self.bounded: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"RocketKVLayer(method={self.config.method!r}, seen={self.store.seen}, stored={self.store.stored})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RocketKVLayer":
+        """Copy into tensors that may be written anywhere, also where a copy would be made of inference tensors."""
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        with torch.inference_mode(False):
+            for name, value in self.__dict__.items():
+                setattr(other, name, copy.deepcopy(value, memo))
+        return other
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]  # derived from the store
+        """The stored keys [B, Hkv, N, D]."""
+        return None if self.store.keys is None else self.store.keys[:, :, : self.store.stored]
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]  # derived from the store
+        """The stored values [B, Hkv, N, Dv]."""
+        return None if self.store.values is None else self.store.values[:, :, : self.store.stored]
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]  # derived from the store
+        """Whether any token has come."""
+        return self.store.keys is not None or self.pending is not None
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]  # it depends on the settings, and on the prompt
+        """Whether the next forward of one token after the prompt is a static step, which can be compiled."""
+        if self.config.decode_capacity is None or self.speculative:
+            return False
+        return self.step is not None or self.prompt_end is not None
+
+    def steps_statically(self, given: int) -> bool:
+        """Whether a forward of that many tokens is a static step."""
+        return given == 1 and self.step is not None and self.prompt_end is None and not self.turn_begins
+
+    def static_clock(self) -> Tensor:
+        """Return [1] int64, the tokens of the sequence so far as the device knows them.
+
+        Raises:
+            ValueError: no static step is ready.
+        """
+        if self.step is None:
+            raise ValueError("only a static cache whose prompt is closed has a clock")
+        return self.step.clock.long()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        """Do nothing: the first tokens bring shape, dtype and device."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Hand the new key and value [B, Hkv, n, D] over to the attention function, which will append them.
+
+        Raises:
+            ValueError: the model is not patched, so nobody would claim them.
+        """
+        if torch.compiler.is_dynamo_compiling() and not self.steps_statically(key_states.shape[2]):
+            from .untraced import call_untraced
+
+            return call_untraced(self.update, key_states, value_states)  # type: ignore[no-any-return]
+        if not self.armed:
+            raise ValueError(
+                "this RocketKV cache was given to a model that is not patched, or a layer of the model uses it twice "
+                "in one forward; call rocketkv.patch(model) before passing a RocketKVCache to it"
+            )
+        self.armed = False
+        self._settle()
+        self.pending = (key_states, value_states)
+        hand_over(self)
+        return key_states, value_states
+
+    def _settle(self) -> None:
+        """Append what an interrupted forward handed over and nobody claimed."""
+        if self.pending is None:
+            return
+        key, value = self.pending
+        self.pending = None
+        if self.store.closed and key.shape[2] == 1:
+            self.store.append(key[:, :, 0], value[:, :, 0])
+        else:
+            self._reopen(key.shape[2])
+            self.store.extend(key, value)
+
+    def _reopen(self, given: int) -> None:
+        """Make ready for a prompt, or a chunk of one, of so many tokens."""
+        self.step, self.turn_begins = None, False
+        if self.history is not None and self.store.closed:
+            rest = 0 if self.prompt_end is None else self.prompt_end - self.store.seen
+            self.history.resume(self.store, max(given, rest))
+
+    def prompt_part(self, given: int) -> int:
+        """Return how many of the next forward's `given` tokens belong to a prompt."""
+        seen = self.store.seen
+        return prompt_part(seen, given, self.prompt_end, begins=self.turn_begins, verifies=self.speculative)
+
+    def begin_turn(self, prompt_length: int | None = None) -> None:
+        """Have the next forward begin a turn, whose prompt has `prompt_length` tokens, or as many as that forward.
+
+        Raises:
+            TypeError: `prompt_length` is no int.
+            ValueError: it is less than 1.
+        """
+        if prompt_length is not None:
+            check_prompt_length(prompt_length)
+        self._settle()
+        self.turn_begins = True
+        self.prompt_end = None if prompt_length is None else self.store.seen + prompt_length
+
+    def attend(
+        self,
+        query: Tensor,
+        mask: LazyMask | None,
+        *,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+        fast: FastAttention,
+    ) -> Tensor:
+        """Take the pending tokens in and attend: a prompt densely, then stage 1 at its end; decoded tokens by stage 2.
+
+        Args:
+            query: [B, H, n, D], after rotary embedding.
+            mask: the model's mask, or None where it has none: causal.
+            scaling: factor of the logits.
+            softcap: the model's soft-cap of the logits, or None.
+            sinks: [H], the model's learned sinks, or None.
+            fast: the model's own attention for plain causal prompts.
+
+        Returns:
+            [B, n, H, Dv].
+
+        Raises:
+            ValueError: nothing is pending.
+        """
+        if torch.compiler.is_dynamo_compiling() and not self.steps_statically(query.shape[2]):
+            from .untraced import call_untraced
+
+            return call_untraced(  # type: ignore[no-any-return]
+                self.attend, query, mask, scaling=scaling, softcap=softcap, sinks=sinks, fast=fast
+            )
+        if self.pending is None:
+            raise ValueError("attend follows update, which hands the keys and values over")
+        key, value = self.pending
+        self.pending = None
+        given = query.shape[2]
+        if self.step is not None and self.steps_statically(given):
+            out = self._step_statically(self.step, query, key, value, scaling, softcap, sinks)
+            if out is not None:
+                return out
+        prompt = self.prompt_part(given)
+        exact: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
+        parts = []
+        if prompt:
+            query_part, key_part, value_part = (tensor[:, :, :prompt] for tensor in (query, key, value))
+            parts.append(self._prefill(query_part, key_part, value_part, mask, fast, exact))
+            if self.prompt_end is not None and self.store.seen >= self.prompt_end:
+                self.close_prompt(exact)
+        elif not self.store.closed:
+            self.close_prompt(exact)
+        elif self.bounded is None and self.store.window is not None:
+            self._settle_bounds(exact)  # of a cache that was loaded
+        if self.store.closed and self.step is None and self.config.decode_capacity is not None:
+            self.step = static_step(query[:, :, 0], self.store, backend=self.backend, workspaces=self.workspaces)
+        if given - prompt > 1:
+            # Drafts: what may be taken back again is to evict nothing, and to leave no query behind.
+            self.make_room(given - prompt)
+            self.store.foresee_queries(query[:, :, prompt:])
+        for i in range(prompt, given):
+            self.make_room()
+            watched = self.monitor is not None and self.monitor.asks(self.number, self.store)
+            step = decode_step(
+                query[:, :, i],
+                key[:, :, i],
+                value[:, :, i],
+                self.store,
+                backend=self.backend,
+                workspaces=self.workspaces,
+                **exact,
+            )
+            if self.monitor is not None and watched:
+                step = self.monitor.watch(self.number, self.store, self.history, query[:, :, i], step, exact)
+            parts.append(step[:, None])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _step_statically(
+        self,
+        step: StaticStep,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor | None:
+        """Run a static step and return [B, 1, H, Dv], or None where gradients are asked for, which it does not have."""
+        if torch.is_grad_enabled() and query.requires_grad:
+            if torch.compiler.is_dynamo_compiling():
+                raise ValueError("a compiled decode step has no gradients: run it under torch.inference_mode()")
+            return None
+        traced = torch.compiler.is_dynamo_compiling()
+        captured = not traced and query.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not (traced or captured):
+            self.make_room()
+        out = step(query[:, :, 0], key[:, :, 0], value[:, :, 0], scaling=scaling, softcap=softcap, sinks=sinks)
+        if traced or captured:
+            # What is read here would be burnt in; what is written is written anew after each run of a compiled forward.
+            self.store.advance_uncounted(captured=captured)
+        else:
+            self.store.advance(clocked=True)
+        return out[:, None]
+
+    def _prefill(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: LazyMask | None,
+        fast: FastAttention,
+        exact: dict[str, Any],
+    ) -> Tensor:
+        """Append a prompt's tokens and attend from them to everything stored and, causally, to themselves."""
+        store = self.store
+        start, length = store.seen, query.shape[2]
+        valid = None if mask is None else mask.valid_tokens(start, start + length)
+        valid = None if valid is None else valid.to(key.device)
+        self._reopen(length)
+        store.extend(key, value, valid, expected=self.prompt_end or 0)
+        store.remember_queries(query, self.config.window_size)
+        self.prompt_tokens = store.seen if mask is None else mask.longest_row(store.seen)
+        return attend_prompt(store, query, key, value, mask, fast, **exact)
+
+    def close_prompt(self, exact: dict[str, Any]) -> None:
+        """Run stage 1 at the end of a prompt, given scaling, softcap and sinks.
+
+        Raises:
+            ValueError: there is no prompt, or a crop has taken all queries that are to rank its tokens.
+        """
+        store, config = self.store, self.config
+        if store.keys is None:
+            raise ValueError("there is no prompt to close")
+        split = config.split_for(self.prompt_tokens, store.keys.shape[3])
+        queries = 0 if store.window is None else store.window.shape[2]
+        if split.ranks(self.prompt_tokens):
+            check_queries(queries, min(config.window_size, store.open_tokens))
+        self.backend = backend_name(store.keys.device, config.backend)
+        if self.history is not None:
+            self.history.keep(store)
+        close_prompt(
+            store,
+            split,
+            backend=self.backend,
+            decode_reserve=config.decode_reserve,
+            kernel_size=config.pool_size,
+            decode_capacity=config.decode_capacity,
+            remembered=0 if self._kept_when_full(split) is None else config.window_size,
+            index_dtype=torch_dtype(config.index_dtype),
+            **exact,
+        )
+        if self.history is not None:
+            store.allow_crops()
+        whole = self.prompt_ids is not None and self.prompt_ids.shape[1] == store.seen  # the first prompt's
+        if whole and config.protect == "system" and store.marks is not None:
+            warn_unprotected(store.marks)
+        self.prompt_end = self.prompt_ids = None
+        if self.monitor is not None:
+            self.monitor.begin(self.number)
+        self._settle_bounds(exact)
+
+    def _settle_bounds(self, exact: dict[str, Any]) -> None:
+        """Note with what to rank generated tokens, given scaling, softcap and sinks."""
+        config, self.bounded = self.config, None
+        if self.store.window is not None:
+            self.bounded = exact | {"kernel_size": config.pool_size, "at_random": config.when_full == "evict-random"}
+
+    def _kept_when_full(self, split: BudgetSplit) -> int | None:
+        """Return how many generated tokens stay where the room for them ends, or None where that is an error."""
+        config = self.config
+        ranked = split.kept_tokens is not None and split.sinks is None
+        if config.decode_capacity is None or config.when_full == "raise" or not ranked:
+            return None
+        return kept_of(config.decode_capacity, config.window_size)
+
+    def make_room(self, count: int = 1) -> None:
+        """Have room for the next token: evict generated ones where there is none and the settings allow it.
+
+        Args:
+            count: tokens to have room for; where those are more than eviction would leave room for, for some of them.
+
+        Raises:
+            ValueError: there is none for a single one, and the settings do not allow it.
+        """
+        store, split = self.store, self.store.split
+        if self.bounded is not None and split is not None and store.stored + count > store.capacity:
+            kept = self._kept_when_full(split)
+            if kept is not None and store.generated > kept and store.remembered > 0:
+                if self.history is not None:
+                    self.history.absorb(store)
+                evict_generated(store, kept, backend=self.backend, **self.bounded)
+        store.make_room()
+
+    @property
+    def tokens_seen(self) -> int:
+        """The tokens of the sequence so far, evicted ones included."""
+        return self.store.seen + (0 if self.pending is None else self.pending[0].shape[2])
+
+    def get_seq_length(self) -> int:
+        """Return the tokens of the sequence so far, evicted ones included.
+
+        While a forward is compiled or captured, and after such steps that the host did not count, it is a tensor of no
+        dimensions, as that of transformers' own static cache.
+        """
+        if self.step is not None and (
+            torch.compiler.is_dynamo_compiling() or not self.store.counted or self._captured()
+        ):
+            seen: Any = self.static_clock()[0]
+            return seen  # type: ignore[no-any-return]  # transformers itself declares an int
+        return self.tokens_seen
+
+    def _captured(self) -> bool:
+        """Whether a CUDA graph of this forward is being captured."""
+        keys = self.store.keys
+        return keys is not None and keys.is_cuda and torch.cuda.is_current_stream_capturing()
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """Return (keys of the sequence, 0) for a forward of that many tokens (a tensor of positions before 5.4).
+
+        A static step needs no mask and must have the same sizes every time: those of its buffers.
+        """
+        given = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+        if self.step is not None and self.steps_statically(given):
+            return self.step.keys.shape[2], 0
+        return self.tokens_seen + given, 0
+
+    def get_max_length(self) -> int:
+        """Return -1: there is no maximum."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """Return -1: there is no maximum (the name before transformers 5.16)."""
+        return -1
+
+    def crop(self, max_length: int) -> None:
+        """Forget tokens at the end.
+
+        Args:
+            max_length: negative, how many to remove; positive, how many of the sequence stay.
+
+        Raises:
+            ValueError: tokens that stage 1 evicted would be needed, or there are not as many tokens as to be removed.
+        """
+        self._settle()
+        seen = self.store.seen
+        length = seen + max_length if max_length <= 0 else max_length
+        if length < 0:
+            raise ValueError(f"cannot remove {-max_length} tokens: the sequence has {seen}; remove at most those")
+        if length == 0:
+            self.reset()
+            return
+        if self.history is not None and not self.store.closed:
+            self.history.guard(self.store, length)
+        if not self.store.closed and length < seen:
+            self.prompt_tokens = max(0, self.prompt_tokens - (seen - length))
+        self.store.crop(length)
+        if self.history is not None:
+            self.history.crop(length)
+        if self.prompt_ids is not None and length < seen:
+            self.prompt_ids = self.prompt_ids[:, : length - seen]
+        if not self.store.closed:
+            self.step = None
+
+    def snapshot(self) -> LayerSnapshot:
+        """Return the present state, to which `restore` goes back."""
+        self._settle()
+        history = None if self.history is None else self.history.snapshot(self.store)
+        return LayerSnapshot(self.store.snapshot(), history, {name: getattr(self, name) for name in _SNAPPED})
+
+    def restore(self, snapshot: LayerSnapshot) -> None:
+        """Go back to a snapshot.
+
+        Raises:
+            ValueError: it is of another layer, or was taken before this one was reset.
+        """
+        step = self.step
+        self.store.forget_foreseen()
+        self.store.restore(snapshot.store)
+        if self.history is not None and snapshot.history is not None:
+            self.history.restore(snapshot.history)
+            if not self.store.closed:
+                self.history.guard(self.store, self.store.stored)
+        self.pending, self.armed = None, False
+        for name, value in snapshot.fields.items():
+            setattr(self, name, value)
+        if step is not None and self.store.closed and step.keys is self.store.keys:
+            self.step = step  # what was compiled or captured since holds on to it
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.store.forget_foreseen()
+        self.store.clear()
+        if self.history is not None:
+            self.history.clear()
+        self.pending = self.prompt_end = self.prompt_ids = self.step = self.bounded = None
+        self.turn_begins = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows for beam search by `beam_idx` [rows], integers; a row may come several times."""
+        self._settle()
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self._settle()
+        self.step = None
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows only, by `indices` [rows], integers or a mask."""
+        self._settle()
+        self.step = None
+        self._map(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor by a function of it, which changes rows."""
+        self.store.forget_foreseen()
+        self.store.map(function)
+        if self.history is not None:
+            self.history.map(function)
+        if self.store.marks is not None:
+            rows = function(torch.arange(len(self.store.marks))).tolist()
+            self.store.marks = tuple(self.store.marks[row] for row in rows)
+        if self.prompt_ids is not None:
+            self.prompt_ids = function(self.prompt_ids)
+
+    def stats(self) -> LayerStats:
+        """Count this layer."""
+        stats = store_stats(self.store)
+        if self.step is not None:
+            stats = replace(stats, other_bytes=stats.other_bytes + live_bytes(self.step.out))
+        held = {} if self.history is None else self.history.tensors()
+        if held:
+            size = sum(live_bytes(tensor) for tensor in held.values())
+            stats = replace(stats, history_bytes=size, history_device=str(held["keys"].device))
+        return stats

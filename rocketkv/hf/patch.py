@@ -1,0 +1,345 @@
+"""The way into transformers: `patch` and `unpatch`, and one hook before each forward of a patched decoder.
+
+Nothing here keeps state of a model, a sequence or a call: a patch lives on the model it patches.
+"""
+
+import copy
+import functools
+import warnings
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+
+from ..config import RocketKVConfig
+from ..state.monitor import OnStep, refuse_static
+from ..state.stats import CacheStats
+from .attention import IMPLEMENTATION, NAME, rocketkv_attention, rocketkv_mask
+from .cache import RocketKVCache, arm, compress_layers, mark_prompt, rocketkv_layers
+from .chat import ChatMarks, chat_marks
+from .compiled import CompiledStep
+from .forward import DecoderForward, eagerly, step_statically
+from .generate import (
+    STATE,
+    PatchState,
+    convertible,
+    generate,
+    refuse_continuous_batching,
+    refuse_empty_rows,
+    state_of,
+)
+from .handover import forget_hand_over
+from .models import CACHE_ARGUMENT, find_decoder, given_cache, given_inputs, refuse_unsupported
+
+_CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
+
+
+class PatchHandle:
+    """A patched model: what it was patched with, what its last generation saved, and a context manager that undoes it.
+
+    Attributes:
+        model: the patched model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        state: PatchState,
+        before: tuple[RocketKVConfig, ChatMarks | None, OnStep | None] | None = None,
+    ) -> None:
+        self.model = model
+        self._state = state
+        self._before = before
+
+    @property
+    def config(self) -> RocketKVConfig:
+        """The settings in force."""
+        return self._state.config
+
+    def stats(self) -> CacheStats:
+        """Return tokens and bytes of the last `generate` that ended in this thread; its cache may be gone.
+
+        Raises:
+            ValueError: none has.
+        """
+        stats: CacheStats | None = getattr(self._state.recorded, "stats", None)
+        if stats is None:
+            raise ValueError(
+                "no generate of this model has ended in this thread; in a loop of your own ask cache.stats()"
+            )
+        return stats
+
+    def compile_step(self, **options: Any) -> CompiledStep:
+        """Return the model's forward, compiled for the decode steps of a loop of your own with a static cache.
+
+        Call it in the place of the model, from the prompt on: what is no decode step of a static cache runs eagerly.
+        The cache is a `RocketKVCache` with a `decode_capacity` and, best, its `prompt_length`; rows of different
+        lengths need their `position_ids`. With CUDA graphs, what a step returns is overwritten by the next one.
+
+        Args:
+            **options: of `torch.compile`; by default `mode="reduce-overhead"` (CUDA graphs) and `fullgraph=True`.
+        """
+        return CompiledStep(self.model, self._state.warned, **options)
+
+    def __enter__(self) -> "PatchHandle":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._before is None:
+            unpatch(self.model)
+        else:
+            self._state.config, self._state.chat, self._state.on_step = self._before
+
+    def __repr__(self) -> str:
+        return f"PatchHandle({type(self.model).__name__}, {self.config})"
+
+
+def patch(
+    model: nn.Module,
+    config: RocketKVConfig | None = None,
+    /,
+    *,
+    tokenizer: Any = None,
+    on_step: OnStep | None = None,
+    **fields: Any,
+) -> PatchHandle:
+    """Compress a model's KV cache from now on: `model.generate(...)`, pipelines and loops work as before.
+
+    Patching again changes the settings. Only full-attention layers are compressed; sliding-window and linear layers of
+    hybrid models stay as they are. Caches that are not dynamic run exactly as without the patch, with a warning. Under
+    `torch.compile` of one's own, decode steps with `decode_capacity` are compiled, but do not see the end of its room
+    (`handle.compile_step()` does); a cache that grows runs eagerly.
+
+    Args:
+        model: a causal language model of transformers, bare or wrapped (PEFT).
+        config: the settings; None for `RocketKVConfig(**fields)`.
+        tokenizer: the model's, by whose chat template `protect="system"` and `fair_shares` find messages.
+        on_step: called with a `rocketkv.state.monitor.StepReport` after each decode step, within the forward: what
+            every head is estimated to miss. It waits for no device unless the callback does. Copies of the model have
+            none.
+        **fields: fields of `RocketKVConfig`; with `config`, they replace its own.
+
+    Returns:
+        A handle; `with rocketkv.patch(model, ...):` ends with what was before: no patch, or the earlier settings.
+
+    Raises:
+        TypeError: `model` is not a transformers model, `on_step` cannot be called, or a field has the wrong type.
+        ValueError: a field has an impossible value, or the model cannot be compressed, or messages cannot be found in
+            its prompts, or `on_step` is for a static cache; the message says why.
+    """
+    if not isinstance(config, (RocketKVConfig, type(None))):
+        raise TypeError(f"config must be a RocketKVConfig or None, got {type(config).__name__}")
+    settings = RocketKVConfig(**fields) if config is None else replace(config, **fields)
+    if on_step is not None:
+        if not callable(on_step):
+            raise TypeError(f"on_step must be a function of a StepReport, or None; got {type(on_step).__name__}")
+        refuse_static(settings)
+    chat = _chat_marks(settings, tokenizer)
+    outer = _outermost(model)
+    state = state_of(outer)
+    if state is not None:
+        former = state.config, state.chat, state.on_step
+        state.config, state.chat, state.on_step = settings, chat, on_step
+        return PatchHandle(model, state, former)
+    decoder, attentions = find_decoder(outer)
+    if any(IMPLEMENTATION in module.__dict__ for module in attentions):
+        raise ValueError(
+            f"{type(outer).__name__} holds, or is part of, a model that is patched already; call rocketkv.unpatch on "
+            "that one first"
+        )
+    refuse_unsupported(outer, decoder, attentions)
+    AttentionInterface.register(NAME, rocketkv_attention)
+    AttentionMaskInterface.register(NAME, rocketkv_mask)
+    before = decoder.config._attn_implementation
+    state = PatchState(settings, chat, _take_configs(outer), outer.__dict__.get("generate"), on_step=on_step)
+    try:
+        decoder.set_attn_implementation(NAME)
+        if decoder.config._attn_implementation != NAME:
+            raise ValueError(
+                f"{type(outer).__name__} cannot be patched: it does not use transformers' attention interface, so "
+                "RocketKV cannot reach its attention"
+            )
+    except BaseException:
+        _give_configs_back(state.former_configs)
+        raise
+    for module in attentions:
+        setattr(module, IMPLEMENTATION, before)
+    state.hook = decoder.register_forward_pre_hook(_ForwardHook(state), with_kwargs=True)
+    state.former_forward = decoder.__dict__.get("forward")
+    decoder.__dict__["forward"] = DecoderForward(decoder, state.former_forward, state.warned)
+    if hasattr(outer, "generate"):
+        outer.__dict__["generate"] = functools.partial(generate, outer)
+    for name in _CONTINUOUS_BATCHING:
+        if hasattr(outer, name):
+            outer.__dict__[name] = refuse_continuous_batching
+    outer.__dict__[STATE] = state
+    return PatchHandle(model, state)
+
+
+def _chat_marks(config: RocketKVConfig, tokenizer: Any) -> ChatMarks | None:
+    """Return what a chat template writes around messages, or None where nobody gave a tokenizer or needs to know."""
+    if tokenizer is not None:
+        return chat_marks(tokenizer)  # also for caches with settings of their own
+    if config.protect == "system" or config.fair_shares:
+        wanted = "protect='system'" if config.protect == "system" else "fair_shares=True"
+        raise ValueError(f"{wanted} finds messages by the chat template: give patch(..., tokenizer=...), or ranges")
+    return None
+
+
+def unpatch(model: nn.Module) -> None:
+    """Undo `patch`: the model is as it was, bit for bit. Does nothing to a model that is not patched."""
+    outer = _outermost(model)
+    state = state_of(outer)
+    if state is None:
+        return
+    decoder, attentions = find_decoder(outer)
+    _give_configs_back(state.former_configs)
+    for module in attentions:
+        if IMPLEMENTATION in module.__dict__:
+            delattr(module, IMPLEMENTATION)
+    if state.hook is not None:
+        state.hook.remove()
+    if isinstance(decoder.__dict__.get("forward"), DecoderForward):  # or it has been wrapped since: it goes on working
+        del decoder.__dict__["forward"]
+        if state.former_forward is not None:
+            decoder.__dict__["forward"] = state.former_forward
+    for name in ("generate", *_CONTINUOUS_BATCHING):
+        outer.__dict__.pop(name, None)
+    if state.former_generate is not None:
+        outer.__dict__["generate"] = state.former_generate
+    del outer.__dict__[STATE]
+
+
+def _take_configs(model: PreTrainedModel) -> list[tuple[nn.Module, PretrainedConfig]]:
+    """Give a model configurations of its own, since others may share them, and return those that its modules had."""
+    found = ((module, module.__dict__.get("config")) for module in model.modules())
+    former = [(module, config) for module, config in found if isinstance(config, PretrainedConfig)]
+    copies: dict[int, Any] = {}  # modules that shared a configuration share its copy
+    for module, config in former:
+        module.__dict__["config"] = copy.deepcopy(config, copies)
+    return former
+
+
+def _give_configs_back(former: list[tuple[nn.Module, PretrainedConfig]]) -> None:
+    """Undo `_take_configs`, but keep what was set in the meantime."""
+    for module, config in former:
+        for name, value in module.__dict__["config"].__dict__.items():
+            kept = name.startswith("_attn_implementation") or isinstance(value, PretrainedConfig)
+            if not kept and (name not in config.__dict__ or config.__dict__[name] != value):
+                config.__dict__[name] = value
+    for module, config in former:
+        module.__dict__["config"] = config
+
+
+def _outermost(model: Any) -> PreTrainedModel:
+    """Return the first transformers model in a module, which may be a wrapper of it."""
+    if isinstance(model, nn.Module):
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                return module
+    raise TypeError(f"model must be a transformers model or hold one, got {type(model).__name__}")
+
+
+class _ForwardHook:
+    """Runs before each forward of a patched decoder and sees to it that its cache is one that compresses."""
+
+    def __init__(self, state: PatchState) -> None:
+        self.state = state
+
+    def __call__(
+        self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        forget_hand_over()
+        forward = decoder.__dict__.get("forward")
+        if isinstance(forward, DecoderForward) and forward.decoder is not decoder:
+            raise ValueError(
+                f"this {type(decoder).__name__} is a shallow copy (as nn.DataParallel makes) of a patched model, and "
+                f"would run that one's weights: copy the model before rocketkv.patch, or use copy.deepcopy"
+            )
+        if decoder.config._attn_implementation != NAME:
+            raise ValueError(
+                f"the attention implementation of this patched {type(decoder).__name__} was set to "
+                f"{decoder.config._attn_implementation!r}; call rocketkv.unpatch(model) before changing it"
+            )
+        kwargs, cache = given_cache(kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            if _arm_static_step(cache, given_inputs(args, kwargs)):
+                return args, kwargs  # what follows is for prompts and for caches yet to be made
+            if not (_makes_cache(decoder, cache, kwargs) or convertible(cache) or rocketkv_layers(cache)):
+                return self._begin(decoder, cache, args, kwargs)
+        return eagerly(self._begin, decoder, cache, args, kwargs)  # type: ignore[no-any-return]
+
+    def _begin(
+        self, decoder: PreTrainedModel, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Make a cache ready for the forward, or the forward a cache; return the forward's arguments."""
+        inputs = given_inputs(args, kwargs)
+        _refuse_inputs(decoder, cache, inputs, kwargs)
+        if _makes_cache(decoder, cache, kwargs):
+            cache = RocketKVCache(decoder.config, self.state.config)
+            kwargs[CACHE_ARGUMENT] = cache
+            if self.state.running is not None and inputs is not None:
+                self.state.running.begin_anew(cache, inputs.shape[1])
+        if cache is not None:
+            self._prepare(decoder, cache)
+            mark_prompt(cache, inputs, kwargs.get("attention_mask"), self.state.chat)
+            running = self.state.running
+            if running is not None and running.cache is None and rocketkv_layers(cache):
+                running.begin(cache)
+        return args, kwargs
+
+    def _prepare(self, decoder: PreTrainedModel, cache: Any) -> None:
+        """Compress an empty dynamic cache in place, warn of caches that stay as they are, and arm our layers."""
+        if convertible(cache) and not decoder.training:
+            compress_layers(cache, self.state.config, decoder.config)
+        layers = rocketkv_layers(cache)
+        arm(layers, self.state.on_step)
+        kind = type(cache).__name__
+        unwarned = not layers and not isinstance(cache, RocketKVCache) and kind not in self.state.warned
+        if unwarned and _holds_full_attention(decoder):
+            self.state.warned.add(kind)
+            warnings.warn(
+                f"RocketKV leaves a {kind} as it is: it was filled before, or is static, quantized or "
+                "offloaded. This forward runs exactly, without compression. Pass no cache, or an empty DynamicCache.",
+                stacklevel=2,
+            )
+
+
+def _makes_cache(decoder: PreTrainedModel, cache: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a forward without a cache would have one made."""
+    use_cache = kwargs.get("use_cache")
+    return cache is None and not decoder.training and bool(decoder.config.use_cache if use_cache is None else use_cache)
+
+
+def _arm_static_step(cache: Any, inputs: Tensor | None) -> bool:
+    """Arm the layers of a cache whose next forward is a static step; return whether it is."""
+    layers = rocketkv_layers(cache)
+    if not step_statically(layers, inputs):
+        return False
+    for layer in layers:
+        layer.armed = True
+    return True
+
+
+def _holds_full_attention(decoder: PreTrainedModel) -> bool:
+    return bool(rocketkv_layers(RocketKVCache(decoder.config)))
+
+
+def _refuse_inputs(decoder: PreTrainedModel, cache: Any, inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Refuse what a compressed forward cannot give, before anything is computed."""
+    if kwargs.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
+        raise ValueError(
+            "output_attentions=True asks for attention weights over all tokens, and RocketKV evicts tokens and forms "
+            "no weight matrix; call rocketkv.unpatch(model) first"
+        )
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or inputs is None or inputs.shape[1] < 2:
+        return
+    if any(layer.prompt_end is not None and layer.prompt_end > mask.shape[1] for layer in rocketkv_layers(cache)):
+        return  # a chunk of a prompt, whose rows may begin later
+    refuse_empty_rows(mask)

@@ -1,0 +1,1 @@
+"""What one layer of one batch of sequences holds, through prompts and decoding."""

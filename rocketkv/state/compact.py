@@ -1,0 +1,77 @@
+"""From a prompt to decoding: a row's chosen tokens side by side, with room behind them and an index beside them.
+
+Letters: B batch, Hkv KV heads, D head dim, S tokens of the prompt, P page size.
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..core.pages import build_index, gather_tokens
+
+LayOut: TypeAlias = Callable[
+    [Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int, int, int | None, torch.dtype | None],
+    tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
+]
+
+
+@torch.inference_mode(False)  # buffers may be written in a later call that is not in inference mode
+def lay_out(
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor | None,
+    valid: Tensor | None,
+    positions: Tensor | None,
+    count: int,
+    capacity: int,
+    page_size: int | None,
+    index_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Copy the chosen tokens of each row to the front of new buffers, and build the index of their pages.
+
+    Args:
+        keys: [B, Hkv, S, D], the prompt's.
+        values: [B, Hkv, S, Dv].
+        slots: [B, Hkv, chosen] integers, in the order in which they will lie, or None for the first `count`.
+        valid: [B, 1 or Hkv, S] bool, False at slots without a token, or None where all hold one.
+        positions: [B, 1 or Hkv, S or more] int32, each slot's position in the sequence, or None where they are equal.
+        count: tokens of the longest row; without `valid`, all chosen.
+        capacity: slots of the new buffers, at least `count`.
+        page_size: P, or None where nothing is scored.
+        index_dtype: of the index, or None for the keys'.
+
+    Returns:
+        keys: [B, Hkv, capacity, D], zero from `count` on.
+        values: [B, Hkv, capacity, Dv], likewise.
+        positions: [B, Hkv, capacity] int32, -1 behind a row's tokens.
+        lengths: [B, Hkv] int32.
+        index: [B, Hkv, tiles, D or 2D, 128], or None.
+    """
+    rows, stored = keys.shape[:2], keys.shape[2]
+    new_positions = torch.full((*rows, capacity), -1, dtype=torch.int32, device=keys.device)
+    if slots is None:
+        found = torch.arange(stored, device=keys.device) if positions is None else positions
+        new_positions[:, :, :count] = found[..., :count]
+        lengths = new_positions.new_full(rows, count)
+    else:
+        if valid is not None:
+            # Padding among the chosen goes behind the tokens.
+            chosen = valid.expand(*rows, -1).gather(2, slots)
+            order = (~chosen).byte().argsort(dim=-1, stable=True)[..., :count]
+            slots, chosen = slots.gather(2, order), chosen.gather(2, order)
+            slots = torch.where(chosen, slots, stored - 1)
+        else:
+            chosen = torch.ones_like(slots, dtype=torch.bool)
+        source = slots if positions is None else positions.expand(*rows, -1).gather(2, slots)
+        new_positions[:, :, :count] = torch.where(chosen, source, -1)
+        lengths = chosen.sum(-1, dtype=torch.int32)
+        keys, values = gather_tokens(slots, keys, values)
+    # Slots without a token are zero, not garbage: a masked weight of zero times NaN would be NaN.
+    new_keys = keys.new_zeros(*rows, capacity, keys.shape[3])
+    new_values = values.new_zeros(*rows, capacity, values.shape[3])
+    new_keys[:, :, :count] = keys
+    new_values[:, :, :count] = values
+    index = None if page_size is None else build_index(new_keys, count, page_size, index_dtype)
+    return new_keys, new_values, new_positions, lengths, index

@@ -1,0 +1,1 @@
+"""Research programs behind the documents; `python -m studies NAME` runs one. Not in the wheel."""

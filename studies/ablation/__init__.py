@@ -1,0 +1,1 @@
+"""`rocketkv+` part by part, at equal bytes read."""

@@ -1,0 +1,182 @@
+"""One reading of the ablation's texts: what every layer of a model was given, from which all arms' stores are made.
+
+Letters: B texts, H query heads, Hkv KV heads, G = H/Hkv, D head dim, Dv of values, S tokens of prompt and steps, m
+steps, P the least power of two that is no less than Hkv.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rocketkv.eval.measures.kl import Window
+from rocketkv.eval.oracle.run import Taken, each_layer, layer_numbers
+from rocketkv.eval.progress import Progress
+from rocketkv.hf.models import find_decoder
+
+from .fit import WIDEST_WINDOW
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        model: its name, which tells it from others in the journal.
+        prompt: tokens of a prompt.
+        steps: m.
+        seed: of the texts.
+        joined: how many neighbouring KV heads make up one, where errors of such heads alone are measured; else 1.
+        multi_query: whether each layer is computed by one KV head of P times the width, for all query heads.
+    """
+
+    model: str
+    prompt: int = 4096
+    steps: int = 64
+    seed: int = 0
+    joined: int = 1
+    multi_query: bool = False
+
+    def __post_init__(self) -> None:
+        if self.prompt < WIDEST_WINDOW or self.steps < 1 or self.joined < 1:
+            raise ValueError(
+                f"prompt must be at least {WIDEST_WINDOW} tokens, steps and joined at least 1; got {self.prompt}, "
+                f"{self.steps} and {self.joined}"
+            )
+        if self.multi_query and self.joined > 1:
+            raise ValueError(f"joined must be 1 where layers become multi-query ones, got {self.joined}")
+
+
+@dataclass
+class Layer:
+    """What one layer was given, all texts as one batch.
+
+    Attributes:
+        number: its number.
+        query: [B, H, W + m, D], of the widest window and the steps.
+        key: [B, Hkv, S, D].
+        value: [B, Hkv, S, Dv].
+        out: [B, m, H, Dv], exact attention of the steps.
+        exact: scaling, softcap and sinks.
+        shared_by: the Hkv KV heads of the model's layer that share one here, see `one_head`; or None.
+    """
+
+    number: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+    exact: dict[str, Any]
+    shared_by: int | None = None
+
+
+def capture(model: PreTrainedModel, windows: Sequence[Window], settings: Settings, progress: Progress) -> list[Layer]:
+    """Run a model over texts, one after the other, and return what its layers were given.
+
+    Raises:
+        ValueError: a text has another length, or the model has layers that do not attend to everything.
+    """
+    size, first = settings.prompt + settings.steps, settings.prompt - WIDEST_WINDOW
+    if len(layer_numbers(model)) < find_decoder(model)[0].config.num_hidden_layers:
+        raise ValueError(f"every layer must attend to everything; {type(model).__name__} has others")
+    found: list[Layer] = []
+
+    def visit(taken: Taken, row: int) -> None:
+        if row == 0:
+            shapes = (taken.query[:, :, first:], taken.key, taken.value, taken.out[:, settings.prompt :])
+            empty = [part.new_empty(len(windows), *part.shape[1:]) for part in shapes]
+            found.append(Layer(taken.number, empty[0], empty[1], empty[2], empty[3], taken.exact))
+        layer = found[taken.number]
+        layer.query[row], layer.key[row] = taken.query[0, :, first:], taken.key[0]
+        layer.value[row], layer.out[row] = taken.value[0], taken.out[0, settings.prompt :]
+
+    for row, window in enumerate(windows):
+        if len(window.ids) != size:
+            raise ValueError(f"a text must have {size} tokens, for the prompt and the steps; got {len(window.ids)}")
+        progress.say(f"reading {window.id}")
+        each_layer(model, window.ids, functools.partial(visit, row=row))
+    return found
+
+
+def joined_heads(layers: Sequence[Layer], count: int) -> list[Layer]:
+    """Join neighbouring KV heads, over the layers' borders, into heads of `count` times their width.
+
+    Their logits are the sums of those of the heads that were joined, over sqrt(count), so that they vary as much as
+    those do: real keys and queries at another width, but no head that any model has.
+    """
+    parts = []
+    for layer in layers:
+        kv_heads = layer.key.shape[1]
+        group = layer.query.shape[1] // kv_heads
+        for head in range(kv_heads):
+            own = slice(head * group, (head + 1) * group)
+            parts.append((layer.query[:, own], layer.key[:, head : head + 1], layer.value[:, head : head + 1]))
+    found = []
+    for number in range(len(parts) // count):
+        query, key, value = (
+            torch.cat(column, -1) for column in zip(*parts[number * count : (number + 1) * count], strict=True)
+        )
+        exact = {"scaling": key.shape[-1] ** -0.5, "softcap": None, "sinks": None}
+        steps = query.shape[2] - WIDEST_WINDOW
+        mask = torch.ones(steps, key.shape[2], dtype=torch.bool).tril(key.shape[2] - steps)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, WIDEST_WINDOW:], key, value, attn_mask=mask, scale=exact["scaling"], enable_gqa=True
+        )
+        found.append(Layer(number, query, key, value, out.transpose(1, 2), exact))
+    return found
+
+
+@functools.cache  # a constant
+@torch.inference_mode(False)  # it may be used in a later call that is not in inference mode
+def spread(kv_heads: int, channels: int) -> Tensor:
+    """Return a fixed map with orthonormal rows from Hkv heads' channels to P times as many, [Hkv, D, P * D] float32.
+
+    It mixes each channel with the same channel of the other heads alone, so that no channel is always zero and few are
+    large, as in the model.
+    """
+    parts = 1 << (kv_heads - 1).bit_length()
+    drawn = torch.randn(parts, parts, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mixed: Tensor = torch.linalg.qr(drawn)[0][:kv_heads]
+    return torch.einsum("hp,cd->hcpd", mixed, torch.eye(channels, dtype=torch.float64)).flatten(2).float()
+
+
+def one_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the KV heads of a layer one to share, with the same logits: a multi-query layer of the same function.
+
+    Its key is the keys of all, and a query is zero but in its own KV head's channels, before both are `spread`.
+
+    Args:
+        query: [B, H, n, D].
+        key: [B, Hkv, n', D].
+        value: [B, Hkv, n', Dv].
+
+    Returns:
+        [B, H, n, P * D], [B, 1, n', P * D] and [B, 1, n', P * Dv].
+    """
+    kv_heads = key.shape[1]
+    by_key, by_value = (spread(kv_heads, part.shape[-1]).to(part) for part in (key, value))
+    grouped = query.reshape(query.shape[0], kv_heads, -1, *query.shape[2:])
+    return (
+        torch.einsum("bhgnd,hde->bhgne", grouped, by_key).flatten(1, 2),
+        torch.einsum("bhnd,hde->bne", key, by_key)[:, None],
+        torch.einsum("bhnd,hde->bne", value, by_value)[:, None],
+    )
+
+
+def own_channels(out: Tensor, kv_heads: int) -> Tensor:
+    """Return what a layer of Hkv KV heads gives, [B, H, Dv], of the outputs [B, H, P * Dv] where they share one."""
+    channels = out.shape[-1] >> (kv_heads - 1).bit_length()
+    grouped = out.reshape(out.shape[0], kv_heads, -1, out.shape[-1])
+    return torch.einsum("bhge,hde->bhgd", grouped, spread(kv_heads, channels).to(out)).flatten(1, 2)
+
+
+def multi_query(layer: Layer) -> Layer:
+    """Return what the multi-query layer of the same function is given, see `one_head`; outputs are the same."""
+    query, key, value = one_head(layer.query, layer.key, layer.value)
+    return replace(layer, query=query, key=key, value=value, shared_by=layer.key.shape[1])

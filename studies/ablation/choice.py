@@ -1,0 +1,358 @@
+"""Decode steps of the ablation that choose otherwise, or score less in order to choose, and who stores what.
+
+The library ranks all stored tokens in every step, and lets each KV head attend to k. Here heads of a layer share what
+they attend to or store, heads take what they need, or part of the index is not read. As in `ablation_steps`: written to
+be read; what they would read is counted by the arm.
+
+Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, Dv of values, N stored tokens, S tokens of the
+prompt, W window, P page size, r channels, U pages, k tokens attended to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rocketkv.core.attention import score
+from rocketkv.core.eviction import pooled, select_top, window_scores
+from rocketkv.core.pages import build_index, page_count
+from rocketkv.core.sketch import rotation, rotation_norm, unpack
+from rocketkv.state.store import KVStore
+
+from .steps import Scored, group_weights, score_tokens
+
+LEAST = 0.25  # of an even share, which each head has at least where heads share
+HIGH_BIT = 0.817  # mean size of a code of two bits whose high bit alone is known, in steps, of a normal distribution
+BINS = 1 << 16  # by which `Limit` counts
+
+
+def mask_of(positions: Tensor, size: int) -> Tensor:
+    """Return [..., size] bool, True at positions [..., k]."""
+    found = torch.zeros(*positions.shape[:-1], size, dtype=torch.bool, device=positions.device)
+    return found.scatter_(-1, positions, True)
+
+
+def best_of_heads(weight: Tensor, count: int, least: float) -> Tensor:
+    """Choose the tokens of largest weight over all KV heads together, some of each head's own in any case.
+
+    Args:
+        weight: [B, Hkv, N], comparable between heads.
+        count: tokens a head, on average.
+        least: share of `count` that each head gets at least.
+
+    Returns:
+        [B, Hkv, N] bool, `Hkv * count` of each row True.
+    """
+    kv_heads, size = weight.shape[1:]
+    own = select_top(weight, max(1, int(least * count)))
+    ranked = weight.scatter(-1, own, torch.inf).flatten(1)
+    return mask_of(select_top(ranked, kv_heads * count), kv_heads * size).view_as(weight)
+
+
+def near_mass(scored: Scored, chosen: Tensor) -> Tensor:
+    """Return the exact logits [B, Hkv, G, N] of the chosen tokens [B, Hkv, N] bool, minus infinity at the others."""
+    exact = scored.rows @ scored.keys.transpose(-1, -2)
+    return exact.masked_fill(~chosen[:, :, None], -torch.inf)
+
+
+def attend_chosen(scored: Scored, chosen: Tensor, rest: Tensor) -> Tensor:
+    """Attend exactly to chosen tokens, of each head as many as it likes, and to the others as one of their mean value.
+
+    Args:
+        scored: the step.
+        chosen: [B, Hkv, N] bool.
+        rest: [B, Hkv, G, 1], the logit of the others together.
+
+    Returns:
+        [B, H, Dv].
+    """
+    weight = torch.cat((near_mass(scored, chosen), rest), -1).softmax(-1)
+    others = (scored.filled & ~chosen).float()
+    mean = others[:, :, None] @ scored.values / others.sum(-1).clamp(min=1)[..., None, None]
+    return (weight[..., :-1] @ scored.values + weight[..., -1:] * mean).flatten(1, 2)
+
+
+def rest_of(scored: Scored, chosen: Tensor) -> Tensor:
+    """Return the logit [B, Hkv, G, 1] of all that is not chosen, by the estimates."""
+    return scored.logits.masked_fill(chosen[:, :, None], -torch.inf).logsumexp(-1, keepdim=True)
+
+
+def shared_k_step(
+    query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Any, *, least: float = LEAST, **exact: Any
+) -> Tensor:
+    """Attend to the Hkv * k tokens of largest estimated weight over all KV heads of the layer."""
+    scored = score_tokens(query, key, value, store, exact, uneven=True)
+    chosen = best_of_heads(group_weights(scored.logits), scored.k, least)
+    return attend_chosen(scored, chosen, rest_of(scored, chosen))
+
+
+def value_norms_step(query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Any, **exact: Any) -> Tensor:
+    """Rank by estimated weight times the length of the value, which is kept in 16 bits."""
+    scored = score_tokens(query, key, value, store, exact, uneven=True)
+    length = scored.values.norm(dim=-1).bfloat16().float()
+    chosen = mask_of(select_top(group_weights(scored.logits) * length, scored.k), scored.keys.shape[2])
+    return attend_chosen(scored, chosen, rest_of(scored, chosen))
+
+
+@dataclass
+class Limit:
+    """Up to which cost every head of every layer attends to tokens, in every step, and what that took.
+
+    Attributes:
+        most: the lowest and the highest cost that can be the limit.
+        value: the limit, or None while it is being found: then k tokens are attended to, and all are counted.
+        tokens: [BINS] float64, tokens of all steps by their costs.
+        rows: how many rankings were counted.
+        attended: tokens that the last step attended to, mean over rows and KV heads.
+    """
+
+    most: tuple[float, float]
+    value: float | None = None
+    tokens: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
+    rows: int = 0
+    attended: float = 0.0
+
+    def within(self, cost: Tensor, k: int) -> Tensor:
+        """Return which tokens are attended to, [B, Hkv, N] bool, given what each costs."""
+        if self.value is None:
+            self.tokens += torch.histc(cost.clamp(*self.most), BINS, *self.most).double()
+            self.rows += cost.shape[0] * cost.shape[1]
+            chosen = mask_of(select_top(-cost, k), cost.shape[-1])
+        else:
+            chosen = cost < self.value
+        self.attended = float(chosen.sum(-1).double().mean())
+        return chosen
+
+
+def a_limit(
+    window: Tensor, keys: Tensor, values: Tensor, store: KVStore, *, most: tuple[float, float], **exact: Any
+) -> Limit:
+    """Return the state with which a step begins that has a limit."""
+    return Limit(most)
+
+
+def fitted_limit(states: Sequence[Limit], count: int) -> float:
+    """Return the highest limit with which what was counted attends to at most `count` tokens a head and step."""
+    attended = torch.stack([state.tokens for state in states]).sum(0).cumsum(0) / sum(state.rows for state in states)
+    low, high = states[0].most
+    return low + (high - low) * max(1, int((attended <= count).sum())) / BINS
+
+
+def top_p_step(query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Limit, **exact: Any) -> Tensor:
+    """Attend, in each head, to the fewest tokens whose estimated weight, mean over the group, reaches a share p."""
+    scored = score_tokens(query, key, value, store, exact, uneven=True)
+    weight = group_weights(scored.logits) / scored.logits.shape[2]
+    order = weight.argsort(dim=-1, descending=True, stable=True)
+    ranked = weight.gather(-1, order)
+    before = torch.zeros_like(weight).scatter_(-1, order, ranked.cumsum(-1) - ranked)
+    chosen = state.within(before.masked_fill(~scored.filled, torch.inf), scored.k)
+    return attend_chosen(scored, chosen, rest_of(scored, chosen))
+
+
+def heavy(weight: Tensor, state: Limit, k: int, least: float) -> Tensor:
+    """Return the tokens [B, Hkv, N] bool whose weight reaches the state's bound, and of each head the best in any case.
+
+    Args:
+        weight: [B, Hkv, N], mean over the group.
+        state: the limit of minus the weight's logarithm.
+        k: tokens of a head on average.
+        least: share of k that each head has in any case.
+    """
+    own = select_top(weight, max(1, int(least * k)))
+    return state.within((-weight.log()).scatter(-1, own, -torch.inf), k)
+
+
+def least_weight_step(
+    query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Limit, *, least: float = LEAST, **exact: Any
+) -> Tensor:
+    """Attend to all tokens whose estimated weight, mean over the group, reaches a bound, and to some in any case."""
+    scored = score_tokens(query, key, value, store, exact, uneven=True)
+    weight = group_weights(scored.logits) / scored.logits.shape[2]
+    chosen = heavy(weight, state, scored.k, least)
+    return attend_chosen(scored, chosen, rest_of(scored, chosen))
+
+
+@dataclass
+class Selection:
+    """What a step leaves to the next of its layer.
+
+    Attributes:
+        chosen: [B, Hkv, N] bool.
+        rest: [B, Hkv, G, 1], the logit of what was not chosen less that of what was.
+    """
+
+    chosen: Tensor | None = None
+    rest: Tensor | None = None
+
+
+def no_selection(window: Tensor, keys: Tensor, values: Tensor, store: KVStore, **exact: Any) -> Selection:
+    """Return the state with which `reuse_step` begins."""
+    return Selection()
+
+
+def reuse_step(
+    query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Selection, *, period: int, **exact: Any
+) -> Tensor:
+    """Rank tokens in every `period`-th step; in those between, attend to the same and to what came since.
+
+    Of the others such a step knows nothing: they have the weight, beside the chosen, that they had.
+    """
+    scored = score_tokens(query, key, value, store, exact)
+    size = scored.keys.shape[2]
+    if (store.generated - 1) % period == 0 or state.chosen is None or state.rest is None:
+        chosen = mask_of(select_top(group_weights(scored.logits), scored.k), size)
+        rest = rest_of(scored, chosen)
+        state.chosen = chosen
+        state.rest = rest - near_mass(scored, chosen).logsumexp(-1, keepdim=True)
+        return attend_chosen(scored, chosen, rest)
+    missing = size - state.chosen.shape[-1]
+    old = torch.nn.functional.pad(state.chosen, (0, missing))
+    chosen = torch.nn.functional.pad(state.chosen, (0, missing), value=True)
+    return attend_chosen(scored, chosen, state.rest + near_mass(scored, old).logsumexp(-1, keepdim=True))
+
+
+def scored_pages(pages: int, share: float) -> int:
+    """Return how many of U pages a coarse ranking leaves."""
+    return math.ceil(pages * share)
+
+
+def near_tokens(query: Tensor, scored: Scored, page_size: int, channels: int, share: float, scaling: float) -> Tensor:
+    """Return the tokens [B, Hkv, N] bool of the pages that rank first by their bounds, for queries [B, H, D]."""
+    size = scored.keys.shape[2]
+    index, pages = build_index(scored.keys, size, page_size), page_count(size, page_size)
+    bounds = score(
+        query,
+        index,
+        scored.keys,
+        stored=size,
+        lengths=None,
+        page_size=page_size,
+        channels=channels,
+        scaling=scaling,
+    )
+    weight = group_weights(bounds.view(*scored.logits.shape[:3], pages))
+    near = mask_of(select_top(weight, scored_pages(pages, share)), pages)
+    return near.repeat_interleave(page_size, dim=-1)[..., :size]
+
+
+def coarse_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    store: KVStore,
+    state: Any,
+    *,
+    page_size: int,
+    channels: int,
+    share: float,
+    **exact: Any,
+) -> Tensor:
+    """Choose pages by their bounds, as the paper's stage 2 does, and rank the tokens of those alone by the sketch.
+
+    The tokens that are not scored count for nothing in the residual.
+
+    Args:
+        query: [B, H, D].
+        key: [B, Hkv, D].
+        value: [B, Hkv, Dv].
+        store: the layer's.
+        state: none.
+        page_size: P.
+        channels: r.
+        share: of the pages that are scored.
+        **exact: scaling, softcap and sinks.
+    """
+    scored = score_tokens(query, key, value, store, exact)
+    near = near_tokens(query, scored, page_size, channels, share, exact["scaling"])
+    logits = scored.logits.masked_fill(~near[:, :, None], -torch.inf)
+    chosen = mask_of(select_top(group_weights(logits), scored.k), scored.keys.shape[2])
+    return attend_chosen(scored, chosen, logits.masked_fill(chosen[:, :, None], -torch.inf).logsumexp(-1, keepdim=True))
+
+
+def high_bit_logits(scored: Scored, store: KVStore) -> Tensor:
+    """Estimate the logits [B, Hkv, G, N] of a step by the high bits alone of the store's sketch of two."""
+    if store.codes is None or store.scales is None or store.mean is None:
+        raise ValueError("bits are those of a sketch: give the split sketch_bits")
+    size, head_dim = scored.keys.shape[2:]
+    high = torch.where(unpack(store.codes[:, :, :size], 2, head_dim) >= 2, HIGH_BIT, -HIGH_BIT)
+    turned = scored.rows @ rotation(head_dim).T / rotation_norm(head_dim)
+    logits = turned @ high.transpose(-1, -2) * store.scales[:, :, None, :size].float()
+    return (logits + scored.rows @ store.mean[..., None]).masked_fill(~scored.filled[:, :, None], -torch.inf)
+
+
+def planes_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    store: KVStore,
+    state: Limit | None,
+    *,
+    share: float,
+    least: float = LEAST,
+    **exact: Any,
+) -> Tensor:
+    """Score all tokens by the high bit of a sketch of two, and the best of them, and they alone, by both.
+
+    The residual counts the others by their high bits. With a state, heads attend to what they need as in
+    `least_weight_step`, else to k tokens.
+
+    Args:
+        query: [B, H, D].
+        key: [B, Hkv, D].
+        value: [B, Hkv, Dv].
+        store: the layer's, with a sketch of two bits.
+        state: the limit, or None.
+        share: of a row's tokens that are scored by both bits.
+        least: see `least_weight_step`.
+        **exact: scaling, softcap and sinks.
+    """
+    scored = score_tokens(query, key, value, store, exact, uneven=True)
+    size, rough = scored.keys.shape[2], high_bit_logits(scored, store)
+    count = (scored.filled.sum(-1, keepdim=True) * share).ceil().clamp(min=scored.k)
+    order = group_weights(rough).argsort(dim=-1, descending=True, stable=True)
+    near = torch.zeros_like(scored.filled).scatter_(-1, order, torch.arange(size) < count)
+    logits = torch.where(near[:, :, None], scored.logits, rough)
+    weight = (group_weights(logits) / logits.shape[2]).masked_fill(~near, 0)
+    chosen = mask_of(select_top(weight, scored.k), size) if state is None else heavy(weight, state, scored.k, least)
+    rest = logits.masked_fill(chosen[:, :, None], -torch.inf).logsumexp(-1, keepdim=True)
+    return attend_chosen(scored, chosen, rest)
+
+
+def shared_storage(
+    window: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    kept: int,
+    *,
+    kernel_size: int,
+    least: float = LEAST,
+    by_values: bool = False,
+    **exact: Any,
+) -> Tensor:
+    """Return which tokens each head stores where the heads of a layer share Hkv * N (AdaKV, arXiv 2407.11550).
+
+    Args:
+        window: [B, H, W, D], the prompt's last queries.
+        keys: [B, Hkv, S, D].
+        values: [B, Hkv, S, Dv].
+        kept: N, of a head on average.
+        kernel_size: of the pooling.
+        least: share of N that each head stores at least.
+        by_values: whether to rank by scores times the length of the value, over its mean in the head.
+        **exact: scaling, softcap and sinks.
+
+    Returns:
+        [B, Hkv, S] bool.
+    """
+    size = window.shape[2]
+    scores = window_scores(window, keys, **exact)
+    if by_values:
+        length = values[:, :, :-size].norm(dim=-1)
+        scores = scores * length / length.mean(-1, keepdim=True)
+    best = best_of_heads(pooled(scores, kernel_size), kept - size, least)
+    return torch.nn.functional.pad(best, (0, size), value=True)

@@ -1,0 +1,358 @@
+"""What stands in place of a stage in an ablation: other ranks of stage 1, other decode steps. None is the library's.
+
+Steps are written to be read, not to be fast: what they would read is counted by the arm that uses them, and they may
+read more. All rows of a store have as many tokens as the others, and models have neither soft-cap nor sinks.
+
+Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, Dv of values, N stored tokens, S tokens of the
+prompt, k tokens attended to, m segments.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rocketkv.core.eviction import pooled, select_top, window_scores
+from rocketkv.core.indexes import index_of
+from rocketkv.core.pages import gather_tokens
+from rocketkv.core.sketch import Sketch, decode, rotation
+from rocketkv.dispatch import decode_step
+from rocketkv.state.store import KVStore
+
+# Factors of the residual's weight that a calibration chooses from.
+FACTORS = (1e-4, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0, 1.15, 1.3, 1.6)
+WIDE_FACTORS = (*FACTORS, 2.0, 2.5, 3.0, 4.0, 6.0)  # where the weight stands for evicted tokens, too
+
+Ranks = Callable[..., Tensor]
+
+
+def plain_step(query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Any, **exact: Any) -> Tensor:
+    """Run the library's own decode step."""
+    return decode_step(query, key, value, store, backend="torch", **exact)
+
+
+# Ranks of stage 1: in place of `eviction.prompt_scores`, given the layer's values and number.
+
+
+def random_ranks(values: Tensor, number: int) -> Ranks:
+    """Rank the tokens before the window by chance: the control."""
+
+    def ranks(window: Tensor, keys: Tensor, **_: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(number)
+        scores = torch.rand(*keys.shape[:2], keys.shape[2] - window.shape[2], generator=generator)
+        return _with_window(scores, window.shape[2])
+
+    return ranks
+
+
+def unpooled_ties(values: Tensor, number: int) -> Ranks:
+    """Rank tokens of equal pooled scores by their own scores, not by their positions."""
+
+    def ranks(
+        window: Tensor, keys: Tensor, *, value: Any, kernel_size: int, pool_offset: int, valid: Any, **exact: Any
+    ) -> Tensor:
+        scores = window_scores(window, keys, **exact)
+        order = scores.argsort(dim=-1, stable=True)
+        ranks_of = pooled(scores, kernel_size, pool_offset)
+        order = order.gather(-1, ranks_of.gather(-1, order).argsort(dim=-1, stable=True))
+        place = torch.arange(scores.shape[-1], dtype=torch.float32).expand_as(scores)
+        return _with_window(torch.zeros_like(scores).scatter_(-1, order, place), window.shape[2])
+
+    return ranks
+
+
+def by_value_norms(values: Tensor, number: int) -> Ranks:
+    """Rank tokens by attention times the length of their values."""
+
+    def ranks(
+        window: Tensor, keys: Tensor, *, value: Any, kernel_size: int, pool_offset: int, valid: Any, **exact: Any
+    ) -> Tensor:
+        size = window.shape[2]
+        scores = window_scores(window, keys, **exact) * values[:, :, :-size].norm(dim=-1)
+        return _with_window(pooled(scores, kernel_size, pool_offset), size)
+
+    return ranks
+
+
+def _with_window(scores: Tensor, size: int) -> Tensor:
+    return functional.pad(scores, (0, size), value=torch.inf)
+
+
+# Decode steps.
+
+
+class Scored(NamedTuple):
+    """A step whose token is stored and whose tokens are scored.
+
+    Attributes:
+        keys: [B, Hkv, N, D].
+        values: [B, Hkv, N, Dv].
+        logits: [B, Hkv, G, N], estimates.
+        rows: [B, Hkv, G, D], the queries times the scaling.
+        k: tokens to choose.
+        filled: [B, Hkv, N] bool, False behind the tokens of a row that has fewer; there logits are minus infinity.
+    """
+
+    keys: Tensor
+    values: Tensor
+    logits: Tensor
+    rows: Tensor
+    k: int
+    filled: Tensor
+
+
+def score_tokens(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    store: KVStore,
+    exact: dict[str, Any],
+    *,
+    uneven: bool = False,
+) -> Scored:
+    """Take a token in and score all that is stored by the store's index; rows may differ where `uneven` allows it."""
+    store.append(key, value)
+    index, split = index_of(store.split), store.split
+    if store.keys is None or store.values is None or split is None or split.top_k is None or index is None:
+        raise ValueError("such a step needs a store that is scored")
+    if store.lengths is None or exact["softcap"] is not None or exact["sinks"] is not None:
+        raise ValueError("such a step takes no soft-cap and no sinks")
+    if not (store.uniform or uneven):
+        raise ValueError("such a step takes no rows of fewer tokens than others")
+    stored, scaling = store.stored, exact["scaling"]
+    keys, values = store.keys[:, :, :stored], store.values[:, :, :stored]
+    lengths = None if store.uniform else store.lengths
+    logits = index.score(
+        query, store.index_parts(), store.keys, stored=stored, lengths=lengths, scaling=scaling, softcap=None
+    )
+    grouped = (query.shape[0], keys.shape[1], query.shape[1] // keys.shape[1], -1)
+    filled = torch.arange(stored) < store.lengths[..., None]
+    logits = logits.view(grouped).masked_fill(~filled[:, :, None], -torch.inf)
+    return Scored(keys, values, logits, query.view(grouped) * scaling, min(split.top_k, stored), filled)
+
+
+def group_weights(logits: Tensor) -> Tensor:
+    """Return by what the library ranks tokens, [B, Hkv, N], of logits [B, Hkv, G, N]."""
+    return logits.softmax(-1).sum(2)
+
+
+def _without(logits: Tensor, positions: Tensor) -> Tensor:
+    return logits.scatter(-1, positions[:, :, None].expand(*logits.shape[:3], -1), -torch.inf)
+
+
+def _mean_of_others(values: Tensor, own: Tensor) -> Tensor:
+    """Return the mean [B, Hkv, 1, Dv] of the values that are not the chosen ones [B, Hkv, k, Dv]."""
+    count = max(1, values.shape[2] - own.shape[2])
+    return ((values.sum(2, dtype=torch.float64) - own.sum(2, dtype=torch.float64)) / count).float()[:, :, None]
+
+
+def _attended(scored: Scored, positions: Tensor, columns: Tensor, column_values: Tensor) -> Tensor:
+    """Attend exactly to chosen tokens and to further columns.
+
+    Args:
+        scored: the step.
+        positions: [B, Hkv, k], the chosen tokens.
+        columns: [B, Hkv, G, m], logits.
+        column_values: [B, Hkv, m, Dv].
+
+    Returns:
+        [B, H, Dv].
+    """
+    keys, values = gather_tokens(positions, scored.keys, scored.values)
+    weight = torch.cat((scored.rows @ keys.transpose(-1, -2), columns), -1).softmax(-1)
+    return (weight @ torch.cat((values, column_values), 2)).flatten(1, 2)
+
+
+def sketch_mass_step(query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Any, **exact: Any) -> Tensor:
+    """Take the weight of the chosen tokens, too, from the estimates (as SparQ does)."""
+    scored = score_tokens(query, key, value, store, exact)
+    positions = select_top(group_weights(scored.logits), scored.k)
+    keys, values = gather_tokens(positions, scored.keys, scored.values)
+    out = (scored.rows @ keys.transpose(-1, -2)).softmax(-1) @ values
+    chosen = positions[:, :, None].expand(*scored.logits.shape[:3], -1)
+    rest = scored.logits.softmax(-1).scatter(-1, chosen, 0).sum(-1, keepdim=True)
+    return ((1 - rest) * out + rest * _mean_of_others(scored.values, values)).flatten(1, 2)
+
+
+def ends_step(query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Any, **exact: Any) -> Tensor:
+    """Attend to the first four tokens and to the last k/8 whatever their scores."""
+    scored = score_tokens(query, key, value, store, exact)
+    shared = group_weights(scored.logits)
+    shared[..., :4] = shared[..., -max(1, scored.k // 8) :] = torch.inf
+    positions = select_top(shared, scored.k)
+    columns = _without(scored.logits, positions).logsumexp(-1, keepdim=True)
+    own = gather_tokens(positions, scored.values)[0]
+    return _attended(scored, positions, columns, _mean_of_others(scored.values, own))
+
+
+def segments_step(
+    query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Any, *, segments: int, **exact: Any
+) -> Tensor:
+    """Have a residual for each of m runs of neighbouring tokens, with a mean value of its own."""
+    scored = score_tokens(query, key, value, store, exact)
+    positions = select_top(group_weights(scored.logits), scored.k)
+    return _attended(scored, positions, *_segment_columns(scored, positions, segments))
+
+
+def _segment_columns(scored: Scored, positions: Tensor, segments: int) -> tuple[Tensor, Tensor]:
+    """Return logits [B, Hkv, G, m] and values [B, Hkv, m, Dv] of what was not chosen, a column a segment."""
+    stored = scored.values.shape[2]
+    size = -(-stored // segments)
+    missing = size * segments - stored
+    others = functional.pad(_without(scored.logits, positions), (0, missing), value=-torch.inf)
+    columns = others.view(*others.shape[:3], segments, size).logsumexp(-1)
+    left = torch.ones(*positions.shape[:2], stored).scatter_(2, positions, 0)
+    left = functional.pad(left, (0, missing)).view(*left.shape[:2], segments, size)
+    values = functional.pad(scored.values, (0, 0, 0, missing)).view(*left.shape, -1)
+    mean = (values * left[..., None]).sum(3) / left.sum(-1).clamp(min=1)[..., None]
+    return columns, mean
+
+
+class Evicted(NamedTuple):
+    """What is kept of the tokens that stage 1 evicted, a summary for each of m runs of them.
+
+    Attributes:
+        tokens: [B, Hkv, m, 1], how many.
+        key: [B, Hkv, m, D], their mean key.
+        variance: [B, Hkv, m, D], of each channel.
+        value: [B, Hkv, m, Dv], their mean value.
+    """
+
+    tokens: Tensor
+    key: Tensor
+    variance: Tensor
+    value: Tensor
+
+
+def evicted_summary(
+    window: Tensor, keys: Tensor, values: Tensor, store: KVStore, *, runs: int, **exact: Any
+) -> Evicted:
+    """Summarise what stage 1 left out of a prompt's keys [B, Hkv, S, D] and values [B, Hkv, S, Dv]."""
+    if store.positions is None:
+        raise ValueError("the prompt is not closed")
+    batch, kv_heads, size = keys.shape[:3]
+    kept = store.positions[:, :, : store.stored].long()
+    left = torch.ones(batch, kv_heads, size, dtype=torch.bool).scatter_(2, kept, False)
+    gone = size - kept.shape[2]
+    if gone < runs:
+        raise ValueError(f"there must be at least {runs} evicted tokens to summarise, got {gone}")
+    place = left.nonzero()[:, 2].view(batch, kv_heads, gone)  # every row lost as many
+    bounds = [round(run * gone / runs) for run in range(runs + 1)]
+    parts: list[list[Tensor]] = [[], [], [], []]
+    for start, stop in itertools.pairwise(bounds):
+        own_keys, own_values = gather_tokens(place[..., start:stop], keys, values)
+        parts[0].append(torch.full((batch, kv_heads, 1), float(stop - start)))
+        parts[1].append(own_keys.mean(2))
+        parts[2].append(own_keys.var(2, correction=0))
+        parts[3].append(own_values.mean(2))
+    return Evicted(*(torch.stack(part, 2) for part in parts))
+
+
+def evicted_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    store: KVStore,
+    state: Evicted,
+    *,
+    with_variance: bool,
+    segments: int = 1,
+    **exact: Any,
+) -> Tensor:
+    """Count the evicted tokens in as well: their mean value, with the weight that normal logits would have together.
+
+    The mean of exp(l) for normal l is exp(mean + variance / 2); channels are taken as independent of each other.
+    """
+    scored = score_tokens(query, key, value, store, exact)
+    positions = select_top(group_weights(scored.logits), scored.k)
+    columns, own = _segment_columns(scored, positions, segments)
+    logits = scored.rows @ state.key.transpose(-1, -2) + state.tokens.log().transpose(-1, -2)
+    if with_variance:
+        logits = logits + scored.rows.square() @ state.variance.transpose(-1, -2) / 2
+    return _attended(scored, positions, torch.cat((columns, logits), -1), torch.cat((own, state.value), 2))
+
+
+class Calibrated(NamedTuple):
+    """What the window's queries say of the residual in each query head.
+
+    Attributes:
+        factor: [B, Hkv, G, 1], of its weight.
+        value: [B, Hkv, G, Dv], the mean, by weight and over those queries, of the values that their steps would have
+            left out, evicted ones included; or None for the mean value of the stored tokens that are left out.
+    """
+
+    factor: Tensor
+    value: Tensor | None
+
+
+def calibrate(
+    window: Tensor, keys: Tensor, values: Tensor, store: KVStore, *, learned: bool, **exact: Any
+) -> Calibrated:
+    """Choose the factors with which the window's queries, had they been steps, would have erred least.
+
+    Errors are against exact attention to the whole prompt.
+
+    Args:
+        window: [B, H, W, D].
+        keys: [B, Hkv, S, D], the prompt's.
+        values: [B, Hkv, S, Dv].
+        store: the closed store.
+        learned: whether the value, too, is that of the window's queries.
+        **exact: scaling, softcap and sinks.
+    """
+    split = store.split
+    if store.keys is None or store.values is None or store.positions is None:
+        raise ValueError("the prompt is not closed")
+    if split is None or split.top_k is None or split.sketch_bits is None or exact["softcap"] or exact["sinks"]:
+        raise ValueError("calibration needs a sketch, and takes no soft-cap and no sinks")
+    batch, kv_heads, size, head_dim = keys.shape
+    queries, stored, k = window.shape[2], store.stored, min(split.top_k, store.stored)
+    rows = window.view(batch, kv_heads, -1, queries, head_dim) * exact["scaling"]
+    own = torch.arange(size - queries, size)[:, None]
+    logits = (rows @ keys[:, :, None].transpose(-1, -2)).masked_fill(torch.arange(size) > own, -torch.inf)
+    expected = logits.softmax(-1) @ values[:, :, None]
+    place = store.positions[:, :, None, :stored].long()
+    hidden = place > own  # [B, Hkv, W, N]
+    kept_keys, kept = store.keys[:, :, None, :stored], store.values[:, :, None, :stored]
+    sketched = decode(Sketch(**store.index_parts()), stored, rotation(head_dim, keys.device), split.sketch_bits)
+    estimate = (rows @ sketched[:, :, None].transpose(-1, -2)).masked_fill(hidden[:, :, None], -torch.inf)
+    chosen = torch.zeros_like(hidden).scatter_(-1, select_top(estimate.softmax(-1).sum(2), k), True)
+    others = ~(chosen | hidden)
+    rest = estimate.masked_fill(~others[:, :, None], -torch.inf).logsumexp(-1, keepdim=True)
+    near = (rows @ kept_keys.transpose(-1, -2)).masked_fill(~chosen[:, :, None], -torch.inf)
+    value = None
+    if learned:
+        taken = torch.zeros(logits.shape[:2] + logits.shape[3:], dtype=torch.bool)
+        taken = taken.scatter_(-1, place.expand_as(hidden), chosen)
+        left = logits.masked_fill(taken[:, :, None], -torch.inf).softmax(-1)
+        value = (left @ values[:, :, None]).mean(3)
+        filled = value[:, :, :, None]
+    else:
+        mean = others.float() @ kept[:, :, 0] / others.sum(-1, keepdim=True).clamp(min=1)
+        filled = mean[:, :, None]  # [B, Hkv, 1, W, Dv]
+    factors = WIDE_FACTORS if learned else FACTORS
+    errors = []
+    for factor in factors:
+        weight = torch.cat((near, rest + math.log(factor)), -1).softmax(-1)
+        out = weight[..., :-1] @ kept + weight[..., -1:] * filled
+        errors.append(((out - expected).norm(dim=-1) / expected.norm(dim=-1)).mean(-1))
+    return Calibrated(torch.tensor(factors)[torch.stack(errors).argmin(0)][..., None], value)
+
+
+def calibrated_step(
+    query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Calibrated, **exact: Any
+) -> Tensor:
+    """Have a residual whose weight, and maybe value, is calibrated for each query head."""
+    scored = score_tokens(query, key, value, store, exact)
+    positions = select_top(group_weights(scored.logits), scored.k)
+    keys, values = gather_tokens(positions, scored.keys, scored.values)
+    column = _without(scored.logits, positions).logsumexp(-1, keepdim=True) + state.factor.log()
+    weight = torch.cat((scored.rows @ keys.transpose(-1, -2), column), -1).softmax(-1)
+    other = _mean_of_others(scored.values, values) if state.value is None else state.value
+    return (weight[..., :-1] @ values + weight[..., -1:] * other).flatten(1, 2)

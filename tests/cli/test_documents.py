@@ -1,0 +1,103 @@
+"""`rocketkv compress` and `rocketkv ask`: one text, read once, and questions about it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import rocketkv
+from rocketkv.cli.main import main
+from rocketkv.hf.models import CACHE_ARGUMENT
+from tiny import build
+
+pytestmark = pytest.mark.integration
+
+CHAT = "{% for message in messages %}<user> {{ message.content }} <end> {% endfor %}<assistant>"
+WORDS = ["<pad>", "<bos>", "<unk>", "<user>", "<end>", "<assistant>", *(f"w{i}" for i in range(90))]
+TEXT = " ".join(f"w{(7 * i * i + 3 * i) % 90}" for i in range(300))
+BUDGET = ["--budget", "200", "--method", "rocketkv"]
+
+
+@pytest.fixture(params=[None, CHAT], ids=["plain", "chat"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A folder with a model and its tokenizer, and a text."""
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", unk_token="<unk>")
+    tokenizer.chat_template = request.param
+    tokenizer.save_pretrained(tmp_path / "model")
+    build("llama").save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return tmp_path
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    assert main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr().out
+
+
+def expected(folder: Path, question: str, new_tokens: int) -> str:
+    """Return the answer of a model that reads text and question in two prompts on one cache."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    chat = tokenizer.chat_template is not None
+    head = f"<user> {TEXT}" if chat else TEXT
+    tail = f"{question} <end> <assistant>" if chat else question
+    ids = [torch.tensor([tokenizer(part)["input_ids"]]) for part in (head, tail)]
+    with rocketkv.patch(model, token_budget=200), torch.no_grad():
+        cache = rocketkv.RocketKVCache(model.config, token_budget=200, prompt_length=ids[0].shape[1])
+        model(ids[0], **{CACHE_ARGUMENT: cache}, use_cache=True)
+        found = []
+        given = ids[1]
+        for _ in range(new_tokens):
+            given = model(given, **{CACHE_ARGUMENT: cache}, use_cache=True).logits[:, -1:].argmax(-1)
+            found.append(int(given))
+    return str(tokenizer.decode(found, skip_special_tokens=True))
+
+
+def test_a_text_is_read_once_and_asked_twice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = folder / "text.safetensors"
+    out = run(capsys, "compress", "--model", folder / "model", "--text", folder / "text.txt", "-o", cache, *BUDGET)
+    seen = 300 + (folder / "model" / "chat_template.jinja").exists()
+    assert out.startswith(f"{seen} tokens seen, ")
+    assert str(cache) in out
+    assert rocketkv.load_inputs(cache)["input_ids"].shape == (1, seen)
+    digest = hashlib.sha256(cache.read_bytes()).digest()
+    (folder / "text.txt").unlink()
+    for question in ("w5 w17 w3", "w80", "w5 w17 w3"):
+        arguments = ["ask", "--model", folder / "model", "--cache", cache, "--new-tokens", 12, question]
+        assert run(capsys, *arguments) == f"{expected(folder, question, 12)}\n"
+    assert hashlib.sha256(cache.read_bytes()).digest() == digest
+
+
+def test_errors_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache, model = folder / "text.safetensors", folder / "model"
+    run(capsys, "compress", "--model", model, "--text", folder / "text.txt", "-o", cache, *BUDGET)
+    (folder / "empty.txt").write_text("\n", encoding="utf-8")
+    build("llama", seed=1).save_pretrained(folder / "other")
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder / "other")
+    damaged = folder / "damaged.safetensors"
+    damaged.write_bytes(cache.read_bytes()[:-1])
+    compress = ["compress", "--model", model, "-o", folder / "new"]
+    for arguments, message in (
+        ([*compress, "--text", folder / "none.txt"], "No such file"),
+        ([*compress, "--text", folder / "empty.txt"], "is empty"),
+        ([*compress, "--text", folder / "text.txt", "--budget", "0"], "token_budget must be at least"),
+        (["ask", "--model", model, "--cache", folder / "none", "w1"], "no file"),
+        (["ask", "--model", model, "--cache", damaged, "w1"], "damaged or cut short"),
+        (["ask", "--model", model, "--dtype", "bfloat16", "--cache", cache, "w1"], "model.dtype is 'torch.float32'"),
+        (["ask", "--model", folder / "other", "--cache", cache, "w1"], "model.weights_sha256"),
+    ):
+        assert main([str(argument) for argument in arguments]) == 2
+        [line] = capsys.readouterr().err.splitlines()[-1:]
+        assert line.startswith(f"rocketkv {arguments[0]}: error: ")
+        assert message in line
+    assert not (folder / "new").exists()

@@ -1,0 +1,205 @@
+"""The residual's weight: fitted in closed form, by the window's queries as if each were a decode step."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from close import assert_near
+from naive import softmax_weights, top
+from rocketkv.budget import BudgetSplit
+from rocketkv.core import calibration
+from rocketkv.core.indexes import index_of
+from rocketkv.core.residual import residual_attend
+from rocketkv.core.sketch import build_sketch, rotation
+from rocketkv.state.store import KVStore
+from tracking import Tracker
+
+SPLIT = BudgetSplit(
+    token_budget=24, kept_tokens=40, sketch_bits=2, top_k=11, residual=True, calibrated=True, by_largest=True
+)
+WINDOW, SIZE = 5, 70
+
+
+def closed(
+    heads: int, kv_heads: int, *, batch: int = 1, valid: Tensor | None = None, split: BudgetSplit = SPLIT, **exact: Any
+) -> tuple[KVStore, Tensor]:
+    """Return a store after a prompt, and its window's queries [B, H, W, D]."""
+    query, key = torch.randn(batch, heads, SIZE, 16) * 2, torch.randn(batch, kv_heads, SIZE, 16)
+    value = torch.randn(batch, kv_heads, SIZE, 11)
+    store = KVStore()
+    store.extend(key, value, valid, expected=SIZE)
+    store.remember_queries(query, WINDOW)
+    store.close_prompt(split, decode_reserve=8, kernel_size=3, scaling=0.25, **exact)
+    return store, query[:, :, -WINDOW:]
+
+
+def naive_terms(
+    query: Tensor, keys: Tensor, values: Tensor, estimates: Tensor, chosen: list[int], seen: list[int], **exact: Any
+) -> tuple[float, float]:
+    """Return the two products of one query [D], one KV head's keys and values, and the estimated logits [N]."""
+    sink = exact.pop("sink")
+    weights = softmax_weights(query, keys[seen], sink=sink, **exact)
+    out = weights @ values[seen].double()
+    cap = exact["softcap"]
+    logits = (keys.double() @ query.double()) * exact["scaling"]
+    logits = logits if cap is None else torch.tanh(logits / cap) * cap
+    others = [token for token in seen if token not in chosen]
+    near, far = logits[chosen].exp(), estimates[others].double().exp().sum()
+    total = near.sum() + far + (0.0 if sink is None else math.exp(sink))
+    mean = values[others].double().mean(0)
+    fixed = (near @ values[chosen].double() - (total - far) * out) / total
+    linear = far * (mean - out) / total
+    return float(-(fixed @ linear) / (out @ out)), float(linear @ linear / (out @ out))
+
+
+@pytest.fixture(params=[1, 2**12, 2**22], ids=["query-by-query", "some", "at-once"])
+def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "BLOCK_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("_blocks")
+@pytest.mark.parametrize("extras", ["plain", "softcap", "sinks"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (3, 3), (4, 1)])
+@pytest.mark.parametrize("by_largest", [True, False])
+def test_the_factor_is_that_of_least_squares(heads: int, kv_heads: int, extras: str, by_largest: bool) -> None:
+    sinks = torch.randn(heads) if extras == "sinks" else None
+    exact: dict[str, Any] = {"softcap": 3.0 if extras == "softcap" else None, "sinks": sinks}
+    split = replace(SPLIT, by_largest=by_largest)
+    store, window = closed(heads, kv_heads, split=split, **exact)
+    assert store.keys is not None
+    assert store.values is not None
+    assert store.positions is not None
+    assert store.residual_bias is not None
+    index, group, stored = index_of(split), heads // kv_heads, store.stored
+    assert index is not None
+    sums = torch.zeros(2, heads, dtype=torch.float64)
+    for w in range(WINDOW):
+        scoring = {"stored": stored, "lengths": None, "scaling": 0.25, "softcap": exact["softcap"]}
+        estimates = index.score(window[:, :, w], store.index_parts(), store.keys, **scoring)[0]
+        for g in range(kv_heads):
+            own = range(g * group, (g + 1) * group)
+            seen = [i for i in range(stored) if store.positions[0, g, i] <= SIZE - WINDOW + w]
+            weights = []
+            for h in own:
+                mass = estimates[h, seen].double().exp()
+                weights.append(mass / (mass.sum() + (0.0 if sinks is None else float(sinks[h].exp()))))
+            weight = torch.stack(weights)
+            chosen = [seen[i] for i in top(weight.amax(0) if by_largest else weight.mean(0), 11)]
+            for h in own:
+                sums[:, h] += torch.tensor(
+                    naive_terms(
+                        window[0, h, w], store.keys[0, g, :stored], store.values[0, g, :stored], estimates[h],
+                        chosen, seen, scaling=0.25, softcap=exact["softcap"],
+                        sink=None if sinks is None else float(sinks[h]),
+                    )
+                )  # fmt: skip
+    prior, least = calibration.PRIOR, calibration.NEGLIGIBLE
+    expected = (sums[0] + prior * sums[1] + least) / ((1 + prior) * sums[1] + least)
+    assert ((expected > calibration.LEAST) & (expected < calibration.MOST)).any()
+    assert_near(store.residual_bias[0], expected.clamp(calibration.LEAST, calibration.MOST).log())
+
+
+def test_it_keeps_no_graph_of_a_models_parameters() -> None:
+    """Sinks are parameters of the model; caches are copied, and outlive a forward."""
+    sinks = torch.nn.Parameter(torch.randn(6))
+    for context in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):
+        with context:
+            store, _ = closed(6, 2, sinks=sinks)
+        assert store.residual_bias is not None
+        assert not store.residual_bias.requires_grad
+        assert not store.residual_bias.is_inference()
+        copy.deepcopy(store)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_group_shares_its_keys(batch: int) -> None:
+    """Scratch does not grow with the query heads that share a KV head's keys and values."""
+    size, dims = 3000, (16, 16)
+    keys, values = (torch.randn(batch, 1, size, width) for width in dims)
+    query, positions = torch.randn(batch, 8, 1, 16), torch.arange(size).expand(batch, 1, size)
+    parts = build_sketch(keys, size, rotation(16), 2)._asdict()
+    index, lengths = index_of(SPLIT), torch.full((batch, 1), size)
+    assert index is not None
+    with Tracker([query, keys, values, *parts.values()]) as tracker:
+        calibration.fitted_bias(
+            query, keys, values, positions, lengths, index, parts, split=SPLIT, stored=size, seen=size, scaling=0.25
+        )
+    assert tracker.largest[0] < keys.nbytes + values.nbytes
+
+
+def padded(*missing: int) -> Tensor:
+    valid = torch.ones(len(missing), SIZE, dtype=torch.bool)
+    for row, count in enumerate(missing):
+        valid[row, :count] = False
+    return valid
+
+
+def test_rows_that_are_read_whole_have_none_and_padding_says_nothing() -> None:
+    store, _ = closed(6, 2, batch=3, valid=padded(0, SIZE - 20, SIZE - 2))
+    assert store.residual_bias is not None
+    assert (store.residual_bias[0] != 0).all()
+    assert (store.residual_bias[1:] == 0).all()
+    # Nothing is left out while all that is stored may be read.
+    assert (closed(6, 2, split=replace(SPLIT, kept_tokens=24))[0].residual_bias == torch.zeros(1, 6)).all()
+
+
+def test_a_row_of_a_batch_is_calibrated_as_alone() -> None:
+    torch.manual_seed(1)
+    query, key, value = torch.randn(2, 6, SIZE, 16) * 2, torch.randn(2, 2, SIZE, 16), torch.randn(2, 2, SIZE, 11)
+    valid, found = padded(0, 13), []
+    for rows, given in ((slice(0, 2), valid), (slice(0, 1), None), (slice(1, 2), None)):
+        start = 13 if rows.start == 1 else 0
+        store = KVStore()
+        store.extend(key[rows, :, start:], value[rows, :, start:], given, expected=SIZE - start)
+        store.remember_queries(query[rows, :, start:], WINDOW)
+        store.close_prompt(SPLIT, decode_reserve=8, kernel_size=3, scaling=0.25)
+        assert store.residual_bias is not None
+        found.append(store.residual_bias)
+    assert_near(found[0], torch.cat(found[1:]))
+
+
+def test_a_residual_that_is_right_at_any_weight_keeps_its_own() -> None:
+    """Where all values are equal, what is fitted would be rounding errors."""
+    query, key = torch.randn(1, 2, SIZE, 16), torch.randn(1, 1, SIZE, 16)
+    store = KVStore()
+    store.extend(key, torch.full((1, 1, SIZE, 8), 1.1), expected=SIZE)
+    store.remember_queries(query, WINDOW)
+    store.close_prompt(SPLIT, decode_reserve=8, kernel_size=1, scaling=0.25)
+    assert store.residual_bias is not None
+    assert_near(store.residual_bias, torch.zeros(1, 2), 1e-5)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("lengths", [None, (31, 18)])
+def test_a_bias_multiplies_the_mass_of_what_was_not_chosen(
+    sinks: bool, softcap: float | None, lengths: tuple[int, int] | None
+) -> None:
+    query, keys, values = torch.randn(2, 6, 8), torch.randn(2, 2, 31, 8), torch.randn(2, 2, 31, 5)
+    logits, bias, sink = torch.randn(2, 6, 31), torch.randn(2, 6), torch.randn(6)
+    positions = torch.stack([torch.randperm(18)[:7] for _ in range(4)]).view(2, 2, 7)
+    counts = (31, 31) if lengths is None else lengths
+    given = None if lengths is None else torch.tensor(lengths)[:, None].expand(2, 2)
+    sums = torch.stack([values[b, :, : counts[b]].double().sum(1) for b in range(2)])
+    found, rest = residual_attend(
+        query, keys, values, positions, logits, sums, bias=bias, lengths=given, scaling=0.5, softcap=softcap,
+        sinks=sink if sinks else None,
+    )  # fmt: skip
+    for b in range(2):
+        for h in range(6):
+            own = positions[b, h // 3].tolist()
+            others = [i for i in range(counts[b]) if i not in own]
+            exact = (keys[b, h // 3, own].double() @ query[b, h].double()) * 0.5
+            exact = exact if softcap is None else torch.tanh(exact / softcap) * softcap
+            mass = logits[b, h, others].double().exp().sum() * bias[b, h].double().exp()
+            total = exact.exp().sum() + mass + (sink[h].double().exp() if sinks else 0.0)
+            mean = values[b, h // 3, others].double().mean(0)
+            assert_near(found[b, h], (exact.exp() @ values[b, h // 3, own].double() + mass * mean) / total)
+            assert_near(rest[b, h], mass / total)

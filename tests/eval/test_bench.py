@@ -1,0 +1,84 @@
+"""The benchmarks check before they time, and report what they timed."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from rocketkv.cli.main import main
+from rocketkv.eval.bench import command as bench
+from tools.evidence import wilson_interval
+
+pytestmark = pytest.mark.integration
+
+
+def test_attention_reports_every_arm() -> None:
+    result = bench.bench_attention(context=600, token_budget=96, rounds=2, steps=1, heads=4, kv_heads=2, head_dim=16)
+    assert set(result["milliseconds"]) == {"rocketkv", "rocketkv+", "SDPA enable_gqa", "SDPA group as rows"}
+    for name, ratio in result["speedup_over"].items():
+        assert ratio["min"] <= ratio["median"] <= ratio["max"], name
+
+
+@pytest.mark.parametrize(
+    ("index", "what"),
+    [("index", "a sparse step"), ("codes", r"a step of rocketkv\+"), (None, "a step over all tokens")],
+)
+def test_nothing_is_timed_when_a_step_is_wrong(index: str | None, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = bench.decode_step
+
+    def wrong(query: Tensor, key: Tensor, value: Tensor, store: bench.KVStore, *, scaling: float) -> Tensor:
+        spoilt = index is None or getattr(store, index) is not None
+        return real(query, key, value, store, scaling=scaling) + 1e-2 * spoilt
+
+    monkeypatch.setattr(bench, "decode_step", wrong)
+    monkeypatch.setattr(bench, "_alternate", lambda *args: pytest.fail("timed a wrong result"))
+    with pytest.raises(RuntimeError, match=f"{what} is wrong.*nothing is timed"):
+        bench.bench_attention(context=600, token_budget=96, rounds=1, steps=1, heads=4, kv_heads=2, head_dim=16)
+
+
+def test_nothing_is_timed_when_a_sketch_is_not_of_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = bench.decode
+
+    def other(sketch: bench.Sketch, *rest: int) -> Tensor:
+        return real(bench.Sketch(torch.randint_like(sketch.codes, 256), *sketch[1:]), *rest)
+
+    monkeypatch.setattr(bench, "decode", other)
+    with pytest.raises(RuntimeError, match="the sketch is not one of the stored keys"):
+        bench.bench_attention(context=600, token_budget=96, rounds=1, steps=1, heads=4, kv_heads=2, head_dim=16)
+
+
+def test_a_budget_that_selects_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="selects nothing"):
+        bench.bench_attention(context=64, token_budget=512, rounds=1, steps=1, heads=2, kv_heads=2, head_dim=16)
+
+
+def test_wilson_interval_against_known_values() -> None:
+    low, high = wilson_interval(19, 20)
+    assert (round(low, 4), round(high, 4)) == (0.7639, 0.9911)
+    assert wilson_interval(0, 20)[0] == 0.0
+    assert wilson_interval(20, 20)[1] == 1.0
+
+
+def test_a_close_result_passes_and_a_nan_does_not() -> None:
+    bench._require_close("this", torch.ones(3), torch.ones(3))
+    with pytest.raises(RuntimeError, match="this is wrong"):
+        bench._require_close("this", torch.full((3,), torch.nan), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            "attention --cases 1x8192/512 --quick",
+            "attention takes no --cases, --quick; beside --rounds and --json it takes",
+        ),
+        ("attention --model smollm2", "attention takes no --model"),
+        ("decode --dtype float32", "decode takes no --dtype"),
+        ("kernels --check --context 512", "kernels takes no --context"),
+        ("model --check --dtype float32", "model takes no --dtype"),
+        ("attention --budget 0", "--budget must be at least 1, got 0"),
+        ("decode --rounds 0", "--rounds must be at least 1, got 0"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(given: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *given.split()]) == 2
+    assert said in capsys.readouterr().err

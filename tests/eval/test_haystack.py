@@ -1,0 +1,82 @@
+"""What prompts are filled with: the text there is, the words there are, and as much of it as the length takes."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Mapping
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rocketkv.eval.tasks.base import Preparation, Sample, Turn
+from rocketkv.eval.tasks.fill import fill
+from rocketkv.eval.tasks.haystack import haystack, split_sentences
+from rocketkv.eval.tasks.ruler import words
+
+
+class Fours:
+    """A tokenizer that cuts words into pieces of four characters."""
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, Any]:
+        return {"input_ids": re.findall(r"\S{1,4}", text)}
+
+
+@pytest.mark.parametrize("pieces", [[1], [7], [30], [1, 40, 3], [5] * 90 + [60] * 40, [50] * 9 + [2] * 400])
+def test_filler_fills_whatever_its_pieces(pieces: list[int]) -> None:
+    def build(count: int) -> Sample:
+        text = " ".join("a" * 4 for piece in islice(cycle(pieces), count) for _ in range(piece))
+        return Sample(id=str(count), context=text, turns=(Turn(question=" b", answers=("c",), max_new_tokens=10),))
+
+    tokenizer: Any = Fours()
+    for length in range(120, 1500, 23):
+        room = length - 10 - 1  # the answer's, the question's
+        sample = fill(Preparation(tokenizer=tokenizer, length=length, count=1), build, least=1)
+        assert len(sample.context.split()) <= room
+        assert len(sample.context.split()) >= 0.97 * room or len(build(int(sample.id) + 1).context.split()) > room
+
+
+def test_words_want_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    words.english.cache_clear()
+    with pytest.raises(ImportError, match=r"rocketkv\[eval\]"):
+        words.english()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wonderwords") is None, reason="needs wonderwords")
+def test_words_are_wonderwords_lists() -> None:
+    words.english.cache_clear()
+    lists = words.english()
+    assert {"compass", "river"} <= set(lists.nouns)
+    assert "bright" in lists.adjectives
+    assert "arrive" in lists.verbs
+    assert len(lists.all) == len(set(lists.nouns) | set(lists.adjectives) | set(lists.verbs))
+
+
+def test_sentences_lose_no_word() -> None:
+    text = "One is\nhere. Is two?  Yes! 3.5 is\tone number.\n\n" + "on and " * 100
+    pieces = split_sentences(text)
+    assert " ".join(pieces) == " ".join(text.split())
+    assert pieces[:4] == ("One is here.", "Is two?", "Yes!", "3.5 is one number.")
+    assert max(len(piece.split()) for piece in pieces) == 60
+
+
+def test_the_haystack_is_the_best_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rocketkv.eval.tasks.haystack.ruler_package", lambda: None)
+    assert haystack(tmp_path, 0).kind == haystack(None, 0).kind == "generated"
+    assert haystack(None, 0) != haystack(None, 1)
+    (tmp_path / "haystack.txt").write_text("A text. It is short.")
+    mine = haystack(tmp_path, 0)
+    assert mine == ("text", ("A text.", "It is short."))
+    assert mine.take(3) == ["A text.", "It is short.", "A text."]
+    (tmp_path / "PaulGrahamEssays.json").write_text('{"text": "An essay.\\nIt ends."}')
+    assert haystack(tmp_path, 0) == ("essays", ("An essay.", "It ends."))
+
+
+@pytest.mark.parametrize("content", ['{"text": "  "}', "[]", '{"text": 3}', "{", "{}"])
+def test_a_haystack_without_text_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "PaulGrahamEssays.json").write_text(content)
+    with pytest.raises(ValueError, match="PaulGrahamEssays"):
+        haystack(tmp_path, 0)

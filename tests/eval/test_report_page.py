@@ -1,0 +1,378 @@
+"""The page of a report: its text against made records; in a real browser it draws, sorts, fits, and asks no host."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from made_records import made_record, made_sweep
+from made_report import cells, made_arms
+from rocketkv.eval.report import write as report
+from rocketkv.eval.report.arms import Arm
+from rocketkv.eval.report.page import page
+from rocketkv.eval.report.plots import log_ticks, styles
+
+HOSTILE = "</script><script>window.hit=1</script><img src=x onerror=window.hit=1>\"'><a href='http://h/'>%{x}"
+
+
+class Page(HTMLParser):
+    """What a page holds: elements, attributes, and the cells of each table by its caption."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.scripts: list[str] = []
+        self._rows: list[list[str]] = []
+        self._in: str | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag == "table":
+            self._rows = []
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in ("td", "th"):
+            self._rows[-1].append("")
+        elif tag == "small":
+            self._rows[-1][-1] += ", "
+        elif tag == "caption":
+            self.tables[""] = self._rows
+        if tag == "script":
+            self.scripts.append("")
+        if tag in ("td", "th", "caption", "script"):
+            self._in = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == self._in:
+            self._in = None
+
+    def handle_data(self, data: str) -> None:
+        if self._in in ("td", "th"):
+            self._rows[-1][-1] += data.replace("\u2212", "-")
+        elif self._in == "caption":
+            self.tables[data] = self.tables.pop("")
+        elif self._in == "script":
+            self.scripts[-1] += data
+
+
+def rows_of(table: list[list[str]]) -> dict[str, list[str]]:
+    return {row[0]: row[1:] for row in table}
+
+
+def plots_of(text: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(Page(text).scripts[0])
+    return found
+
+
+def test_tables_have_the_figures_by_hand() -> None:
+    tables = Page(page(report.gather(made_arms()))).tables
+    rows = rows_of(tables["Scores, 4096 tokens, question-agnostic"])
+    assert rows["Method"] == ["mean of 1 task", "a", "b"]
+    assert rows["full"][1:] == ["75.0, (30.1 to 95.4)", "75.0"]
+    assert rows["rocketkv 512"] == ["50.0, -25.0 (-75.0 to 0.0)"] * 2 + ["60.0, -15.0 (-20.0 to -10.0)"]
+    assert rows["snapkv 512"][1:] == ["33.3, -33.3 (-100.0 to 0.0)", "-"]
+    assert rows["quest 512"] == ["OOM", "75.0, 0.0 (0.0 to 0.0)", "OOM"]
+    costs = rows_of(tables["Cost, 4096 tokens, question-agnostic"])
+    assert costs["full"][-3:] == ["1.00", "800", "-"]
+    assert costs["rocketkv 512"][-3:] == ["0.250, 0.25\u00d7", "80.0, 0.10\u00d7", "-"]
+    assert costs["rocketkv 512"][0] == "-"
+
+
+def test_every_table_equals_that_of_the_markdown() -> None:
+    made = report.gather(made_sweep(samples=6, lengths=(8192,)))
+    text = report.markdown(made)
+    tables = Page(page(made)).tables
+    compared = 0
+    for title in ("Scores", "Distances", "Cost"):
+        for section in made.sections:
+            name = f"{title}, {section.title}"
+            if name not in tables:
+                continue
+            compared += 1
+            for method, texts in cells(text, name).items():
+                if method != "Method" and title != "Cost":
+                    assert rows_of(tables[name])[method] == texts
+                elif method != "Method":
+                    bare = [re.sub(r" \(([\d.]+)x\)", ", \\1\u00d7", cell) for cell in texts]
+                    full = [cell.split(",")[0] for cell in bare]  # without the ratio to itself
+                    assert rows_of(tables[name])[method] == (full if method == "full" else bare)
+    assert compared == 5
+    for arm in made.maps[0].arms:
+        body = text.split("## Scores by depth")[1].split(f"### {report.arm_text(arm)}\n")[1].strip().split("\n\n")[0]
+        expected = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in body.splitlines()[2:]]
+        assert tables[report.arm_text(arm)][1:] == expected
+
+
+def test_plots_have_the_figures_by_hand() -> None:
+    records = [record for record in made_arms() if record["cell"]["method"] not in ("snapkv", "quest")]
+    memory, time, read, distance = plots_of(page(report.gather(records)))
+    assert [(trace["name"], trace["x"], trace["y"]) for trace in memory["data"]] == [
+        ("m0", [1.0], [75.0]),
+        ("m1", [0.25], [55.0]),
+    ]
+    assert [trace["x"] for trace in time["data"]] == [[10.0], [5.0]]
+    assert [trace["x"] for trace in read["data"]] == [[800.0], [80.0]]
+    assert [trace["y"] for trace in distance["data"]] == [[0.0], [0.5]]
+    assert memory["layout"]["shapes"][0]["y0"] == 75.0
+    assert memory["data"][1]["hovertext"][0].startswith("<b>rocketkv 512</b><br>55.0, -20.0 (-")
+
+
+def test_a_method_has_one_look_everywhere() -> None:
+    looks: dict[str, set[tuple[str, str]]] = {}
+    for plot in plots_of(page(report.gather(made_sweep(samples=4, lengths=(8192,))))):
+        for trace in plot["data"]:
+            looks.setdefault(trace["name"], set()).add((trace["line"]["color"], trace["marker"]["symbol"]))
+    assert len(looks) == 7
+    assert all(len(look) == 1 for look in looks.values())
+    many = styles(Arm(f"adapter-{n}", 8) for n in range(40))
+    assert len({(look.color, look.symbol) for look in many.values()}) == 41
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.06, 1.06), (3e7, 1.1e9), (1.0, 1.001), (1e3, 1e12), (5.0, 5.0)])
+def test_ticks_are_few_and_within_the_axis(low: float, high: float) -> None:
+    ticks = log_ticks(low, high)
+    assert 1 <= len(ticks) <= 10
+    assert ticks == sorted(ticks)
+    assert all(0.9 * low <= tick <= 1.1 * high for tick in ticks)
+
+
+def hostile_report() -> report.Report:
+    records = [
+        made_record(
+            [100, 0], task=HOSTILE, model=HOSTILE, notes=[{"depth": 0.5}] * 2, source=HOSTILE, git_hash=HOSTILE
+        ),
+        made_record(
+            [0, 0],
+            task=HOSTILE,
+            model=HOSTILE,
+            method=HOSTILE,
+            token_budget=8,
+            prediction=HOSTILE,
+            hardware={HOSTILE: HOSTILE},
+            notes=[{"depth": 0.5}] * 2,
+            cost={"kv_bytes": 5.0, "full_kv_bytes": 10.0, "step_seconds": 1.0, "step_bytes": 1.0},
+        ),
+        made_record(
+            [0.1, 0.2],
+            task="kl",
+            model=HOSTILE,
+            metric=HOSTILE,
+            higher_is_better=False,
+            values={HOSTILE: 1.0},
+            cost={"step_bytes": 1.0},
+        ),
+    ]
+    return report.gather(records)
+
+
+def test_what_comes_from_records_is_text() -> None:
+    text = page(hostile_report())
+    found = Page(text)
+    assert found.tags.count("script") == 3
+    assert "img" not in found.tags
+    assert all(value is None or value.startswith("#") for name, value in found.attributes if name == "href")
+    assert not [name for name, _ in found.attributes if name.startswith("on") or name == "src"]
+    assert any(HOSTILE in row[0] for table in found.tables.values() for row in table)
+    labels = [label for plot in plots_of(text) for trace in plot["data"] for label in trace["hovertext"]]
+    titles = [plot["layout"]["yaxis"]["title"]["text"] for plot in plots_of(text)]
+    assert len(labels) > 2
+    assert any("window.hit" in label for label in labels)
+    assert "<" not in found.scripts[0]
+    assert not re.search(r"<(?!/?b>|br>)", "".join([*labels, *titles]))  # plotly takes some tags for its own
+
+
+def test_the_policy_allows_the_own_scripts_alone() -> None:
+    text = page(report.gather(made_arms()))
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]+)"', text)
+    scripts = re.findall(r"<script>(.*?)</script>", text, flags=re.DOTALL)
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    assert len(hashes) == 2
+    assert all(f"'sha256-{digest}'" in policy for digest in hashes)
+    assert policy.startswith("default-src 'none'")
+    assert "http" not in policy
+
+
+def unavailable(reason: str) -> None:
+    if os.environ.get("CI"):
+        pytest.fail(f"{reason}; CI runs the browser's tests")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        unavailable("the package playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = os.environ.get("ROCKETKV_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        unavailable("there is no Chromium; set ROCKETKV_CHROMIUM to where it is")
+    with sync_playwright() as playwright:
+        sandbox = [] if not hasattr(os, "geteuid") or os.geteuid() else ["--no-sandbox"]  # which root cannot have
+        started = playwright.chromium.launch(executable_path=found, args=sandbox)
+        yield started
+        started.close()
+
+
+class Visit:
+    """A page open in a browser, and all that it said and asked for."""
+
+    def __init__(self, browser: Any, path: Path, width: int) -> None:
+        self.page = browser.new_page(viewport={"width": width, "height": 800})
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(path.as_uri())
+        self.until("[...document.querySelectorAll('.plot')].every(plot => plot.querySelector('.points'))")
+
+    def until(self, expression: str) -> None:
+        """Wait for what an expression says; the page's own policy lets no expression run inside of it."""
+        for _ in range(200):
+            if self.page.evaluate(expression):
+                return
+            self.page.wait_for_timeout(50)
+        raise TimeoutError(expression)
+
+    def near(self) -> list[str]:
+        """Return what it asked of anyone but itself."""
+        return [url for url in self.asked if not url.startswith(("file:", "data:", "blob:"))]
+
+
+@pytest.fixture(scope="module")
+def sweep() -> report.Report:
+    return report.gather(made_sweep(samples=6, lengths=(8192, 32768)))
+
+
+@pytest.fixture(scope="module")
+def sweep_file(sweep: report.Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("report") / "report.html"
+    path.write_text(page(sweep), encoding="utf-8")
+    return path
+
+
+@pytest.mark.browser
+def test_page_draws_its_plots_and_asks_no_host(browser: Any, sweep: report.Report, sweep_file: Path) -> None:
+    visit = Visit(browser, sweep_file, 1280)
+    plots = visit.page.evaluate("[...document.querySelectorAll('.plot')].map(p => p.querySelectorAll('.point').length)")
+    marks = [len(section.points) for section in sweep.sections for _ in range(3)]
+    distances = [len(section.arms) for section in sweep.sections if section.distances]
+    assert sorted(plots) == sorted([*marks, *distances])
+    assert min(plots) > 10
+    assert visit.page.locator(".plot a").count() == 0  # no link to plotly's makers
+    assert visit.said == []
+    assert visit.asked == [sweep_file.as_uri()]
+    visit.page.close()
+
+
+@pytest.mark.browser
+def test_table_is_sorted_by_click_and_by_key(browser: Any, sweep: report.Report, sweep_file: Path) -> None:
+    visit = Visit(browser, sweep_file, 1280)
+    section = sweep.sections[1]  # some of its cells are missing, and memory did not suffice for some
+    table = visit.page.get_by_role("region", name=f"Scores, {section.title}")
+    names = "rows => rows.map(row => row.cells[0].textContent)"
+    before = table.locator("tbody tr").evaluate_all(names)
+    assert before == [report.arm_text(arm) for arm in section.arms]
+
+    head = table.locator("thead th").nth(1)
+    head.locator("button").click()
+    assert head.get_attribute("aria-sort") == "descending"
+    scores = {report.arm_text(arm): section.mean[arm].score for arm in section.arms}
+    after = table.locator("tbody tr").evaluate_all(names)
+    falling = [scores[name] for name in after]
+    known = [score for score in falling if score is not None]
+    assert known == sorted(known, reverse=True)
+    assert falling[: len(known)] == known  # out of memory comes last, either way
+    assert len(known) == len(after) - 1
+
+    head.locator("button").press("Enter")
+    assert head.get_attribute("aria-sort") == "ascending"
+    rising = [scores[name] for name in table.locator("tbody tr").evaluate_all(names)]
+    assert rising[: len(known)] == sorted(known)
+    assert rising[-1] is None
+
+    table.locator("thead th").first.locator("button").press("Space")
+    assert head.get_attribute("aria-sort") == "none"
+    assert table.locator("tbody tr").evaluate_all(names) == before
+    visit.page.close()
+
+
+@pytest.mark.browser
+def test_figures_on_the_screen_are_those_of_the_report(browser: Any, sweep: report.Report, sweep_file: Path) -> None:
+    visit = Visit(browser, sweep_file, 1280)
+    for section in sweep.sections:
+        region = visit.page.get_by_role("region", name=f"Scores, {section.title}")
+        shown = region.locator("tbody tr").evaluate_all(
+            "rows => rows.map(row => [...row.cells].map(cell => cell.querySelector('b')?.innerText ?? cell.innerText))"
+        )
+        expected = [
+            [report.arm_text(arm), *(report.score_text(f) for f in
+             [section.mean[arm], *(column.figures[arm] for column in section.scores)])]
+            for arm in section.arms
+        ]  # fmt: skip
+        assert shown == expected
+    visit.page.close()
+
+
+@pytest.mark.browser
+def test_nothing_from_records_runs(browser: Any, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(page(hostile_report()), encoding="utf-8")
+    visit = Visit(browser, path, 1280)
+    visit.page.locator(".plot .point path, .plot path.point").first.hover(force=True)
+    assert visit.page.evaluate("window.hit") is None
+    assert visit.page.locator("img, .plot a").count() == 0
+    assert visit.said == []
+    assert visit.near() == []
+    visit.page.close()
+
+
+@pytest.mark.browser
+def test_page_fits_a_phone_and_paper(browser: Any, sweep_file: Path) -> None:
+    visit = Visit(browser, sweep_file, 360)
+    assert visit.page.evaluate("document.documentElement.scrollWidth") == 360
+    beyond = """[...document.querySelectorAll('.plot')].filter(plot =>
+        plot.querySelector('.main-svg').getBoundingClientRect().width > plot.getBoundingClientRect().width + 1 ||
+        plot.getBoundingClientRect().right > innerWidth).length"""
+    assert visit.page.evaluate(beyond) == 0
+    assert visit.page.evaluate("[...document.querySelectorAll('.scroll')].some(b => b.scrollWidth > b.clientWidth)")
+
+    visit.page.set_viewport_size({"width": 1280, "height": 800})
+    visit.until("document.querySelector('.plot .main-svg').clientWidth > 330")  # plotly waits before it draws anew
+    visit.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    visit.page.emulate_media(media="print")
+    visit.page.set_viewport_size({"width": 695, "height": 1000})  # A4 within its margins
+    assert visit.page.evaluate(beyond) == 0
+    assert not visit.page.locator("nav").is_visible()
+    visit.page.close()
+
+
+@pytest.mark.browser
+def test_a_method_can_be_hidden_in_the_plots(browser: Any, sweep_file: Path) -> None:
+    visit = Visit(browser, sweep_file, 1280)
+    section = visit.page.locator("section").first
+    count = section.locator(".plot").first.locator("path.point").count()
+    button = section.get_by_role("button", name="rocketkv", exact=True)
+    button.click()
+    assert button.get_attribute("aria-pressed") == "false"
+    assert section.locator(".plot").first.locator("path.point").count() == count - 3
+    button.click()
+    assert section.locator(".plot").first.locator("path.point").count() == count
+    assert visit.said == []
+    visit.page.close()

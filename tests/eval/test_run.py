@@ -1,0 +1,427 @@
+"""A sweep survives whatever happens to it: kills, neighbours, shards, merges, memory that runs out, other errors."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from eval_case import know_tasks, made_cells, made_task, make_bench, sample, save, words
+from made_records import made_record
+from presses import module
+from rocketkv.eval.journal import Journal
+from rocketkv.eval.methods import Full
+from rocketkv.eval.records import CELLS, CellDict, Record, finished, read_record, record_path, records, write_record
+from rocketkv.eval.sweep import cells as cells_module
+from rocketkv.eval.sweep.cells import Bench, journal_path, mean_cost, run_cell
+from rocketkv.eval.sweep.plan import Plan, cells, shard
+from rocketkv.eval.sweep.run import Counts, claimed, merge, run_cells, substance
+
+OWN = "rocketkv_test_method"
+FLAGS = [
+    "--tasks", "niah_single_1,kl", "--methods", "full,rocketkv", "--budgets", "48,64", "--lengths", "512,576",
+    "--samples", "3", "--max-new-tokens", "3", "--device", "cpu", "--threads", "1",
+]  # fmt: skip
+PLAN = Plan(
+    tasks=("niah_single_1", "kl"), methods=("full", "rocketkv"), budgets=(48, 64), lengths=(512, 576),
+    samples=3, max_new_tokens=3,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def bench(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    know_tasks(monkeypatch, made_task(turns=2), made_task("other"))
+    return make_bench(folder, tmp_path / "results")
+
+
+class Children:
+    """Processes that run `rocketkv eval run`, each its own."""
+
+    def __init__(self) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parents[1] / "helpers" / "eval_child.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
+        )
+
+    def _tell(self, *order: Any) -> int:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(order) + "\n")
+        self._server.stdin.flush()
+        line = self._server.stdout.readline()
+        while not line.strip().isdigit() and line:  # what children say of their scores
+            line = self._server.stdout.readline()
+        return int(line)
+
+    def start(self, folder: Path, results: Path, *more: str) -> int:
+        return self._tell("start", ["eval", "run", "--model", str(folder), *FLAGS, "-o", str(results), *more])
+
+    def hold(self, path: Path) -> int:
+        pid = self._tell("hold", str(path))
+        said, patience = path.with_suffix(".held"), time.monotonic() + 60
+        while not (said.exists() and said.read_text()) and time.monotonic() < patience:
+            time.sleep(0.002)
+        assert said.read_text() == "True"
+        return pid
+
+    def wait(self, pid: int) -> int:
+        return self._tell("wait", pid)
+
+    def close(self) -> str:
+        return self._server.communicate()[1]
+
+
+@pytest.fixture(scope="module")
+def children() -> Iterator[Children]:
+    made = Children()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(children: Children, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of a sweep that nothing happens to."""
+    results = tmp_path_factory.mktemp("undisturbed")
+    assert children.wait(children.start(folder, results)) == 0
+    return results
+
+
+def wanted(folder: Path) -> list[CellDict]:
+    return cells(dataclasses.replace(PLAN, model=str(folder)), chat=True)
+
+
+def by_key(results: Path) -> dict[str, list[object]]:
+    return {record["key"]: substance(record) for record in records(results)}
+
+
+def identities(results: Path) -> dict[str, tuple[int, int]]:
+    """Return what changes when a record is written again."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (results / CELLS).glob("*.json")}
+
+
+def progress(results: Path) -> int:
+    """Return how many answers and records there are."""
+    found = len(list((results / CELLS).glob("*.json"))) * 4
+    for path in (results / CELLS).glob("*.journal"):
+        with contextlib.suppress(FileNotFoundError):
+            found += path.read_bytes().count(b"\n")
+    return found
+
+
+def test_a_sweep_killed_five_times_ends_as_an_undisturbed_one(
+    children: Children, folder: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    total = len(wanted(folder)) * 4
+    assert progress(undisturbed) == total
+    rng = random.Random(7)
+    moments = sorted(rng.sample(range(1, total - 8), 5))  # of all the answers and records, when so many are there
+    before: dict[str, tuple[int, int]] = {}
+    unfinished = 0
+    for moment in moments:
+        pid = children.start(folder, tmp_path)
+        patience = time.monotonic() + 60
+        while progress(tmp_path) < moment and time.monotonic() < patience:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))
+        os.kill(pid, signal.SIGKILL)
+        assert children.wait(pid) == signal.SIGKILL  # it was still at work
+        now = identities(tmp_path)
+        assert {name: now.get(name) for name in before} == before  # no finished cell was run again
+        unfinished += len(list((tmp_path / CELLS).glob("*.journal")))
+        before = now
+    assert unfinished  # some kills came in the middle of a cell
+    assert 0 < len(before) < len(wanted(folder))
+
+    torn = min((tmp_path / CELLS).glob("*.json"))  # as a disk that lost its end leaves it
+    torn.write_bytes(torn.read_bytes()[:-200])
+    del before[torn.name]
+    assert children.wait(children.start(folder, tmp_path)) == 0
+    now = identities(tmp_path)
+    assert {name: now[name] for name in before} == before
+    assert torn.with_name(f"{torn.name}.damaged-1").exists()
+    assert {read_record(path)["status"] for path in (tmp_path / CELLS).glob("*.json")} == {"complete"}
+    assert by_key(tmp_path) == by_key(undisturbed)
+    assert len(now) == len(wanted(folder))
+    assert not list((tmp_path / CELLS).glob("*.journal"))
+
+    left = min((tmp_path / CELLS).glob("*.json")).with_suffix(".journal")  # by a kill between a record and this
+    left.touch()
+    assert children.wait(children.start(folder, tmp_path)) == 0  # and once more: there is nothing to do
+    assert identities(tmp_path) == now
+    assert not left.exists()
+
+
+def test_two_processes_on_one_folder_share_its_cells(
+    children: Children, folder: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    pids = [children.start(folder, tmp_path) for _ in range(2)]
+    written: dict[str, tuple[int, int]] = {}
+    patience = time.monotonic() + 60
+    while len(written) < len(wanted(folder)) and time.monotonic() < patience:
+        for name, identity in identities(tmp_path).items() if (tmp_path / CELLS).exists() else ():
+            assert written.setdefault(name, identity) == identity  # written once
+        time.sleep(0.002)
+    assert [children.wait(pid) for pid in pids] == [0, 0]
+    assert identities(tmp_path) == written
+    assert by_key(tmp_path) == by_key(undisturbed)
+
+
+def test_shards_in_two_folders_are_the_whole_once_merged(
+    children: Children, folder: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    parts = [tmp_path / "one", tmp_path / "two"]
+    for number, part in enumerate(parts, 1):
+        assert children.wait(children.start(folder, part, "--shard", f"{number}/2")) == 0
+        keys = {record["key"] for record in records(part)}
+        assert keys == {cells_module.cell_key(cell) for cell in shard(wanted(folder), number, 2)}
+    merged = tmp_path / "merged"
+    assert merge(parts, merged) == len(wanted(folder))
+    assert by_key(merged) == by_key(undisturbed)
+    assert merge([*parts, undisturbed], merged) == 0  # all are there, and say the same
+
+
+def test_torchrun_parts_the_cells_among_its_processes(folder: Path, undisturbed: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m",
+        "rocketkv.cli.main", "eval", "run", "--model", str(folder), *FLAGS, "-o", str(tmp_path),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert by_key(tmp_path) == by_key(undisturbed)
+    half = len(wanted(folder)) // 2
+    assert done.stderr.count(f"{half} cells done, 0 were before") == 2  # neither waited for the other, none ran twice
+
+
+def test_a_cell_has_a_record_of_all_its_answers(bench: Bench) -> None:
+    full, other = made_cells()
+    assert str(run_cells(bench, [full, other])) == "2 cells done, 0 were before"
+    record = read_record(record_path(bench.results, full))
+    assert (record["cell"], record["status"], record["metric"]) == (full, "complete", "letters")
+    assert [sample["id"] for sample in record["samples"]] == ["s0", "s1"]
+    for number, made in enumerate(record["samples"]):
+        assert [turn["answers"] for turn in made["turns"]] == [[f"{number}0"], [f"{number}1"]]
+        scores = [turn["score"] for turn in made["turns"]]
+        assert made["score"] == pytest.approx(sum(scores) / 2)
+        assert made["notes"] == {"words": 60}
+    assert record["score"] == pytest.approx(sum(made["score"] for made in record["samples"]) / 2)
+    assert record["cost"]["prompt_tokens"] == sum(s["cost"]["prompt_tokens"] for s in record["samples"]) / 2
+    assert record["provenance"]["versions"]["torch"] == torch.__version__
+    assert record["data"] == read_record(record_path(bench.results, other))["data"]
+    assert bench.lm.method.name == "streaming"
+    assert str(run_cells(bench, [full, other])) == "0 cells done, 2 were before"
+
+
+def test_what_a_journal_has_is_not_asked_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cell,) = made_cells(methods=("full",), samples=4)
+    undisturbed = run_cell(bench, cell)
+    journal_path(bench.results, cell).unlink()
+    asked: list[str] = []
+    ask = cells_module.ask
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        asked.append(args[3].id)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return ask(*args, **kwargs)
+
+    monkeypatch.setattr(cells_module, "ask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_cells(bench, [cell])
+    path = journal_path(bench.results, cell)
+    assert len(Journal(path)) == 2
+    path.write_bytes(path.read_bytes()[:-10])  # the kill came while the second one was written
+    asked.append("between")
+    assert run_cells(bench, [cell]).done == 1
+    assert asked == ["s0", "s1", "s2", "between", "s1", "s2", "s3"]
+    assert substance(read_record(record_path(bench.results, cell))) == substance(undisturbed)
+    assert not path.exists()
+
+
+def test_a_cell_that_another_process_holds_is_left_to_it(children: Children, bench: Bench) -> None:
+    first, second = made_cells()
+    path = record_path(bench.results, first)
+    holder = children.hold(path)
+    counts = run_cells(bench, [first, second])
+    assert counts == Counts(done=1, elsewhere=1)
+    assert str(counts) == "1 cells done, 0 were before, 1 left to another process"
+    assert finished(path) is None
+    os.kill(holder, signal.SIGKILL)
+    assert children.wait(holder) == signal.SIGKILL
+    assert run_cells(bench, [first, second]) == Counts(done=1, done_before=1)  # its hold has ended with it
+
+
+def test_a_hold_ends_with_its_block(tmp_path: Path) -> None:
+    path = tmp_path / "cells" / "a.json"
+    with claimed(path) as first, claimed(path) as second:
+        assert (first, second) == (True, False)
+    with contextlib.suppress(ValueError), claimed(path):
+        raise ValueError
+    with claimed(path) as third:
+        assert third
+
+
+class Starving(Full):
+    """A method for whose prompts there is no memory."""
+
+    error: Exception = MemoryError("no memory for that prompt")
+
+    def attached(self, model: PreTrainedModel) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no memory for that prompt"),
+        torch.OutOfMemoryError("no memory for that prompt"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: no memory for that prompt"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_runs_out_is_recorded_and_the_sweep_goes_on(
+    error: Exception, bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Mine(Starving):
+        pass
+
+    Mine.error = error
+    module(monkeypatch, OWN, make=lambda budget: Mine(name=f"{OWN}:make", token_budget=budget))
+    found = made_cells(methods=("full", f"{OWN}:make", "streaming"))
+    counts = run_cells(bench, found)
+    assert counts == Counts(done=2, out_of_memory=1)
+    assert str(counts) == "2 cells done, 0 were before, 1 out of memory"
+    record = read_record(record_path(bench.results, found[1]))
+    assert (record["status"], record["score"], record["samples"]) == ("out_of_memory", None, [])
+    assert "no memory for that prompt" in record["message"]
+    assert f"{OWN}:make 24: out of memory" in capsys.readouterr().err
+    assert run_cells(bench, found) == Counts(done_before=3)
+
+
+def test_another_error_is_raised_and_the_records_before_it_stay(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(Starving):
+        error = RuntimeError("a bug of the method")
+
+    module(monkeypatch, OWN, make=lambda budget: Mine(name=f"{OWN}:make", token_budget=budget))
+    found = made_cells(methods=("full", f"{OWN}:make", "streaming"))
+    with pytest.raises(RuntimeError, match="a bug of the method"):
+        run_cells(bench, found)
+    assert [record["cell"]["method"] for record in records(bench.results)] == ["full"]
+    module(monkeypatch, OWN, make=lambda budget: Full(name=f"{OWN}:make", token_budget=budget))
+    assert run_cells(bench, found) == Counts(done=2, done_before=1)  # once the method is mended
+    scores = {record["cell"]["method"]: record["score"] for record in records(bench.results)}
+    assert scores["full"] == scores[f"{OWN}:make"]
+
+
+@pytest.mark.parametrize("mode", ["aware", "agnostic"])
+def test_at_a_full_budget_a_method_answers_as_the_full_cache(mode: str, bench: Bench) -> None:
+    found = made_cells(methods=("full", "rocketkv", "streaming"), budgets=(4096,), agnostic=mode == "agnostic")
+    run_cells(bench, found)
+    made = [read_record(record_path(bench.results, cell)) for cell in found]
+    assert {cell["mode"] for cell in found} == {mode}
+    assert substance(made[0]) == substance(made[1]) == substance(made[2])
+
+
+def test_lm_eval_has_the_last_word_on_scores(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter(range(100))
+    know_tasks(monkeypatch, made_task(score=lambda *_: float(next(scores))))
+    with pytest.raises(RuntimeError, match=r"the mean score of made is .*, but lm-eval has"):
+        run_cell(bench, made_cells(methods=("full",))[0])
+
+
+def test_a_text_with_any_character_is_asked_and_recorded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = dataclasses.replace(sample(), context=f"{words(0, 40)}\u2028 \x85 café {{{{ curly }}}} {{% raw %}}")
+    know_tasks(monkeypatch, made_task(samples=lambda _: [odd]))
+    (cell,) = made_cells(methods=("full",))
+    assert run_cells(bench, [cell]).done == 1
+    assert len(read_record(record_path(bench.results, cell))["samples"]) == 1
+
+
+def test_latency_needs_room_for_what_it_generates(bench: Bench) -> None:
+    (cell,) = made_cells(tasks=("latency",), methods=("full",), lengths=(32,), max_new_tokens=None)
+    with pytest.raises(ValueError, match="length must be above the 32 tokens that latency generates, got 32"):
+        run_cell(bench, cell)
+
+
+def changed(record: Record, **fields: Any) -> Record:
+    found: Any = json.loads(json.dumps(record)) | fields
+    return found  # type: ignore[no-any-return]
+
+
+def folder_of(path: Path, *made: Record) -> Path:
+    for record in made:
+        write_record(record_path(path, record["cell"]), record)
+    return path
+
+
+def test_merge_refuses_two_different_records_of_a_cell(tmp_path: Path) -> None:
+    record = made_record([100.0, 0.0])
+    one = folder_of(tmp_path / "one", record)
+    later = changed(record, provenance=record["provenance"] | {"created": "2030-01-01T00:00:00+00:00"}, cost={})
+    assert merge([one, folder_of(tmp_path / "same", later)], tmp_path / "merged") == 1
+    different = {
+        "score": changed(made_record([100.0, 100.0])),
+        "prompt": made_record([100.0, 0.0], prompts={"0000": "another"}),
+        "answer": made_record([100.0, 0.0], prediction="another"),
+        "data": changed(record, data={"sha256": "0", "source": "another"}),
+    }
+    for name, other in different.items():
+        target = tmp_path / f"{name} merged"
+        with pytest.raises(ValueError, match=r"two records of the cell niah.* differ.*remove one of them"):
+            merge([one, folder_of(tmp_path / name, other)], target)
+        assert list(records(target)) == list(records(one))  # what was there stays
+
+
+def test_merge_prefers_a_record_of_a_machine_with_enough_memory(tmp_path: Path) -> None:
+    whole, short = made_record([100.0, 0.0]), made_record([100.0, 0.0], status="out_of_memory")
+    for first, second in ((whole, short), (short, whole)):
+        folders = [
+            folder_of(tmp_path / first["status"] / name, record) for name, record in (("a", first), ("b", second))
+        ]
+        target = tmp_path / first["status"] / "merged"
+        merge(folders, target)
+        assert [record["status"] for record in records(target)] == ["complete"]
+
+
+def test_merge_takes_no_damaged_record(tmp_path: Path) -> None:
+    one = folder_of(tmp_path / "one", made_record([100.0]))
+    (path,) = (one / CELLS).iterdir()
+    path.write_text(path.read_text()[:-40])
+    with pytest.raises(ValueError, match="is not a whole record"):
+        merge([one], tmp_path / "merged")
+    assert path.exists()  # it is not ours to move
+    with pytest.raises(ValueError, match="is no folder of results: it has no folder cells"):
+        merge([tmp_path / "none"], tmp_path / "merged")
+
+
+def test_a_mean_cost_is_of_those_that_have_it() -> None:
+    found = mean_cost(
+        [
+            {"kv_bytes": 10, "step_seconds": 1.0, "peak_decode_bytes": 5, "compression_seconds": None},
+            {"kv_bytes": 20, "peak_decode_bytes": 7, "compression_seconds": None},
+        ]
+    )
+    assert found == {"kv_bytes": 15, "step_seconds": 1.0, "peak_decode_bytes": 7, "compression_seconds": None}
+    assert mean_cost([]) == {}

@@ -1,0 +1,54 @@
+"""Command lines in processes of their own, forked from one that has imported everything: a start takes milliseconds.
+
+Reads a line of JSON for each: `["start", ARGUMENTS]`, answered by the process's id; `["hold", PATH]`, the same for one
+that claims a record and keeps it, which it says in a file beside it with the suffix `.held`; and `["wait", ID]`,
+answered by how it ended, as `os.waitpid` has it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from datasets import Dataset  # noqa: F401  # before a fork, as all that a sweep imports
+from lm_eval.api.task import ConfigurableTask  # noqa: F401
+
+from rocketkv.cli.main import main
+from rocketkv.eval import cells, command, lm, report, run  # noqa: F401
+
+
+def hold(path: Path) -> int:
+    with run.claimed(path) as mine:
+        path.with_suffix(".held").write_text(str(mine))
+        time.sleep(600)
+    return 0
+
+
+def serve() -> None:
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        order, what = json.loads(line)
+        if order == "wait":
+            answer = os.waitpid(what, 0)[1]
+        else:
+            answer = os.fork()
+            if answer == 0:
+                code = 1
+                try:
+                    code = hold(Path(what)) if order == "hold" else main(what)
+                except BaseException:  # noqa: BLE001  # also SystemExit: this process is to end here and nowhere else
+                    traceback.print_exc()
+                finally:
+                    sys.stdout.flush()
+                    os._exit(code)
+        sys.__stdout__.write(f"{answer}\n")  # type: ignore[union-attr]
+        sys.__stdout__.flush()  # type: ignore[union-attr]
+
+
+if __name__ == "__main__":
+    serve()

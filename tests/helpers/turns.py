@@ -1,0 +1,82 @@
+"""Random tokens of a batch, and the calls that take them through a store: prompts, and decoded tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rocketkv.budget import METHODS, BudgetSplit
+from rocketkv.dispatch import decode_step
+from rocketkv.state.store import KVStore
+
+H, HKV, D, DV = 6, 2, 8, 5
+WINDOW, KERNEL, RESERVE, BUDGET, PROMPT = 4, 5, 20, 16, 60
+SCALING = 0.4
+
+# One split of each method, at about four times as many tokens as the budget. Pages: rocketkv 2, quest 5.
+SPLITS: dict[str, BudgetSplit] = {name: method(PROMPT, BUDGET, D, RESERVE) for name, method in METHODS.items()}
+
+
+@dataclass
+class Tokens:
+    """Queries [B, H, n, D], keys [B, Hkv, n, D] and values [B, Hkv, n, Dv] of n tokens."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+    def __getitem__(self, tokens: slice) -> Tokens:
+        return Tokens(self.query[:, :, tokens], self.key[:, :, tokens], self.value[:, :, tokens])
+
+    def __len__(self) -> int:
+        return self.query.shape[2]
+
+    def row(self, row: int, real: Tensor | None = None) -> Tokens:
+        """Return one row, without its padding where `real` [n] marks it."""
+        parts = (tensor[row : row + 1] for tensor in (self.query, self.key, self.value))
+        return Tokens(*(part if real is None else part[:, :, real] for part in parts))
+
+    def rows(self, rows: Tensor) -> Tokens:
+        return Tokens(self.query[rows], self.key[rows], self.value[rows])
+
+
+def tokens(batch: int, count: int, head_dim: int = D, value_dim: int = DV) -> Tokens:
+    return Tokens(
+        torch.randn(batch, H, count, head_dim) * 1.5,
+        torch.randn(batch, HKV, count, head_dim),
+        torch.randn(batch, HKV, count, value_dim),
+    )
+
+
+def left_padding(lengths: Sequence[int], size: int) -> Tensor:
+    """Return [B, size] bool: the last tokens of each row are real."""
+    return torch.arange(size) >= size - torch.tensor(lengths)[:, None]
+
+
+def extend(store: KVStore, given: Tokens, valid: Tensor | None = None) -> None:
+    store.extend(given.key, given.value, valid)
+    store.remember_queries(given.query, WINDOW)
+
+
+def close(store: KVStore, split: BudgetSplit, reserve: int = RESERVE) -> None:
+    store.close_prompt(split, decode_reserve=reserve, kernel_size=KERNEL, scaling=SCALING)
+
+
+def prompted(given: Tokens, split: BudgetSplit, valid: Tensor | None = None, reserve: int = RESERVE) -> KVStore:
+    """Return a store after a first prompt."""
+    store = KVStore()
+    extend(store, given, valid)
+    close(store, split, reserve)
+    return store
+
+
+def decode(store: KVStore, given: Tokens) -> Tensor:
+    """Decode tokens one by one, and return their outputs [B, H, n, Dv]."""
+    steps = [
+        decode_step(given.query[:, :, i], given.key[:, :, i], given.value[:, :, i], store, scaling=SCALING)
+        for i in range(len(given))
+    ]
+    return torch.stack(steps, dim=2)

@@ -1,0 +1,138 @@
+"""The ways to generate: each gives the stock model's output within the budget, and plain RocketKV's beyond it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rocketkv
+from rocketkv.hf.cache import rocketkv_layers
+from rocketkv.hf.models import CACHE_ARGUMENT
+from rocketkv.state.store import KVStore
+from tiny import LARGE, SMALL, build, greedy, left_padded, prompt
+
+pytestmark = pytest.mark.integration
+
+PROMPT = prompt(90)
+# The same few tokens again and again, so that prompt lookup finds drafts, right ones among them.
+REPEATING = torch.cat([prompt(12, seed=5)] * 8, dim=1)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"do_sample": True, "temperature": 1.3, "top_k": 20},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2, "early_stopping": True},
+        {"num_beams": 3, "do_sample": True},
+        {"guidance_scale": 1.5, "negative_prompt_ids": prompt(9, seed=8)},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+        {"prompt_lookup_num_tokens": 4},
+        {"assistant_early_exit": 1},
+    ],
+    ids=lambda how: "-".join(how),
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_within_the_budget_the_stock_output(how: dict[str, Any], padded: bool) -> None:
+    speculative = "prompt_lookup_num_tokens" in how or "assistant_early_exit" in how
+    if padded and (speculative or "guidance_scale" in how):
+        inputs = left_padded([REPEATING])  # one row only, so a mask without padding
+    else:
+        inputs = left_padded([REPEATING, prompt(41)]) if padded else {"input_ids": REPEATING}
+    model = build()
+
+    def output() -> Tensor:
+        torch.manual_seed(3)
+        return model.generate(**inputs, max_new_tokens=16, **how)
+
+    expected = output()
+    with rocketkv.patch(model, **LARGE) as handle:
+        assert output().equal(expected)
+        assert handle.stats().total("index_bytes") >= 0
+    assert output().equal(expected)
+
+
+def scored(model: Any, sequence: Tensor, prompt_length: int) -> float:
+    """Return the mean log-probability of a sequence's new tokens, fed one by one to a hand-written loop."""
+    total, ids, cache = 0.0, sequence[None, :prompt_length], None
+    with torch.no_grad():
+        for token in sequence[prompt_length:]:
+            out = model(ids, **{CACHE_ARGUMENT: cache}, use_cache=True)
+            cache, ids = out.get(CACHE_ARGUMENT), token.view(1, 1)
+            total += float(out.logits[0, -1].log_softmax(-1)[token])
+    return total / (len(sequence) - prompt_length)
+
+
+@pytest.mark.parametrize("method", ["rocketkv", "streaming", "quest"])
+def test_beams_keep_to_their_own_cache(method: str) -> None:
+    model = build()
+    split = rocketkv.RocketKVConfig(method=method, **{**SMALL, "split": None}).split_for(90, 16)
+    with rocketkv.patch(model, method=method, **{**SMALL, "split": split}):
+        out = model.generate(
+            PROMPT, max_new_tokens=20, num_beams=4, num_return_sequences=4, return_dict_in_generate=True,
+            output_scores=True,
+        )  # fmt: skip
+        expected = [scored(model, sequence, 90) for sequence in out.sequences]
+    assert len(set(map(tuple, out.sequences.tolist()))) == 4
+    assert out.sequences_scores.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("draft", ["prompt lookup", "assistant", "patched assistant", "early exit"])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        ("llama", "rocketkv"),
+        ("llama", "snapkv"),
+        ("llama", "quest"),
+        ("llama", "streaming"),
+        ("gemma3", "rocketkv"),
+        ("gpt-oss", "rocketkv"),
+    ],
+)
+def test_verify_steps_give_plain_tokens_and_evict_nothing(
+    draft: str, family: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if draft == "early exit" and family != "llama":
+        family = "gemma2"  # transformers itself fails with the others
+    model = build(family)
+    # Nearly the model itself: most of its drafts are right, not all.
+    assistant = build(family)
+    with torch.no_grad():
+        assistant.lm_head.weight.add_(torch.randn(assistant.lm_head.weight.shape) * 0.2)
+    how = {
+        "prompt lookup": {"prompt_lookup_num_tokens": 5},
+        "assistant": {"assistant_model": assistant},
+        "patched assistant": {"assistant_model": assistant},
+        "early exit": {"assistant_early_exit": 1},
+    }[draft]
+    split = rocketkv.RocketKVConfig(method=method, **{**SMALL, "split": None}).split_for(96, 16)
+    with rocketkv.patch(model, method=method, **{**SMALL, "split": split}):
+        if draft == "patched assistant":
+            rocketkv.patch(assistant, **SMALL)
+        expected, expected_logits, plain = greedy(model, REPEATING, 24)
+        evictions = []
+        close_prompt = KVStore.close_prompt
+
+        def counted(store: KVStore, *args: Any, **kwargs: Any) -> None:
+            evictions.append(store)
+            close_prompt(store, *args, **kwargs)
+
+        monkeypatch.setattr(KVStore, "close_prompt", counted)
+        forwards: list[int] = []
+        model.model.register_forward_pre_hook(
+            lambda module, args, kwargs: forwards.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        tokens, logits, cache = greedy(model, REPEATING, 24, **how)
+    layers = rocketkv_layers(cache)
+    assert tokens.equal(expected)
+    torch.testing.assert_close(logits, expected_logits, atol=1e-5, rtol=0)
+    ours = [store for store in evictions if any(store is layer.store for layer in layers)]
+    assert len(ours) == len(layers), "stage 1 runs once a layer, at the end of the prompt"
+    assert max(forwards[1:]) > 1, "there was no verify step"
+    for layer, other in zip(layers, rocketkv_layers(plain), strict=True):
+        kept, expected_kept = (found.store.positions[..., : found.store.stored].flatten() for found in (layer, other))
+        assert method == "streaming" or kept[kept < 96].equal(expected_kept[expected_kept < 96])

@@ -1,0 +1,261 @@
+"""The edges of a decode step by the kernels: ties, NaN, ends of buffers, cuts, and what a step does underneath."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from close import assert_near
+from rocketkv import dispatch as backend
+
+pytest.importorskip("triton", reason="Triton has no package for this platform")
+
+from layer_case import HALF, Case, kernel_step, make, workspace_of
+from rocketkv.kernels import decode, select
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("query_is_zero", [True, False])
+@pytest.mark.parametrize("separate", [True, False])
+def test_ties_go_to_the_lowest_positions(
+    page_size: int, query_is_zero: bool, separate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if separate:
+        monkeypatch.setattr(decode, "REGISTER_PAGES", 0)
+    case = Case(page_size=page_size, lengths=(200,))
+    store, [(query, key, value)], _ = make(case)
+    assert store.keys is not None
+    assert store.index is not None
+    if query_is_zero:
+        query = torch.zeros_like(query)
+    else:
+        # Equal keys, in whole numbers: equal scores in whatever order they are summed.
+        query = (4 * query).round()
+        liked = query.sum(1, keepdim=True)
+        store.keys[:] = liked[:, :, None]
+        pages = torch.cat((liked, liked), dim=-1) if page_size > 1 else liked
+        store.index[:] = pages[:, :, None, :, None]
+        key = liked
+    workspace = workspace_of(case, store)
+    kernel_step(case, store, workspace, (query, key, value), None)
+    for row in workspace.chosen:
+        assert row.tolist() == list(range(case.top_k))
+
+
+def test_a_nan_key_spoils_its_own_head_group_only() -> None:
+    case = Case(lengths=(200, 200), heads=4, kv_heads=2)
+    store, [step], _ = make(case)
+    other = copy.deepcopy(store)
+    assert other.keys is not None
+    other.keys[0, 1, 199, 5] = torch.nan  # in the open page
+    expected = kernel_step(case, store, workspace_of(case, store), step, None)
+    found = kernel_step(case, other, workspace_of(case, other), step, None)
+    assert torch.equal(found[1], expected[1])
+    assert torch.equal(found[0, :2], expected[0, :2])
+
+
+@pytest.mark.parametrize("page_size", [1, 3])
+def test_a_nan_stays_in_the_bounds_of_its_page(page_size: int) -> None:
+    case = Case(lengths=(page_size * 60 + page_size - 1,), page_size=page_size)
+    store, [(query, key, value)], _ = make(case)
+    key[0, 0, 3] = torch.nan
+    plain = copy.deepcopy(store)
+    kernel_step(case, store, workspace_of(case, store), (query, key, value), None)
+    plain.append(key, value)
+    assert store.index is not None
+    assert plain.index is not None
+    assert store.index.isnan().sum() == (1 if page_size == 1 else 2)
+    assert torch.equal(store.index.nan_to_num(9.0), plain.index.nan_to_num(9.0))
+
+
+@pytest.mark.parametrize("programs", [1, 7, 200])
+def test_runs_repeat_bit_for_bit_and_cuts_do_not_change_the_choice(programs: int) -> None:
+    case = Case(lengths=(500, 300), page_size=1, programs=programs, top_k=150, token_budget=200, dtype=HALF[1], steps=2)
+    store, steps, sinks = make(case)
+    again, whole = copy.deepcopy(store), copy.deepcopy(store)
+    first, second = workspace_of(case, store), workspace_of(case, again)
+    uncut = workspace_of(replace(case, programs=1), whole)
+    for step in steps:
+        out = kernel_step(case, store, first, step, sinks)
+        assert torch.equal(kernel_step(case, again, second, step, sinks), out)
+        assert_near(kernel_step(case, whole, uncut, step, sinks), out, 2e-2)
+        assert torch.equal(first.chosen, uncut.chosen)
+    assert first.arrivals.count_nonzero() == 0
+
+
+def test_a_workspace_serves_one_layer_after_another() -> None:
+    case = Case(lengths=(300, 150), programs=64, steps=2)
+    stores = [make(case, seed)[0] for seed in range(3)]
+    alone = copy.deepcopy(stores)
+    shared = workspace_of(case, stores[0])
+    _, steps, _ = make(case, 9)
+    for step in steps:
+        for store, single in zip(stores, alone, strict=True):
+            expected = kernel_step(case, single, workspace_of(case, single), step, None)
+            assert torch.equal(kernel_step(case, store, shared, step, None), expected)
+
+
+def test_queries_keys_and_values_may_be_slices_of_a_fused_projection() -> None:
+    case = Case(lengths=(200, 150), heads=6, kv_heads=2)
+    store, [(query, key, value)], _ = make(case)
+    other = copy.deepcopy(store)
+    expected = kernel_step(case, store, workspace_of(case, store), (query, key, value), None)
+    query, key, value = torch.cat((query, key, value), dim=1).split((6, 2, 2), dim=1)
+    assert not query.is_contiguous()
+    with Counting() as counting:
+        found = kernel_step(case, other, workspace_of(case, other), (query, key, value), None)
+    assert torch.equal(found, expected)
+    assert not [name for name in counting.names if "clone" in name]
+    assert torch.equal(other.keys, store.keys) if other.keys is not None and store.keys is not None else False
+    assert torch.equal(other.values, store.values) if other.values is not None and store.values is not None else False
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_channels_that_are_not_chosen_do_not_matter(bad: float) -> None:
+    case = Case(lengths=(300,), channels=17)
+    store, [(query, key, value)], _ = make(case)
+    assert store.keys is not None
+    assert store.index is not None
+    chosen = query.abs().sum(1).argsort(dim=-1, descending=True)[0]
+    other = copy.deepcopy(store)
+    assert other.index is not None
+    other.index[0, 0, 0, chosen[20], 5] = bad
+    first, second = workspace_of(case, store), workspace_of(case, other)
+    kernel_step(case, store, first, (query, key, value), None)
+    kernel_step(case, other, second, (query, key, value), None)
+    assert torch.equal(second.chosen, first.chosen)
+    assert torch.equal(second.scores.nan_to_num(7.0)[..., :100], first.scores.nan_to_num(7.0)[..., :100])
+
+
+@pytest.mark.parametrize(("length", "separate"), [(120, False), (120, True), (256, False), (256, True)])
+def test_nothing_beyond_the_buffers_is_touched(length: int, separate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row within the budget has no list to read, and one that is full has nowhere to score another page."""
+    if separate:
+        monkeypatch.setattr(decode, "REGISTER_PAGES", 0)
+    case = Case(lengths=(length,), page_size=2, top_k=64, token_budget=128)
+    store, [step], _ = make(case)
+    full = length == 256
+    if full:  # as many slots as one tile of pages holds
+        assert store.keys is not None
+        assert store.values is not None
+        store.keys, store.values = store.keys[:, :, :256].contiguous(), store.values[:, :, :256].contiguous()
+        store.positions = None if store.positions is None else store.positions[:, :, :256].contiguous()
+        store.index = None if store.index is None else store.index[:, :, :1].contiguous()
+    space = workspace_of(case, store)
+    guard = 1000.0
+    scores, chosen = space.scores, space.chosen
+    wide = torch.full((scores.numel() + 256,), guard)
+    space.scores = wide[: scores.numel()].view_as(scores)
+    lists = torch.full((chosen.numel() + 128,), 2**30, dtype=torch.int32)  # a slot that would be far outside
+    space.chosen = lists[: chosen.numel()].view_as(chosen)
+    before = None if store.keys is None else store.keys.clone()
+    out = kernel_step(case, store, space, step, None)
+    assert out.isfinite().all()
+    assert (wide[scores.numel() :] == guard).all()
+    assert (lists[chosen.numel() :] == 2**30).all()
+    if full:
+        assert before is not None
+        assert store.keys is not None
+        assert torch.equal(store.keys, before)
+        assert store.lengths is not None
+        assert store.lengths.tolist() == [[256]]
+
+
+@pytest.mark.parametrize("pages", [256, 2048])
+def test_a_separate_choice_takes_few_passes(pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "REGISTER_PAGES", 0)
+    case = Case(lengths=(pages - 1,), page_size=1, top_k=40, token_budget=80)
+    store, [step], _ = make(case)
+    passes = []
+    counted = select._found
+    monkeypatch.setattr(select, "_found", lambda *args, **kwargs: passes.append(1) or counted(*args, **kwargs))
+    kernel_step(case, store, workspace_of(case, store), step, None)
+    if decode.INTERPRETED:
+        assert 3 <= len(passes) <= 34  # bits of a float32 and two more
+
+
+class Counting(TorchDispatchMode):
+    """Collects the operations that PyTorch runs and that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not function.is_view:
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("pages", "launches"), [(decode.REGISTER_PAGES, 2), (0, 3)])
+def test_a_step_is_two_launches_and_no_operation(pages: int, launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "REGISTER_PAGES", pages)
+    case = Case(lengths=(300,))
+    store, steps, _ = make(case)
+    workspace = workspace_of(case, store)
+    kernels = {name: getattr(decode, name) for name in ("append_score_kernel", "select_kernel", "select_attend_kernel")}
+    launched = []
+
+    class Recorded:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(*args: Any, **kwargs: Any) -> None:
+                launched.append((self.name, args, kwargs, grid))
+
+            return launch
+
+    for name in kernels:
+        monkeypatch.setattr(decode, name, Recorded(name))
+    query, key, value = steps[0]
+    clock, out = store.clock(), torch.zeros_like(query)
+    with Counting() as counting:
+        decode.decode_step(
+            query, key, value,
+            keys=store.keys, values=store.values, positions=store.positions, index=store.index, lengths=store.lengths,
+            seen=clock, workspace=workspace, scaling=0.125, out=out,
+        )  # fmt: skip
+    assert counting.names == []
+    assert len(launched) == launches
+    # What was recorded is the step: run it.
+    for name, args, kwargs, grid in launched:
+        kernels[name][grid](*args, **kwargs)
+    assert out.count_nonzero() == out.numel()
+    assert store.lengths is not None
+    assert store.lengths.tolist() == [[301]]
+
+
+@pytest.mark.parametrize(
+    "case", [Case(lengths=(70,), steps=12), Case(method="streaming", lengths=(74,), steps=40)], ids=str
+)
+def test_through_the_backend_over_a_long_decode(case: Case) -> None:
+    """Buffers grow, pages close, rows pass the budget; a rolling store rolls."""
+    store, steps, sinks = make(case)
+    plain = copy.deepcopy(store)
+    workspaces: dict[Any, Any] = {}
+    for query, key, value in steps:
+        given: dict[str, Any] = {"scaling": case.head_dim**-0.5, "sinks": sinks}
+        found = backend.decode_step(query, key, value, store, **given, backend="triton", workspaces=workspaces)
+        expected = backend.decode_step(query, key, value, plain, **given, backend="torch")
+        assert_near(found, expected)
+    assert len(workspaces) == 1
+    assert store.seen == plain.seen
+    assert store.capacity == plain.capacity > max(case.lengths) + 8
+    # And the reference goes on where the kernels stopped, and they after it.
+    query, key, value = steps[0]
+    for first, second in (("torch", "triton"), ("triton", "torch")):
+        found = backend.decode_step(query, key, value, store, **given, backend=first)
+        assert_near(found, backend.decode_step(query, key, value, plain, **given, backend=second))
+    assert torch.equal(store.positions, plain.positions) if store.positions is not None else False
+    store.crop(store.seen - 3)
+    plain.crop(plain.seen - 3)
+    found = backend.decode_step(query, key, value, store, **given, backend="triton")
+    assert_near(found, backend.decode_step(query, key, value, plain, **given, backend="torch"))
+    assert math.isfinite(float(found.sum()))

@@ -1,0 +1,106 @@
+"""Whole models on the kernels, in Triton's interpreter where there is no GPU, and the choice of the backend."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+import rocketkv
+from close import assert_near
+from rocketkv import dispatch as backend
+from rocketkv.budget import BudgetSplit
+from rocketkv.hf.layer import RocketKVLayer
+from tiny import SETTINGS, SMALL, build, greedy, left_padded, prompt
+
+pytest.importorskip("triton", reason="Triton has no package for this platform")
+pytestmark = pytest.mark.integration
+
+PADDED = left_padded([prompt(70), prompt(31, seed=3)])
+
+
+def assert_same(model: Any, inputs: Any, **fields: Any) -> Any:
+    with rocketkv.patch(model, **fields, backend="torch"):
+        tokens, logits, _ = greedy(model, inputs, 6)
+    with rocketkv.patch(model, **fields, backend="triton") as handle:
+        found, found_logits, cache = greedy(model, inputs, 6)
+        stats = handle.stats()
+    assert found.equal(tokens)
+    assert_near(found_logits, logits, 2e-5)
+    assert stats.workspace_bytes > 0
+    return cache
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss"])
+def test_models_give_the_same_tokens(family: str) -> None:
+    assert_same(build(family), prompt(70), **SMALL)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_left_padded_batches_give_the_same_tokens(family: str) -> None:
+    assert_same(build(family), PADDED, **SMALL)
+
+
+@pytest.mark.parametrize("method", ["snapkv", "streaming", "sparq", "rocketkv+"])
+def test_methods_give_the_same_tokens(method: str) -> None:
+    assert_same(build(), prompt(70), **SETTINGS, token_budget=48, method=method)
+
+
+def test_layers_share_their_workspace_and_its_bytes_are_counted() -> None:
+    cache = assert_same(build(), prompt(70), **SMALL)
+    layers = [layer for layer in cache.layers if isinstance(layer, RocketKVLayer)]
+    first = layers[0].workspaces
+    assert all(layer.workspaces is first for layer in layers)
+    (workspace,) = first.values()
+    live = sum(tensor.untyped_storage().nbytes() for tensor in workspace.tensors().values())
+    assert cache.stats().workspace_bytes == live
+    assert cache.stats().total_bytes == sum(layer.stats().total_bytes for layer in layers) + live
+
+
+def test_what_the_kernels_do_not_take_runs_on_the_reference_and_says_so_once() -> None:
+    split = BudgetSplit(token_budget=24, kept_tokens=60, page_size=20, channels=8, top_k=12)
+    model = build()
+    backend._say_once.cache_clear()
+    with rocketkv.patch(model, **{**SMALL, "split": split}, backend="triton"):
+        with pytest.warns(UserWarning, match="run on PyTorch, not on the kernels: pages hold 20 tokens") as said:
+            found = greedy(model, prompt(90), 4)[0]
+        assert sum("not on the kernels" in str(warning.message) for warning in said) == 1
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*not on the kernels")
+            greedy(model, prompt(90), 4)
+    with rocketkv.patch(model, **{**SMALL, "split": split}, backend="torch"):
+        assert greedy(model, prompt(90), 4)[0].equal(found)
+
+
+def test_the_backend_is_chosen_by_field_then_variable_then_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backend.backend_name(cpu) == "torch"
+    assert backend.backend_name(cpu, "triton") == "triton"
+    assert backend.backend_name(torch.device("cuda")) == "triton"
+    monkeypatch.setenv(backend.VARIABLE, "triton")
+    assert backend.backend_name(cpu) == "triton"
+    assert backend.backend_name(cpu, "torch") == "torch"
+    monkeypatch.setenv(backend.VARIABLE, "cuda")
+    with pytest.raises(ValueError, match="ROCKETKV_BACKEND must be one of auto, torch, triton; got 'cuda'"):
+        backend.backend_name(cpu)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="backend='triton' cannot run on 'cpu': the kernels need an NVIDIA or AMD GPU"):
+        backend.backend_name(cpu, "triton")
+
+
+def test_without_the_triton_package_a_gpu_runs_pytorch_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    backend._no_triton.cache_clear()
+    backend._say_once.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="pip install triton"):
+            assert backend.backend_name(torch.device("cuda")) == "torch"
+        with pytest.raises(ValueError, match="the triton package is not installed"):
+            backend.backend_name(torch.device("cuda"), "triton")
+    finally:
+        backend._no_triton.cache_clear()

@@ -1,0 +1,271 @@
+"""Decode steps on a sketch by the kernels, in Triton's interpreter where there is no GPU, against the reference."""
+
+from __future__ import annotations
+
+import copy
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from close import assert_near
+from rocketkv import dispatch as backend
+from rocketkv.core.residual import residual_attend
+from rocketkv.state.store import KVStore
+
+pytest.importorskip("triton", reason="Triton has no package for this platform")
+
+from layer_case import Case, bias_of, expected_logits, expected_positions, kernel_step, make, workspace_of
+from rocketkv.kernels import decode
+
+BF16, FP16 = torch.bfloat16, torch.float16
+CASES = [
+    Case(sketch_bits=2, steps=2),
+    # Bits, precisions and head dims that fill their bytes or not; a tile and a token, and one less.
+    Case(sketch_bits=1, dtype=FP16, head_dim=16, heads=4, kv_heads=4, lengths=(128,)),
+    Case(sketch_bits=2, dtype=BF16, head_dim=80, value_dim=48, lengths=(127,)),
+    Case(sketch_bits=3, head_dim=40, lengths=(129,), softcap=4.0, sinks=True),
+    Case(sketch_bits=4, dtype=BF16, head_dim=72, heads=7, lengths=(140,)),
+    Case(sketch_bits=1, head_dim=256, lengths=(140,), programs=2),
+    # More heads of a group than are scored at a time, without the residual.
+    Case(sketch_bits=2, head_dim=32, heads=40, residual=False),
+    Case(sketch_bits=2, head_dim=32, heads=40, residual=False, by_largest=True),
+    # More tiles than splits, and the other way round; several parts of unequal shares.
+    Case(sketch_bits=2, head_dim=16, lengths=(420,), top_k=130, token_budget=200, programs=1),
+    Case(sketch_bits=2, head_dim=16, lengths=(420,), top_k=130, token_budget=200, programs=64, sinks=True),
+    # Rows of different lengths, some within the budget, one that passes it; protected tokens.
+    Case(sketch_bits=2, head_dim=16, lengths=(150, 73, 1), steps=2, by_largest=True),
+    Case(sketch_bits=2, head_dim=16, lengths=(140, 91), heads=4, kv_heads=2, dtype=FP16, protected=12, by_largest=True),
+    Case(sketch_bits=2, head_dim=16, lengths=(20,)),
+    # A bias of the residual: groups, rows of which some are within the budget, several parts; one head, and one part.
+    Case(sketch_bits=2, head_dim=16, heads=6, kv_heads=2, lengths=(150, 73, 1), steps=2, sinks=True, biased=True),
+    Case(sketch_bits=1, dtype=BF16, head_dim=72, heads=1, lengths=(140,), softcap=4.0, programs=1, biased=True),
+]
+
+
+def attention(
+    case: Case,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    chosen: Tensor,
+    logits: Tensor,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Attend in one precision, by the definition: to the chosen tokens [k] and to all others as one.
+
+    Args: query [G, D], keys [N, D], values [N, DV], estimated logits [G, N], sinks [G], bias [G].
+    """
+    query, keys, values, logits = (tensor.cpu().to(dtype) for tensor in (query, keys, values, logits))
+    others = torch.ones(len(keys), dtype=torch.bool).index_fill(0, chosen, False)
+    exact = query @ keys[chosen].T * case.head_dim**-0.5
+    if case.softcap is not None:
+        exact = torch.tanh(exact / case.softcap) * case.softcap
+    columns, own = [exact], values[chosen]
+    if case.residual and bool(others.any()):
+        rest = logits[:, others].logsumexp(-1, keepdim=True)
+        columns.append(rest if bias is None else rest + bias.cpu().to(dtype)[:, None])
+        own = torch.cat((own, values[others].mean(0, keepdim=True)))
+    if sinks is not None:
+        columns.append(sinks.cpu().to(dtype)[:, None])
+    weight = torch.cat(columns, -1).softmax(-1)
+    rest = weight[:, len(chosen)] if len(own) > len(chosen) else torch.zeros(len(query), dtype=dtype)
+    return weight[:, : len(own)] @ own, rest
+
+
+def assert_step(
+    case: Case,
+    store: KVStore,
+    plain: KVStore,
+    workspace: decode.DecodeWorkspace,
+    step: tuple[Tensor, Tensor, Tensor],
+    sinks: Tensor | None,
+) -> None:
+    query, key, value = step
+    bias = bias_of(case)
+    found = kernel_step(case, store, workspace, step, sinks, bias)
+    plain.append(key, value)
+    kept = ("keys", "values", "positions", "lengths", "codes", "scales", "mean")
+    for name in (*kept, *(["value_sum"] if case.residual else [])):
+        assert torch.equal(getattr(store, name), getattr(plain, name)), name
+    group = case.heads // case.kv_heads
+    logits, positions = expected_logits(case, plain, query), expected_positions(case, plain, query, sinks)
+    errors, allowed = [], []
+    for b, h in product(range(len(case.lengths)), range(case.kv_heads)):
+        length, heads = int(store.lengths[b, h]), slice(h * group, (h + 1) * group)  # type: ignore[index]
+        chosen, row = torch.arange(length), b * case.kv_heads + h
+        scores = workspace.scores[row, :, :length]
+        if length > case.token_budget:
+            assert_near(scores, logits[b, heads, :length])
+            assert workspace.chosen[row].tolist() == positions[b, h].tolist()
+            chosen = positions[b, h].long().cpu()
+        stored = (store.keys[b, h, :length], store.values[b, h, :length])  # type: ignore[index]
+        own = (None if sinks is None else sinks[heads], None if bias is None else bias[b, heads])
+        given = (query[b, heads], *stored, chosen, scores, *own)
+        exact, rest = attention(case, *given, torch.float64)
+        low, _ = attention(case, *given, case.dtype)
+        errors.append((found[b, heads].cpu().double() - exact).abs().max())
+        allowed.append((low.double() - exact).abs().max())
+        if case.residual:
+            assert store.missed is not None
+            assert_near(store.missed[b, heads].cpu(), rest, 1e-6 if case.dtype == torch.float32 else 1e-3)
+    bound = 1e-6 if case.dtype == torch.float32 else 2 * max(allowed)
+    assert max(errors) <= bound, (max(errors), bound)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_steps_equal_the_reference(case: Case) -> None:
+    store, steps, sinks = make(case)
+    plain = copy.deepcopy(store)
+    workspace = workspace_of(case, store)
+    for step in steps:
+        assert_step(case, store, plain, workspace, step, sinks)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(sketch_bits=2, head_dim=16, heads=3, lengths=(300, 90), sinks=True, by_largest=True),
+        Case(sketch_bits=3, head_dim=16, lengths=(300,), programs=64, protected=3),
+        Case(sketch_bits=2, head_dim=16, heads=4, kv_heads=2, lengths=(300, 90), programs=64, sinks=True, biased=True),
+        Case(sketch_bits=2, head_dim=16, lengths=(150, 20), programs=1, by_largest=True, biased=True),
+    ],
+    ids=str,
+)
+def test_a_choice_in_a_launch_of_its_own(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "REGISTER_PAGES", 0)
+    monkeypatch.setattr(decode, "SELECT_CHUNK", 256)
+    store, [step], sinks = make(case)
+    workspace = workspace_of(case, store)
+    assert workspace.separate
+    assert_step(case, store, copy.deepcopy(store), workspace, step, sinks)
+
+
+@pytest.mark.parametrize("programs", [1, 64])
+def test_a_bias_weighs_what_is_not_read_and_no_more(programs: int) -> None:
+    case = Case(sketch_bits=2, head_dim=16, heads=4, kv_heads=2, lengths=(150, 20), programs=programs, biased=True)
+    store, [step], _ = make(case)
+    bias = bias_of(case)
+    assert bias is not None
+
+    def stepped(given: Tensor | None) -> tuple[Tensor, Tensor]:
+        other = copy.deepcopy(store)
+        out = kernel_step(case, other, workspace_of(case, other), step, None, given)
+        assert other.missed is not None
+        return out, other.missed.clone()
+
+    out, missed = stepped(None)
+    for found, expected in zip(stepped(torch.zeros_like(bias)), (out, missed), strict=True):
+        assert torch.equal(found, expected)
+    biased, more = stepped(bias)
+    # A row within the budget leaves nothing out. In the other the odds of what is left out are multiplied.
+    assert torch.equal(biased[1], out[1])
+    assert (more[1] == 0).all()
+    assert_near(more[0].logit(), missed[0].logit() + bias[0], 1e-5)
+    # A bias that rows share, and one that leaves nothing.
+    for found, expected in zip(stepped(bias[:1].expand(2, -1)), (biased, more), strict=True):
+        assert torch.equal(found, expected)
+    assert (stepped(torch.full_like(bias, -200.0))[1] == 0).all()
+
+
+def test_a_bias_is_what_the_reference_adds() -> None:
+    case = Case(
+        sketch_bits=2, head_dim=16, value_dim=24, heads=6, kv_heads=2, lengths=(150, 91), softcap=4.0, sinks=True,
+        biased=True,
+    )  # fmt: skip
+    store, [step], sinks = make(case)
+    bias = bias_of(case)
+    found = kernel_step(case, store, workspace_of(case, store), step, sinks, bias)
+    query, positions = step[0], expected_positions(case, store, step[0], sinks)
+    assert store.keys is not None
+    assert store.values is not None
+    assert store.value_sum is not None
+    out, missed = residual_attend(
+        query, store.keys, store.values, positions, expected_logits(case, store, query), store.value_sum,
+        bias=bias, lengths=store.lengths, scaling=case.head_dim**-0.5, softcap=case.softcap, sinks=sinks,
+    )  # fmt: skip
+    assert_near(found, out)
+    assert store.missed is not None
+    assert_near(store.missed, missed)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_key_that_is_not_finite_spoils_its_own_head_group_only(bad: float) -> None:
+    case = Case(sketch_bits=2, head_dim=16, lengths=(140,), heads=4, kv_heads=2)
+    store, [(query, key, value)], _ = make(case)
+    expected = kernel_step(case, copy.deepcopy(store), workspace_of(case, store), (query, key, value), None)
+    plain = copy.deepcopy(store)
+    key[0, 1, 3] = bad
+    found = kernel_step(case, store, workspace_of(case, store), (query, key, value), None)
+    plain.append(key, value)
+    assert torch.equal(found[0, :2], expected[0, :2])
+    assert torch.equal(store.codes, plain.codes)  # type: ignore[arg-type]
+    assert torch.equal(store.scales.isnan(), plain.scales.isnan())  # type: ignore[union-attr]
+
+
+def test_equal_keys_and_no_difference() -> None:
+    """All scores tie, and the scale is zero: the lowest positions win, and nothing is divided by zero."""
+    case = Case(sketch_bits=2, head_dim=16, lengths=(140,))
+    store, [(query, _, value)], _ = make(case)
+    store.keys = torch.ones_like(store.keys)  # type: ignore[arg-type]
+    store.mean = torch.ones_like(store.mean)  # type: ignore[arg-type]
+    store.rebuild_index()
+    workspace = workspace_of(case, store)
+    out = kernel_step(case, store, workspace, (query, torch.ones_like(value), value), None)
+    assert workspace.chosen[0].tolist() == list(range(case.top_k))
+    assert store.scales is not None
+    assert store.scales[0, 0, 140] == 0
+    assert store.values is not None
+    assert_near(out[0, 0], store.values[0, 0, :141].mean(0), 1e-6)
+
+
+def test_a_full_row_stays_as_it_is() -> None:
+    case = Case(sketch_bits=2, head_dim=16, lengths=(128,))
+    store, [step], _ = make(case)
+    store.keys, store.values, store.positions, store.codes, store.scales = (
+        tensor[:, :, :128].contiguous()
+        for tensor in (store.keys, store.values, store.positions, store.codes, store.scales)  # type: ignore[index]
+    )
+    before = {name: tensor.clone() for name, tensor in store.tensors().items()}
+    out = kernel_step(case, store, workspace_of(case, store), step, None)
+    assert out.isfinite().all()
+    for name, tensor in before.items():
+        assert torch.equal(getattr(store, name), tensor), name
+
+
+def test_the_reference_and_the_kernels_take_turns() -> None:
+    """Through the backend: buffers grow, the row passes the budget, tokens are taken back; one workspace serves all."""
+    case = Case(sketch_bits=2, head_dim=16, lengths=(70,), steps=14)
+    store, steps, _ = make(case)
+    plain = copy.deepcopy(store)
+    workspaces: dict[Any, Any] = {}
+    given: dict[str, Any] = {"scaling": case.head_dim**-0.5, "workspaces": workspaces}
+    for i, (query, key, value) in enumerate(steps):
+        found = backend.decode_step(query, key, value, store, **given, backend="torch" if i in (6, 11) else "triton")
+        assert_near(found, backend.decode_step(query, key, value, plain, **given, backend="torch"))
+        if i == 9:
+            store.crop(store.seen - 2)
+            plain.crop(plain.seen - 2)
+        if plain.missed is None:
+            assert store.missed is None
+        else:
+            assert store.missed is not None
+            assert_near(store.missed, plain.missed)
+    assert len(workspaces) == 1
+    assert store.capacity == plain.capacity > 78
+    assert torch.equal(store.codes, plain.codes)  # type: ignore[arg-type]
+    assert torch.equal(store.value_sum, plain.value_sum)  # type: ignore[arg-type]
+
+
+def test_equal_steps_give_equal_bits_in_one_place() -> None:
+    case = Case(sketch_bits=2, head_dim=16, lengths=(300,), programs=7)
+    store, [step], _ = make(case)
+    other = copy.deepcopy(store)
+    workspace = workspace_of(case, store)
+    first = kernel_step(case, store, workspace, step, None)
+    assert torch.equal(kernel_step(case, other, workspace, step, None), first)
+    assert int(workspace.arrivals.abs().sum()) == 0

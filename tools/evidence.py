@@ -1,0 +1,193 @@
+"""`make evidence`: measure every figure that the README quotes, and write them down.
+
+Needle prompts on a real model, memory, and both speed benchmarks. The figures go to docs/evidence.json and, as tables,
+between the markers of README.md. Interrupted, it goes on where it stopped; a part that is done is not run again unless
+the code has changed or `--fresh` is given.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rocketkv.config import RocketKVConfig
+from rocketkv.eval.bench.command import bench_attention, bench_decode, machine
+from rocketkv.eval.measure import measured_generate
+from rocketkv.eval.progress import Progress
+from rocketkv.eval.tasks.needle_text import found, needle_grid, needle_prompt
+from rocketkv.hf.loading import load_model
+
+ROOT = Path(__file__).resolve().parents[1]
+JSON_FILE = ROOT / "docs" / "evidence.json"
+README = ROOT / "README.md"
+PARTIAL = ROOT / ".evidence" / "partial.json"
+
+NEEDLE_TOKENS, NEEDLE_COUNT, NEEDLE_SEED = 4096, 20, 1
+NEEDLE_ARMS: dict[str, RocketKVConfig | None] = {
+    "full cache": None,
+    "rocketkv 512": RocketKVConfig(token_budget=512),
+    "rocketkv 256": RocketKVConfig(token_budget=256),
+    "streaming 512": RocketKVConfig(method="streaming", token_budget=512),
+}
+MEMORY_TOKENS, MEMORY_BUDGETS = 8064, (256, 512)
+
+Partial = dict[str, Any]
+
+
+def measure_needle(partial: Partial) -> dict[str, Any]:
+    """Ask every arm for the same hidden numbers, prompt by prompt."""
+    answers: dict[str, list[bool]] = partial.setdefault("needle_answers", {name: [] for name in NEEDLE_ARMS})
+    ratios: dict[str, float] = partial.setdefault("needle_ratios", {})
+    model, tokenizer = load_model(None)
+    prompts = needle_grid(tokenizer, tokens=NEEDLE_TOKENS, count=NEEDLE_COUNT, seed=NEEDLE_SEED)
+    with Progress("needles", total=len(prompts) * len(NEEDLE_ARMS)) as progress:
+        for number, prompt in enumerate(prompts):
+            for name, config in NEEDLE_ARMS.items():
+                progress.say(f"needle {number + 1} of {len(prompts)}: {name}")
+                if len(answers[name]) <= number:
+                    generation = measured_generate(model, tokenizer, prompt.text, config)
+                    answers[name].append(found(prompt.answer, generation.text))
+                    ratios[name] = generation.stats.memory_ratio
+                    _write(PARTIAL, partial)
+                progress.step()
+    return {
+        "tokens": NEEDLE_TOKENS,
+        "prompts": len(prompts),
+        "seed": NEEDLE_SEED,
+        "right": {name: sum(right) for name, right in answers.items()},
+        "interval": {name: wilson_interval(sum(right), len(right)) for name, right in answers.items()},
+        "memory_ratio": ratios,
+        "answers": answers,
+    }
+
+
+def measure_memory(partial: Partial) -> dict[str, Any]:
+    """Count the bytes of keys, values and index after a prompt, against a full cache of the same tokens."""
+    model, tokenizer = load_model(None)
+    prompt = needle_prompt(tokenizer, tokens=MEMORY_TOKENS, depth=0.5, seed=NEEDLE_SEED)
+    ratios = {}
+    for budget in MEMORY_BUDGETS:
+        stats = measured_generate(
+            model, tokenizer, prompt.text, RocketKVConfig(token_budget=budget), new_tokens=2
+        ).stats
+        stored = sum(stats.total(name) for name in ("key_bytes", "value_bytes", "index_bytes"))
+        ratios[str(budget)] = {
+            "stored_ratio": stored / stats.total("full_bytes"),
+            "step_ratio": stats.total("step_bytes") / stats.total("dense_step_bytes"),
+            "full_mib": stats.total("full_bytes") / 2**20,
+        }
+    return {"tokens": prompt.tokens, "budgets": ratios}
+
+
+def measure_attention(partial: Partial) -> dict[str, Any]:
+    """Time one attention layer at 32K tokens and budget 1024."""
+    return bench_attention(context=32768, token_budget=1024)
+
+
+def measure_decode(partial: Partial) -> dict[str, Any]:
+    """Time SmolLM2's decode step at 8K tokens and budget 256."""
+    return bench_decode(None, context=None, token_budget=256)
+
+
+PARTS: dict[str, Callable[[Partial], dict[str, Any]]] = {
+    "attention": measure_attention,
+    "decode": measure_decode,
+    "memory": measure_memory,
+    "needle": measure_needle,
+}
+
+
+def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a share."""
+    share = right / total
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    reach = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return max(0.0, middle - reach), min(1.0, middle + reach)
+
+
+def tables(evidence: dict[str, Any]) -> dict[str, str]:
+    """Render the README's tables, by the name of their markers."""
+    needle, memory, decode, attention = (evidence[name] for name in ("needle", "memory", "decode", "attention"))
+    host = evidence["machine"]
+    lines = ["| cache | right of {prompts} | 95 % interval | bytes of a full cache |".format(**needle), "|--|--|--|--|"]
+    for name, right in needle["right"].items():
+        low, high = needle["interval"][name]
+        lines.append(f"| {name} | {right} | {low:.2f}-{high:.2f} | {needle['memory_ratio'][name]:.2f} |")
+    needle_table = "\n".join(lines)
+    lines = ["| | K, V and index, of a full cache | read by a decode step, of a dense one |", "|--|--|--|"]
+    for budget, row in memory["budgets"].items():
+        lines.append(f"| budget {budget} | {row['stored_ratio']:.3f} | {row['step_ratio']:.3f} |")
+    memory_table = "\n".join(lines)
+    lines = ["| | against | times as fast | min-max of rounds |", "|--|--|--|--|"]
+    labels = {
+        "decode": f"SmolLM2-135M decode step, {decode['context']} tokens, budget {decode['token_budget']}",
+        "attention": f"attention layer, {attention['context']} tokens, budget {attention['token_budget']}",
+    }
+    for part, label in labels.items():
+        for name, ratio in evidence[part]["speedup_over"].items():
+            spread = f"{ratio['min']:.1f}-{ratio['max']:.1f}"
+            lines.append(f"| {label} | {name} | {ratio['median']:.1f} | {spread} |")
+    lines += ["", f"float32, {host['processor']}, {host['threads']} threads, torch {host['torch']}."]
+    return {"needle": needle_table, "memory": memory_table, "speed": "\n".join(lines)}
+
+
+def with_tables(text: str, evidence: dict[str, Any]) -> str:
+    """Return a document with the tables put between its markers `<!-- evidence: name -->` and `<!-- end -->`."""
+    for name, table in tables(evidence).items():
+        before, marker, rest = text.partition(f"<!-- evidence: {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        if not end:
+            raise ValueError(f"the document has no markers '<!-- evidence: {name} -->' and '<!-- end -->' on own lines")
+        text = f"{before}{marker}{table}\n{end}{after}"
+    return text
+
+
+def _revision() -> str:
+    """Name the code that is measured: the trees of the library and the harness, changes that are not committed too."""
+    paths = ["rocketkv", "eval"]
+    trees = subprocess.run(["git", "ls-files", "-s", *paths], cwd=ROOT, capture_output=True, text=True, check=True)
+    changes = subprocess.run(["git", "diff", "HEAD", *paths], cwd=ROOT, capture_output=True, text=True, check=True)
+    return hashlib.sha256((trees.stdout + changes.stdout).encode()).hexdigest()[:16]
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    """Write JSON so that an interruption leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def main() -> int:
+    """Measure what is missing, then write the figures; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    revision = _revision()
+    partial: Partial = {"revision": revision}
+    if PARTIAL.exists() and not args.fresh:
+        earlier = json.loads(PARTIAL.read_text(encoding="utf-8"))
+        partial = earlier if earlier.get("revision") == revision else partial
+    for name, measure in PARTS.items():
+        if name not in partial:
+            partial[name] = measure(partial)
+            _write(PARTIAL, partial)
+    evidence = {"machine": machine(), **{name: partial[name] for name in PARTS}}
+    _write(JSON_FILE, evidence)
+    README.write_text(with_tables(README.read_text(encoding="utf-8"), evidence), encoding="utf-8")
+    sys.stdout.write("\n\n".join(tables(evidence).values()) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
