@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .append_score import append_score_kernel
 from .append_sketch import SketchRule, append_sketch_kernel, arranged, code_block
+from .operands import Buffers, Params
 from .select import select_kernel
 from .select_attend import ALL, GIVEN, RANKED, RECENT, select_attend_kernel
 
@@ -33,7 +34,6 @@ LARGEST_HEAD_DIM = 256
 LARGEST_GROUP = 128
 LARGEST_QUERIES = 32768  # bytes of one group's queries, which lie in shared memory beside blocks of keys and values
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-E4M3_SINCE = (8, 9)  # compute capability of the first GPUs that convert it
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -93,36 +93,8 @@ class DecodeShape:
         return -(-pages // TILE_PAGES)
 
 
-def index_refusal(dtype: torch.dtype | None, capability: tuple[int, int] | None) -> str | None:
-    """Return why the kernels cannot keep an index in such a dtype, or None if they can.
-
-    Args:
-        dtype: of the index, or None for the keys' or no index.
-        capability: the GPU's compute capability, or None in the interpreter.
-    """
-    if dtype != torch.float8_e4m3fn or capability is None or capability >= E4M3_SINCE:
-        return None
-    found, least = (".".join(map(str, numbers)) for numbers in (capability, E4M3_SINCE))
-    return (
-        f"the index is float8_e4m3fn, which a GPU of compute capability {found} does not convert (it takes {least}); "
-        "index_dtype='float8_e5m2' runs on every GPU"
-    )
-
-
-def refusal(
-    shape: DecodeShape,
-    dtype: torch.dtype,
-    index_dtype: torch.dtype | None = None,
-    capability: tuple[int, int] | None = None,
-) -> str | None:
-    """Return why these kernels cannot decode such a layer, or None if they can.
-
-    Args:
-        shape: the layer's.
-        dtype: of keys.
-        index_dtype: see `index_refusal`.
-        capability: likewise.
-    """
+def refusal(shape: DecodeShape, dtype: torch.dtype) -> str | None:
+    """Return why these kernels cannot decode such a layer, with keys of this dtype, or None if they can."""
     if dtype not in DTYPES:
         return f"keys are {dtype}; the kernels take float16, bfloat16 and float32"
     if max(shape.head_dim, shape.value_dim) > LARGEST_HEAD_DIM:
@@ -139,7 +111,7 @@ def refusal(
         return "the mean value of what is not read needs the scores of a sketch; the kernels have it for no other index"
     if shape.scored and shape.page_size > LARGEST_PAGE:
         return f"pages hold {shape.page_size} tokens; the kernels take up to {LARGEST_PAGE}"
-    return index_refusal(index_dtype, capability) if shape.scored else None
+    return None
 
 
 def _power_of_two_within(count: int) -> int:
@@ -229,55 +201,35 @@ def decode_step(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    index: Tensor | None = None,
-    sketch: Sequence[Tensor] = (),
-    value_sum: Tensor | None = None,
-    residual_bias: Tensor | None = None,
-    missed: Tensor | None = None,
-    lengths: Tensor,
-    seen: Tensor,
-    ring: Tensor | None = None,
+    buffers: Buffers,
     workspace: DecodeWorkspace,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    params: Params,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Append one token to every row and attend to what stage 2 selects, writing everything on the device.
+    """Append one token to every row and attend to the tokens that stage 2 selects, writing everything on the device.
 
     Nothing is read back and, given `out`, nothing is allocated: the launches can be captured in a CUDA graph.
 
     Args:
         query: [B, H, D], after rotary embedding.
-        key: [B, Hkv, D], likewise.
+        key: [B, Hkv, D], after rotary embedding.
         value: [B, Hkv, Dv].
-        keys: [B, Hkv, capacity, D], with room for one token in every row; written.
-        values: [B, Hkv, capacity, Dv]; written.
-        positions: [B, Hkv, capacity] int32; written.
-        index: [B, Hkv, tiles, D or 2D, 128] in the keys' dtype or a float of 8 bits, or None where no pages are scored;
-            a page is written when it fills.
-        sketch: codes [B, Hkv, capacity, C] uint8 and scales [B, Hkv, capacity] bfloat16, written, and the mean key
-            [B, Hkv, D] float32; or nothing where keys are not sketched.
-        value_sum: [B, Hkv, Dv] float64, the sum of the values of each row, raised by the new one; with a residual.
-        residual_bias: [B, H] float32, added to the logit of the tokens that are not read, or None; with a residual.
-        missed: [B, H] float32 to write the weight of the tokens that are not read to, or None to keep it from the
-            caller; with a residual.
-        lengths: [B, Hkv] int32, tokens of each row; raised by one.
-        seen: [1] int32, position of the new token; raised by one.
-        ring: [B, H, W, D], where the query of token i is written at place i mod W, or None.
+        buffers: the layer's, with a clock; written in place.
         workspace: made for these shapes.
-        scaling: factor of the logits.
-        softcap: c of `c * tanh(logit / c)`, or None.
-        sinks: [H], one learned logit a head that joins the softmax's denominator, or None.
+        params: the model's attention parameters.
         out: [B, H, Dv] to write to, or None for a new one.
 
     Returns:
         [B, H, Dv] in the query's dtype.
+
+    Raises:
+        ValueError: the buffers have no clock.
     """
+    if buffers.clock is None:
+        raise ValueError("the kernels read the new token's position from a clock; these buffers have none")
+    keys, values, seq_lens, ring = buffers.keys, buffers.values, buffers.seq_lens, buffers.query_ring
+    scaling, softcap, sinks = params.scaling, params.softcap, params.sinks
+    value_sum, bias, missed = buffers.value_sum, buffers.residual_bias, buffers.missed
     shape, space = workspace.shape, workspace
     query, key, value = (tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in (query, key, value))
     if out is None:
@@ -286,9 +238,9 @@ def decode_step(
     exact = INTERPRETED or query.dtype == torch.float32 or query.dtype != keys.dtype
     head_block = max(16, triton.next_power_of_2(shape.head_dim))
     cap = 1.0 if softcap is None else softcap
-    appended = (query, key, value, keys, values, positions)
+    appended = (query, key, value, keys, values, buffers.positions)
     strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
-    remembered = lengths if ring is None else ring
+    remembered = seq_lens if ring is None else ring
     fixed = {
         "G": shape.group, "D": shape.head_dim, "DV": shape.value_dim, "SPLITS": space.splits, "EXACT": exact,
         "SOFTCAP": softcap is not None, "GP": space.group_block, "DP": head_block, "DVP": space.value_block,
@@ -296,7 +248,7 @@ def decode_step(
     }  # fmt: skip
     if shape.sketch is None:
         append_score_kernel[(rows, space.splits)](
-            *appended, index if shape.scored else keys, lengths, seen,
+            *appended, buffers.index_tensors[0] if shape.scored else keys, seq_lens, buffers.clock,
             space.scores, space.peaks, space.sums, space.ranked, remembered, *strides,
             shape.capacity, shape.tiles, shape.kv_heads, shape.token_budget, shape.channels or 0, scaling, cap,
             P=shape.page_size, SCORE=shape.scored, DC=min(32, head_block), RP=space.rank_block, RC=ROW_CHUNK,
@@ -305,7 +257,7 @@ def decode_step(
     else:
         rule, (width, *higher) = shape.sketch, shape.sketch.widths
         append_sketch_kernel[(rows, space.splits)](
-            *appended, *sketch, value_sum if shape.residual else lengths, space.turn, lengths, seen,
+            *appended, *buffers.index_tensors, value_sum if shape.residual else seq_lens, space.turn, seq_lens, buffers.clock,
             space.scores, space.peaks, space.sums, remembered, *strides,
             shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, scaling, cap,
             scaling / rule.norm, rule.grid, rule.norm / rule.grid, rule.step,
@@ -324,7 +276,7 @@ def decode_step(
     page_size = shape.page_size if shape.scored else 1
     if space.separate:
         select_kernel[(rows,)](
-            lengths, lengths if sinks is None else sinks, space.scores, space.peaks, space.sums, space.ordered,
+            seq_lens, seq_lens if sinks is None else sinks, space.scores, space.peaks, space.sums, space.ordered,
             space.chosen, space.rest, shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, top_k,
             shape.protected, G=shape.group, P=page_size, SPLITS=space.splits, SINKS=sinks is not None,
             RESIDUAL=shape.residual, LARGEST=shape.by_largest, GP=space.group_block, SP=split_block,
@@ -338,16 +290,16 @@ def decode_step(
     # Blocks of keys and values fit beside the queries into the shared memory of every device.
     wide = head_block * keys.itemsize > 512
     select_attend_kernel[(rows, space.parts)](
-        query, keys, values, lengths, seen, lengths if sinks is None else sinks,
-        space.scores, space.peaks, space.sums, value_sum if shape.residual else lengths,
-        lengths if residual_bias is None else residual_bias.contiguous(), space.rest,
+        query, keys, values, seq_lens, buffers.clock, seq_lens if sinks is None else sinks,
+        space.scores, space.peaks, space.sums, value_sum if shape.residual else seq_lens,
+        seq_lens if bias is None else bias.contiguous(), space.rest,
         space.missed if missed is None else missed, space.chosen,
         space.partial_out, space.partial_peaks, space.partial_sums, space.partial_values, space.arrivals, out,
         *query.stride()[:2], shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, top_k,
         shape.sinks or 0, shape.protected, scaling, cap,
         MODE=mode, G=shape.group, D=shape.head_dim, DV=shape.value_dim, P=page_size,
         SPLITS=space.splits, PARTS=space.parts, SINKS=sinks is not None, SOFTCAP=softcap is not None, EXACT=exact,
-        RESIDUAL=shape.residual, BIAS=residual_bias is not None, LARGEST=shape.by_largest, GP=space.group_block,
+        RESIDUAL=shape.residual, BIAS=bias is not None, LARGEST=shape.by_largest, GP=space.group_block,
         DP=head_block, DVP=space.value_block, SP=split_block, UP=page_block,
         BT=TOKEN_BLOCK // 2 if wide else TOKEN_BLOCK,
         num_warps=warps, num_stages=2 if wide else 3,

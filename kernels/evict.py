@@ -3,15 +3,13 @@
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, S tokens, W window queries, P page size.
 """
 
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
 
-from ..core.eviction import pool_reach, value_aware
 from .compact import compact_kernel, tokens_first_kernel
 from .decode import DTYPES, INTERPRETED, LARGEST_HEAD_DIM, TILE_PAGES
+from .operands import Params
 from .pool import pool_kernel, side_by_side_kernel
 from .select_top import BINS, DIGITS, count_kernel, digits_kernel, positions_kernel
 from .window_scores import LOG2E, window_merge_kernel, window_statistics_kernel, window_sums_kernel
@@ -56,10 +54,8 @@ def refusal(keys: Tensor) -> str | None:
 def window_scores(
     query: Tensor,
     key: Tensor,
+    params: Params,
     *,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> Tensor:
     """Return how much the last W queries attend to every earlier token, summed over them and over each group's heads.
@@ -69,14 +65,13 @@ def window_scores(
     Args:
         query: [B, H, W, D], the queries of the last W tokens.
         key: [B, Hkv, S, D], all keys, the window's own last; any strides.
-        scaling: positive factor of the logits.
-        softcap: c of `c * tanh(logit / c)`, or None.
-        sinks: [H], one learned logit a head that joins the softmax's denominator, or None.
+        params: the model's attention parameters; the scaling is positive.
         valid: [B, 1 or Hkv, S] bool, False at padding, or None where all are tokens.
 
     Returns:
         [B, Hkv, S - W] float32; 0 at padding.
     """
+    scaling, softcap, sinks = params.scaling, params.softcap, params.sinks
     batch, heads, window, head_dim = query.shape
     kv_heads, size = key.shape[1], key.shape[2]
     older = size - window
@@ -129,7 +124,7 @@ def pool_scores(
         scores: [B, Hkv, S - W] float32; a NaN makes its whole neighbourhood NaN.
         window: W.
         kernel_size: odd width of the neighbourhood.
-        pool_offset: tokens by which it is moved back, see `eviction.pool_reach`.
+        pool_offset: tokens by which it is moved back, no further than to end at the token itself.
         valid: [B, 1 or Hkv, S] bool, False at padding, or None.
 
     Returns:
@@ -149,9 +144,10 @@ def pool_scores(
             scores, mask, ranks, beside, size, older, kv_heads, mask_heads, CHUNK=POOL_CHUNK, num_warps=4
         )
         scores = beside
+    half = kernel_size // 2
     pool_kernel[(rows, triton.cdiv(size, POOL_CHUNK))](
         scores, mask, ranks, pooled, size, older, kv_heads, mask_heads,
-        KERNEL=kernel_size, BEFORE=pool_reach(kernel_size, pool_offset)[0], VALID=valid is not None, CHUNK=POOL_CHUNK,
+        KERNEL=kernel_size, BEFORE=half + min(pool_offset, half), VALID=valid is not None, CHUNK=POOL_CHUNK,
         num_warps=4,
     )  # fmt: skip
     return pooled
@@ -190,61 +186,6 @@ def select_top(scores: Tensor, n: int) -> Tensor:
         CHUNKS=triton.next_power_of_2(chunks), CHUNK=SELECT_CHUNK, num_warps=8,
     )  # fmt: skip
     return positions
-
-
-def prompt_scores(
-    query: Tensor,
-    key: Tensor,
-    *,
-    value: Tensor | None = None,
-    kernel_size: int,
-    pool_offset: int = 0,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    valid: Tensor | None = None,
-) -> Tensor:
-    """Return by what stage 1 ranks the tokens of a prompt: the window before all, the rest after max-pooling.
-
-    Args:
-        query: [B, H, W, D], the queries of the prompt's last W tokens.
-        key: [B, Hkv, S, D], all keys of the prompt; any strides.
-        value: [B, Hkv, S, Dv], all values, where tokens rank by what they change (`eviction.value_aware`); or None.
-        kernel_size: odd width of the max-pooling over positions.
-        pool_offset: tokens by which pools are moved back, see `eviction.pool_reach`.
-        scaling: factor of the logits.
-        softcap: see `window_scores`.
-        sinks: see `window_scores`.
-        valid: [B, 1 or Hkv, S] bool, False at padding, or None.
-
-    Returns:
-        [B, Hkv, S] float32: plus infinity in the window, minus infinity at padding.
-    """
-    scores = window_scores(query, key, scaling=scaling, softcap=softcap, sinks=sinks, valid=valid)
-    if value is not None:
-        scores = value_aware(scores, value)
-    return pool_scores(scores, query.shape[2], kernel_size=kernel_size, pool_offset=pool_offset, valid=valid)
-
-
-def prompt_positions(query: Tensor, key: Tensor, kept: int, **ranking: Any) -> Tensor:
-    """Return which `kept` tokens of a prompt survive stage 1: the window, and the best of the rest after max-pooling.
-
-    Args:
-        query: [B, H, W, D], the queries of the prompt's last W tokens.
-        key: [B, Hkv, S, D], all keys of the prompt, S > kept >= W; any strides.
-        kept: tokens per KV head that survive.
-        **ranking: the other arguments of `prompt_scores`.
-
-    Returns:
-        [B, Hkv, kept] int32, ascending. Where a row has fewer than `kept` tokens, padding makes up the number.
-
-    Raises:
-        ValueError: `kept` is smaller than the window.
-    """
-    window = query.shape[2]
-    if kept < window:
-        raise ValueError(f"kept must be at least the window of {window} tokens, got {kept}")
-    return select_top(prompt_scores(query, key, **ranking), kept)
 
 
 def compact(

@@ -8,22 +8,22 @@ relative to a total that hardly depends on f, is linear in f, so the f of least 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, Dv of values, N stored tokens, W window.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..budget import BudgetSplit
-from .attention import select
-from .eviction import full_precision
-from .indexes import Index
+from .attention import AttentionParams
+from .decode import DecodeBuffers
+from .index import TokenIndex
+from .topk import full_precision, select
 
 # The logits of some queries, [B, H, queries, N] in float32, and each of their few copies, stay under this; those of one
 # query may be larger.
 BLOCK_BYTES = 4 * 2**20
 
-# Of how many windows like this one, with f = 1 in each, the rest of a conversation is taken to consist.
+# Pseudo-count of the ridge prior at f = 1, in observation windows.
 PRIOR = 0.1
 
 # Squared relative errors of all queries together that are not worth fitting: far above rounding's.
@@ -35,19 +35,13 @@ LEAST, MOST = 1e-4, 1.6
 
 def fitted_bias(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    lengths: Tensor,
-    index: Index,
-    parts: Mapping[str, Tensor],
+    buffers: DecodeBuffers,
+    index: TokenIndex,
+    params: AttentionParams,
     *,
     split: BudgetSplit,
     stored: int,
     seen: int,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return the logarithm of the factor of each query head's residual, what `residual_attend` takes as its bias.
 
@@ -55,28 +49,22 @@ def fitted_bias(
 
     Args:
         query: [B, H, W, D], the queries of the prompt's last W tokens.
-        keys: [B, Hkv, capacity, D], the prompt's survivors.
-        values: [B, Hkv, capacity, Dv].
-        positions: [B, Hkv, capacity] (an integer dtype), where in the sequence they are.
-        lengths: [B, Hkv], tokens of each row.
+        buffers: the prompt's compacted tokens and their index.
         index: a sketch of the keys.
-        parts: its tensors.
+        params: the model's attention parameters.
         split: what a step may read.
         stored: N, tokens of the longest row.
         seen: tokens of the sequence.
-        scaling: factor of the logits.
-        softcap: c of `c * tanh(logit / c)`, or None.
-        sinks: [H], one learned logit a head that joins the softmax's denominator, or None.
 
     Returns:
         [B, H] float32; 0 for rows that a step reads whole.
     """
+    keys, values, positions, lengths = buffers[:4]
     batch, heads, window, _ = query.shape
     kv_heads = keys.shape[1]
     terms = query.new_zeros(2, batch, kv_heads, heads // kv_heads, dtype=torch.float32)
     if split.top_k is not None and stored > split.token_budget:
         count = max(1, BLOCK_BYTES // (4 * batch * heads * stored))
-        exact: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
         with full_precision(query.device):
             for start in range(0, window, count):
                 part = query[:, :, start : start + count]
@@ -85,7 +73,7 @@ def fitted_bias(
                 seen_by = (positions[:, :, None, :stored] <= last[:, None]) & (
                     torch.arange(stored, device=query.device) < lengths[..., None, None]
                 )
-                found = _terms(part, keys, values, seen_by, index, parts, split, stored, exact)
+                found = _terms(part, keys, values, seen_by, index, buffers.index_tensors, params, split, stored)
                 # At padding there is no query.
                 real = (seen_by & (positions[:, :, None, :stored] == last[:, None])).any(-1)
                 terms += torch.where(real[:, :, None] & found.isfinite(), found, 0).sum(-1)
@@ -100,11 +88,11 @@ def _terms(
     keys: Tensor,
     values: Tensor,
     seen: Tensor,
-    index: Index,
-    parts: Mapping[str, Tensor],
+    index: TokenIndex,
+    index_tensors: Sequence[Tensor],
+    params: AttentionParams,
     split: BudgetSplit,
     stored: int,
-    exact: dict[str, Any],
 ) -> Tensor:
     """Return [2, B, Hkv, G, n], of queries [B, H, n, D] that see [B, Hkv, n, N] bool.
 
@@ -114,8 +102,8 @@ def _terms(
     kv_heads = keys.shape[1]
     grouped = (batch, kv_heads, heads // kv_heads, count)
     rows = query.reshape(*grouped, head_dim)
-    scoring = {"stored": stored, "lengths": None, "scaling": exact["scaling"], "softcap": exact["softcap"]}
-    estimates = index.score(rows.flatten(1, 3), parts, keys, **scoring).view(*grouped, stored)
+    estimates = index.score(rows.flatten(1, 3), index_tensors, keys, params, stored=stored, lengths=None)
+    estimates = estimates.view(*grouped, stored)
     estimates = estimates.masked_fill(~seen[:, :, None], -torch.inf)
     # Each query is a row of its own.
     places, _ = select(
@@ -125,7 +113,7 @@ def _terms(
         lengths=None,
         kv_heads=kv_heads,
         unit_size=1,
-        sinks=exact["sinks"],
+        sinks=params.sinks,
         protected=split.protected,
         by_largest=split.by_largest,
         ordered=False,
@@ -136,17 +124,16 @@ def _terms(
     found = []
     for head in range(kv_heads):  # keys and values are turned to float32 one head at a time
         own = slice(head, head + 1)
-        sink = exact["sinks"]
-        sink = None if sink is None else sink.view(kv_heads, -1)[head].float()
+        sink = None if params.sinks is None else params.sinks.view(kv_heads, -1)[head].float()
         found.append(
             _head_terms(
-                rows[:, head].float() * exact["scaling"],
+                rows[:, head].float() * params.scaling,
                 keys[:, head, :stored].float(),
                 values[:, head, :stored].float(),
                 seen[:, own],
                 chosen[:, own],
                 rest[:, head],
-                exact["softcap"],
+                params.softcap,
                 sink,
             )
         )

@@ -1,32 +1,45 @@
-"""Exact attention of many queries, by blocks of rows, for what a model's own kernel takes no mask for.
+"""Exact attention of many queries by blocks of rows, for masks that the model's own kernel does not take.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, n queries, S keys.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attention import softmax_attention
-from .masks import VisibleBlock
+from .attention import AttentionParams, softmax_attention
 
 # A block's mask, one byte for each query row and key, stays under this; so do, where a soft-cap or sinks need our own
 # softmax, its logits and their copies, 16 bytes together for each query row and key.
 BLOCK_BYTES = 16 * 2**20
 
 
+@dataclass(frozen=True)
+class VisibleBlock:
+    """What a block of queries may see: keys from `start` to `stop`, and of those where `mask` is True (None: all)."""
+
+    start: int
+    stop: int
+    mask: Tensor | None
+
+
+def causal_block(start: int, stop: int, offset: int, device: torch.device) -> VisibleBlock:
+    """Return what queries `start` to `stop` see where query i comes after `offset + i` keys, all of them visible."""
+    last = offset + stop
+    query = torch.arange(start, stop, device=device)[:, None] + offset
+    return VisibleBlock(0, last, (torch.arange(last, device=device) <= query)[None, None])
+
+
 def dense_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    params: AttentionParams,
     visible: Callable[[int, int], VisibleBlock],
     *,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
     dropout: float = 0.0,
     mask_heads: int = 1,
 ) -> Tensor:
@@ -36,10 +49,9 @@ def dense_attention(
         query: [B, H, n, D].
         key: [B, Hkv, S, D].
         value: [B, Hkv, S, Dv].
-        visible: (start, stop) to what those queries see, with a mask that broadcasts to [B, Hkv, stop - start, keys].
-        scaling: factor of the logits.
-        softcap: c of `c * tanh(logit / c)`, or None.
-        sinks: [H], one learned logit a head that joins the softmax's denominator, or None.
+        params: the model's attention parameters.
+        visible: maps (start, stop) to the keys that those queries see; its mask broadcasts to
+            [B, Hkv, stop - start, keys].
         dropout: probability of dropping a weight.
         mask_heads: 1, or Hkv where the masks differ between KV heads; it sizes the blocks.
 
@@ -49,7 +61,7 @@ def dense_attention(
     batch, heads, length, _ = query.shape
     kv_heads, size = key.shape[1], key.shape[2]
     group = heads // kv_heads
-    own = softcap is not None or sinks is not None
+    own = params.softcap is not None or params.sinks is not None
     if own and kv_heads > 1:
         # One KV head at a time: its keys and values are turned to float32 once, and a block has more rows.
         def one(head: int) -> Tensor:
@@ -64,10 +76,8 @@ def dense_attention(
                 query[:, heads_of_group],
                 key[:, head : head + 1].float(),
                 value[:, head : head + 1].float(),
+                params._replace(sinks=None if params.sinks is None else params.sinks[heads_of_group]),
                 seen,
-                scaling=scaling,
-                softcap=softcap,
-                sinks=None if sinks is None else sinks[heads_of_group],
                 dropout=dropout,
             )
 
@@ -88,12 +98,13 @@ def dense_attention(
         if mask is not None and blind is not None:
             mask |= blind  # a softmax over nothing is NaN, and so would be the gradients behind the zeros below
         if own:
+            sinks = params.sinks
             per_row = None if sinks is None else sinks.view(1, kv_heads, group).repeat_interleave(count, dim=-1)
-            part = softmax_attention(
-                rows, keys, values, scaling=scaling, mask=mask, softcap=softcap, sinks=per_row, dropout=dropout
-            )
+            part = softmax_attention(rows, keys, values, params._replace(sinks=per_row), mask=mask, dropout=dropout)
         else:
-            part = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, dropout_p=dropout, scale=scaling)
+            part = F.scaled_dot_product_attention(
+                rows, keys, values, attn_mask=mask, dropout_p=dropout, scale=params.scaling
+            )
         if blind is not None:
             part = part.masked_fill(blind, 0)
         out[:, start:stop] = part.view(batch, heads, count, -1).transpose(1, 2)

@@ -1,50 +1,57 @@
-"""Stage 2's index: the per-channel maximum and minimum of the keys of each page (paper, section "hybrid attention").
+"""The page index of stage 2: per-channel maxima and minima of each page's keys (paper, section "hybrid attention").
 
-Closed pages are immutable and stored; the open page, the last partial one, is derived from its few keys when it is
-scored. So crop, fork and reorder are a matter of lengths, and padding pollutes nothing.
+Full pages are immutable and stored. The open page, the last partial one, is derived from its few keys when it is
+scored. So crop, fork and reorder only change lengths, and padding pollutes nothing.
 
 Layout: `[B, Hkv, tile, rows, 128 pages]`, rows = 2D (the maxima, then the minima), or D where a page is one token and
 both are the key itself. A channel of a tile is contiguous, so scoring r channels reads r rows a tile; growth adds
 tiles.
 
-Kept in the keys' dtype or in 8 bits (`RocketKVConfig.index_dtype`): then a closed page's bounds are rounded to nearest,
-so they are a little coarser than those of the open page, and may lie a rounding inside of what they bound.
+The index has the keys' dtype or 8 bits (`RocketKVConfig.index_dtype`). In 8 bits the bounds of full pages are rounded
+to nearest, so they are coarser than those of the open page and may lie up to one rounding inside the true bounds.
 
-Letters: B batch, Hkv KV heads, D head dim, P page size, N stored tokens, T tiles.
+Letters: B batch, H query heads, Hkv KV heads, D head dim, P page size, N stored tokens, T tiles, U = ceil(N/P) pages,
+r channels.
 """
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .constants import steps
+from .attention import AttentionParams
+from .topk import gather_tokens, multiples, scalar
 
 TILE_PAGES = 128
-FLOAT8 = (torch.float8_e5m2, torch.float8_e4m3fn)
+FLOAT8 = torch.float8_e5m2
+
+# Avoids a division by zero: a head may be zero in all channels that its group chose.
+_TINY = 1e-30
 
 
-def torch_dtype(name: str) -> torch.dtype | None:
+def index_dtype_of(name: str) -> torch.dtype | None:
     """Return the dtype that a value of `RocketKVConfig.index_dtype` names, or None for the keys' own."""
-    return {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT8}.get(name)
+    return FLOAT8 if name == "float8_e5m2" else None
 
 
 def movable(tensor: Tensor) -> Tensor:
-    """Return a view in a dtype that PyTorch gathers, scatters and joins everywhere: floats of 8 bits as their bytes."""
-    return tensor.view(torch.uint8) if tensor.dtype in FLOAT8 else tensor
+    """Return a view in a dtype that PyTorch can gather, scatter and join everywhere: 8-bit floats as their bytes."""
+    return tensor.view(torch.uint8) if tensor.dtype == FLOAT8 else tensor
 
 
 def restored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what was made of a `movable` tensor in that tensor's dtype."""
+    """Return a result computed on a `movable` view, viewed in the original dtype again."""
     return tensor if tensor.dtype == dtype else tensor.view(dtype)
 
 
 def rounded(bounds: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return bounds, of any shape, in the index's dtype, to nearest; in 8 bits what is out of range becomes its end.
-
-    NaN stays.
-    """
-    if dtype in FLOAT8:
-        # One format has no infinity, and PyTorch's releases differ in what becomes of what is too large for it.
+    """Round bounds to the index's dtype, to nearest; 8-bit values out of range saturate, NaN stays NaN."""
+    if dtype == FLOAT8:
+        # PyTorch's releases differ in how they convert values that are too large.
         limit = torch.finfo(dtype).max
         bounds = bounds.clamp(-limit, limit)
     return bounds.to(dtype)
@@ -76,7 +83,7 @@ def page_bounds(keys: Tensor, page_size: int) -> Tensor:
     return torch.cat((keys.amax(-2), keys.amin(-2)), dim=-1)
 
 
-def build_index(keys: Tensor, tokens: int, page_size: int, dtype: torch.dtype | None = None) -> Tensor:
+def build_pages(keys: Tensor, tokens: int, page_size: int, dtype: torch.dtype | None = None) -> Tensor:
     """Build the index of all pages that are full within the first `tokens` tokens, with room for the whole buffer.
 
     Args:
@@ -104,7 +111,7 @@ def build_index(keys: Tensor, tokens: int, page_size: int, dtype: torch.dtype | 
     return index
 
 
-def grow_index(index: Tensor, capacity: int, page_size: int) -> Tensor:
+def grow_pages(index: Tensor, capacity: int, page_size: int) -> Tensor:
     """Return an index [B, Hkv, T, rows, 128] with tiles for `capacity` tokens: itself, or a copy with zeros added."""
     missing = tile_count(capacity, page_size) - index.shape[2]
     if missing <= 0:
@@ -148,13 +155,124 @@ def close_pages(index: Tensor, keys: Tensor, lengths: Tensor, page_size: int) ->
     flat.scatter_(2, entry, torch.where(full[..., None], new, flat.gather(2, entry)))
 
 
-def gather_tokens(positions: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Gather whole tokens of tensors [B, Hkv, N, D] at positions [B, Hkv, k] (an integer dtype) to [B, Hkv, k, D]."""
-    size = tensors[0].shape[2]
-    for tensor in tensors:
-        if not tensor.is_contiguous() or tensor.shape[2] != size:
-            index = positions.long()[..., None]
-            return tuple(tensor.gather(2, index.expand(-1, -1, -1, tensor.shape[3])) for tensor in tensors)
-    batch, kv_heads, _ = positions.shape
-    rows = positions + steps(batch * kv_heads, size, positions.device).view(batch, kv_heads, 1)
-    return tuple([F.embedding(rows, tensor.view(-1, tensor.shape[3])) for tensor in tensors])
+def score_pages(
+    query: Tensor,
+    bounds: Tensor,
+    keys: Tensor,
+    params: AttentionParams,
+    *,
+    stored: int,
+    lengths: Tensor | None,
+    page_size: int,
+    channels: int,
+) -> Tensor:
+    """Estimate the logits of every page from its bounds in the r channels where the group's queries are largest.
+
+    For each channel the score takes the page's maximum where the group's sum of q is positive, else its minimum. The
+    temperature sqrt(|q_r|_1 / |q|_1) makes up for the channels left out (SparQ, arXiv 2312.04985, section 3).
+
+    Args:
+        query: [B, H, D].
+        bounds: [B, Hkv, T, rows, 128], the bounds of full pages, in any float dtype.
+        keys: [B, Hkv, capacity, D], the buffer of stored keys, from which the open page is derived.
+        params: the model's attention parameters; learned sinks change no logit.
+        stored: N, tokens of the longest row.
+        lengths: [B, Hkv] int32, tokens of each row, or None where every row has N.
+        page_size: P.
+        channels: r.
+
+    Returns:
+        [B, H, U] float32; arbitrary at pages beyond a row's length.
+    """
+    batch, heads, head_dim = query.shape
+    kv_heads, tiles, rows = bounds.shape[1:4]
+    grouped = query.float().view(batch * kv_heads, heads // kv_heads, head_dim)
+    # The rule of `select_top`, by a stable sort: the order of channels does not matter, ties go to the lower one.
+    size = grouped.abs()
+    chosen = size.sum(1).sort(dim=-1, descending=True, stable=True).indices.narrow(-1, 0, channels)
+    scored = grouped.gather(-1, chosen.unsqueeze(1).expand(-1, grouped.shape[1], -1))
+    negative = scored.sum(1) <= 0
+    bound_row = torch.add(chosen, negative, alpha=head_dim) if rows > head_dim else chosen
+    missed = size.sum(-1, keepdim=True) / scored.abs().sum(-1, keepdim=True).clamp_min_(_TINY)
+    scored = scored * (missed.sqrt_() * scalar(params.scaling))
+
+    # Only the tiles in use are read, and of them the chosen rows of 128 pages.
+    pages = page_count(stored, page_size)
+    used = -(-pages // TILE_PAGES)
+    first_row = multiples(batch * kv_heads * tiles, rows, bounds.device).view(-1, 1, tiles)
+    row = bound_row.unsqueeze(-1) + first_row.narrow(-1, 0, used)
+    read = restored(F.embedding(row, movable(bounds).view(-1, TILE_PAGES)), bounds.dtype).float().flatten(2)
+
+    # The open page's bounds are exact; those of full pages are as coarse as the index's dtype.
+    if lengths is None and stored % page_size:
+        own = page_bounds(keys[:, :, (pages - 1) * page_size : stored], page_size).flatten(0, 1)
+        read.select(-1, pages - 1).copy_(own.gather(-1, bound_row))
+    estimate = torch.bmm(scored, read.narrow(-1, 0, pages))
+    if lengths is not None and page_size > 1:
+        page = lengths.long() // page_size
+        token = page[..., None] * page_size + torch.arange(page_size, device=keys.device)
+        # Repeating the page's first token leaves its bounds alone.
+        token = torch.where(token < lengths[..., None], token, token[..., :1]).clamp(max=keys.shape[2] - 1)
+        own = page_bounds(gather_tokens(token, keys)[0], page_size).flatten(0, 1)
+        open_page = torch.bmm(scored, own.gather(-1, bound_row).float().unsqueeze(-1))
+        here = torch.arange(pages, device=keys.device) == page.view(-1, 1, 1)
+        estimate = torch.where(here, open_page, estimate)
+    logits = estimate.view(batch, heads, pages)
+    return logits if params.softcap is None else torch.tanh(logits / params.softcap) * params.softcap
+
+
+@dataclass(frozen=True)
+class PageIndex:
+    """Scores pages of P tokens on r channels of their bounds; `tensors` are always `[bounds]`. See `TokenIndex`."""
+
+    page_size: int
+    channels: int
+    names: ClassVar[tuple[str, ...]] = ("bounds",)
+    slotted: ClassVar[tuple[str, ...]] = names
+
+    def build(self, keys: Tensor, tokens: int, lengths: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+        """See `TokenIndex`."""
+        return (build_pages(keys, tokens, self.page_size, dtype),)
+
+    def grow(self, tensors: Sequence[Tensor], capacity: int) -> tuple[Tensor, ...]:
+        """See `TokenIndex`."""
+        return (grow_pages(tensors[0], capacity, self.page_size),)
+
+    def append(self, tensors: Sequence[Tensor], keys: Tensor, lengths: Tensor, slot: int | None) -> None:
+        """See `TokenIndex`."""
+        if slot is None:
+            close_pages(tensors[0], keys, lengths, self.page_size)
+        elif (slot + 1) % self.page_size == 0:
+            close_page(tensors[0], keys, slot // self.page_size, self.page_size)
+
+    def rebuild(self, tensors: Sequence[Tensor], keys: Tensor, tokens: int) -> None:
+        """See `TokenIndex`."""
+        (bounds,) = tensors
+        movable(bounds).copy_(movable(build_pages(keys, tokens, self.page_size, bounds.dtype)))
+
+    def score(
+        self,
+        query: Tensor,
+        tensors: Sequence[Tensor],
+        keys: Tensor,
+        params: AttentionParams,
+        *,
+        stored: int,
+        lengths: Tensor | None,
+    ) -> Tensor:
+        """See `TokenIndex`."""
+        sizes = {"page_size": self.page_size, "channels": self.channels}
+        return score_pages(query, tensors[0], keys, params, stored=stored, lengths=lengths, **sizes)
+
+    def shape(self, name: str, capacity: int, head_dim: int) -> tuple[int, ...]:
+        """See `TokenIndex`."""
+        return tile_count(capacity, self.page_size), index_rows(head_dim, self.page_size), TILE_PAGES
+
+    def row_bytes(self, capacity: int, head_dim: int, itemsize: int) -> int:
+        """See `TokenIndex`."""
+        return math.prod(self.shape("bounds", capacity, head_dim)) * itemsize
+
+    def read_bytes(self, stored: int, head_dim: int, itemsize: int, *, nominal: bool) -> int:
+        """See `TokenIndex`."""
+        pages = page_count(stored, self.page_size) if nominal else tile_count(stored, self.page_size) * TILE_PAGES
+        return pages * self.channels * itemsize

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .constants import number
-from .pages import gather_tokens
+from .attention import AttentionParams
+from .topk import gather_tokens, scalar
 
 # A float64 this large has 2^-32 as its last bit: adding it and taking it away rounds what it is added to.
 ROUNDER = 1.5 * 2.0**20
@@ -24,7 +24,7 @@ BLOCK_BYTES = 4 * 2**20
 
 def summable(values: Tensor) -> Tensor:
     """Return values, of any shape and float dtype, in float64, as multiples of 2^-32: what is summed of them."""
-    rounder = number(ROUNDER, torch.float64)
+    rounder = scalar(ROUNDER, torch.float64)
     return values.double().add_(rounder).sub_(rounder)
 
 
@@ -55,12 +55,10 @@ def residual_attend(
     positions: Tensor,
     logits: Tensor,
     value_sum: Tensor,
+    params: AttentionParams,
     *,
     bias: Tensor | None = None,
     lengths: Tensor | None,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend exactly to chosen tokens, and to all others as one: their mean value, with their estimated weight.
 
@@ -75,11 +73,9 @@ def residual_attend(
             count.
         logits: [B, H, N] float32, the estimated logits of all tokens; those of the chosen are not used.
         value_sum: [B, Hkv, Dv] float32 or float64, the sum of the values of all of a row's tokens.
+        params: the model's attention parameters.
         bias: [B, H] float32, added to the logit of the others together, or None (`rocketkv.core.calibration`).
         lengths: [B, Hkv], tokens of each row, or None where every row has N.
-        scaling: factor of the logits.
-        softcap: c of `c * tanh(logit / c)`, or None.
-        sinks: [H], one learned logit a head that joins the softmax's denominator, or None.
 
     Returns:
         Out, [B, H, Dv] in the query's dtype, zeros for a row without tokens; and the estimated weight of the tokens
@@ -97,9 +93,9 @@ def residual_attend(
         logits = functional.pad(logits, (0, 1))
     own_keys, own_values = (tensor.float() for tensor in gather_tokens(positions, keys, values))
     rows = query.float().reshape(batch * kv_heads, heads // kv_heads, -1)
-    exact = torch.bmm(rows * number(scaling), own_keys.flatten(0, 1).transpose(1, 2)).view(*grouped, -1)
-    if softcap is not None:
-        exact = torch.tanh(exact / softcap) * softcap
+    exact = torch.bmm(rows * scalar(params.scaling), own_keys.flatten(0, 1).transpose(1, 2)).view(*grouped, -1)
+    if params.softcap is not None:
+        exact = torch.tanh(exact / params.softcap) * params.softcap
     if bias is not None:
         # Taken from the few exact logits in place of being added to the many estimates: the softmax is the same.
         bias = bias.view(*grouped, 1)
@@ -116,8 +112,8 @@ def residual_attend(
     mean = ((value_sum - own_values.sum(2)) / left).float()
     # One softmax over exact logits and estimates; of what it gives the others only the sum counts.
     columns = [exact, others]
-    if sinks is not None:
-        own_sinks = sinks.float().view(1, kv_heads, -1, 1).expand(*grouped, 1)
+    if params.sinks is not None:
+        own_sinks = params.sinks.float().view(1, kv_heads, -1, 1).expand(*grouped, 1)
         columns.append(own_sinks if bias is None else own_sinks - bias)
     weight = torch.cat(columns, -1).softmax(-1)
     if lengths is not None:

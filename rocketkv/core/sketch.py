@@ -28,14 +28,17 @@ Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, N stored t
 import functools
 import math
 import random
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .constants import number
-from .eviction import full_precision
+from ..budget import sketch_bytes
+from .attention import AttentionParams
+from .topk import full_precision, scalar
 
 # Distance of equally spaced levels that fit a normal distribution best, by bits (Max 1960, table II).
 LEVEL_STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352}
@@ -115,13 +118,13 @@ def odd_part(head_dim: int) -> int:
 
 
 def rotation_norm(head_dim: int) -> float:
-    """Return the length of a row of `rotation`."""
+    """Return the length of a row of `rotation_matrix`."""
     return math.sqrt(odd_part(head_dim) * head_dim)
 
 
 @functools.cache  # a constant
 @torch.inference_mode(False)  # it may be used in a later call that is not in inference mode
-def rotation(head_dim: int, device: torch.device | str | None = None) -> Tensor:
+def rotation_matrix(head_dim: int, device: torch.device | str | None = None) -> Tensor:
     """Return R times the length of its rows, [D, D] float32, all entries integers; do not write into it.
 
     Random signs, then a Hadamard matrix of the largest power of two in D, times (Kronecker) the reflection m I - 2 J of
@@ -172,13 +175,13 @@ def mean_key(keys: Tensor, tokens: int, lengths: Tensor | None = None) -> Tensor
     return total / lengths[..., None].clamp(min=1)
 
 
-def encode(keys: Tensor, mean: Tensor, turn: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def encode(keys: Tensor, mean: Tensor, rotation: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Return the packed codes and the scales of keys, each token for itself.
 
     Args:
         keys: [B, Hkv, n, D], any float dtype.
         mean: [B, Hkv, D] float32.
-        turn: [D, D], `rotation(D)`.
+        rotation: [D, D], of `rotation_matrix(D)`.
         bits: of a channel, 1 to 4.
 
     Returns:
@@ -189,25 +192,25 @@ def encode(keys: Tensor, mean: Tensor, turn: Tensor, bits: int) -> tuple[Tensor,
     difference = keys.float() - mean.unsqueeze(2)
     largest = difference.abs().amax(-1, keepdim=True)
     # NaN where the key is not finite, or is the mean itself: 0 / 0.
-    whole = (difference / largest).mul_(number(top)).round_().nan_to_num_(nan=0.0)
+    whole = (difference / largest).mul_(scalar(top)).round_().nan_to_num_(nan=0.0)
     with full_precision(keys.device):
-        turned = functional.linear(whole, turn)
+        rotated = functional.linear(whole, rotation)
         square = torch.linalg.vecdot(whole, whole).unsqueeze(-1)
     # Steps from the middle, which is a border; the largest difference is `top`, so only zeros have squares under 1.
-    step = square.clamp_min(1).sqrt_().mul_(number(spacing))
-    level = (turned / step).floor_().clamp_(-half, half - 1)
-    product = turned.mul_(level + number(0.5)).sum(-1, keepdim=True)
-    scale = square.mul_(number(norm / top)).div_(product.clamp_min_(0.5)).mul_(largest)
-    return pack(level.add_(number(half)).to(torch.uint8), bits), scale.squeeze(-1).to(torch.bfloat16)
+    step = square.clamp_min(1).sqrt_().mul_(scalar(spacing))
+    level = (rotated / step).floor_().clamp_(-half, half - 1)
+    product = rotated.mul_(level + scalar(0.5)).sum(-1, keepdim=True)
+    scale = square.mul_(scalar(norm / top)).div_(product.clamp_min_(0.5)).mul_(largest)
+    return pack(level.add_(scalar(half)).to(torch.uint8), bits), scale.squeeze(-1).to(torch.bfloat16)
 
 
-def build_sketch(keys: Tensor, tokens: int, turn: Tensor, bits: int, lengths: Tensor | None = None) -> Sketch:
+def build_sketch(keys: Tensor, tokens: int, rotation: Tensor, bits: int, lengths: Tensor | None = None) -> Sketch:
     """Build the sketch of the first `tokens` tokens, with room for the whole buffer.
 
     Args:
         keys: [B, Hkv, N, D], the buffer of stored keys.
         tokens: how many of the N are filled, in the longest row.
-        turn: [D, D], `rotation(D)`.
+        rotation: [D, D], of `rotation_matrix(D)`.
         bits: of a channel, 1 to 4.
         lengths: [B, Hkv], tokens of each row, or None where all have as many.
 
@@ -220,25 +223,25 @@ def build_sketch(keys: Tensor, tokens: int, turn: Tensor, bits: int, lengths: Te
         keys.new_zeros(batch, kv_heads, capacity, dtype=torch.bfloat16),
         mean_key(keys, tokens, lengths),
     )
-    write_tokens(sketch, keys[:, :, :tokens], 0, turn, bits)
+    write_tokens(sketch, keys[:, :, :tokens], 0, rotation, bits)
     return sketch
 
 
-def write_tokens(sketch: Sketch, keys: Tensor, start: int | Tensor, turn: Tensor, bits: int) -> None:
+def write_tokens(sketch: Sketch, keys: Tensor, start: int | Tensor, rotation: Tensor, bits: int) -> None:
     """Write the sketch of tokens that are stored from `start` on, in place; with a tensor, without a host sync.
 
     Args:
         sketch: of the buffer, with room for them.
         keys: [B, Hkv, n, D], the tokens.
         start: where the first of them is stored, in all rows, or in each, [B, Hkv] (an integer dtype).
-        turn: [D, D], `rotation(D)`.
+        rotation: [D, D], of `rotation_matrix(D)`.
         bits: of a channel, 1 to 4.
     """
     count = keys.shape[2]
     block = _block_tokens(keys)
     for first in range(0, count, block):
         last = min(first + block, count)
-        codes, scales = encode(keys[:, :, first:last], sketch.mean, turn, bits)
+        codes, scales = encode(keys[:, :, first:last], sketch.mean, rotation, bits)
         if isinstance(start, int):
             sketch.codes.narrow(2, start + first, last - first).copy_(codes)
             sketch.scales.narrow(2, start + first, last - first).copy_(scales)
@@ -258,39 +261,30 @@ def grow_sketch(sketch: Sketch, capacity: int) -> Sketch:
     )
 
 
-def decode(sketch: Sketch, tokens: int, turn: Tensor, bits: int) -> Tensor:
+def decode(sketch: Sketch, tokens: int, rotation: Tensor, bits: int) -> Tensor:
     """Return the keys of which the sketch gives the logits, [B, Hkv, tokens, D] float32."""
     head_dim = sketch.mean.shape[-1]
     level = unpack(sketch.codes[:, :, :tokens], bits, head_dim).float() - (2**bits - 1) / 2
-    difference = torch.matmul(level, turn) / rotation_norm(head_dim)
+    difference = torch.matmul(level, rotation) / rotation_norm(head_dim)
     return sketch.mean[:, :, None] + sketch.scales[:, :, :tokens, None].float() * difference
 
 
-def score_sketch(
-    query: Tensor,
-    sketch: Sketch,
-    bits: int,
-    *,
-    stored: int,
-    scaling: float,
-    softcap: float | None = None,
-) -> Tensor:
+def score_sketch(query: Tensor, sketch: Sketch, bits: int, params: AttentionParams, *, stored: int) -> Tensor:
     """Estimate the logit of every stored token from its packed codes, in blocks of tokens.
 
     Args:
         query: [B, H, D].
         sketch: of the stored keys.
         bits: of a channel, 1 to 4.
+        params: the model's attention parameters; learned sinks change no logit.
         stored: N, tokens of the longest row.
-        scaling: factor of the true logits.
-        softcap: c of `c * tanh(logit / c)`, or None.
 
     Returns:
         [B, H, N] float32; arbitrary at tokens beyond a row's length.
     """
     batch, heads, head_dim = query.shape
     kv_heads = sketch.mean.shape[1]
-    rows = query.float().reshape(batch * heads, head_dim) * number(scaling)
+    rows = query.float().reshape(batch * heads, head_dim) * scalar(params.scaling)
     grouped = (batch * kv_heads, heads // kv_heads, -1)
     weight = torch.mm(rows, _digit_rotation(head_dim, bits, query.device)).view(grouped)
     shift = torch.bmm(rows.view(grouped), sketch.mean.flatten(0, 1).unsqueeze(-1))
@@ -309,7 +303,7 @@ def score_sketch(
             column += digits.shape[1]
         blocks.append(torch.addcmul(shift, product, scales.narrow(2, start, count).float()))
     logits = (blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)).view(batch, heads, stored)
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+    return logits if params.softcap is None else torch.tanh(logits / params.softcap) * params.softcap
 
 
 @functools.cache
@@ -336,17 +330,79 @@ def _digit_rotation(head_dim: int, bits: int, device: torch.device) -> Tensor:
     A digit's columns are those of R^T for its channels, over the digit's place value; the last column is minus the sum
     of R^T's columns times the middle of the codes.
     """
-    turn = rotation(head_dim, device).t() / rotation_norm(head_dim)
+    rotation = rotation_matrix(head_dim, device).t() / rotation_norm(head_dim)
     parts = []
     for shift, width in planes(bits):
         size = -(-head_dim * width // 8)
-        padded = functional.pad(turn, (0, size * 8 // width - head_dim))
+        padded = functional.pad(rotation, (0, size * 8 // width - head_dim))
         pieces = torch.split(padded, size, -1)
         parts += [piece * 2.0 ** (shift - i * width) for i, piece in enumerate(pieces)]
-    return torch.cat((*parts, turn.sum(-1, keepdim=True) * -((2**bits - 1) / 2)), -1)
+    return torch.cat((*parts, rotation.sum(-1, keepdim=True) * -((2**bits - 1) / 2)), -1)
 
 
 def _block_tokens(keys: Tensor) -> int:
     """Return how many tokens of [B, Hkv, any, D] make up a block."""
     batch, kv_heads, _, head_dim = keys.shape
     return max(1, BLOCK_BYTES // (4 * batch * kv_heads * head_dim))
+
+
+@dataclass(frozen=True)
+class SketchIndex:
+    """Scores every token by a sketch of its key; `tensors` are `[codes, scales, mean]`. See `TokenIndex`.
+
+    The mean is that of the compacted prompt and stays, so that a token's sketch depends on the token alone.
+    """
+
+    bits: int
+    names: ClassVar[tuple[str, ...]] = Sketch._fields
+    slotted: ClassVar[tuple[str, ...]] = ("codes", "scales")
+
+    def build(self, keys: Tensor, tokens: int, lengths: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+        """See `TokenIndex`."""
+        return build_sketch(keys, tokens, rotation_matrix(keys.shape[3], keys.device), self.bits, lengths)
+
+    def grow(self, tensors: Sequence[Tensor], capacity: int) -> tuple[Tensor, ...]:
+        """See `TokenIndex`."""
+        return grow_sketch(Sketch(*tensors), capacity)
+
+    def append(self, tensors: Sequence[Tensor], keys: Tensor, lengths: Tensor, slot: int | None) -> None:
+        """See `TokenIndex`."""
+        rotation = rotation_matrix(keys.shape[3], keys.device)
+        if slot is not None:
+            write_tokens(Sketch(*tensors), keys.narrow(2, slot, 1), slot, rotation, self.bits)
+            return
+        last = (lengths.long() - 1).clamp(min=0)
+        new = keys.gather(2, last[..., None, None].expand(-1, -1, 1, keys.shape[3]))
+        write_tokens(Sketch(*tensors), new, last, rotation, self.bits)
+
+    def rebuild(self, tensors: Sequence[Tensor], keys: Tensor, tokens: int) -> None:
+        """See `TokenIndex`."""
+        rotation = rotation_matrix(keys.shape[3], keys.device)
+        write_tokens(Sketch(*tensors), keys[:, :, :tokens], 0, rotation, self.bits)
+
+    def score(
+        self,
+        query: Tensor,
+        tensors: Sequence[Tensor],
+        keys: Tensor,
+        params: AttentionParams,
+        *,
+        stored: int,
+        lengths: Tensor | None,
+    ) -> Tensor:
+        """See `TokenIndex`."""
+        return score_sketch(query, Sketch(*tensors), self.bits, params, stored=stored)
+
+    def shape(self, name: str, capacity: int, head_dim: int) -> tuple[int, ...]:
+        """See `TokenIndex`."""
+        shapes = {"codes": (capacity, code_bytes(head_dim, self.bits)), "scales": (capacity,), "mean": (head_dim,)}
+        return shapes[name]
+
+    def row_bytes(self, capacity: int, head_dim: int, itemsize: int) -> int:
+        """See `TokenIndex`."""
+        return capacity * sketch_bytes(head_dim, self.bits) + head_dim * torch.float32.itemsize
+
+    def read_bytes(self, stored: int, head_dim: int, itemsize: int, *, nominal: bool) -> int:
+        """See `TokenIndex`."""
+        mean = head_dim * (torch.bfloat16 if nominal else torch.float32).itemsize
+        return stored * sketch_bytes(head_dim, self.bits) + mean

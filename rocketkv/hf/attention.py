@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..core.dense import dense_attention
-from ..core.masks import LazyMask, MaskFunction, VisibleBlock, causal_block
-from .handover import claim
-from .layer import RocketKVLayer
+from ..core.attention import AttentionParams
+from ..core.dense import VisibleBlock, causal_block, dense_attention
+from .layer import RocketKVLayer, layer_of
+from .masks import LazyMask, MaskFunction
 from .prefill import FastAttention
 
 NAME = "rocketkv"
@@ -81,8 +81,8 @@ def rocketkv_attention(
                 f"{type(module).__name__} gives its attention {name!r}, with which RocketKV cannot decode; call "
                 "rocketkv.unpatch(model)"
             )
-    layer: RocketKVLayer | None = claim(key)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: RocketKVLayer | None = layer_of(key)
+    params = AttentionParams(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     own: FastAttention = functools.partial(
         _model_attention,
         module,
@@ -99,16 +99,14 @@ def rocketkv_attention(
             out = own(query, key, value, None if padding is None else padding.to(query.device))
             if out is not None:
                 return out, None
-        return _uncompressed(
-            query, key, value, attention_mask, own, scale, dropout, softcap, s_aux, sliding_window
-        ), None
+        return _uncompressed(query, key, value, attention_mask, own, params, dropout, sliding_window), None
     if isinstance(attention_mask, Tensor):
         raise ValueError(
             f"RocketKV needs the 2D attention_mask [batch, tokens]; {type(module).__name__} got a mask of shape "
             f"{tuple(attention_mask.shape)}, which cannot be evaluated at the tokens that are kept. If you gave none, "
             "the model makes it itself: this version of transformers cannot compress it, call rocketkv.unpatch(model)"
         )
-    out = layer.attend(query, attention_mask, scaling=scale, softcap=softcap, sinks=s_aux, fast=own)
+    out = layer.attend(query, attention_mask, params, fast=own)
     return out, None
 
 
@@ -158,10 +156,8 @@ def _uncompressed(
     value: Tensor,
     mask: LazyMask | Tensor | None,
     own: FastAttention,
-    scaling: float,
+    params: AttentionParams,
     dropout: float,
-    softcap: float | None,
-    sinks: Tensor | None,
     sliding_window: int | None,
 ) -> Tensor:
     """Attend exactly as stock: sliding-window layers, caches that are not ours, and forwards without a cache."""
@@ -180,7 +176,7 @@ def _uncompressed(
         rows = mask[:, :, start:stop, :size]
         return VisibleBlock(0, size, rows if rows.dtype == torch.bool else rows >= 0)
 
-    return dense_attention(query, key, value, visible, scaling=scaling, softcap=softcap, sinks=sinks, dropout=dropout)
+    return dense_attention(query, key, value, params, visible, dropout=dropout)
 
 
 def rocketkv_mask(

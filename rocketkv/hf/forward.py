@@ -6,7 +6,6 @@ A cache that grows changes counts of the host with every token; dynamo would com
 import inspect
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from .cache import rocketkv_layers
 from .compiled import say_uncompiled, uncompiled_reason
-from .handover import eager_hand_over
 from .layer import RocketKVLayer
 from .models import given_cache, given_inputs
 
@@ -80,8 +78,7 @@ class DecoderForward:
         reason = uncompiled_reason(cache) if traced else None
         if reason is not None:
             say_uncompiled(reason, self.warned)
-        with nullcontext() if step_statically(layers, given_inputs(args, kwargs)) else eager_hand_over():
-            return self._checked(layers, args, kwargs)
+        return self._checked(layers, args, kwargs)
 
     def _checked(self, layers: list[RocketKVLayer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a forward and see to it that the attention has taken every layer's new keys."""

@@ -1,4 +1,7 @@
-"""A compressed layer of a cache: a store, and the hand-over of new keys and values to the attention function.
+"""A compressed layer of a cache: its store, and the way of new keys and values to the attention function.
+
+`update` marks the key tensor that it returns with the layer, and the attention function reads the mark (`layer_of`). So
+no state of a call lives outside of its tensors, also under `torch.compile`.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim, n tokens of a forward, W observation window.
 """
@@ -14,23 +17,33 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..budget import BudgetSplit
 from ..config import RocketKVConfig
-from ..core.masks import LazyMask
-from ..core.pages import torch_dtype
-from ..dispatch import backend_name, close_prompt, decode_step, evict_generated
-from ..ops import StaticStep, static_step
-from ..state.bounded import kept_of
+from ..core.attention import AttentionParams
+from ..core.pages import index_dtype_of
+from ..dispatch import (
+    StaticStep,
+    Workspaces,
+    backend_name,
+    close_prompt,
+    decode_step,
+    evict_generated,
+    static_step,
+)
+from ..state.compress import kept_of
 from ..state.history import History, HistorySnapshot
 from ..state.monitor import Monitor
 from ..state.protection import warn_unprotected
 from ..state.snapshot import StoreSnapshot
 from ..state.stats import LayerStats, live_bytes, store_stats
 from ..state.store import KVStore
-from .handover import hand_over
+from .masks import LazyMask
 from .prefill import FastAttention, attend_prompt
 from .turns import check_prompt_length, check_queries, prompt_part
 
 # What a layer's snapshot holds beside its store's.
-_SNAPPED = ("prompt_end", "prompt_tokens", "prompt_ids", "turn_begins", "speculative", "step", "backend", "bounded")
+_SNAPPED = ("prompt_end", "prompt_tokens", "prompt_ids", "turn_begins", "speculative", "step", "backend", "params")
+
+# The attribute of a key tensor by which its layer is found.
+_MARK = "rocketkv_layer"
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +53,19 @@ class LayerSnapshot:
     store: StoreSnapshot
     history: HistorySnapshot | None
     fields: dict[str, Any]
+
+
+def layer_of(key: Tensor) -> "RocketKVLayer | None":
+    """Return the layer whose `update` returned this very key tensor, or None for keys of other cache layers.
+
+    Raises:
+        ValueError: the layer expects another tensor.
+    """
+    layer: RocketKVLayer | None = getattr(key, _MARK, None)
+    if layer is None:
+        return None
+    setattr(key, _MARK, None)
+    return layer
 
 
 class RocketKVLayer(CacheLayerMixin):
@@ -62,18 +88,18 @@ class RocketKVLayer(CacheLayerMixin):
         pending: key and value [B, Hkv, n, D] handed over and not yet in the store.
         step: the decode step of a static store, or None in prompts and in stores that grow.
         backend: what runs decode steps, settled at the end of each prompt.
-        bounded: with what to rank generated tokens where their room ends, or None where that is an error.
+        params: the model's attention parameters, from the first forward on; None before.
     """
 
     is_sliding = False
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, config: RocketKVConfig, workspaces: dict[Any, Any] | None = None, *, number: int = 0) -> None:
+    def __init__(self, config: RocketKVConfig, workspaces: Workspaces | None = None, *, number: int = 0) -> None:
         self.config = config
         self.number = number
         self.monitor: Monitor | None = None
-        self.workspaces = {} if workspaces is None else workspaces
+        self.workspaces = workspaces or Workspaces()
         self.store = KVStore()
         self.history = History(config.history_device) if config.keeps_history else None
         self.turn_begins = False
@@ -85,7 +111,7 @@ class RocketKVLayer(CacheLayerMixin):
         self.pending: tuple[Tensor, Tensor] | None = None
         self.step: StaticStep | None = None
         self.backend = config.backend
-        self.bounded: dict[str, Any] | None = None
+        self.params: AttentionParams | None = None
 
     def __repr__(self) -> str:
         return f"RocketKVLayer(method={self.config.method!r}, seen={self.store.seen}, stored={self.store.stored})"
@@ -156,7 +182,7 @@ class RocketKVLayer(CacheLayerMixin):
         self.armed = False
         self._settle()
         self.pending = (key_states, value_states)
-        hand_over(self)
+        setattr(key_states, _MARK, self)
         return key_states, value_states
 
     def _settle(self) -> None:
@@ -200,10 +226,8 @@ class RocketKVLayer(CacheLayerMixin):
         self,
         query: Tensor,
         mask: LazyMask | None,
+        params: AttentionParams,
         *,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
         fast: FastAttention,
     ) -> Tensor:
         """Take the pending tokens in and attend: a prompt densely, then stage 1 at its end; decoded tokens by stage 2.
@@ -211,9 +235,7 @@ class RocketKVLayer(CacheLayerMixin):
         Args:
             query: [B, H, n, D], after rotary embedding.
             mask: the model's mask, or None where it has none: causal.
-            scaling: factor of the logits.
-            softcap: the model's soft-cap of the logits, or None.
-            sinks: [H], the model's learned sinks, or None.
+            params: the model's attention parameters.
             fast: the model's own attention for plain causal prompts.
 
         Returns:
@@ -225,36 +247,32 @@ class RocketKVLayer(CacheLayerMixin):
         if torch.compiler.is_dynamo_compiling() and not self.steps_statically(query.shape[2]):
             from .untraced import call_untraced
 
-            return call_untraced(  # type: ignore[no-any-return]
-                self.attend, query, mask, scaling=scaling, softcap=softcap, sinks=sinks, fast=fast
-            )
+            return call_untraced(self.attend, query, mask, params, fast=fast)  # type: ignore[no-any-return]
         if self.pending is None:
             raise ValueError("attend follows update, which hands the keys and values over")
         key, value = self.pending
         self.pending = None
         given = query.shape[2]
         if self.step is not None and self.steps_statically(given):
-            out = self._step_statically(self.step, query, key, value, scaling, softcap, sinks)
+            out = self._step_statically(self.step, query, key, value, params)
             if out is not None:
                 return out
         prompt = self.prompt_part(given)
-        exact: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
+        self.params = params
         parts = []
         if prompt:
             query_part, key_part, value_part = (tensor[:, :, :prompt] for tensor in (query, key, value))
-            parts.append(self._prefill(query_part, key_part, value_part, mask, fast, exact))
+            parts.append(self._prefill(query_part, key_part, value_part, mask, fast, params))
             if self.prompt_end is not None and self.store.seen >= self.prompt_end:
-                self.close_prompt(exact)
+                self.close_prompt(params)
         elif not self.store.closed:
-            self.close_prompt(exact)
-        elif self.bounded is None and self.store.window is not None:
-            self._settle_bounds(exact)  # of a cache that was loaded
+            self.close_prompt(params)
         if self.store.closed and self.step is None and self.config.decode_capacity is not None:
             self.step = static_step(query[:, :, 0], self.store, backend=self.backend, workspaces=self.workspaces)
         if given - prompt > 1:
             # Drafts: what may be taken back again is to evict nothing, and to leave no query behind.
             self.make_room(given - prompt)
-            self.store.foresee_queries(query[:, :, prompt:])
+            self._save_ring(query[:, :, prompt:])
         for i in range(prompt, given):
             self.make_room()
             watched = self.monitor is not None and self.monitor.asks(self.number, self.store)
@@ -263,12 +281,12 @@ class RocketKVLayer(CacheLayerMixin):
                 key[:, :, i],
                 value[:, :, i],
                 self.store,
+                params,
                 backend=self.backend,
                 workspaces=self.workspaces,
-                **exact,
             )
             if self.monitor is not None and watched:
-                step = self.monitor.watch(self.number, self.store, self.history, query[:, :, i], step, exact)
+                step = self.monitor.watch(self.number, self.store, self.history, query[:, :, i], step, params)
             parts.append(step[:, None])
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -278,9 +296,7 @@ class RocketKVLayer(CacheLayerMixin):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
+        params: AttentionParams,
     ) -> Tensor | None:
         """Run a static step and return [B, 1, H, Dv], or None where gradients are asked for, which it does not have."""
         if torch.is_grad_enabled() and query.requires_grad:
@@ -291,12 +307,14 @@ class RocketKVLayer(CacheLayerMixin):
         captured = not traced and query.is_cuda and torch.cuda.is_current_stream_capturing()
         if not (traced or captured):
             self.make_room()
-        out = step(query[:, :, 0], key[:, :, 0], value[:, :, 0], scaling=scaling, softcap=softcap, sinks=sinks)
+        out = step(query[:, :, 0], key[:, :, 0], value[:, :, 0], params)
         if traced or captured:
-            # What is read here would be burnt in; what is written is written anew after each run of a compiled forward.
-            self.store.advance_uncounted(captured=captured)
+            # Host reads become constants under tracing; host writes are repeated after each run of a compiled forward.
+            if captured:
+                self.store.note_captured()
+            self.store.lens.uncounted = True
         else:
-            self.store.advance(clocked=True)
+            self.store.lens.advance()
         return out[:, None]
 
     def _prefill(
@@ -306,7 +324,7 @@ class RocketKVLayer(CacheLayerMixin):
         value: Tensor,
         mask: LazyMask | None,
         fast: FastAttention,
-        exact: dict[str, Any],
+        params: AttentionParams,
     ) -> Tensor:
         """Append a prompt's tokens and attend from them to everything stored and, causally, to themselves."""
         store = self.store
@@ -315,36 +333,36 @@ class RocketKVLayer(CacheLayerMixin):
         valid = None if valid is None else valid.to(key.device)
         self._reopen(length)
         store.extend(key, value, valid, expected=self.prompt_end or 0)
-        store.remember_queries(query, self.config.window_size)
+        store.prompt.remember(query, self.config.window_size)
         self.prompt_tokens = store.seen if mask is None else mask.longest_row(store.seen)
-        return attend_prompt(store, query, key, value, mask, fast, **exact)
+        return attend_prompt(store, query, key, value, mask, fast, params)
 
-    def close_prompt(self, exact: dict[str, Any]) -> None:
-        """Run stage 1 at the end of a prompt, given scaling, softcap and sinks.
+    def close_prompt(self, params: AttentionParams) -> None:
+        """Run stage 1 at the end of a prompt.
 
         Raises:
             ValueError: there is no prompt, or a crop has taken all queries that are to rank its tokens.
         """
         store, config = self.store, self.config
-        if store.keys is None:
-            raise ValueError("there is no prompt to close")
-        split = config.split_for(self.prompt_tokens, store.keys.shape[3])
-        queries = 0 if store.window is None else store.window.shape[2]
+        prompt = store.prompt
+        split = config.split_for(self.prompt_tokens, prompt.keys.shape[3])
+        queries = 0 if prompt.queries is None else prompt.queries.shape[2]
         if split.ranks(self.prompt_tokens):
             check_queries(queries, min(config.window_size, store.open_tokens))
-        self.backend = backend_name(store.keys.device, config.backend)
+        self.backend = backend_name(prompt.keys.device, config.backend)
         if self.history is not None:
             self.history.keep(store)
         close_prompt(
             store,
             split,
-            backend=self.backend,
+            params,
+            backend=config.backend,
+            workspaces=self.workspaces,
             decode_reserve=config.decode_reserve,
             kernel_size=config.pool_size,
             decode_capacity=config.decode_capacity,
-            remembered=0 if self._kept_when_full(split) is None else config.window_size,
-            index_dtype=torch_dtype(config.index_dtype),
-            **exact,
+            ring_size=0 if self._kept_when_full(split) is None else config.window_size,
+            index_dtype=index_dtype_of(config.index_dtype),
         )
         if self.history is not None:
             store.allow_crops()
@@ -354,13 +372,6 @@ class RocketKVLayer(CacheLayerMixin):
         self.prompt_end = self.prompt_ids = None
         if self.monitor is not None:
             self.monitor.begin(self.number)
-        self._settle_bounds(exact)
-
-    def _settle_bounds(self, exact: dict[str, Any]) -> None:
-        """Note with what to rank generated tokens, given scaling, softcap and sinks."""
-        config, self.bounded = self.config, None
-        if self.store.window is not None:
-            self.bounded = exact | {"kernel_size": config.pool_size, "at_random": config.when_full == "evict-random"}
 
     def _kept_when_full(self, split: BudgetSplit) -> int | None:
         """Return how many generated tokens stay where the room for them ends, or None where that is an error."""
@@ -379,14 +390,24 @@ class RocketKVLayer(CacheLayerMixin):
         Raises:
             ValueError: there is none for a single one, and the settings do not allow it.
         """
-        store, split = self.store, self.store.split
-        if self.bounded is not None and split is not None and store.stored + count > store.capacity:
-            kept = self._kept_when_full(split)
-            if kept is not None and store.generated > kept and store.remembered > 0:
+        store = self.store
+        if store.lens.longest + count <= store.capacity and store.lens.known:
+            return
+        kept, ring = self._kept_when_full(store.decoding.split), store.decoding.ring
+        if kept is not None and ring is not None and self.params is not None and store.stored + count > store.capacity:
+            tensor = store.decoding.buffers.query_ring
+            if store.generated > kept and tensor is not None and ring.count(tensor, store.lens.seen) > 0:
                 if self.history is not None:
                     self.history.absorb(store)
-                evict_generated(store, kept, backend=self.backend, **self.bounded)
-        store.make_room()
+                sizes: dict[str, Any] = {"kernel_size": self.config.pool_size, "backend": self.backend}
+                evict_generated(store, kept, self.params, workspaces=self.workspaces, **sizes)
+        store.next_fill()
+
+    def _save_ring(self, query: Tensor) -> None:
+        """Save the query ring before a verify step of queries [B, H, n, D], which evicts nothing and may be cropped."""
+        decoding = self.store.decoding
+        if decoding.ring is not None and decoding.buffers.query_ring is not None:
+            decoding.ring.save(decoding.buffers.query_ring, query, self.store.lens.seen)
 
     @property
     def tokens_seen(self) -> int:
@@ -400,7 +421,7 @@ class RocketKVLayer(CacheLayerMixin):
         dimensions, as that of transformers' own static cache.
         """
         if self.step is not None and (
-            torch.compiler.is_dynamo_compiling() or not self.store.counted or self._captured()
+            torch.compiler.is_dynamo_compiling() or not self.store.lens.known or self._captured()
         ):
             seen: Any = self.static_clock()[0]
             return seen  # type: ignore[no-any-return]  # transformers itself declares an int
@@ -418,7 +439,7 @@ class RocketKVLayer(CacheLayerMixin):
         """
         given = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
         if self.step is not None and self.steps_statically(given):
-            return self.step.keys.shape[2], 0
+            return self.store.capacity, 0
         return self.tokens_seen + given, 0
 
     def get_max_length(self) -> int:
@@ -471,7 +492,6 @@ class RocketKVLayer(CacheLayerMixin):
             ValueError: it is of another layer, or was taken before this one was reset.
         """
         step = self.step
-        self.store.forget_foreseen()
         self.store.restore(snapshot.store)
         if self.history is not None and snapshot.history is not None:
             self.history.restore(snapshot.history)
@@ -480,16 +500,15 @@ class RocketKVLayer(CacheLayerMixin):
         self.pending, self.armed = None, False
         for name, value in snapshot.fields.items():
             setattr(self, name, value)
-        if step is not None and self.store.closed and step.keys is self.store.keys:
+        if step is not None and self.store.closed and step.decoding.keys is self.store.keys:
             self.step = step  # what was compiled or captured since holds on to it
 
     def reset(self) -> None:
         """Forget everything."""
-        self.store.forget_foreseen()
         self.store.clear()
         if self.history is not None:
             self.history.clear()
-        self.pending = self.prompt_end = self.prompt_ids = self.step = self.bounded = None
+        self.pending = self.prompt_end = self.prompt_ids = self.step = None
         self.turn_begins = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -511,7 +530,8 @@ class RocketKVLayer(CacheLayerMixin):
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by a function of it, which changes rows."""
-        self.store.forget_foreseen()
+        if self.store.closed and self.store.decoding.ring is not None:
+            self.store.decoding.ring.saved = None
         self.store.map(function)
         if self.history is not None:
             self.history.map(function)

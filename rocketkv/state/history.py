@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.pages import gather_tokens
+from ..core.topk import gather_tokens
 from .store import KVStore, alone
 
 NAMES = ("keys", "values", "positions")
@@ -94,15 +94,14 @@ class History:
         Raises:
             ValueError: the store holds none.
         """
-        if store.keys is None or store.values is None:
-            raise ValueError("there is no prompt to keep")
-        self._home = store.keys.device
+        prompt = store.prompt
+        self._home = prompt.keys.device
         if self.device is None:
-            self.keys, self.values, self.positions = alone(store.keys), alone(store.values), store.positions
+            self.keys, self.values, self.positions = alone(prompt.keys), alone(prompt.values), prompt.positions
         else:
             start, stop = self.seen, store.stored
-            new = (store.keys[:, :, start:stop], store.values[:, :, start:stop])
-            padded = None if store.positions is None else store.positions[:, :, start:stop]
+            new = (prompt.keys[:, :, start:stop], prompt.values[:, :, start:stop])
+            padded = None if prompt.positions is None else prompt.positions[:, :, start:stop]
             self._append(*new, padded)
         self.seen = store.stored
 
@@ -217,13 +216,14 @@ class History:
     def _decoded(self, store: KVStore) -> tuple[Tensor, Tensor] | None:
         """Return keys [B, Hkv, n, D] and values [B, Hkv, n, Dv] that a store has decoded and are not here, or None."""
         count = store.seen - self.seen
-        if store.keys is None or store.values is None or store.lengths is None or count <= 0:
+        if not store.closed or count <= 0:
             return None
+        keys, values, _, seq_lens = store.decoding.buffers[:4]
         if store.uniform:
             first = store.stored - count
-            return store.keys[:, :, first : store.stored], store.values[:, :, first : store.stored]
-        slots = store.lengths.long()[..., None] - count + torch.arange(count, device=store.lengths.device)
-        keys, values = gather_tokens(slots, store.keys, store.values)
+            return keys[:, :, first : store.stored], values[:, :, first : store.stored]
+        slots = seq_lens.long()[..., None] - count + torch.arange(count, device=seq_lens.device)
+        keys, values = gather_tokens(slots, keys, values)
         return keys, values
 
     @torch.inference_mode(False)
@@ -242,7 +242,7 @@ class History:
     def guard(self, store: KVStore, length: int) -> None:
         """Have a store that runs a prompt on our buffers leave those to the snapshots that hold more than `length`."""
         if any(taken.keys is store.keys and taken.held > length for taken in self._living()):
-            store.move()
+            store.prompt.copy_buffers()
 
     def snapshot(self, store: KVStore) -> HistorySnapshot:
         """Return the present state, to which `restore` goes back, beside that of the store. It copies nothing."""

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..config import LOSS_BOUND, RocketKVConfig
+from ..core.attention import AttentionParams
 from .history import History
-from .loss import Audit, attend_all_where, attend_wider_where, audit_head, beyond, estimated_error, missed_mass
+from .missed import Audit, attend_all_where, attend_wider_where, audit_head, beyond, estimated_error, missed_mass
 from .store import KVStore
 
 KEPT_AUDITS = 4096  # the latest ones
@@ -31,7 +32,7 @@ class StepReport:
     Attributes:
         position: of the step's token in the sequence.
         missed: by the layer's number in the model, the missed mass of each head, [B, H] float32, from 0 to 1; NaN where
-            a backend made no estimate. Empty for methods that make none. For both see `rocketkv.state.loss`.
+            a backend made no estimate. Empty for methods that make none. For both see `rocketkv.state.missed`.
         estimated_error: likewise, the estimated relative error of each head's output.
         passed: likewise, [B, Hkv] bool, where `loss_bound` was passed; `missed` is what is missed after acting on it.
         audit: of the step, if it was one's turn.
@@ -93,19 +94,16 @@ class Monitor:
             )
         if self.on_step is None and not self._acts() and not self._due(number, store.seen):
             return False
-        if store.missed is None:
-            return True
-        if store.missed.is_inference():
-            store.missed = None  # of a copy that was made in inference mode: the step has another one
-        else:
-            store.missed.fill_(torch.nan)
+        missed = store.decoding.buffers.missed
+        if missed is not None:
+            missed.fill_(torch.nan)
         return True
 
     def _acts(self) -> bool:
         return self._config.on_loss is not None and not self._warned
 
     def watch(
-        self, number: int, store: KVStore, history: History | None, query: Tensor, out: Tensor, exact: dict[str, Any]
+        self, number: int, store: KVStore, history: History | None, query: Tensor, out: Tensor, params: AttentionParams
     ) -> Tensor:
         """Take note of a layer's step that `asks` asked for, act on what it misses, and return the output to use.
 
@@ -115,25 +113,26 @@ class Monitor:
             history: all tokens, where the method keeps them.
             query: [B, H, D] of the step.
             out: [B, H, Dv], its output.
-            exact: scaling, softcap and sinks.
+            params: the model's attention parameters.
         """
         position = store.seen - 1
         if self.on_step is not None and number == self._numbers[0]:
             # Those of a forward that was interrupted, or taken back, are of no use.
             self._reports = {place: made for place, made in self._reports.items() if place < position}
             self._reports[position] = StepReport(position)
-        missed, passed = missed_mass(store, query.shape[1]), None
-        if self._config.on_loss is not None and missed is not None and store.lengths is not None:
-            passed = beyond(missed, self._bound, store.lengths.shape[1])
+        buffers = store.decoding.buffers
+        missed, passed = missed_mass(store), None
+        if self._config.on_loss is not None and missed is not None:
+            passed = beyond(missed, self._bound, buffers.seq_lens.shape[1])
             if self._acts() and bool(passed.any()):
-                out, missed = self._act(number, passed, store, query, out, missed, exact)
+                out, missed = self._act(number, passed, store, query, out, missed, params)
         error, audit, due = None, None, self._due(number, position)
         if self.on_step is None and not due:
             return out
-        if missed is not None and store.value_sum is not None and store.lengths is not None:
-            error = estimated_error(out, missed, store.value_sum, store.lengths)
+        if missed is not None and buffers.value_sum is not None:
+            error = estimated_error(out, missed, buffers.value_sum, buffers.seq_lens)
         if due:
-            audit = self._audit(number, store, history, query, out, exact, missed, error)
+            audit = self._audit(number, store, history, query, out, params, missed, error)
         report = self._reports.get(position)
         if self.on_step is None or report is None:
             return out
@@ -153,7 +152,7 @@ class Monitor:
         query: Tensor,
         out: Tensor,
         missed: Tensor,
-        exact: dict[str, Any],
+        params: AttentionParams,
     ) -> tuple[Tensor, Tensor]:
         """Do what is to be done where the bound is passed; return what the step gives, and what it misses now."""
         if self._config.on_loss == "warn":
@@ -168,10 +167,11 @@ class Monitor:
             )
             return out, missed
         if self._config.on_loss == "dense":
-            out, missed = attend_all_where(passed, query, store, out, missed, **exact)
+            out, missed = attend_all_where(passed, query, store, out, missed, params)
         else:
-            out, missed = attend_wider_where(passed, self._bound, query, store, out, missed, **exact)
-        store.note_missed(missed)
+            out, missed = attend_wider_where(passed, self._bound, query, store, out, missed, params)
+        if store.decoding.buffers.missed is not None:
+            store.decoding.buffers.missed.copy_(missed.detach())
         return out, missed
 
     def _due(self, number: int, position: int) -> bool:
@@ -188,7 +188,7 @@ class Monitor:
         history: History | None,
         query: Tensor,
         out: Tensor,
-        exact: dict[str, Any],
+        params: AttentionParams,
         missed: Tensor | None,
         error: Tensor | None,
     ) -> Audit:
@@ -197,16 +197,14 @@ class Monitor:
         # First the layers take their turns, then the heads, then the rows.
         rest, head = divmod((position + 1) // (config.audit_every or 1) // len(self._numbers), query.shape[1])
         row = rest % query.shape[0]
-        if store.keys is None or store.values is None or store.lengths is None:
-            raise ValueError("an audit follows a decode step")
-        kv_head = head // (query.shape[1] // store.keys.shape[1])
-        stored = store.stored if store.uniform else int(store.lengths[row, kv_head])
-        sinks = exact["sinks"]
-        own = {**exact, "sinks": None if sinks is None else sinks[head : head + 1]}
-        held = [(store.keys[row, kv_head, :stored], store.values[row, kv_head, :stored])]
+        keys, values, _, seq_lens = store.decoding.buffers[:4]
+        kv_head = head // (query.shape[1] // keys.shape[1])
+        stored = store.stored if store.uniform else int(seq_lens[row, kv_head])
+        own = params._replace(sinks=None if params.sinks is None else params.sinks[head : head + 1])
+        held = [(keys[row, kv_head, :stored], values[row, kv_head, :stored])]
         if history is not None:
             held.append(history.head(store, row, kv_head))
-        errors = [audit_head(query[row, head].detach(), out[row, head].detach(), *both, **own) for both in held]
+        errors = [audit_head(query[row, head].detach(), out[row, head].detach(), *both, own) for both in held]
         audit = Audit(
             position=position,
             layer=number,

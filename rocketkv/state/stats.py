@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..budget import BudgetSplit
-from ..core.indexes import INDEX_TENSORS, index_of
-from .loss import Audit
+from ..core.index import index_of
+from .missed import Audit
 from .store import KVStore
 
 NOMINAL_ITEMSIZE = 2  # budgets are counted for 16-bit keys and values
@@ -69,7 +69,7 @@ class CacheStats:
     Attributes:
         layers: one entry a layer, in order.
         workspace_bytes: bytes of what the kernels work in, which the layers share.
-        missed: of each layer, the missed mass of every head in the last step (see `rocketkv.state.loss`), [B, H]
+        missed: of each layer, the missed mass of every head in the last step (see `rocketkv.state.missed`), [B, H]
             float32 on the layer's device; None where none is estimated.
         audits: heads that were compared with exact attention (`RocketKVConfig.audit_every`), the latest ones last.
     """
@@ -152,13 +152,18 @@ def store_stats(store: KVStore) -> LayerStats:
     batch, kv_heads, _, head_dim = keys.shape
     rows = batch * kv_heads
     dims = (head_dim, values.shape[3])
-    known = ("keys", "values", "value_sum", "residual_bias", *INDEX_TENSORS)
+    decoding = store.decoding if store.closed else None
+    index = {} if decoding is None else decoding.named_index()
+    tensors = store.tensors()
+    counted = ("keys", "values", "value_sum", "residual_bias", *index)
     # Keys and values of a prompt may be slices of one tensor: a storage counts once.
-    storages = {t.untyped_storage().data_ptr(): live_bytes(t) for n, t in store.tensors().items() if n not in known}
+    storages = {t.untyped_storage().data_ptr(): live_bytes(t) for n, t in tensors.items() if n not in counted}
     shared = keys.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
+    ring, clock = (None, None) if decoding is None else (decoding.ring, decoding.buffers.clock)
+    index_tensors = (*index.values(), tensors.get("value_sum"), tensors.get("residual_bias"))
     # The next step appends its token first.
     stored, shortest = store.stored + 1, store.shortest + 1
-    sizes = (keys.itemsize, keys.itemsize if store.index is None else store.index.itemsize)
+    sizes = (keys.itemsize, index["bounds"].itemsize if "bounds" in index else keys.itemsize)
     nominal_read = step_bytes(store.split, stored, dims, sizes, nominal=True, shortest=shortest)
     dense = rows * (store.seen + 1) * sum(dims)
     return LayerStats(
@@ -167,8 +172,8 @@ def store_stats(store: KVStore) -> LayerStats:
         tokens_stored=store.stored,
         key_bytes=live_bytes(keys),
         value_bytes=0 if shared else live_bytes(values),
-        index_bytes=sum(map(live_bytes, (*store.index_parts().values(), store.value_sum, store.residual_bias))),
-        other_bytes=sum(storages.values()) + live_bytes(store.ticks) + sum(map(live_bytes, store.held_back)),
+        index_bytes=sum(map(live_bytes, index_tensors)),
+        other_bytes=sum(storages.values()) + live_bytes(clock) + (0 if ring is None else ring.held_bytes),
         device=str(keys.device),
         full_bytes=rows * store.seen * sum(dims) * keys.itemsize,
         step_bytes=rows * step_bytes(store.split, stored, dims, sizes, shortest=shortest),

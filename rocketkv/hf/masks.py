@@ -10,17 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.dense import VisibleBlock
+
 # (batch, head, query position, key position), broadcastable index tensors, to bool: transformers' mask functions.
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class VisibleBlock:
-    """What a block of queries may see: keys from `start` to `stop`, and of those where `mask` is True (None: all)."""
-
-    start: int
-    stop: int
-    mask: Tensor | None
 
 
 @dataclass(eq=False, kw_only=True)
@@ -197,10 +190,3 @@ class LazyMask:
         queries = (torch.arange(start, stop, device=device) + self.offset)[None, None, :, None]
         mask = self.mask_function(batch, head, queries, position)
         return mask.expand(mask.shape[0], mask.shape[1], stop - start, position.shape[-1])
-
-
-def causal_block(start: int, stop: int, offset: int, device: torch.device) -> VisibleBlock:
-    """Return what queries `start` to `stop` see where query i comes after `offset + i` keys, all of them visible."""
-    last = offset + stop
-    query = torch.arange(start, stop, device=device)[:, None] + offset
-    return VisibleBlock(0, last, (torch.arange(last, device=device) <= query)[None, None])

@@ -1,24 +1,17 @@
-"""From a prompt to decoding: a row's chosen tokens side by side, with room behind them and an index beside them.
+"""Compact the kept keys and values of a prompt into new buffers and build their page index.
 
 Letters: B batch, Hkv KV heads, D head dim, S tokens of the prompt, P page size.
 """
 
-from collections.abc import Callable
-from typing import TypeAlias
-
 import torch
 from torch import Tensor
 
-from ..core.pages import build_index, gather_tokens
-
-LayOut: TypeAlias = Callable[
-    [Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int, int, int | None, torch.dtype | None],
-    tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
-]
+from .pages import build_pages
+from .topk import gather_tokens
 
 
 @torch.inference_mode(False)  # buffers may be written in a later call that is not in inference mode
-def lay_out(
+def compact(
     keys: Tensor,
     values: Tensor,
     slots: Tensor | None,
@@ -29,12 +22,12 @@ def lay_out(
     page_size: int | None,
     index_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Copy the chosen tokens of each row to the front of new buffers, and build the index of their pages.
+    """Copy the kept tokens of each row to the front of new buffers, and build the index of their pages.
 
     Args:
         keys: [B, Hkv, S, D], the prompt's.
         values: [B, Hkv, S, Dv].
-        slots: [B, Hkv, chosen] integers, in the order in which they will lie, or None for the first `count`.
+        slots: [B, Hkv, chosen] integers, the kept slots in their new order, or None for the first `count`.
         valid: [B, 1 or Hkv, S] bool, False at slots without a token, or None where all hold one.
         positions: [B, 1 or Hkv, S or more] int32, each slot's position in the sequence, or None where they are equal.
         count: tokens of the longest row; without `valid`, all chosen.
@@ -46,8 +39,8 @@ def lay_out(
         keys: [B, Hkv, capacity, D], zero from `count` on.
         values: [B, Hkv, capacity, Dv], likewise.
         positions: [B, Hkv, capacity] int32, -1 behind a row's tokens.
-        lengths: [B, Hkv] int32.
-        index: [B, Hkv, tiles, D or 2D, 128], or None.
+        seq_lens: [B, Hkv] int32.
+        bounds: [B, Hkv, tiles, D or 2D, 128], or None.
     """
     rows, stored = keys.shape[:2], keys.shape[2]
     new_positions = torch.full((*rows, capacity), -1, dtype=torch.int32, device=keys.device)
@@ -73,5 +66,5 @@ def lay_out(
     new_values = values.new_zeros(*rows, capacity, values.shape[3])
     new_keys[:, :, :count] = keys
     new_values[:, :, :count] = values
-    index = None if page_size is None else build_index(new_keys, count, page_size, index_dtype)
+    index = None if page_size is None else build_pages(new_keys, count, page_size, index_dtype)
     return new_keys, new_values, new_positions, lengths, index

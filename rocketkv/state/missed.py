@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from ..budget import BudgetSplit
-from ..core.attention import attend
-from ..core.indexes import index_of
+from ..core.attention import AttentionParams, attend
+from ..core.decode import DecodeBuffers, attend_selected
 from ..core.pages import movable, restored
-from .reference import attend_selected
 from .store import KVStore
 
 # The chosen tokens are taken to have at least this share of the weight: dividing by less would only magnify noise.
@@ -66,21 +65,17 @@ def selects(store: KVStore) -> bool:
     return split is not None and split.top_k is not None and store.stored > split.token_budget
 
 
-def missed_mass(store: KVStore, heads: int) -> Tensor | None:
-    """Return what the last step of a store missed, [B, H] float32, or None where its method makes no estimate.
+def missed_mass(store: KVStore) -> Tensor | None:
+    """Return the missed mass of the last step, [B, H] float32, or None where the method makes no estimate.
 
-    No host sync. Zeros where the step attended to all that is stored; NaN where nobody noted what it missed.
-
-    Args:
-        store: the layer's store, its prompt closed.
-        heads: H.
+    No host sync. Zeros where the step attended to all stored tokens; NaN where a backend made no estimate.
     """
-    if store.split is None or not store.split.residual or store.keys is None:
+    buffers = store.decoding.buffers
+    if buffers.missed is None:
         return None
-    if selects(store) and store.missed is not None:
-        return uncalibrated(store.missed, store.residual_bias)
-    unknown = torch.nan if selects(store) else 0.0
-    return torch.full((store.keys.shape[0], heads), unknown, dtype=torch.float32, device=store.keys.device)
+    if selects(store):
+        return uncalibrated(buffers.missed, buffers.residual_bias)
+    return torch.zeros_like(buffers.missed)
 
 
 def uncalibrated(missed: Tensor, bias: Tensor | None) -> Tensor:
@@ -96,8 +91,8 @@ def uncalibrated(missed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def last_missed(store: KVStore) -> Tensor | None:
-    """Return what the last step of a store missed, [B, H] float32, or None where no step has estimated it."""
-    return None if store.missed is None or not store.closed else missed_mass(store, store.missed.shape[1])
+    """Return the missed mass of the last step, [B, H] float32, or None where no step has estimated it."""
+    return missed_mass(store) if store.closed and store.generated > 0 else None
 
 
 def estimated_error(out: Tensor, missed: Tensor, value_sum: Tensor, lengths: Tensor) -> Tensor:
@@ -125,23 +120,19 @@ def relative_error(out: Tensor, exact: Tensor) -> Tensor:
     return distance / size.clamp(min=torch.finfo(torch.float64).tiny)
 
 
-def attend_stored(
-    query: Tensor, store: KVStore, *, scaling: float, softcap: float | None = None, sinks: Tensor | None = None
-) -> Tensor:
+def attend_stored(query: Tensor, store: KVStore, params: AttentionParams) -> Tensor:
     """Attend exactly to everything that a store holds: what a step without a selection gives.
 
     Args:
         query: [B, H, D], after rotary embedding.
         store: the layer's store, its prompt closed.
-        scaling: factor of the logits.
-        softcap: c of `c * tanh(logit / c)`, or None.
-        sinks: [H], the model's learned sinks, or None.
+        params: the model's attention parameters.
 
     Returns:
         [B, H, Dv] in the query's dtype.
     """
     keys, values, lengths = _filled(store)
-    return attend(query, keys, values, mask=_mask(lengths, keys), scaling=scaling, softcap=softcap, sinks=sinks)
+    return attend(query, keys, values, params, mask=_mask(lengths, keys))
 
 
 def attend_all_where(
@@ -150,10 +141,7 @@ def attend_all_where(
     store: KVStore,
     out: Tensor,
     missed: Tensor,
-    *,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    params: AttentionParams,
 ) -> tuple[Tensor, Tensor]:
     """Attend to everything stored in some rows and KV heads, in the place of what a step gave there.
 
@@ -163,21 +151,19 @@ def attend_all_where(
         store: the layer's store, the step's token in it.
         out: [B, H, Dv], what the step gave.
         missed: [B, H] float32, what it missed.
-        scaling: factor of the logits.
-        softcap: the model's soft-cap of the logits, or None.
-        sinks: [H], the model's learned sinks, or None.
+        params: the model's attention parameters.
 
     Returns:
         Copies of `out` and `missed`, with those rows and heads replaced.
     """
     keys, values, lengths = _filled(store)
 
-    def attend_all(part: _Rows, queries: Tensor, own: Tensor | None) -> _Attended:
+    def attend_all(part: _Rows, queries: Tensor, own: AttentionParams) -> _Attended:
         mask = _mask(None if lengths is None else part(lengths), keys)
-        found = attend(queries, part(keys), part(values), mask=mask, scaling=scaling, softcap=softcap, sinks=own)
+        found = attend(queries, part(keys), part(values), own, mask=mask)
         return found, found.new_zeros(found.shape[:2], dtype=torch.float32)
 
-    return _replaced(passed, query, out, missed, sinks, attend_all)
+    return _replaced(passed, query, out, missed, params, attend_all)
 
 
 def attend_wider_where(
@@ -187,10 +173,7 @@ def attend_wider_where(
     store: KVStore,
     out: Tensor,
     missed: Tensor,
-    *,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    params: AttentionParams,
 ) -> tuple[Tensor, Tensor]:
     """Double k in some rows and KV heads until they miss no more than a bound, or attend to everything stored.
 
@@ -201,9 +184,7 @@ def attend_wider_where(
         store: the layer's store, the step's token in it.
         out: [B, H, Dv], what the step gave.
         missed: [B, H] float32, what it missed.
-        scaling: factor of the logits.
-        softcap: the model's soft-cap of the logits, or None.
-        sinks: [H], the model's learned sinks, or None.
+        params: the model's attention parameters.
 
     Returns:
         Copies of `out` and `missed`, with those rows and heads replaced.
@@ -211,37 +192,36 @@ def attend_wider_where(
     Raises:
         ValueError: the store's steps select nothing, or have no residual.
     """
-    keys, values, lengths = _filled(store)
-    split, index, value_sum, bias = store.split, index_of(store.split), store.value_sum, store.residual_bias
-    if split is None or split.top_k is None or index is None or value_sum is None:
+    decoding, stored = store.decoding, store.stored
+    split, index, buffers = decoding.split, decoding.index, decoding.buffers
+    lengths, value_sum, bias = None if store.uniform else buffers.seq_lens, buffers.value_sum, buffers.residual_bias
+    if split.top_k is None or index is None or value_sum is None:
         raise ValueError("only a step that selects by scores and has a residual can attend to more")
-    read, stored = split.top_k, store.stored
+    read = split.top_k
     while read < stored and bool(passed.any()):
         read = min(2 * read, stored)
         wider = replace(split, top_k=read, token_budget=max(read, split.token_budget))
 
-        def attend_wider(part: _Rows, queries: Tensor, own: Tensor | None, wider: BudgetSplit = wider) -> _Attended:
+        def attend_wider(part: _Rows, queries: Tensor, own: AttentionParams, wider: BudgetSplit = wider) -> _Attended:
+            group_bias = None if bias is None else part(bias, queries.shape[1])
+            some = DecodeBuffers(
+                part(buffers.keys),
+                part(buffers.values),
+                part(buffers.positions),
+                part(buffers.seq_lens),
+                tuple(part(tensor) for tensor in buffers.index_tensors),
+                value_sum=part(value_sum),
+                residual_bias=group_bias,
+            )
+            own_lengths = None if lengths is None else some.seq_lens
             found, rest = attend_selected(
-                queries,
-                part(keys),
-                part(values),
-                index,
-                {name: part(tensor) for name, tensor in store.index_parts().items()},
-                part(value_sum),
-                None if bias is None else part(bias, queries.shape[1]),
-                split=wider,
-                stored=stored,
-                lengths=None if lengths is None else part(lengths),
-                short=False,
-                scaling=scaling,
-                softcap=softcap,
-                sinks=own,
+                queries, some, index, wider, own, stored=stored, lengths=own_lengths, short=False
             )
             if rest is None:
-                raise ValueError("a step with a residual says what it missed")
-            return found, uncalibrated(rest, None if bias is None else part(bias, queries.shape[1]))
+                raise ValueError("a step with a residual estimates its missed mass")
+            return found, uncalibrated(rest, group_bias)
 
-        out, missed = _replaced(passed, query, out, missed, sinks, attend_wider)
+        out, missed = _replaced(passed, query, out, missed, params, attend_wider)
         passed = passed & beyond(missed, bound, passed.shape[1])
     return out, missed
 
@@ -257,45 +237,31 @@ def beyond(missed: Tensor, bound: float, kv_heads: int) -> Tensor:
     return ~(missed.view(missed.shape[0], kv_heads, -1) <= bound).all(-1)
 
 
-def audit_head(
-    query: Tensor,
-    out: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    *,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> float:
+def audit_head(query: Tensor, out: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> float:
     """Return the relative error of one head's output against exact attention to some tokens.
 
     Args:
-        query: [D], perhaps on another device than these, as `out` and `sinks`.
+        query: [D], perhaps on another device than the keys, like `out` and the sinks.
         out: [Dv].
         keys: [N, D].
         values: [N, Dv].
-        scaling: factor of the logits.
-        softcap: c of `c * tanh(logit / c)`, or None.
-        sinks: [1], the head's learned sink, or None.
+        params: the model's attention parameters; here `sinks` is [1], the head's own.
     """
-    # In float32: what is audited may have been rounded, what it is audited by is not.
+    # In float32: the audited output may have been rounded, its reference is not.
     exact = attend(
         query[None, None].to(keys.device, torch.float32),
         keys[None, None].float(),
         values[None, None].float(),
-        scaling=scaling,
-        softcap=softcap,
-        sinks=None if sinks is None else sinks.to(keys.device),
+        params._replace(sinks=None if params.sinks is None else params.sinks.to(keys.device)),
     )
     return float(relative_error(out.to(keys.device), exact[0, 0]))
 
 
 def _filled(store: KVStore) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return a store's keys [B, Hkv, N, D], values [B, Hkv, N, Dv], and lengths [B, Hkv] where rows differ."""
-    if not store.closed or store.keys is None or store.values is None:
-        raise ValueError("only a store whose prompt is closed takes decode steps")
-    stored = store.stored
-    return store.keys[:, :, :stored], store.values[:, :, :stored], None if store.uniform else store.lengths
+    buffers, stored = store.decoding.buffers, store.stored
+    lengths = None if store.uniform else buffers.seq_lens
+    return buffers.keys[:, :, :stored], buffers.values[:, :, :stored], lengths
 
 
 def _mask(lengths: Tensor | None, keys: Tensor) -> Tensor | None:
@@ -322,8 +288,8 @@ def _replaced(
     query: Tensor,
     out: Tensor,
     missed: Tensor,
-    sinks: Tensor | None,
-    attention: Callable[[_Rows, Tensor, Tensor | None], _Attended],
+    params: AttentionParams,
+    attention: Callable[[_Rows, Tensor, AttentionParams], _Attended],
 ) -> tuple[Tensor, Tensor]:
     """Return copies of outputs and missed masses in which some rows and KV heads have been attended to anew.
 
@@ -332,9 +298,9 @@ def _replaced(
         query: [B, H, D].
         out: [B, H, Dv].
         missed: [B, H] float32.
-        sinks: [H], or None.
-        attention: gives outputs [R, G, Dv] and missed masses [R, G] of rows of one KV head, from these, their queries
-            [R, G, D] and the sinks [G].
+        params: the model's attention parameters.
+        attention: returns outputs [R, G, Dv] and missed masses [R, G] for rows of one KV head, their queries
+            [R, G, D] and the parameters of those heads.
     """
     out, missed = out.clone(), missed.clone()
     batch, kv_heads = passed.shape
@@ -344,6 +310,7 @@ def _replaced(
         if len(rows) == 0:
             continue
         part, own = _Rows(head, None if len(rows) == batch else rows), slice(head * group, (head + 1) * group)
-        found, rest = attention(part, part(query, group), None if sinks is None else sinks[own])
+        sinks = None if params.sinks is None else params.sinks[own]
+        found, rest = attention(part, part(query, group), params._replace(sinks=sinks))
         out[rows, own], missed[rows, own] = found, rest
     return out, missed

@@ -1,0 +1,72 @@
+"""The records that launch wrappers take; any object with these attributes will do.
+
+Letters: B batch, H query heads, Hkv KV heads, D head dim, Dv value dim, W query ring.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Params(Protocol):
+    """How a model's attention turns products of queries and keys into weights."""
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the logits."""
+
+    @property
+    def softcap(self) -> float | None:
+        """The c of `c * tanh(logit / c)`, or None."""
+
+    @property
+    def sinks(self) -> Tensor | None:
+        """[H], one learned logit a head that joins the softmax's denominator, or None."""
+
+
+class Buffers(Protocol):
+    """The tensors that a decode step reads and writes, of one layer."""
+
+    @property
+    def keys(self) -> Tensor:
+        """[B, Hkv, capacity, D], with room for one token in every row; written."""
+
+    @property
+    def values(self) -> Tensor:
+        """[B, Hkv, capacity, Dv]; written."""
+
+    @property
+    def positions(self) -> Tensor:
+        """[B, Hkv, capacity] int32; written."""
+
+    @property
+    def seq_lens(self) -> Tensor:
+        """[B, Hkv] int32, tokens of each row; raised by one."""
+
+    @property
+    def index_tensors(self) -> tuple[Tensor, ...]:
+        """The index, written.
+
+        Page bounds [B, Hkv, tiles, D or 2D, 128] in the keys' dtype or a float of 8 bits; or a sketch: codes
+        [B, Hkv, capacity, C] uint8, scales [B, Hkv, capacity] bfloat16 and mean key [B, Hkv, D] float32; or nothing.
+        """
+
+    @property
+    def value_sum(self) -> Tensor | None:
+        """[B, Hkv, Dv] float64, the sum of each row's values, raised by the new one; with a residual."""
+
+    @property
+    def residual_bias(self) -> Tensor | None:
+        """[B, H] float32, added to the logit of the tokens that are not read, or None."""
+
+    @property
+    def missed(self) -> Tensor | None:
+        """[B, H] float32, the weight of the tokens that are not read, written; None if nobody asks."""
+
+    @property
+    def query_ring(self) -> Tensor | None:
+        """[B, H, W, D], the query of token i is written at place i mod W; or None."""
+
+    @property
+    def clock(self) -> Tensor | None:
+        """[1] int32, position of the new token; raised by one."""

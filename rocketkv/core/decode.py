@@ -1,0 +1,258 @@
+"""The decode step in PyTorch, for growing and static buffers alike: append, score, select, attend.
+
+This is the readable reference of stage 2 (paper, section "hybrid attention"). `dispatch` runs it, or a kernel that
+takes the same record of buffers.
+
+Letters: B batch, H query heads, Hkv KV heads, D head dim of keys, Dv of values, N stored tokens, P page size, W query
+ring, k selected tokens, t token budget.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..budget import BudgetSplit
+from .attention import AttentionParams, attend
+from .index import TokenIndex
+from .residual import residual_attend, summable
+from .topk import full_precision, select
+
+
+class DecodeBuffers(NamedTuple):
+    """The tensors that a decode step reads and writes, of one layer.
+
+    Attributes:
+        keys: [B, Hkv, capacity, D]; written.
+        values: [B, Hkv, capacity, Dv]; written.
+        positions: [B, Hkv, capacity] int32, each slot's position in the sequence, -1 without a token; written.
+        seq_lens: [B, Hkv] int32, tokens stored in each row; raised by one.
+        index_tensors: tensors of the index in the order of its names, empty where nothing is scored; written.
+        value_sum: [B, Hkv, Dv] float64, exact sum of each row's values; raised. None without a residual.
+        residual_bias: [B, H] float32, added to the logit of the residual, or None where that is not calibrated.
+        missed: [B, H] float32, the weight of what the step did not attend to; written. None without a residual.
+        query_ring: [B, H, W, D], the query of token i at place i mod W; written. None where nothing ranks by it.
+        clock: [1] int32, tokens of the sequence; raised by one. None where only the host counts them.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    seq_lens: Tensor
+    index_tensors: tuple[Tensor, ...] = ()
+    value_sum: Tensor | None = None
+    residual_bias: Tensor | None = None
+    missed: Tensor | None = None
+    query_ring: Tensor | None = None
+    clock: Tensor | None = None
+
+
+class Fill(NamedTuple):
+    """How full the buffers are before a step, as far as the host knows.
+
+    Attributes:
+        longest: tokens that the longest row stores; the capacity less one in static buffers, where only the device
+            knows.
+        shortest: tokens that the shortest row stores; 0 where only the device knows.
+        seen: tokens of the sequence, or None where only the device's clock knows.
+    """
+
+    longest: int
+    shortest: int
+    seen: int | None
+
+
+def decode_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    buffers: DecodeBuffers,
+    index: TokenIndex | None,
+    split: BudgetSplit,
+    params: AttentionParams,
+    fill: Fill,
+) -> Tensor:
+    """Append one token to every row and attend to the tokens that stage 2 selects; the new token competes too.
+
+    A full row of static buffers stays as it is.
+
+    Args:
+        query: [B, H, D], after rotary embedding.
+        key: [B, Hkv, D], after rotary embedding.
+        value: [B, Hkv, Dv].
+        buffers: the layer's; written in place.
+        index: scores the stored tokens, or None where nothing is scored.
+        split: the tokens and bytes that the step may read.
+        params: the model's attention parameters.
+        fill: how full the buffers are.
+
+    Returns:
+        [B, H, Dv] in the query's dtype.
+    """
+    uniform = fill.seen is not None and fill.longest == fill.shortest
+    append_token(query, key, value, buffers, index, fill)
+    stored = fill.longest + 1
+    lengths = None if uniform else buffers.seq_lens
+    if split.top_k is None or stored <= split.token_budget:
+        keys, values = buffers.keys[:, :, :stored], buffers.values[:, :, :stored]
+        mask = None if lengths is None else torch.arange(stored, device=keys.device) < lengths[..., None]
+        return attend(query, keys, values, params, mask=mask)
+    # Rows that store at most t tokens attend to all of them.
+    short = lengths is not None and fill.shortest < split.token_budget
+    if index is None:
+        positions = recent_slots(buffers.seq_lens, split.top_k, split.sinks or 0)
+        mask = None
+        if short:
+            positions, mask = all_where_short(positions, buffers.seq_lens, split.token_budget)
+        return attend(query, buffers.keys, buffers.values, params, positions, mask=mask)
+    out, missed = attend_selected(query, buffers, index, split, params, stored=stored, lengths=lengths, short=short)
+    if missed is not None and buffers.missed is not None:
+        buffers.missed.copy_(missed.detach())
+    return out
+
+
+def append_token(
+    query: Tensor | None, key: Tensor, value: Tensor, buffers: DecodeBuffers, index: TokenIndex | None, fill: Fill
+) -> None:
+    """Append one token to every row that has room, and raise the counts of tokens.
+
+    Args:
+        query: [B, H, D] for the query ring, or None to leave that alone.
+        key: [B, Hkv, D].
+        value: [B, Hkv, Dv].
+        buffers: the layer's; written in place.
+        index: scores the stored tokens, or None where nothing is scored.
+        fill: how full the buffers are.
+    """
+    keys, values, positions, seq_lens = buffers[:4]
+    key, value = key.detach(), value.detach()
+    slot, seen = fill.longest, fill.seen
+    if buffers.query_ring is not None and query is not None:
+        ring = buffers.query_ring
+        if seen is None:
+            ring.index_copy_(2, _clock(buffers).long() % ring.shape[2], query.detach()[:, :, None].to(ring.dtype))
+        else:
+            ring.select(2, seen % ring.shape[2]).copy_(query.detach())
+    uniform_slot = slot if seen is not None and slot == fill.shortest else None
+    if uniform_slot is not None and seen is not None:
+        keys.select(2, slot).copy_(key)
+        values.select(2, slot).copy_(value)
+        positions.select(2, slot).fill_(seen)
+        seq_lens.fill_(slot + 1)
+        if buffers.value_sum is not None:
+            buffers.value_sum.add_(summable(value))
+    else:
+        _append_ragged(key, value, buffers, _clock(buffers) if seen is None else seen)
+    if seen is None:
+        _clock(buffers).add_(1)
+    elif buffers.clock is not None:
+        buffers.clock.fill_(seen + 1)
+    if index is not None:
+        index.append(buffers.index_tensors, keys, seq_lens, uniform_slot)
+
+
+def _append_ragged(key: Tensor, value: Tensor, buffers: DecodeBuffers, position: Tensor | int) -> None:
+    """Append a token at a position of the sequence behind each row's last one; a full row stays as it is."""
+    keys, values, positions, seq_lens = buffers[:4]
+    capacity = keys.shape[2]
+    room = (seq_lens < capacity)[..., None]
+    slot = seq_lens.long().clamp(max=capacity - 1)[..., None]
+    for buffer, new in ((keys, key), (values, value)):
+        place = slot[..., None].expand(-1, -1, 1, buffer.shape[3])
+        kept = buffer.gather(2, place)
+        buffer.scatter_(2, place, torch.where(room[..., None], new.to(buffer.dtype)[:, :, None], kept))
+    positions.scatter_(2, slot, torch.where(room, position, positions.gather(2, slot)))
+    if buffers.value_sum is not None:
+        buffers.value_sum.add_(torch.where(room, summable(value), 0))
+    seq_lens.add_(1).clamp_(max=capacity)
+
+
+def _clock(buffers: DecodeBuffers) -> Tensor:
+    if buffers.clock is None:
+        raise ValueError("a step whose token count only the device knows needs a clock")
+    return buffers.clock
+
+
+def attend_selected(
+    query: Tensor,
+    buffers: DecodeBuffers,
+    index: TokenIndex,
+    split: BudgetSplit,
+    params: AttentionParams,
+    *,
+    stored: int,
+    lengths: Tensor | None,
+    short: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Score the stored tokens, select k, attend to them, and add the residual of the others where the split wants it.
+
+    Args:
+        query: [B, H, D].
+        buffers: the layer's, the query's own token included.
+        index: scores the stored tokens.
+        split: the tokens that the step may read.
+        params: the model's attention parameters.
+        stored: N, tokens of the longest row.
+        lengths: [B, Hkv] int32, tokens of each row, or None where every row has N.
+        short: whether there may be rows of at most t tokens, which attend to all of them.
+
+    Returns:
+        [B, H, Dv] in the query's dtype; and the missed mass [B, H] float32 with a residual, else None.
+    """
+    keys, values, value_sum = buffers.keys, buffers.values, buffers.value_sum
+    with full_precision(query.device):
+        logits = index.score(query, buffers.index_tensors, keys, params, stored=stored, lengths=lengths)
+        positions, _ = select(
+            logits,
+            min(split.top_k or stored, stored),
+            stored=stored,
+            lengths=lengths,
+            kv_heads=keys.shape[1],
+            unit_size=split.page_size,
+            sinks=params.sinks,
+            protected=split.protected,
+            by_largest=split.by_largest,
+            ordered=False,
+        )
+    mask = None
+    if short and lengths is not None:
+        positions, mask = all_where_short(positions, lengths, split.token_budget)
+    if value_sum is None:
+        return attend(query, keys, values, params, positions, mask=mask), None
+    if mask is not None:
+        positions = torch.where(mask, positions, stored)  # a position beyond every row's length does not count
+    if split.page_size > 1:
+        logits = logits.repeat_interleave(split.page_size, dim=-1)[..., :stored]
+    with full_precision(query.device):
+        bias = buffers.residual_bias
+        return residual_attend(query, keys, values, positions, logits, value_sum, params, bias=bias, lengths=lengths)
+
+
+def recent_slots(lengths: Tensor, k: int, sinks: int) -> Tensor:
+    """Return the slots [B, Hkv, k] of each row's first `sinks` tokens and its most recent `k - sinks`.
+
+    Args:
+        lengths: [B, Hkv] int32, tokens of each row; a row of fewer than k also gets slots without a token.
+        k: number of slots.
+        sinks: how many of them are sink tokens, the first ones.
+    """
+    slot = torch.arange(k, device=lengths.device)
+    return torch.where(slot < sinks, slot, slot + (lengths.long()[..., None] - k).clamp(min=0))
+
+
+def all_where_short(positions: Tensor, lengths: Tensor, token_budget: int) -> tuple[Tensor, Tensor]:
+    """Let rows of at most t tokens attend to all of them, and the others to their selection.
+
+    Args:
+        positions: [B, Hkv, k], the selection, k <= t.
+        lengths: [B, Hkv] int32.
+        token_budget: t.
+
+    Returns:
+        Positions [B, Hkv, t] and which of them count, [B, Hkv, t] bool.
+    """
+    slot = torch.arange(token_budget, device=lengths.device)
+    short = (lengths <= token_budget)[..., None]
+    selected = torch.nn.functional.pad(positions, (0, token_budget - positions.shape[-1]))
+    number = torch.where(short, lengths[..., None], positions.shape[-1])
+    return torch.where(short, slot, selected), slot < number

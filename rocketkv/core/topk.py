@@ -1,0 +1,245 @@
+"""The one rule for every top-k, and the small tensor helpers that selection shares.
+
+`select_top` defines the rule: everything above the n-th largest value, then the lowest positions at that value, in
+position order. `select` applies it to the tokens of scored units (pages, or single tokens of a sketch).
+
+Letters: B batch, H query heads, Hkv KV heads, D head dim, N stored tokens, U units, k selected tokens.
+"""
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Cached aranges stay small: 64 tensors of at most 64 KiB.
+MOST_CACHED = 8192
+
+# Up to here a stable sort, two operations, is quicker than the ten that find the threshold.
+SORTED_SIZE = 256
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)  # it may be used in a later call that is not in inference mode
+def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a cached 0-dimensional tensor on the CPU, which combines with tensors of any device; do not write into it.
+
+    On a CPU, turning a Python number into a tensor costs about as much as an operation that matters.
+    """
+    return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def multiples(count: int, step: int, device: torch.device) -> Tensor:
+    """Return `arange(0, count * step, step)` [count] int64, cached on the CPU; do not write into it."""
+    # On a GPU a cached tensor could belong to the memory pool of a captured graph.
+    if device.type == "cpu" and count <= MOST_CACHED:
+        return _multiples(count, step)
+    return torch.arange(0, count * step, step, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _multiples(count: int, step: int) -> Tensor:
+    return torch.arange(0, count * step, step, device="cpu")
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context in which autocast, if it is on, leaves scores in float32."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def gather_tokens(positions: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Gather whole tokens of tensors [B, Hkv, N, D] at positions [B, Hkv, k] (an integer dtype) to [B, Hkv, k, D]."""
+    size = tensors[0].shape[2]
+    for tensor in tensors:
+        if not tensor.is_contiguous() or tensor.shape[2] != size:
+            index = positions.long()[..., None]
+            return tuple(tensor.gather(2, index.expand(-1, -1, -1, tensor.shape[3])) for tensor in tensors)
+    batch, kv_heads, _ = positions.shape
+    rows = positions + multiples(batch * kv_heads, size, positions.device).view(batch, kv_heads, 1)
+    return tuple([F.embedding(rows, tensor.view(-1, tensor.shape[3])) for tensor in tensors])
+
+
+def select_top(scores: Tensor, n: int) -> Tensor:
+    """Return the positions of the n largest scores, the one rule for every top-k of this library.
+
+    Everything above the n-th largest value, then the lowest positions at that value, in position order. `torch.topk`
+    breaks ties as it likes, differently with padding and on each device, and pooling and pages make ties all the time.
+
+    Args:
+        scores: [..., S], any float dtype; NaN ranks with minus infinity.
+        n: how many positions, 1 <= n <= S.
+
+    Returns:
+        [..., n] int64, ascending.
+
+    Raises:
+        ValueError: n is out of range.
+    """
+    size = scores.shape[-1]
+    if not 1 <= n <= size:
+        raise ValueError(f"n must be between 1 and the {size} scores, got {n}")
+    if n == size:
+        return torch.arange(size, device=scores.device).expand(*scores.shape[:-1], size)
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    if size <= SORTED_SIZE:
+        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :n].sort(dim=-1).values
+    threshold = scores.topk(n, dim=-1).values[..., -1:]
+    above = (scores > threshold).cumsum(-1)
+    tied = (scores == threshold).cumsum(-1)
+    taken = above + torch.minimum(tied, n - above[..., -1:])
+    # The i-th taken position is the first one up to which i are taken.
+    number = torch.arange(1, n + 1, device=scores.device).expand(*scores.shape[:-1], n).contiguous()
+    return torch.searchsorted(taken, number)
+
+
+def select(
+    logits: Tensor,
+    k: int,
+    *,
+    stored: int,
+    lengths: Tensor | None,
+    kv_heads: int,
+    unit_size: int,
+    sinks: Tensor | None = None,
+    protected: int = 0,
+    by_largest: bool = False,
+    ordered: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Choose the k stored tokens of largest estimated weight for each KV head.
+
+    The weights are a softmax over stored tokens, each of a page with the page's logit; of those of a group's heads the
+    average counts, or the largest.
+
+    Args:
+        logits: [B, H, U] float32, one a unit (a page of tokens, or a single token).
+        k: tokens to choose, at most N.
+        stored: N, tokens of the longest row.
+        lengths: [B, Hkv] int32, tokens of each row, or None where every row has N.
+        kv_heads: Hkv.
+        unit_size: tokens a unit stands for.
+        sinks: [H], one learned logit a head that joins the softmax's denominator, or None.
+        protected: how many first tokens are chosen before all others, by whole units.
+        by_largest: whether the largest weight of the group's heads counts, not their average.
+        ordered: whether positions must ascend, for which attention does not care.
+
+    Returns:
+        Positions [B, Hkv, k] int32, ascending (a row with fewer tokens than k has others make up the number), and the
+        estimated weight of one token of each unit, [B, H, U] float32: summed over chosen tokens, the estimated mass.
+    """
+    batch, heads, units = logits.shape
+    group = heads // kv_heads
+    # Equal logits give equal weights, bit for bit: each is the unit's softmax, over the tokens that it should count.
+    total: Tensor | int = unit_size
+    if lengths is None:
+        weight = logits.softmax(-1)
+        missing = units * unit_size - stored  # tokens that the last unit is short of
+        if missing:
+            total = torch.rsub(weight.narrow(-1, units - 1, 1), unit_size, alpha=missing)
+    else:
+        over_heads = _unit_tokens(units, unit_size, lengths).repeat_interleave(group, dim=1)
+        logits = logits.masked_fill(over_heads == 0, -torch.inf)
+        weight = logits.softmax(-1)
+        total = (weight * over_heads).sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks.float()[:, None] - logits.logsumexp(-1, keepdim=True))
+    if isinstance(total, Tensor) or total != 1:
+        weight = weight / total
+    by_head = weight.view(batch, kv_heads, group, units)
+    shared = by_head.amax(2) if by_largest else by_head.sum(2)  # the sum ranks as the average does
+    if protected:
+        shared[..., : -(-protected // unit_size)] = torch.inf
+    if lengths is None:
+        positions = ranked_even(shared, k, stored, unit_size)
+        positions = positions.sort(-1).values if ordered else positions
+    else:
+        positions = select_units(shared, _unit_tokens(units, unit_size, lengths).expand_as(shared), k, unit_size)
+    return positions.int(), weight
+
+
+def _unit_tokens(units: int, unit_size: int, lengths: Tensor) -> Tensor:
+    """Return how many tokens each unit holds, [B, Hkv, U], of rows of these lengths [B, Hkv]."""
+    start = torch.arange(0, units * unit_size, unit_size, device=lengths.device)
+    return (lengths[..., None] - start).clamp(min=0, max=unit_size)
+
+
+def ranked_even(weight: Tensor, k: int, stored: int, unit_size: int) -> Tensor:
+    """Do what `select_units` does where all rows have as many tokens, in fewer operations and in no order.
+
+    A unit's rank is one integer: its weight, whose bits are ordered as it is, over its place from the end. No two are
+    equal, so any top-k gives the one choice.
+
+    Args:
+        weight: [..., U] float32, at least 0; NaN ranks last.
+        k: tokens to choose, at most `stored`.
+        stored: tokens of every row; the last unit has what the others leave.
+        unit_size: tokens of a full unit.
+
+    Returns:
+        Positions [..., k] int64, those of a unit side by side.
+    """
+    units = weight.shape[-1]
+    bits = weight.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).view(torch.int32)
+    rank = torch.add(multiples(units, -1, weight.device), bits, alpha=1 << 32)
+    # A unit more where one has fewer tokens: together they are k at least.
+    short = units * unit_size - stored
+    unit = rank.topk(min(units, -(-k // unit_size) + (short > 0)), dim=-1, sorted=unit_size > 1).indices
+    if unit_size == 1:
+        return unit
+    token = torch.add(multiples(unit_size, 1, weight.device), unit.unsqueeze(-1), alpha=unit_size).flatten(-2)
+    first = token.narrow(-1, 0, k)
+    if not short:
+        return first
+    # The tokens that the last unit lacks are neighbours: what comes after them moves up.
+    lacking = first.cummax(-1).values >= stored
+    return torch.where(lacking, token.narrow(-1, short, k), first)
+
+
+def select_units(weight: Tensor, count: Tensor, k: int, unit_size: int) -> Tensor:
+    """Apply the rule of `select_top` to tokens, given one weight a unit and how many tokens each unit holds.
+
+    Equal to `select_top` of the weights repeated for every token, without making them.
+
+    Args:
+        weight: [..., U] float; NaN ranks with minus infinity.
+        count: [..., U] integers from 0 to `unit_size`, the tokens of each unit.
+        k: tokens to choose.
+        unit_size: tokens of a full unit; unit u starts at token `u * unit_size`.
+
+    Returns:
+        Positions [..., k] int64, ascending; where there are fewer than k tokens, those that follow the last one make up
+        the number.
+    """
+    weight = torch.where(count > 0, weight.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), -torch.inf)
+    units = weight.shape[-1]
+    # Only one unit, the last, is partial: one more than would do if all were full covers k tokens.
+    largest, unit = weight.topk(min(units, -(-k // unit_size) + 1), dim=-1)
+    before = (count.gather(-1, unit).cumsum(-1) < k).sum(-1, keepdim=True)
+    threshold = largest.gather(-1, before.clamp(max=largest.shape[-1] - 1))
+    above = torch.where(weight > threshold, count, 0)
+    tied = torch.where(weight == threshold, count, 0)
+    missing = k - above.sum(-1, keepdim=True)
+    taken = above + torch.minimum((missing - tied.cumsum(-1) + tied).clamp(min=0), tied)
+    end = taken.cumsum(-1)
+    number = torch.arange(1, k + 1, device=weight.device).expand(*weight.shape[:-1], k).contiguous()
+    unit = torch.searchsorted(end, number).clamp(max=units - 1)
+    return unit * unit_size + number - 1 - (end - taken).gather(-1, unit)
+
+
+def recent_positions(valid: Tensor, kept: int, sinks: int) -> Tensor:
+    """Return the positions of each row's first `sinks` tokens and of its most recent `kept - sinks`.
+
+    Args:
+        valid: [..., S] bool, False where there is no token.
+        kept: how many positions, 1 <= kept <= S.
+        sinks: how many of them are the first tokens.
+
+    Returns:
+        [..., kept] int64, ascending; where a row has fewer tokens, positions without one make up the number.
+    """
+    position = torch.arange(valid.shape[-1], dtype=torch.float32, device=valid.device)
+    scores = torch.where(valid.cumsum(-1) <= sinks, torch.inf, position)
+    return select_top(scores.masked_fill(~valid, -torch.inf), kept)

@@ -1,0 +1,256 @@
+"""The end of a prompt: stage 1, compaction and the index; and stage 1 again over generated tokens.
+
+Re-eviction of generated tokens bounds decoding: when static buffers are full, the generated tokens are ranked by the
+attention of the last W of them, and half of the room is kept. The prompt's tokens stay, and buffers do not move.
+
+Letters: B batch, H query heads, Hkv KV heads, D head dim, N stored tokens, W observation window.
+"""
+
+import torch
+from torch import Tensor
+
+from ..budget import BudgetSplit, with_protected
+from ..core.attention import AttentionParams
+from ..core.calibration import fitted_bias
+from ..core.decode import DecodeBuffers
+from ..core.eviction import TORCH_OPS, EvictionOps, pooled, prompt_scores
+from ..core.index import index_of
+from ..core.residual import sum_values
+from ..core.topk import full_precision, gather_tokens, recent_positions, select_top
+from .decoding import DecodeTokens
+from .protection import message_numbers, protected_first, protected_slots, with_fair_shares
+from .queries import QueryRing, make_ring
+from .store import KVStore, decode_room
+
+# The share of the room for generated tokens that is kept when it is full.
+KEPT_SHARE = 0.5
+
+# Greatest width of the max-pooling of generated tokens. A prompt's pools are for many thousands of tokens; of a few
+# hundred generated ones they would keep one or two neighbourhoods.
+WIDEST_POOL = 5
+
+
+def close_prompt(
+    store: KVStore,
+    split: BudgetSplit,
+    params: AttentionParams,
+    *,
+    decode_reserve: int,
+    kernel_size: int,
+    decode_capacity: int | None = None,
+    index_dtype: torch.dtype | None = None,
+    ring_size: int = 0,
+    ops: EvictionOps = TORCH_OPS,
+) -> None:
+    """End a store's prompt: evict by stage 1 where a row exceeds its share, drop padding, build the index.
+
+    Args:
+        store: reads a prompt whose queries it remembers.
+        split: the tokens to keep, and how to index them.
+        params: the model's attention parameters.
+        decode_reserve: slots to make room for beyond the kept tokens.
+        kernel_size: width of stage 1's max-pooling.
+        decode_capacity: slots for generated tokens in static buffers, or None for buffers that grow.
+        index_dtype: dtype of page bounds, or None for the keys'.
+        ring_size: W, queries of the last tokens to remember while decoding; 0 for none.
+        ops: the backend's operations of stage 1.
+
+    Raises:
+        ValueError: there is no prompt, or fewer of its tokens are kept than its queries rank.
+    """
+    prompt, lens = store.prompt, store.lens
+    if prompt.queries is None:
+        raise ValueError("close_prompt ends a prompt: remember its queries first")
+    stored, queries = lens.longest, prompt.queries
+    keys, values, valid = prompt.keys[:, :, :stored], prompt.values[:, :, :stored], prompt.valid(stored)
+    protected = None if store.marks is None else protected_slots(store.marks, prompt.slot_positions(stored))
+    if protected is not None:
+        split = with_protected(split, int(protected.sum(-1).max()))
+    longest = shortest = stored
+    if valid is not None:
+        counts = valid.sum(-1)
+        shortest, longest = (int(count) for count in torch.stack(counts.aminmax()).tolist())
+        _refuse_padded_ends(split, valid, counts)
+    slots: Tensor | None = None
+    restorable = store.restorable  # a prompt that evicts nothing can be taken back to the last eviction
+    if split.kept_tokens is not None and longest > split.kept_tokens:
+        slots = _kept_slots(store, split, params, keys, values, valid, protected, kernel_size, ops)
+        restorable = lens.seen - (queries.shape[2] if split.sinks is None else split.kept_tokens - split.sinks)
+        longest, shortest = split.kept_tokens, min(shortest, split.kept_tokens)
+        store.complete = False
+    elif valid is not None:
+        slots = _all_slots(keys)
+    moved = False
+    if protected is not None and split.protected:
+        present = _all_slots(keys) if slots is None else slots
+        ordered = protected_first(present, protected)
+        moved = not torch.equal(ordered, present)
+        if moved:
+            # A crop to before the last protected token would find tokens out of the sequence's order.
+            last = int(prompt.slot_positions(stored).masked_fill(~protected, -1).amax())
+            slots, restorable, store.complete = ordered, max(restorable, last + 1), False
+    room = decode_room(split, decode_reserve) if decode_capacity is None else decode_capacity
+    page_size = None if split.channels is None else split.page_size  # bounds are computed as keys are moved
+    kept_keys, kept_values, positions, seq_lens, bounds = ops.compact(
+        keys, values, slots, valid, prompt.positions, longest, longest + room, page_size, index_dtype
+    )
+    lens.longest, lens.shortest, lens.captured = longest, shortest, False
+    ring_tensor, ring = None, None
+    if ring_size:
+        ring_tensor, ring = make_ring(queries, ring_size, lens.seen)
+    buffers = DecodeBuffers(kept_keys, kept_values, positions, seq_lens, query_ring=ring_tensor)
+    aligned = prompt.aligned and slots is None
+    decoding = DecodeTokens(
+        buffers=buffers if bounds is None else buffers._replace(index_tensors=(bounds,)),
+        split=split,
+        index=index_of(split),
+        ring=ring,
+        decode_capacity=decode_capacity,
+        prompt_end=lens.seen,
+        prompt_stored=longest,
+        moved=moved,
+        aligned=aligned,
+    )
+    store.phase, store.restorable = decoding, restorable
+    _derive(store, decoding, queries, params, index_dtype)
+    if decode_capacity is not None:
+        store.clock()
+
+
+def _all_slots(keys: Tensor) -> Tensor:
+    return torch.arange(keys.shape[2], device=keys.device).expand(*keys.shape[:3])
+
+
+def _kept_slots(
+    store: KVStore,
+    split: BudgetSplit,
+    params: AttentionParams,
+    keys: Tensor,
+    values: Tensor,
+    valid: Tensor | None,
+    protected: Tensor | None,
+    kernel_size: int,
+    ops: EvictionOps,
+) -> Tensor:
+    """Return the slots [B, Hkv, kept] that stage 1 keeps, ascending."""
+    kept, queries = split.kept_tokens or 0, store.prompt.queries
+    if split.sinks is not None:
+        real = torch.ones_like(keys[..., 0], dtype=torch.bool) if valid is None else valid.expand(keys.shape[:3])
+        return recent_positions(real, kept, split.sinks)
+    if queries is None or kept < queries.shape[2]:
+        window = 0 if queries is None else queries.shape[2]
+        raise ValueError(f"kept_tokens must be at least the window of {window} tokens, got {kept}")
+    scores = prompt_scores(
+        queries,
+        keys,
+        params,
+        value=values if split.value_aware else None,
+        kernel_size=kernel_size,
+        pool_offset=split.pool_offset,
+        valid=valid,
+        ops=ops,
+    )
+    if protected is not None and store.marks is not None:
+        scores = scores.masked_fill(protected, torch.inf)
+        if any(mark.messages for mark in store.marks):
+            positions = store.prompt.slot_positions(keys.shape[2])
+            scores = with_fair_shares(scores, message_numbers(store.marks, positions), kept)
+    return ops.select_top(scores, kept)
+
+
+@torch.inference_mode(False)  # buffers may be written in a later call that is not in inference mode
+@torch.no_grad()  # a model's learned sinks are parameters
+def _derive(
+    store: KVStore,
+    decoding: DecodeTokens,
+    queries: Tensor,
+    params: AttentionParams,
+    index_dtype: torch.dtype | None,
+) -> None:
+    """Build the sketch of compacted tokens, the sum of their values, and the calibrated residual."""
+    lens, split, index, buffers = store.lens, decoding.split, decoding.index, decoding.buffers
+    lengths = None if lens.shortest == lens.longest else buffers.seq_lens
+    if index is not None and not buffers.index_tensors:
+        buffers = buffers._replace(index_tensors=tuple(index.build(buffers.keys, lens.longest, lengths, index_dtype)))
+    if split.residual:
+        missed = torch.full(queries.shape[:2], torch.nan, dtype=torch.float32, device=queries.device)
+        buffers = buffers._replace(value_sum=sum_values(buffers.values, lens.longest, lengths), missed=missed)
+    if split.calibrated and index is not None:
+        bias = fitted_bias(queries, buffers, index, params, split=split, stored=lens.longest, seen=lens.seen)
+        buffers = buffers._replace(residual_bias=bias)
+    decoding.buffers = buffers
+
+
+def _refuse_padded_ends(split: BudgetSplit, valid: Tensor, counts: Tensor) -> None:
+    """Refuse a row that stage 1 would rank by padding, because its prompt does not end with a token."""
+    if split.kept_tokens is None or split.sinks is not None:
+        return
+    wrong = ((counts > split.kept_tokens) & ~valid[..., -1]).any(-1)
+    if bool(wrong.any()):
+        rows = ", ".join(map(str, wrong.nonzero().flatten().tolist()))
+        raise ValueError(
+            f"a prompt must end with a token in every row, since its last queries rank its tokens, but row {rows} "
+            "ends with padding; pad on the left (tokenizer.padding_side = 'left')"
+        )
+
+
+def kept_of(decode_capacity: int, window_size: int) -> int | None:
+    """Return how many of `decode_capacity` generated tokens re-eviction keeps, or None if there are fewer than 2W."""
+    return int(decode_capacity * KEPT_SHARE) if decode_capacity >= 2 * window_size else None
+
+
+@torch.inference_mode(False)  # buffers may be written in a later call that is not in inference mode
+@torch.no_grad()
+def evict_generated(
+    store: KVStore, kept: int, params: AttentionParams, *, kernel_size: int, ops: EvictionOps = TORCH_OPS
+) -> None:
+    """Keep only the best of the generated tokens of every row, in place.
+
+    Args:
+        store: its prompt closed, with a query ring.
+        kept: generated tokens to keep, those of the observation window included.
+        params: the model's attention parameters.
+        kernel_size: odd width of stage 1's max-pooling, of which at most `WIDEST_POOL` is used.
+        ops: the backend's operations of stage 1.
+
+    Raises:
+        ValueError: there are no more generated tokens than are kept, or the store has no query ring.
+    """
+    count, decoding = store.generated, store.decoding
+    stored, seen, buffers = store.lens.longest, store.lens.seen, decoding.buffers
+    ring: QueryRing | None = decoding.ring
+    if ring is None or buffers.query_ring is None:
+        raise ValueError("evict_generated ranks by the query ring, and this store has none")
+    query = ring.last(buffers.query_ring, seen)
+    window, device = query.shape[2], buffers.keys.device
+    if not window <= kept < count:
+        raise ValueError(f"there must be more generated tokens than are kept; got {count} and {kept}")
+    lengths = buffers.seq_lens.long()[..., None]
+    # Rows of different lengths are aligned at their ends, as those of a prompt are.
+    slot = torch.arange(stored, device=device) - (stored - lengths)
+    valid = None if store.uniform else slot >= 0
+    keys = buffers.keys[:, :, :stored] if valid is None else gather_tokens(slot.clamp(min=0), buffers.keys)[0]
+    with full_precision(device):
+        scores = ops.window_scores(query, keys, params, valid=valid)
+    scores = pooled(scores[..., -(count - window) :].contiguous(), min(kernel_size, WIDEST_POOL))
+    chosen = select_top(scores, kept - window) if kept > window else lengths.expand(-1, -1, 0)
+    last = torch.arange(count - window, count, device=device).expand(*chosen.shape[:2], -1)
+    _move(store, lengths - count, torch.cat((chosen, last), dim=-1), count)
+
+
+def _move(store: KVStore, first: Tensor, chosen: Tensor, count: int) -> None:
+    """Move chosen ones of each row's last `count` tokens to the front of those, and empty the slots behind them."""
+    decoding = store.decoding
+    keys, values, positions, seq_lens = decoding.buffers[:4]
+    kept = chosen.shape[-1]
+    store.protect_generated(count)
+    source = first + chosen
+    target = first + torch.arange(count, device=keys.device)
+    moved = (*gather_tokens(source, keys, values), positions.gather(2, source))
+    for buffer, tokens, empty in zip((keys, values, positions), moved, (0, 0, -1), strict=True):
+        rest = tokens.new_full((*tokens.shape[:2], count - kept, *tokens.shape[3:]), empty)
+        place = target.view(*target.shape, *[1] * (buffer.dim() - 3)).expand(*target.shape, *buffer.shape[3:])
+        buffer.scatter_(2, place, torch.cat((tokens, rest), dim=2))
+    seq_lens -= count - kept
+    store.drop_generated(count - kept)
+    decoding.rebuild_index(store.lens)

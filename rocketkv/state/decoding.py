@@ -1,0 +1,153 @@
+"""The second phase of a store: compacted tokens that are being decoded.
+
+Letters: B batch, H query heads, Hkv KV heads, D head dim of keys, Dv of values, N stored tokens, W query ring.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..budget import BudgetSplit
+from ..core.decode import DecodeBuffers
+from ..core.index import TokenIndex
+from ..core.residual import sum_values
+from ..core.topk import gather_tokens, recent_positions
+from .lens import SeqLens
+from .prompt import larger
+from .queries import QueryRing
+
+
+@dataclass(eq=False, kw_only=True)
+class DecodeTokens:
+    """Compacted tokens: each row from slot 0 on, with room for generated tokens and an index.
+
+    Attributes:
+        buffers: the tensors that a decode step reads and writes.
+        split: the tokens and bytes that a step may read.
+        index: scores the stored tokens, or None where nothing is scored.
+        ring: which queries `buffers.query_ring` holds, or None without a ring.
+        decode_capacity: in static mode, slots for generated tokens beyond the prompt's; None for buffers that grow.
+        prompt_end: tokens seen when the prompt ended; those after it are in every row.
+        prompt_stored: tokens that the longest row stored then.
+        moved: whether the prompt's end put protected tokens before earlier ones.
+        aligned: whether slot and position in the sequence are the same for every token.
+    """
+
+    buffers: DecodeBuffers
+    split: BudgetSplit
+    index: TokenIndex | None
+    ring: QueryRing | None
+    decode_capacity: int | None
+    prompt_end: int
+    prompt_stored: int
+    moved: bool = False
+    aligned: bool = False
+
+    @property
+    def keys(self) -> Tensor:
+        """The keys [B, Hkv, capacity, D]."""
+        return self.buffers.keys
+
+    @property
+    def values(self) -> Tensor:
+        """The values [B, Hkv, capacity, Dv]."""
+        return self.buffers.values
+
+    @property
+    def positions(self) -> Tensor:
+        """Each slot's position in the sequence, [B, Hkv, capacity] int32."""
+        return self.buffers.positions
+
+    def named_index(self) -> dict[str, Tensor]:
+        """Return the tensors of the index by name."""
+        return {} if self.index is None else dict(zip(self.index.names, self.buffers.index_tensors, strict=True))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name, apart from the clock."""
+        named = {
+            name: tensor for name, tensor in self.buffers._asdict().items() if name not in ("index_tensors", "clock")
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None} | self.named_index()
+
+    def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace tensors by name."""
+        index = {**self.named_index(), **tensors}
+        own = () if self.index is None else tuple(index[name] for name in self.index.names)
+        others = {name: tensor for name, tensor in tensors.items() if name in DecodeBuffers._fields}
+        self.buffers = self.buffers._replace(index_tensors=own, **others)
+
+    @torch.inference_mode(False)
+    def reserve(self, capacity: int, stored: int) -> None:
+        """Move to buffers of `capacity` slots, of which `stored` are in use."""
+        buffers = self.buffers
+        self.buffers = buffers._replace(
+            keys=larger(buffers.keys, capacity, stored),
+            values=larger(buffers.values, capacity, stored),
+            positions=larger(buffers.positions, capacity, stored, -1),
+            index_tensors=() if self.index is None else self.index.grow(buffers.index_tensors, capacity),
+        )
+
+    def roll(self, lens: SeqLens, kept: int, slack: int) -> None:
+        """Drop the oldest tokens that are no sink tokens, in the counts as well.
+
+        Args:
+            lens: the host's counts.
+            kept: tokens that a step attends to.
+            slack: tokens to keep beyond those, so that drafts can be taken back.
+        """
+        keys, values, positions, seq_lens = self.buffers[:4]
+        count = kept + slack
+        slot = torch.arange(lens.longest, device=keys.device)
+        slots = recent_positions(slot < seq_lens[..., None], count, self.split.sinks or 0)
+        real = slots < seq_lens[..., None]
+        for buffer, tokens in zip((keys, values), gather_tokens(slots, keys, values), strict=True):
+            buffer[:, :, :count] = tokens
+        positions[:, :, :count] = torch.where(real, positions.gather(2, slots), -1)
+        positions[:, :, count:] = -1
+        seq_lens.clamp_(max=count)
+        lens.longest, lens.shortest = count, min(lens.shortest, count)
+        self.aligned = False
+
+    def crop(self, lens: SeqLens, length: int) -> None:
+        """Forget the tokens from position `length` on, in the counts as well."""
+        buffers, removed = self.buffers, lens.seen - length
+        if self.ring is not None and buffers.query_ring is not None:
+            self.ring.crop(buffers.query_ring, lens.seen, length)
+        buffers.positions.masked_fill_(buffers.positions >= length, -1)
+        buffers.seq_lens.copy_((buffers.positions >= 0).sum(-1))
+        lens.seen = length
+        if length >= self.prompt_end:
+            lens.longest -= removed
+            lens.shortest -= removed
+        else:
+            lens.set_from(buffers.seq_lens)
+            self.prompt_end, self.prompt_stored = length, lens.longest
+        self.sum_values(lens)
+        if buffers.clock is not None:
+            buffers.clock.fill_(length)
+
+    def rebuild_index(self, lens: SeqLens) -> None:
+        """Recompute the index and the sum of values, in place, after tokens were moved."""
+        if self.index is not None:
+            self.index.rebuild(self.buffers.index_tensors, self.keys, lens.longest)
+        self.sum_values(lens)
+
+    def sum_values(self, lens: SeqLens) -> None:
+        """Recompute the sum of values, in place, after tokens have gone."""
+        if self.buffers.value_sum is not None:
+            lengths = None if lens.shortest == lens.longest else self.buffers.seq_lens
+            self.buffers.value_sum.copy_(sum_values(self.values, lens.longest, lengths))
+
+    def empty_behind(self, lens: SeqLens, used: int | None) -> None:
+        """Empty the slots behind each row's tokens: up to slot `used`, or all of them.
+
+        An append to rows of different lengths leaves a slot that no token took as it is, and NaN times 0 is NaN.
+        """
+        first = lens.shortest
+        for tensor, value in ((self.keys, 0), (self.values, 0), (self.positions, -1)):
+            room = tensor[:, :, first:used]
+            slot = torch.arange(first, first + room.shape[2], device=room.device)
+            empty = slot >= self.buffers.seq_lens[..., None]
+            room.masked_fill_(empty.view(*empty.shape, *[1] * (room.dim() - 3)), value)

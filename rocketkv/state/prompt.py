@@ -1,0 +1,117 @@
+"""The first phase of a store: a prompt that is being read.
+
+Letters: B batch, H query heads, Hkv KV heads, D head dim of keys, Dv of values, N stored tokens, W observation window.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .lens import SeqLens
+
+
+@dataclass(eq=False, kw_only=True)
+class PromptTokens:
+    """Tokens of a prompt in the order they came, padding among them, after what earlier turns left.
+
+    Attributes:
+        keys: [B, Hkv, capacity, D].
+        values: [B, Hkv, capacity, Dv].
+        positions: [B, 1 or Hkv, capacity] int32, each slot's position in the sequence, -1 for padding; None where slot
+            and position are the same.
+        queries: [B, H, <= W, D], queries of the last tokens, or None before the first are remembered.
+        start: slot of the prompt's first token.
+        holes: whether slots may hold no token.
+        aligned: whether slot and position in the sequence are the same for every token.
+        earlier: tokens of the sequence when the prompt before this one ended.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor | None = None
+    queries: Tensor | None = None
+    start: int = 0
+    holes: bool = False
+    aligned: bool = True
+    earlier: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name."""
+        named = {"keys": self.keys, "values": self.values, "positions": self.positions, "queries": self.queries}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace tensors by name."""
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
+
+    def valid(self, stored: int) -> Tensor | None:
+        """Return [B, 1 or Hkv, N] bool, True at slots that hold a token, or None where all do."""
+        if self.positions is None or not self.holes:
+            return None
+        return self.positions[:, :, :stored] >= 0
+
+    def slot_positions(self, stored: int) -> Tensor:
+        """Return [B, 1 or Hkv, N] integers, the position in the sequence of each slot, -1 for none."""
+        if self.positions is not None:
+            return self.positions[:, :, :stored]
+        return torch.arange(stored, device=self.keys.device).repeat(self.keys.shape[0], 1, 1)
+
+    def remember(self, query: Tensor, window_size: int) -> None:
+        """Keep the queries [B, H, n, D] of the last W tokens of the prompt so far."""
+        recent = query[:, :, -window_size:].detach()
+        if self.queries is not None and recent.shape[2] < window_size:
+            recent = torch.cat((self.queries, recent), dim=2)[:, :, -window_size:]
+        # A copy: a slice would keep the queries of the whole prompt alive.
+        self.queries = recent.clone() if recent.shape[2] < query.shape[2] else recent
+
+    @torch.inference_mode(False)  # buffers may be written in a later call that is not in inference mode
+    def write_positions(self, start: int, stop: int, seen: int, valid: Tensor | None) -> None:
+        """Write the positions of the tokens in slots `start` to `stop`; `valid` [B, n] is False at padding."""
+        capacity, device = self.keys.shape[2], self.keys.device
+        if self.positions is None:
+            self.positions = torch.arange(capacity, dtype=torch.int32, device=device).repeat(self.keys.shape[0], 1, 1)
+        if self.positions.shape[2] < capacity:
+            self.positions = F.pad(self.positions, (0, capacity - self.positions.shape[2]), value=-1)
+        new = torch.arange(seen, seen + stop - start, dtype=torch.int32, device=device)
+        self.positions[:, :, start:stop] = new if valid is None else torch.where(valid, new, -1)[:, None]
+
+    @torch.inference_mode(False)
+    def copy_buffers(self) -> None:
+        """Go on with copies of keys, values and positions."""
+        self.keys, self.values = self.keys.clone(), self.values.clone()
+        self.positions = None if self.positions is None else self.positions.clone()
+
+    @torch.inference_mode(False)
+    def reserve(self, capacity: int, stored: int) -> None:
+        """Move to buffers of `capacity` slots, of which `stored` are in use."""
+        self.keys, self.values = larger(self.keys, capacity, stored), larger(self.values, capacity, stored)
+
+    def crop(self, lens: SeqLens, length: int) -> None:
+        """Forget the tokens from position `length` on, in the counts as well."""
+        removed = lens.seen - length
+        if self.queries is not None:
+            self.queries = self.queries[:, :, : max(0, self.queries.shape[2] - removed)]
+        from_earlier_turns = removed > lens.longest - self.start
+        together = not self.holes and (self.aligned or length >= self.earlier)
+        lens.seen = length
+        if not from_earlier_turns or together or self.positions is None:
+            lens.longest -= removed
+            lens.shortest = lens.longest
+            self.start = min(self.start, lens.longest)
+            return
+        # Rows end at different slots before this prompt: leave holes.
+        with torch.inference_mode(False):  # the next prompt writes into them
+            self.positions = torch.where(self.positions < length, self.positions, -1)
+        self.start = lens.longest
+        self.holes, self.aligned = True, False
+
+
+def larger(tensor: Tensor, capacity: int, stored: int, empty: int = 0) -> Tensor:
+    """Return a buffer [B, Hkv, capacity, ...] with a tensor's first `stored` slots, and `empty` in the others."""
+    grown = tensor.new_full((*tensor.shape[:2], capacity, *tensor.shape[3:]), empty)
+    grown[:, :, :stored] = tensor[:, :, :stored]
+    return grown

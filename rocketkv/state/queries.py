@@ -1,0 +1,83 @@
+"""The query ring: the queries of a sequence's last W tokens while it decodes, by which generated tokens are ranked.
+
+The ring itself is a tensor [B, H, W, D] of the decode buffers; the query of token i is at place i mod W.
+
+Letters: B batch, H query heads, D head dim, n tokens of a forward, W observation window.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SavedRing:
+    """A ring as it was before a verify step, and the queries of that step's tokens.
+
+    Attributes:
+        seen: tokens of the sequence before the step.
+        start: `QueryRing.start` then.
+        ring: [B, H, W, D], a copy.
+        query: [B, H, n, D], the step's queries.
+    """
+
+    seen: int
+    start: int
+    ring: Tensor
+    query: Tensor
+
+
+@dataclass(eq=False)
+class QueryRing:
+    """Which queries a ring tensor holds.
+
+    Attributes:
+        start: tokens of the sequence before the first one whose query the ring holds.
+        saved: the state before a verify step, for the tokens that a crop takes back; or None.
+    """
+
+    start: int
+    saved: SavedRing | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that the saved state keeps alive."""
+        held = () if self.saved is None else (self.saved.ring, self.saved.query)
+        return sum(tensor.untyped_storage().nbytes() for tensor in held)
+
+    def count(self, ring: Tensor, seen: int) -> int:
+        """Return how many queries the ring holds."""
+        return min(ring.shape[2], seen - self.start)
+
+    def last(self, ring: Tensor, seen: int) -> Tensor:
+        """Return the queries [B, H, <= W, D] of the last tokens, in order."""
+        size = ring.shape[2]
+        place = torch.arange(max(self.start, seen - size), seen, device=ring.device) % size
+        return ring.index_select(2, place)
+
+    def save(self, ring: Tensor, query: Tensor, seen: int) -> None:
+        """Save the state before a verify step of queries [B, H, n, D], some of which a crop may take back."""
+        self.saved = SavedRing(seen, self.start, ring.clone(), query.detach())
+
+    def crop(self, ring: Tensor, seen: int, length: int) -> None:
+        """Forget the queries from token `length` on, of `seen`; a saved state gives back what they overwrote."""
+        saved = self.saved
+        if saved is None or not saved.seen <= length <= saved.seen + saved.query.shape[2]:
+            # They have overwritten the queries before them.
+            self.start = min(max(self.start, seen - ring.shape[2]), length)
+            return
+        first = max(saved.seen, length - ring.shape[2])
+        place = torch.arange(first, length, device=ring.device) % ring.shape[2]
+        kept = saved.query[:, :, first - saved.seen : length - saved.seen].to(ring.dtype)
+        ring.copy_(saved.ring.index_copy(2, place, kept))
+        self.start = saved.start
+
+
+@torch.inference_mode(False)  # a ring may be written in a later call that is not in inference mode
+def make_ring(queries: Tensor, size: int, seen: int) -> tuple[Tensor, QueryRing]:
+    """Turn the last queries [B, H, n, D] of a prompt into a ring [B, H, size, D] after `seen` tokens."""
+    count = min(queries.shape[2], size)
+    ring = queries.new_zeros(*queries.shape[:2], size, queries.shape[3])
+    place = torch.arange(seen - count, seen, device=queries.device) % size
+    return ring.index_copy_(2, place, queries[:, :, -count:]), QueryRing(seen - count)
