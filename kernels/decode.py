@@ -33,7 +33,6 @@ LARGEST_HEAD_DIM = 256
 LARGEST_GROUP = 128
 LARGEST_QUERIES = 32768  # bytes of one group's queries, which lie in shared memory beside blocks of keys and values
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-E4M3_SINCE = (8, 9)  # compute capability of the first GPUs that convert it
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -93,35 +92,12 @@ class DecodeShape:
         return -(-pages // TILE_PAGES)
 
 
-def index_refusal(dtype: torch.dtype | None, capability: tuple[int, int] | None) -> str | None:
-    """Return why the kernels cannot keep an index in such a dtype, or None if they can.
-
-    Args:
-        dtype: of the index, or None for the keys' or no index.
-        capability: the GPU's compute capability, or None in the interpreter.
-    """
-    if dtype != torch.float8_e4m3fn or capability is None or capability >= E4M3_SINCE:
-        return None
-    found, least = (".".join(map(str, numbers)) for numbers in (capability, E4M3_SINCE))
-    return (
-        f"the index is float8_e4m3fn, which a GPU of compute capability {found} does not convert (it takes {least}); "
-        "index_dtype='float8_e5m2' runs on every GPU"
-    )
-
-
-def refusal(
-    shape: DecodeShape,
-    dtype: torch.dtype,
-    index_dtype: torch.dtype | None = None,
-    capability: tuple[int, int] | None = None,
-) -> str | None:
+def refusal(shape: DecodeShape, dtype: torch.dtype) -> str | None:
     """Return why these kernels cannot decode such a layer, or None if they can.
 
     Args:
         shape: the layer's.
         dtype: of keys.
-        index_dtype: see `index_refusal`.
-        capability: likewise.
     """
     if dtype not in DTYPES:
         return f"keys are {dtype}; the kernels take float16, bfloat16 and float32"
@@ -139,7 +115,7 @@ def refusal(
         return "the mean value of what is not read needs the scores of a sketch; the kernels have it for no other index"
     if shape.scored and shape.page_size > LARGEST_PAGE:
         return f"pages hold {shape.page_size} tokens; the kernels take up to {LARGEST_PAGE}"
-    return index_refusal(index_dtype, capability) if shape.scored else None
+    return None
 
 
 def _power_of_two_within(count: int) -> int:

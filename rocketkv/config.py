@@ -12,7 +12,7 @@ WHEN_FULL = ("evict", "evict-random", "raise")
 ON_LOSS = ("warn", "widen", "dense")
 LOSS_BOUND = 0.5  # where none is given
 PAPERS_POOL, SKETCHED_POOL = 63, 13  # widths of stage 1's max-pooling where none is given
-INDEX_DTYPES = ("keys", "float8_e5m2", "float8_e4m3fn")
+INDEX_DTYPES = ("keys", "float8_e5m2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,8 @@ class RocketKVConfig:
             the queries of their last W; half of them stay, and so does what the prompt kept, so that memory and steps
             stay the same for any length. `evict-random`: what stays is chosen by chance, the control. `raise`: an
             error, as with methods without a stage 1, and where there is room for fewer than 2W.
-        index_dtype: of the bounds of pages, for methods that score those: `keys`, the keys' own; or 8 bits, a quarter
-            to a half of its bytes: `float8_e5m2`, of a wide range, or `float8_e4m3fn`, which is finer and ends at 448.
-            Budgets are counted for 16 bits all the same.
+        index_dtype: of the bounds of pages, for methods that score pages: `keys`, the keys' own, or `float8_e5m2`, a
+            half to a quarter of the bytes. Budgets are counted for 16 bits all the same.
         protect: tokens that stage 1 never evicts and every step attends to, beside the budget: `system`, the
             conversation's system message, found by the chat template of the tokenizer that `patch` is given; or ranges
             (start, stop), counted from each row's first token; None for none.

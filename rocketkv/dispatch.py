@@ -83,13 +83,9 @@ def close_prompt(store: KVStore, split: BudgetSplit, *, backend: str = "auto", *
     if store.keys is None or backend_name(store.keys.device, backend) == "torch":
         store.close_prompt(split, **settings)
         return
-    from .kernels import (
-        decode,
-        evict,  # only where it runs: triton is not everywhere
-    )
+    from .kernels import evict  # only where it runs: triton is not everywhere
 
-    index_dtype = None if split.channels is None else settings.get("index_dtype")
-    reason = evict.refusal(store.keys) or decode.index_refusal(index_dtype, _capability(store.keys.device))
+    reason = evict.refusal(store.keys)
     if reason is not None:
         _say_once(_PROMPT_REFUSED + reason)
         store.close_prompt(split, **settings)
@@ -325,7 +321,7 @@ def _workspace(query: Tensor, store: KVStore, workspaces: MutableMapping[Any, An
     workspace = workspaces.get(place)
     if workspace is not None and workspace.shape == shape:
         return workspace
-    reason = decode.refusal(shape, store.keys.dtype, index_dtype, _capability(query.device))
+    reason = decode.refusal(shape, store.keys.dtype)
     if reason is not None:
         _say_once(_REFUSED + reason)
         return None
@@ -351,11 +347,6 @@ def static_buffers(query: Tensor, store: KVStore, backend: str, workspaces: Muta
         return []
     workspace = _workspace(query, store, workspaces)
     return [] if workspace is None else list(workspace.tensors().values())
-
-
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    """Return a GPU's compute capability, or None for what is none."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def _current(device: torch.device) -> AbstractContextManager[None]:

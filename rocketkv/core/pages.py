@@ -20,17 +20,17 @@ from torch.nn import functional as F
 from .constants import steps
 
 TILE_PAGES = 128
-FLOAT8 = (torch.float8_e5m2, torch.float8_e4m3fn)
+FLOAT8 = torch.float8_e5m2  # the upper half of a float16: every GPU converts it
 
 
 def torch_dtype(name: str) -> torch.dtype | None:
     """Return the dtype that a value of `RocketKVConfig.index_dtype` names, or None for the keys' own."""
-    return {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT8}.get(name)
+    return FLOAT8 if name == "float8_e5m2" else None
 
 
 def movable(tensor: Tensor) -> Tensor:
     """Return a view in a dtype that PyTorch gathers, scatters and joins everywhere: floats of 8 bits as their bytes."""
-    return tensor.view(torch.uint8) if tensor.dtype in FLOAT8 else tensor
+    return tensor.view(torch.uint8) if tensor.dtype == FLOAT8 else tensor
 
 
 def restored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -43,8 +43,7 @@ def rounded(bounds: Tensor, dtype: torch.dtype) -> Tensor:
 
     NaN stays.
     """
-    if dtype in FLOAT8:
-        # One format has no infinity, and PyTorch's releases differ in what becomes of what is too large for it.
+    if dtype == FLOAT8:
         limit = torch.finfo(dtype).max
         bounds = bounds.clamp(-limit, limit)
     return bounds.to(dtype)
