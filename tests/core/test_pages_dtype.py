@@ -218,12 +218,12 @@ def test_a_generation_allocates_what_was_planned(method: str) -> None:
 def test_the_plan_says_which(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     build().config.save_pretrained(tmp_path)
     command = ["plan", "--model", str(tmp_path), "--context", "300", "--budget", "48", "--reserve", "40"]
-    assert cli.main([*command, "--index-dtype", "float8_e5m2"]) == 0
+    assert cli([*command, "--index-dtype", "float8_e5m2"]) == 0
     assert "bfloat16, index float8_e5m2\n" in capsys.readouterr().out
-    assert cli.main([*command, "--index-dtype", "float8_e5m2", "--json"]) == 0
+    assert cli([*command, "--index-dtype", "float8_e5m2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["index_dtype"] == "float8_e5m2"
     with pytest.raises(SystemExit):
-        cli.main([*command, "--index-dtype", "int8"])
+        cli([*command, "--index-dtype", "int8"])
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
