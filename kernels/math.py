@@ -23,8 +23,6 @@ def rounded(x, dtype: tl.constexpr):
     """
     if dtype == tl.float8e5:
         x = _rounded(x, 2, -14, 57344.0)
-    elif dtype == tl.float8e4nv:
-        x = _rounded(x, 3, -6, 448.0)
     return x
 
 
@@ -45,9 +43,6 @@ def as_bound(x, dtype: tl.constexpr):
     if dtype == tl.float8e5:
         # The upper half of a float16: not every Triton converts it on every GPU.
         bits = bound.to(tl.float16).to(tl.uint16, bitcast=True) >> 8
-        bound = tl.where(x == x, bits, 0x7F).to(tl.uint8).to(dtype, bitcast=True)
-    elif dtype == tl.float8e4nv:
-        bits = bound.to(dtype).to(tl.uint8, bitcast=True)
         bound = tl.where(x == x, bits, 0x7F).to(tl.uint8).to(dtype, bitcast=True)
     else:
         bound = bound.to(dtype)

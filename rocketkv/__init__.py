@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .budget import METHODS, BudgetSplit
+    from .budget import METHODS, BudgetSplit, Method, register_method
     from .config import RocketKVConfig
     from .hf.cache import RocketKVCache
     from .hf.files import load_cache, load_inputs, save_cache
@@ -25,6 +25,7 @@ __all__ = [
     "METHODS",
     "BudgetSplit",
     "CacheStats",
+    "Method",
     "PatchHandle",
     "RocketKVCache",
     "RocketKVConfig",
@@ -32,6 +33,7 @@ __all__ = [
     "load_cache",
     "load_inputs",
     "patch",
+    "register_method",
     "save_cache",
     "unpatch",
 ]
@@ -40,12 +42,14 @@ _MODULES = {
     "METHODS": ".budget",
     "BudgetSplit": ".budget",
     "CacheStats": ".state.stats",
+    "Method": ".budget",
     "PatchHandle": ".hf.patch",
     "RocketKVCache": ".hf.cache",
     "RocketKVConfig": ".config",
     "load_cache": ".hf.files",
     "load_inputs": ".hf.files",
     "patch": ".hf.patch",
+    "register_method": ".budget",
     "save_cache": ".hf.files",
     "unpatch": ".hf.patch",
 }

@@ -1,14 +1,16 @@
-"""Budget split: from a token budget to the settings of both stages (paper, "adaptive compression decomposition").
+"""Budget split: from a token budget to the settings of both stages, and the table of methods.
 
 Integers and floats only: a plan needs neither torch nor a model.
 
 Letters: S sequence length, t token budget, c compression ratio S/t, D head dim, P page size, r channels, k tokens read,
-N tokens stored, b bytes of a token's sketch.
+N tokens stored, W observation window, b bytes of a token's sketch.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from types import MappingProxyType
 
 # StreamingLLM (arXiv 2309.17453, section 3.2): four initial tokens are enough to hold the attention sink.
 STREAMING_SINKS = 4
@@ -16,11 +18,14 @@ STREAMING_SINKS = 4
 # The widest heads whose keys are sketched in 2 bits a channel; in wider ones 1 bit errs less at equal bytes.
 WIDEST_OF_TWO_BITS = 128
 
-# Tokens by which the pools of sketched methods are moved back (docs/beyond.md): a head that found a match reads on.
+# Widths of stage 1's max-pooling: the paper's, and the one that loses least with a sketch (docs/beyond.md).
+PAPER_POOL, SKETCH_POOL = 63, 13
+
+# Tokens by which methods with a sketch move their pools back (docs/beyond.md): a head that found a match reads on.
 READ_ON = 2
 
-# Percentage of t that goes to the attention where a filter is followed by others, at least.
-ATTENDED_OF_FILTERED = 65
+# Percentages of t that the attention gets: with 2 bits, with 1 bit, and at least where the next turn filters anew.
+ATTENDED, ATTENDED_OF_ONE_BIT, ATTENDED_OF_FILTERED = 50, 70, 65
 
 
 # Fields of a split that are counts of at least 1; all but the first two may be None.
@@ -30,29 +35,27 @@ _SWITCHES = ("oracle", "residual", "calibrated", "by_largest", "value_aware")
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetSplit:
-    """What each stage may store and read, per KV head.
+    """The tokens that each stage stores and reads, per KV head.
 
     Attributes:
         token_budget: t, tokens of K and V that a decode step may read, scores included. A row that stores no more
             than this attends to all of them.
-        kept_tokens: prompt tokens that stage 1 keeps, or None where nothing is evicted.
+        kept_tokens: prompt tokens that stage 1 keeps, or None to evict nothing.
         page_size: P, consecutive stored tokens that share one min/max entry of the index.
-        channels: r, channels of the pages' bounds that a decode step scores, or None where it scores no pages.
+        channels: r, channels of the pages' bounds that a decode step scores, or None to score no pages.
         sketch_bits: bits a channel, 1 to 4, of the sketch of every stored key that a decode step scores instead of
             pages, or None.
-        top_k: k, tokens that a decode step attends to, or None for all that are stored.
-        sinks: None where tokens are ranked by attention; else they are ranked by position, and the first `sinks` and
-            the most recent ones win, in both stages.
-        oracle: whether the scores come for free in nominal bytes, as those of a method that nobody could run.
-        protected: tokens of the longest row that are stored first, before all others, and attended to at every step.
-        residual: whether the tokens that a step does not attend to count as one, their mean value, with the weight that
-            their scores estimate.
-        by_largest: whether a token ranks by the largest weight that a query head of its group gives it, in place of the
-            average of the group.
-        calibrated: whether the weight of those in each query head is fitted at a prompt's end, by its last queries.
-        value_aware: whether stage 1 ranks a token by what its loss would change of the output, not by attention alone.
-        pool_offset: tokens by which the pools of stage 1's ranks are moved back, so that a token that was attended to
-            keeps more of those that follow it than of those before; at most as far as to end at the token itself.
+        top_k: k, tokens that a decode step attends to, or None for all stored tokens.
+        sinks: None to rank tokens by attention. A number ranks them by position: the first `sinks` tokens and the most
+            recent ones win, in both stages.
+        oracle: whether the scores are not counted in the bytes read, because no real method could have them.
+        protected: tokens of the longest row that are stored before all others and attended to at every step.
+        residual: whether a step adds the mean value of the tokens it does not attend to, weighted by their scores.
+        by_largest: whether a token ranks by its largest weight over the query heads of a group, not by their average.
+        calibrated: whether the residual's weight is fitted per query head at a prompt's end, on its last queries.
+        value_aware: whether stage 1 ranks a token by how much its loss would change the output, not by attention alone.
+        pool_offset: tokens by which stage 1's pools are moved back, so that an attended token keeps more of the tokens
+            after it than of those before; the pool ends at the token itself at most.
 
     Raises:
         TypeError: a count is not an int, or a switch not a bool.
@@ -115,23 +118,28 @@ class BudgetSplit:
                 )
         if self.top_k is not None and self.top_k > self.token_budget:
             raise ValueError(
-                f"top_k must be at most token_budget={self.token_budget}, what a step may read; got {self.top_k}. "
+                f"top_k must be at most token_budget={self.token_budget}, the tokens a step reads; got {self.top_k}. "
                 f"Lower it or raise token_budget."
             )
 
     @property
     def scored(self) -> bool:
-        """True where a step scores what is stored, and so has an index."""
+        """Whether a decode step scores the stored tokens, and so needs an index."""
         return self.channels is not None or self.sketch_bits is not None
 
+    @property
+    def ranked(self) -> bool:
+        """Whether stage 1 or stage 2 ranks tokens by attention."""
+        return self.scored or (self.kept_tokens is not None and self.sinks is None)
+
     def ranks(self, prompt_tokens: int) -> bool:
-        """Whether the end of a prompt, whose longest row has so many tokens, needs its last queries."""
+        """Whether the end of a prompt, whose longest row has `prompt_tokens` tokens, needs its last queries."""
         evicts = self.kept_tokens is not None and self.sinks is None and prompt_tokens > self.kept_tokens
         return evicts or (self.calibrated and prompt_tokens > self.token_budget)
 
     @property
     def rolling(self) -> bool:
-        """True where a generated token pushes the oldest one out that is not a sink."""
+        """Whether each generated token evicts the oldest stored token that is no sink token."""
         return self.sinks is not None
 
 
@@ -149,7 +157,7 @@ def rocketkv_split(prompt_length: int, token_budget: int, head_dim: int, decode_
         prompt_length: tokens of the longest row's prompt.
         token_budget: t.
         head_dim: D.
-        decode_reserve: generated tokens that the sequence length counts in.
+        decode_reserve: generated tokens that the sequence length includes.
 
     Returns:
         The split; `kept_tokens` is at least `min(decode_reserve, prompt_length)`.
@@ -187,26 +195,26 @@ def rocketkv_plus_split(
 ) -> BudgetSplit:
     """Split a budget over stage 1, the sketch of what it keeps, and the attention (beyond the paper).
 
-    A token costs 4D bytes to attend to, its key and value in 16 bits, and b bytes to score. The mean key of the sketch
-    and the mean value of the residual are one token more. So k tokens of N cost t tokens' bytes where
+    Attending to a token reads 4D bytes, its key and value in 16 bits; scoring it reads b. The sketch's mean key and the
+    residual's mean value count as one more token. So a step reads the bytes of t tokens if
 
         N b + 4D (k + 1) = 4D t.
 
     A share of t goes to the attention, the rest to the sketch, N = (1 - share) 4D t / b: a half at 2 bits, 0.7 at 1
-    bit, whose coarser ranks need more tokens to choose. These shares, and 2 bits up to 128 channels, were measured to
-    err least. N is at most the sequence, and at least twice the reserve as in the paper's split; k takes what is left.
+    bit, whose coarser ranks need more tokens to choose. These shares, and 2 bits up to 128 channels, had the smallest
+    error. N is at most the sequence, and at least twice the reserve as in the paper's split; k takes the rest.
 
     Args:
         prompt_length: tokens of the longest row's prompt.
         token_budget: t.
         head_dim: D, at least 8 for a split within the budget.
-        decode_reserve: generated tokens that the sequence length counts in, and N too.
-        most_stored: N at most, where storage is limited; None for no limit.
-        least_attended: percentage of t that goes to the attention at least.
+        decode_reserve: generated tokens that the sequence length and N include.
+        most_stored: largest N allowed, or None for no limit.
+        least_attended: least percentage of t that the attention gets.
     """
     bits = 2 if head_dim <= WIDEST_OF_TWO_BITS else 1
     token, sketched = 4 * head_dim, sketch_bytes(head_dim, bits)
-    attended = token_budget * max(50 if bits == 2 else 70, least_attended) // 100
+    attended = token_budget * max(ATTENDED if bits == 2 else ATTENDED_OF_ONE_BIT, least_attended) // 100
     sequence_length = prompt_length + decode_reserve
     stored = (token_budget - attended) * token // sketched
     stored = min(stored if most_stored is None else min(stored, most_stored), sequence_length)
@@ -226,9 +234,9 @@ def rocketkv_plus_split(
 
 
 def rocketkv_mt_plus_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
-    """Split a budget as `rocketkv_plus_split`, with more of it for the attention at 2 bits, 0.65 t (at 1 bit the same).
+    """Split a budget as `rocketkv_plus_split`, with 0.65 t for the attention at 2 bits (at 1 bit the same 0.7 t).
 
-    The next turn filters anew, so what this one's filter leaves out is not lost (measured: docs/conversations.md).
+    The next turn filters anew, so tokens that this turn's filter leaves out are not lost (docs/conversations.md).
     """
     return rocketkv_plus_split(
         prompt_length, token_budget, head_dim, decode_reserve, least_attended=ATTENDED_OF_FILTERED
@@ -236,13 +244,13 @@ def rocketkv_mt_plus_split(prompt_length: int, token_budget: int, head_dim: int,
 
 
 def with_protected(split: BudgetSplit, count: int) -> BudgetSplit:
-    """Return a split that stores and reads `count` protected tokens beside all that it would without them.
+    """Return a split that stores and reads `count` protected tokens in addition to all others.
 
-    Protection takes nothing from the other tokens: what is kept without it is kept with it.
+    Protection takes nothing from the other tokens: a token that is kept without it is kept with it.
     """
     if count == 0:
         return split
-    read = math.ceil(count / split.page_size) * split.page_size  # whole pages, since those are what is ranked
+    read = math.ceil(count / split.page_size) * split.page_size  # whole pages, since pages are ranked
     return replace(
         split,
         token_budget=split.token_budget + read,
@@ -253,17 +261,17 @@ def with_protected(split: BudgetSplit, count: int) -> BudgetSplit:
 
 
 def full_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
-    """Keep and read everything: the baseline, through our own code path."""
+    """Store and read all tokens: the baseline, through the same code path."""
     return BudgetSplit(token_budget=token_budget)
 
 
 def snapkv_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
-    """Evict to t tokens and read all that is stored (after SnapKV, arXiv 2404.14469)."""
+    """Evict to t tokens and read all stored tokens (after SnapKV, arXiv 2404.14469)."""
     return BudgetSplit(token_budget=token_budget, kept_tokens=token_budget)
 
 
 def quest_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
-    """Keep everything, score pages of ceil(c) tokens on all channels (after Quest, arXiv 2406.10774)."""
+    """Store all tokens, score pages of ceil(c) tokens on all channels (after Quest, arXiv 2406.10774)."""
     ratio = compression_ratio(prompt_length + decode_reserve, token_budget)
     return BudgetSplit(
         token_budget=token_budget, page_size=math.ceil(ratio), channels=head_dim, top_k=max(1, token_budget // 2)
@@ -271,7 +279,7 @@ def quest_split(prompt_length: int, token_budget: int, head_dim: int, decode_res
 
 
 def sparq_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
-    """Keep everything, score every token on floor(D/c) channels (after SparQ, arXiv 2312.04985)."""
+    """Store all tokens, score each on floor(D/c) channels (after SparQ, arXiv 2312.04985)."""
     ratio = compression_ratio(prompt_length + decode_reserve, token_budget)
     return BudgetSplit(
         token_budget=token_budget, channels=max(1, math.floor(head_dim / ratio)), top_k=max(1, token_budget // 2)
@@ -279,7 +287,7 @@ def sparq_split(prompt_length: int, token_budget: int, head_dim: int, decode_res
 
 
 def streaming_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
-    """Keep four sinks and the most recent t - 4 tokens, rolling (after StreamingLLM, arXiv 2309.17453)."""
+    """Keep four sink tokens and the most recent t - 4 tokens, rolling (after StreamingLLM, arXiv 2309.17453)."""
     return BudgetSplit(
         token_budget=token_budget,
         kept_tokens=token_budget,
@@ -289,61 +297,97 @@ def streaming_split(prompt_length: int, token_budget: int, head_dim: int, decode
 
 
 def exact_topk_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
-    """Keep everything, read the t tokens of largest true weight: an oracle, whose scores are not counted."""
+    """Store all tokens, read the t of largest attention weight: an oracle, whose scores are not counted."""
     return BudgetSplit(token_budget=token_budget, channels=head_dim, top_k=token_budget, oracle=True)
 
 
 def stored_topk_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
-    """Evict as `rocketkv` does, then choose its k tokens by their true weight: the oracle of the selection."""
+    """Evict as `rocketkv` does, then read the k tokens of largest attention weight: the oracle of the selection."""
     evicted = rocketkv_split(prompt_length, token_budget, head_dim, decode_reserve)
     return replace(evicted, page_size=1, channels=head_dim, oracle=True)
 
 
+def _least_of_stage_1(window_size: int, decode_reserve: int) -> int:
+    # Stage 1 keeps at least max(t, 2 * reserve) - reserve tokens, and the window must be fewer than those.
+    return window_size + decode_reserve + 1 if decode_reserve <= window_size else 2
+
+
+def _least_of_sketch(window_size: int, decode_reserve: int, attended: int = ATTENDED) -> int:
+    # With 8 channels, the fewest, a token's sketch takes an eighth of the token: 2 * reserve tokens and k = 1.
+    least = max(4, -(-decode_reserve // 4) + 2)
+    if decode_reserve > window_size:
+        return least
+    # The sketch's share of t must hold more tokens than the window and the reserve.
+    sketched = -(-(window_size + decode_reserve + 1) // 8)
+    return max(least, 100 * (sketched - 1) // (100 - attended) + 1)
+
+
 SplitFunction = Callable[[int, int, int, int], BudgetSplit]
 
-METHODS: dict[str, SplitFunction] = {
-    "full": full_split,
-    "rocketkv": rocketkv_split,
-    "rocketkv+": rocketkv_plus_split,
-    "rocketkv-mt": rocketkv_split,
-    "rocketkv-mt+": rocketkv_mt_plus_split,
-    "snapkv": snapkv_split,
-    "quest": quest_split,
-    "sparq": sparq_split,
-    "streaming": streaming_split,
-    "exact-topk": exact_topk_split,
-    "stored-topk": stored_topk_split,
-}
-"""Every method by name: a function of (prompt_length, token_budget, head_dim, decode_reserve)."""
 
-UNRANKED = frozenset({"full", "streaming"})
-"""Methods that rank no token by attention."""
+@dataclass(frozen=True)
+class Method:
+    """A compression method: how it splits a budget, and the settings that no split holds.
 
-MULTI_TURN = frozenset({"rocketkv-mt", "rocketkv-mt+"})
-"""Methods that keep every token, and of which each prompt selects anew what its turn decodes from."""
+    Attributes:
+        name: its name in `RocketKVConfig(method=...)` and on the command line.
+        split: function of (prompt_length, token_budget, head_dim, decode_reserve), all integers, that returns the
+            `BudgetSplit` of a prompt.
+        least_budget: function of (window_size, decode_reserve) that returns the smallest token budget with which stage
+            1 keeps more than the window and a step attends to a token.
+        pool_width: odd width, in tokens, of stage 1's max-pooling, unless `kernel_size` is given.
+        multi_turn: whether the cache keeps every token, and each prompt selects anew which of them its turn decodes
+            from (RocketKV-MT).
 
-SKETCHED = frozenset({"rocketkv+", "rocketkv-mt+"})
-"""Methods that score a sketch of every key, and count in what they do not attend to."""
+    Raises:
+        ValueError: `pool_width` is not a positive odd number.
+    """
+
+    name: str
+    split: SplitFunction
+    least_budget: Callable[[int, int], int] = field(default=lambda window_size, decode_reserve: 2, kw_only=True)
+    pool_width: int = field(default=PAPER_POOL, kw_only=True)
+    multi_turn: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.pool_width < 1 or self.pool_width % 2 == 0:
+            raise ValueError(f"pool_width must be odd and at least 1, got {self.pool_width} in method {self.name!r}")
 
 
-def least_token_budget(method: str, window_size: int, decode_reserve: int) -> int:
-    """Return the smallest token budget with which `method` can keep its window and attend to one token."""
-    if method in ("full", "exact-topk"):
-        return 1
-    if method == "snapkv":
-        return window_size + 1
-    if method == "streaming":
-        return STREAMING_SINKS + 1
-    if method in ("rocketkv", "rocketkv-mt", "stored-topk") and decode_reserve <= window_size:
-        # Stage 1 keeps at least max(t, 2 * reserve) - reserve tokens, and the window must be fewer than those.
-        return window_size + decode_reserve + 1
-    if method in SKETCHED:
-        # With 8 channels, where a sketch takes an eighth of a token, the most there is: 2 * reserve tokens and k = 1.
-        least = max(4, -(-decode_reserve // 4) + 2)
-        # Half of t, or 7/20, must hold the sketch of what stage 1 keeps, more than the window, and of the reserve.
-        if decode_reserve <= window_size:
-            sketched = -(-(window_size + decode_reserve + 1) // 8)
-            percent = 50 if method == "rocketkv+" else 100 - ATTENDED_OF_FILTERED
-            least = max(least, 100 * (sketched - 1) // percent + 1)
-        return least
-    return 2
+_TABLE = (
+    Method("full", full_split, least_budget=lambda window, reserve: 1),
+    Method("rocketkv", rocketkv_split, least_budget=_least_of_stage_1),
+    Method("rocketkv+", rocketkv_plus_split, least_budget=_least_of_sketch, pool_width=SKETCH_POOL),
+    Method("rocketkv-mt", rocketkv_split, least_budget=_least_of_stage_1, multi_turn=True),
+    Method(
+        "rocketkv-mt+",
+        rocketkv_mt_plus_split,
+        least_budget=partial(_least_of_sketch, attended=ATTENDED_OF_FILTERED),
+        pool_width=SKETCH_POOL,
+        multi_turn=True,
+    ),
+    Method("snapkv", snapkv_split, least_budget=lambda window, reserve: window + 1),
+    Method("quest", quest_split),
+    Method("sparq", sparq_split),
+    Method("streaming", streaming_split, least_budget=lambda window, reserve: STREAMING_SINKS + 1),
+    Method("exact-topk", exact_topk_split, least_budget=lambda window, reserve: 1),
+    Method("stored-topk", stored_topk_split, least_budget=_least_of_stage_1),
+)
+_METHODS = {method.name: method for method in _TABLE}
+
+METHODS: Mapping[str, Method] = MappingProxyType(_METHODS)
+"""Every method by name, read-only; `register_method` adds to it."""
+
+
+def register_method(method: Method) -> None:
+    """Add a method, which `patch`, caches, plans and evaluations then know by its name.
+
+    Raises:
+        TypeError: `method` is not a `Method`.
+        ValueError: there is a method of that name.
+    """
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a Method, got {type(method).__name__}")
+    if method.name in _METHODS:
+        raise ValueError(f"there is a method {method.name!r} already: choose another name")
+    _METHODS[method.name] = method

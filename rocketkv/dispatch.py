@@ -279,7 +279,7 @@ def _workspace(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit, worksp
 
 def _current(device: torch.device, ops: EvictionOps | None = None) -> AbstractContextManager[None]:
     """Return a context in which Triton launches on this device."""
-    if device.type != "cuda" or ops is TORCH_OPS:
+    if ops is TORCH_OPS or device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return nullcontext()
     context: AbstractContextManager[None] = torch.cuda.device(device)
     return context
@@ -385,31 +385,26 @@ class StaticStep:
         decoding: the store's tokens.
         workspace: the kernels' scratch buffers, empty where PyTorch runs.
         out: [B, H, Dv], the last step's output; the next step overwrites it.
-        names: the names of the buffers, as the operator takes them.
+        clock: [1] int32, tokens of the sequence.
+        tensors: the buffers, as the operator takes them.
+        names: their names.
         rule: the numbers of the split, as the operator takes them.
     """
 
     decoding: DecodeTokens
     workspace: list[Tensor]
     out: Tensor
+    clock: Tensor
+    tensors: list[Tensor]
     names: str
     rule: list[int]
-
-    @property
-    def clock(self) -> Tensor:
-        """Tokens of the sequence, [1] int32."""
-        clock = self.decoding.buffers.clock
-        if clock is None:
-            raise ValueError("a static step has a clock")
-        return clock
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """Run the step for a token's query [B, H, D], key [B, Hkv, D] and value [B, Hkv, Dv]; return `out`."""
         decoding = self.decoding
         if torch.compiler.is_dynamo_compiling():
-            tensors = [*decoding.tensors().values(), self.clock]
             torch.ops.rocketkv.decode_step(
-                query, key, value, tensors, self.workspace, self.out, self.names, self.rule, *params
+                query, key, value, self.tensors, self.workspace, self.out, self.names, self.rule, *params
             )
         else:
             index, split = decoding.index, decoding.split
@@ -442,8 +437,8 @@ def static_step(
         scratch = [] if workspace is None else list(workspace.tensors().values())
     out = torch.zeros(*query.shape[:2], decoding.values.shape[3], dtype=query.dtype, device=query.device)
     rule = [-1 if value is None else int(value) for value in (getattr(split, name) for name in _RULE)]
-    step = StaticStep(decoding, scratch, out, ",".join((*decoding.tensors(), "clock")), rule)
-    for tensor in (*decoding.tensors().values(), clock, *scratch, out):
+    named = decoding.tensors() | {"clock": clock}
+    for tensor in (*named.values(), *scratch, out):
         # Without it a CUDA graph of torch.compile copies what a step writes, or is not made at all.
         torch._dynamo.mark_static_address(tensor, guard=False)
-    return step
+    return StaticStep(decoding, scratch, out, clock, list(named.values()), ",".join(named), rule)

@@ -33,7 +33,7 @@ from rocketkv.eval.bench.command import machine
 from rocketkv.eval.progress import Progress
 from rocketkv.eval.records import write_atomically
 from rocketkv.eval.tasks.haystack import haystack
-from rocketkv.hf.cache import RocketKVCache
+from rocketkv.hf.cache import RocketKVCache, rocketkv_layers
 from rocketkv.hf.loading import SMOLLM2, load_model
 from rocketkv.hf.models import CACHE_ARGUMENT
 from rocketkv.hf.patch import patch
@@ -102,13 +102,16 @@ def divergence(
     fields: dict[str, Any] = {"method": method, "token_budget": settings.budget}
     arms = [(capacity, kind) for capacity in settings.capacities for kind in KINDS]
     unbounded = RocketKVConfig(**fields)
-    configs = [RocketKVConfig(**fields, decode_capacity=capacity, when_full=kind) for capacity, kind in arms]
+    configs = [RocketKVConfig(**fields, decode_capacity=capacity) for capacity, _ in arms]
     generator = torch.Generator().manual_seed(settings.seed)
     kl = torch.zeros(len(arms), settings.new_tokens, len(prompts), dtype=torch.float64)
     alike = torch.zeros_like(kl)
     with patch(model, unbounded), Progress(f"{method}: prompts", total=settings.new_tokens) as progress:
         caches = [RocketKVCache(model.config, each, prompt_length=prompts.shape[1]) for each in (unbounded, *configs)]
         reference, *_ = [forward(model, cache, prompts) for cache in caches]
+        for (_, kind), cache in zip(arms, caches[1:], strict=True):
+            for layer in rocketkv_layers(cache) if kind == "evict-random" else ():
+                layer.bounded["at_random"] = True  # no setting of the library: only this control needs it
         for step in range(settings.new_tokens):
             progress.say(f"{method}: {len(caches)} caches side by side")
             given = sampled(reference, end, generator)

@@ -11,14 +11,15 @@ import pytest
 
 from rocketkv.budget import (
     METHODS,
-    SKETCHED,
     BudgetSplit,
+    Method,
     compression_ratio,
-    least_token_budget,
+    register_method,
     rocketkv_plus_split,
     rocketkv_split,
 )
 
+SKETCHED = {"rocketkv+", "rocketkv-mt+"}
 ROWS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "golden" / "budgets.json").read_text())
 
 
@@ -99,7 +100,7 @@ def test_stage_1_keeps_at_least_the_reserve() -> None:
 )
 def test_every_method_follows_the_table(prompt: int, budget: int, head_dim: int, reserve: int) -> None:
     c = max(1.0, (prompt + reserve) / budget)
-    rocket = METHODS["rocketkv"](prompt, budget, head_dim, reserve)
+    rocket = METHODS["rocketkv"].split(prompt, budget, head_dim, reserve)
     half = max(1, budget // 2)
     expected = {
         "full": (None, 1, None, None, None),
@@ -114,7 +115,7 @@ def test_every_method_follows_the_table(prompt: int, budget: int, head_dim: int,
     }
     assert expected.keys() == METHODS.keys() - SKETCHED
     for method, fields in expected.items():
-        split = METHODS[method](prompt, budget, head_dim, reserve)
+        split = METHODS[method].split(prompt, budget, head_dim, reserve)
         assert (split.kept_tokens, split.page_size, split.channels, split.top_k, split.sinks) == fields, method
         assert split.token_budget == budget
         assert split.rolling == (method == "streaming")
@@ -127,7 +128,7 @@ def test_every_method_follows_the_table(prompt: int, budget: int, head_dim: int,
 def test_the_sketchs_split_spends_the_budget(
     prompt: int, budget: int, head_dim: int, reserve: int, method: str, most: int | None
 ) -> None:
-    split = METHODS[method](prompt, budget, head_dim, reserve)
+    split = METHODS[method].split(prompt, budget, head_dim, reserve)
     if most is not None:
         split = rocketkv_plus_split(prompt, budget, head_dim, reserve, most_stored=most)
     assert split.kept_tokens is not None
@@ -166,10 +167,10 @@ def test_what_the_sketch_stores_at_8k() -> None:
 
 def test_settings_by_hand() -> None:
     # c = 1128 / 64 = 17.625: pages of 18, and 64 / 17.625 = 3.6 channels.
-    assert METHODS["quest"](1000, 64, 64, 128).page_size == 18
-    assert METHODS["sparq"](1000, 64, 64, 128).channels == 3
+    assert METHODS["quest"].split(1000, 64, 64, 128).page_size == 18
+    assert METHODS["sparq"].split(1000, 64, 64, 128).channels == 3
     # c = 282: less than one channel is one.
-    assert METHODS["sparq"](1000, 4, 64, 128).channels == 1
+    assert METHODS["sparq"].split(1000, 4, 64, 128).channels == 1
 
 
 def plus_bytes(split: BudgetSplit, stored: int, head_dim: int) -> float:
@@ -184,7 +185,7 @@ def works(method: str, budget: int, window: int, reserve: int) -> bool:
     # Where the head dimension counts, it is the least that the method promises to work with.
     head_dim = 8 if method in SKETCHED else 16
     for prompt in range(1, 6 * (window + reserve)):
-        split = METHODS[method](prompt, budget, head_dim, reserve)
+        split = METHODS[method].split(prompt, budget, head_dim, reserve)
         if split.sketch_bits is not None and split.kept_tokens is not None:
             stored = min(prompt, split.kept_tokens) + reserve
             if plus_bytes(split, stored, head_dim) > budget * 4 * head_dim:
@@ -201,8 +202,8 @@ def works(method: str, budget: int, window: int, reserve: int) -> bool:
 
 @pytest.mark.parametrize(("window", "reserve"), [(32, 128), (32, 32), (32, 31), (5, 1), (8, 9), (17, 16), (1, 1)])
 @pytest.mark.parametrize("method", METHODS)
-def test_least_token_budget_is_the_least_that_works(method: str, window: int, reserve: int) -> None:
-    least = least_token_budget(method, window, reserve)
+def test_the_least_budget_is_the_least_that_works(method: str, window: int, reserve: int) -> None:
+    least = METHODS[method].least_budget(window, reserve)
     assert least >= 1
     assert all(works(method, budget, window, reserve) for budget in range(least, least + 5))
     assert least == 1 or not works(method, least - 1, window, reserve)
@@ -265,3 +266,23 @@ def test_settings_of_a_split_must_go_together() -> None:
         BudgetSplit(token_budget=8, kept_tokens=8, pool_offset=-1)
     with pytest.raises(ValueError, match=r"top_k must be at most token_budget=8.*got 9"):
         BudgetSplit(token_budget=8, channels=3, top_k=9)
+
+
+def test_the_table_of_methods_is_read_only_and_takes_new_ones() -> None:
+    with pytest.raises(TypeError):
+        METHODS["mine"] = METHODS["full"]  # type: ignore[index]
+    with pytest.raises(ValueError, match="there is a method 'quest' already"):
+        register_method(Method("quest", METHODS["quest"].split))
+    with pytest.raises(TypeError, match="method must be a Method, got function"):
+        register_method(METHODS["quest"].split)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="pool_width must be odd and at least 1, got 4 in method 'mine'"):
+        Method("mine", METHODS["quest"].split, pool_width=4)
+    assert all(name == method.name for name, method in METHODS.items())
+
+
+def test_what_a_split_does_is_read_from_it() -> None:
+    long = {name: method.split(1 << 20, 512, 128, 128) for name, method in METHODS.items()}
+    assert {name for name, split in long.items() if not split.ranked} == {"full", "streaming"}
+    assert {name for name, split in long.items() if split.sketch_bits is not None} == SKETCHED
+    assert {name for name, split in long.items() if split.residual} == SKETCHED
+    assert {name for name, method in METHODS.items() if method.multi_turn} == {"rocketkv-mt", "rocketkv-mt+"}

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...budget import READ_ON
-from ...config import PAPERS_POOL, SKETCHED_POOL
+from ...budget import PAPER_POOL, READ_ON, SKETCH_POOL
 from ...kernels.append_sketch import SketchRule
 from ...kernels.decode import TILE_PAGES, DecodeShape, DecodeWorkspace, decode_step
 from ...kernels.dense_decode import DenseWorkspace, dense_decode
@@ -161,7 +160,7 @@ def evict(
             valid=valid,
         )
         # Without pages as the methods with a sketch pool.
-        width, offset = (PAPERS_POOL, 0) if page_size is not None else (SKETCHED_POOL, READ_ON)
+        width, offset = (PAPER_POOL, 0) if page_size is not None else (SKETCH_POOL, READ_ON)
         slots = select_top(pool_scores(scores, WINDOW, kernel_size=width, pool_offset=offset, valid=valid), kept)
         return compact(keys, keys, slots, valid, None, kept, kept + RESERVE, page_size, index_dtype)
 

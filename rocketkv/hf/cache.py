@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..config import RocketKVConfig
+from ..config import RocketKVConfig, make_config
 from ..core.masks import LazyMask
 from ..state.history import History
 from ..state.loss import last_missed
@@ -65,12 +65,9 @@ class RocketKVCache(DynamicCache):
         **fields: Any,
     ) -> None:
         super().__init__(config=model_config)
-        if not isinstance(config, (RocketKVConfig, type(None))):
-            raise TypeError(f"config must be a RocketKVConfig or None, got {type(config).__name__}; fields go by name")
-        if config is not None and fields:
-            raise TypeError(f"give either config or fields, got both (fields: {', '.join(fields)})")
         self._life = object()
-        compress_layers(self, config or RocketKVConfig(**fields))
+        self.config = make_config(config, fields)
+        compress_layers(self, self.config)
         if prompt_length is not None:
             check_prompt_length(prompt_length)
             begin_prompt(self, prompt_length)

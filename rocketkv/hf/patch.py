@@ -6,7 +6,6 @@ Nothing here keeps state of a model, a sequence or a call: a patch lives on the 
 import copy
 import functools
 import warnings
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
-from ..config import RocketKVConfig
+from ..config import RocketKVConfig, make_config
 from ..state.monitor import OnStep, refuse_static
 from ..state.stats import CacheStats
 from .attention import IMPLEMENTATION, NAME, rocketkv_attention, rocketkv_mask
@@ -102,7 +101,6 @@ class PatchHandle:
 def patch(
     model: nn.Module,
     config: RocketKVConfig | None = None,
-    /,
     *,
     tokenizer: Any = None,
     on_step: OnStep | None = None,
@@ -132,9 +130,7 @@ def patch(
         ValueError: a field has an impossible value, or the model cannot be compressed, or messages cannot be found in
             its prompts, or `on_step` is for a static cache; the message says why.
     """
-    if not isinstance(config, (RocketKVConfig, type(None))):
-        raise TypeError(f"config must be a RocketKVConfig or None, got {type(config).__name__}")
-    settings = RocketKVConfig(**fields) if config is None else replace(config, **fields)
+    settings = make_config(config, fields)
     if on_step is not None:
         if not callable(on_step):
             raise TypeError(f"on_step must be a function of a StepReport, or None; got {type(on_step).__name__}")

@@ -139,7 +139,7 @@ def fitted_split(arm: Arm, case: Case) -> BudgetSplit:
 
 
 def method_split(name: str, case: Case) -> BudgetSplit:
-    return METHODS[name](case.prompt, case.budget, case.head_dim, RESERVE)
+    return METHODS[name].split(case.prompt, case.budget, case.head_dim, RESERVE)
 
 
 def papers_split(case: Case) -> BudgetSplit:

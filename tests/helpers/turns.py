@@ -17,7 +17,7 @@ WINDOW, KERNEL, RESERVE, BUDGET, PROMPT = 4, 5, 20, 16, 60
 SCALING = 0.4
 
 # One split of each method, at about four times as many tokens as the budget. Pages: rocketkv 2, quest 5.
-SPLITS: dict[str, BudgetSplit] = {name: method(PROMPT, BUDGET, D, RESERVE) for name, method in METHODS.items()}
+SPLITS: dict[str, BudgetSplit] = {name: method.split(PROMPT, BUDGET, D, RESERVE) for name, method in METHODS.items()}
 
 
 @dataclass

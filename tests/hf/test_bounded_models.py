@@ -139,9 +139,9 @@ def test_nothing_grows_over_two_thousand_tokens() -> None:
 
 @traced
 @pytest.mark.integration
-@pytest.mark.parametrize(("rows", "when_full"), [("padded", "evict"), ("one", "evict-random")])
-def test_compiled_steps_evict_between_them(rows: str, when_full: str) -> None:
-    fields = {**BOUNDED, "when_full": when_full}
+@pytest.mark.parametrize("rows", ["padded", "one"])
+def test_compiled_steps_evict_between_them(rows: str) -> None:
+    fields = BOUNDED
     model = build()
     handle = rocketkv.patch(model, **fields)
     torch._dynamo.reset()

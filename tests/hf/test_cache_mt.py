@@ -32,7 +32,6 @@ from mt_case import (
     talked,
     turn_of,
 )
-from rocketkv.budget import MULTI_TURN
 from rocketkv.hf.cache import RocketKVCache, rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from storages import walked
@@ -319,7 +318,7 @@ def test_nothing_lives_twice_through_the_turns(fields: dict[str, Any]) -> None:
             assert layer.history_bytes <= 1.6 * whole
 
 
-@pytest.mark.parametrize("method", sorted(rocketkv.METHODS.keys() - MULTI_TURN))
+@pytest.mark.parametrize("method", [name for name, m in rocketkv.METHODS.items() if not m.multi_turn])
 def test_a_history_device_is_for_methods_with_a_history(method: str) -> None:
     with pytest.raises(ValueError, match="history_device='cpu' is for methods that keep a history, rocketkv-mt, "):
         rocketkv.RocketKVConfig(method=method, history_device="cpu")

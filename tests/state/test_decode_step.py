@@ -29,7 +29,7 @@ def steady_store(method: str, lengths: list[int]) -> KVStore:
     """Return a store in the middle of decoding, with room for more."""
     store = KVStore()
     extend(store, wide(SIZE), None if min(lengths) == SIZE else left_padding(lengths, SIZE))
-    close(store, METHODS[method](SIZE, BUDGET, WIDTH, RESERVE), RESERVE)
+    close(store, METHODS[method].split(SIZE, BUDGET, WIDTH, RESERVE), RESERVE)
     decode(store, wide(7))
     return store
 

@@ -291,13 +291,13 @@ def test_copies_of_a_model_report_to_nobody() -> None:
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"audit_every": 0}, ValueError, "audit_every must be at least 1, got 0"),
-    ({"audit_every": 2.0}, TypeError, r"audit_every must be an int .* got 2\.0 of type float"),
+    ({"audit_every": 2.0}, TypeError, r"audit_every must be an int, got 2\.0 of type float"),
     ({"audit_every": 8, "decode_capacity": 64}, ValueError, r"audit_every=8 is for caches that grow.*=64\)"),
     ({"on_loss": "stop"}, ValueError, "on_loss must be one of warn, widen, dense or None; got 'stop'"),
     ({"on_loss": "warn", "method": "rocketkv"}, ValueError, r"on_loss='warn' needs an estimate.*not 'rocketkv'"),
     ({"on_loss": "dense", "split": ALL_STORED}, ValueError, "on_loss='dense' needs an estimate"),
     ({"on_loss": "widen", "decode_capacity": 64}, ValueError, "on_loss='widen' is for caches that grow"),
-    ({"loss_bound": 0.2}, ValueError, r"loss_bound=0\.2 is where on_loss acts, which is None"),
+    ({"loss_bound": 0.2}, ValueError, r"loss_bound=0\.2 has no effect without on_loss"),
     ({"on_loss": "warn", "loss_bound": 1.0}, ValueError, r"from 0 to less than 1.*got 1\.0"),
     ({"on_loss": "warn", "loss_bound": float("nan")}, ValueError, "got nan"),
     ({"on_loss": "warn", "loss_bound": "0.2"}, TypeError, "loss_bound must be a float or None, got '0.2' of type str"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from close import assert_near
 from naive import attention
-from rocketkv.budget import METHODS, least_token_budget
+from rocketkv.budget import METHODS
 from rocketkv.state.store import KVStore, decode_room
 from turns import (
     BUDGET,
@@ -377,9 +377,9 @@ def test_everything_stored_keeps_the_keys_dtype(split: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("reserve", [1, 3, 9])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_least_budget_works(method: str, reserve: int) -> None:
-    budget = least_token_budget(method, WINDOW, reserve)
+    budget = METHODS[method].least_budget(WINDOW, reserve)
     for length in (1, WINDOW, WINDOW + reserve, budget + 1, PROMPT):
-        store = prompted(tokens(2, length), METHODS[method](length, budget, D, reserve), reserve=reserve)
+        store = prompted(tokens(2, length), METHODS[method].split(length, budget, D, reserve), reserve=reserve)
         assert decode(store, tokens(2, 12)).isfinite().all()
         assert store.seen == length + 12
 

@@ -284,7 +284,7 @@ def test_the_index_of_pages_has_a_dtype_and_the_sketch_has_not() -> None:
     with pytest.raises(ValueError, match="index_dtype='float8_e5m2' is for the bounds of pages"):
         RocketKVConfig(method="rocketkv+", index_dtype="float8_e5m2")
     with pytest.raises(ValueError, match="is for the bounds of pages"):
-        RocketKVConfig(split=BudgetSplit(token_budget=8, sketch_bits=2, top_k=4), index_dtype="float8_e4m3fn")
+        RocketKVConfig(split=BudgetSplit(token_budget=8, sketch_bits=2, top_k=4), index_dtype="float8_e5m2")
 
 
 def test_tokens_written_one_by_one_are_those_of_the_buffer() -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 import eval_case
 from ablation_case import BUDGET, CASE, PROMPT, SETTINGS, STEPS, captured, step_at, windows
 from rocketkv import METHODS, RocketKVConfig, patch
-from rocketkv.budget import MULTI_TURN
 from rocketkv.eval.progress import Progress
 from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.models import CACHE_ARGUMENT
@@ -62,9 +61,9 @@ def own_logits(model: Any, config: RocketKVConfig) -> Tensor:
     return torch.stack(steps)
 
 
-@pytest.mark.parametrize("method", [name for name in sorted(METHODS) if name not in MULTI_TURN])
+@pytest.mark.parametrize("method", [name for name in sorted(METHODS) if not METHODS[name].multi_turn])
 def test_rebuilt_stores_step_as_after_the_models_own_prefill(model: Any, layers: list[Layer], method: str) -> None:
-    split = METHODS[method](PROMPT, BUDGET, 16, 128)
+    split = METHODS[method].split(PROMPT, BUDGET, 16, 128)
     pool_size = RocketKVConfig(method=method).pool_size
     arm = Arm(name=method, what="", split=lambda _: split, fitted=None, kernel_size=pool_size)
     with torch.inference_mode():
