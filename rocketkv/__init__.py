@@ -4,8 +4,8 @@ import rocketkv
 rocketkv.patch(model, token_budget=512)
 model.generate(...)
 
-Names are imported when they are first used: neither `rocketkv --help` nor an engine that imports
-`rocketkv.core.eviction` waits for transformers.
+Names are imported on first use: neither `rocketkv --help` nor an engine that imports `rocketkv.core.eviction` loads
+transformers.
 """
 
 import importlib
@@ -19,33 +19,42 @@ if TYPE_CHECKING:
     from .hf.cache import RocketKVCache
     from .hf.files import load_cache, load_inputs, save_cache
     from .hf.patch import PatchHandle, patch, unpatch
+    from .hf.plan import plan
+    from .state.loss import Audit
+    from .state.monitor import StepReport
     from .state.stats import CacheStats
 
 __all__ = [
     "METHODS",
+    "Audit",
     "BudgetSplit",
     "CacheStats",
     "PatchHandle",
     "RocketKVCache",
     "RocketKVConfig",
+    "StepReport",
     "__version__",
     "load_cache",
     "load_inputs",
     "patch",
+    "plan",
     "save_cache",
     "unpatch",
 ]
 
 _MODULES = {
     "METHODS": ".budget",
+    "Audit": ".state.loss",
     "BudgetSplit": ".budget",
     "CacheStats": ".state.stats",
     "PatchHandle": ".hf.patch",
     "RocketKVCache": ".hf.cache",
     "RocketKVConfig": ".config",
+    "StepReport": ".state.monitor",
     "load_cache": ".hf.files",
     "load_inputs": ".hf.files",
     "patch": ".hf.patch",
+    "plan": ".hf.plan",
     "save_cache": ".hf.files",
     "unpatch": ".hf.patch",
 }

@@ -3,8 +3,6 @@
 import difflib
 from dataclasses import dataclass
 
-import torch
-
 from .budget import METHODS, MULTI_TURN, SKETCHED, UNRANKED, BudgetSplit, least_token_budget
 
 BACKENDS = ("auto", "torch", "triton")
@@ -176,6 +174,8 @@ class RocketKVConfig:
             raise TypeError(
                 f"history_device must be the name of a device, such as 'cpu', or None; got {type(device).__name__}"
             )
+        import torch  # only here: settings are made without it
+
         try:
             torch.device(device)
         except RuntimeError as error:

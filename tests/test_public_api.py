@@ -13,7 +13,7 @@ import rocketkv
 pytestmark = pytest.mark.integration
 
 NAMES = {"BudgetSplit", "CacheStats", "METHODS", "PatchHandle", "RocketKVCache", "RocketKVConfig", "patch", "unpatch"}
-NAMES |= {"load_cache", "load_inputs", "save_cache"}
+NAMES |= {"Audit", "StepReport", "load_cache", "load_inputs", "plan", "save_cache"}
 METHODS = {
     *("full", "rocketkv", "rocketkv+", "rocketkv-mt", "rocketkv-mt+", "snapkv", "quest", "sparq"),
     *("streaming", "exact-topk", "stored-topk"),

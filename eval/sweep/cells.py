@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..._version import __version__
-from ...cli.env import processor
+from ...environment import processor
 from ...hf.prompts import longest
 from ..conversation import ask
 from ..engine import ask_all, ask_stock

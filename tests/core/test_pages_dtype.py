@@ -218,11 +218,11 @@ def test_a_generation_allocates_what_was_planned(method: str, name: str) -> None
     with rocketkv.patch(model, **settings, token_budget=48, decode_reserve=40) as handle:
         model.generate(prompt(331), max_new_tokens=1, do_sample=False)
         expected = handle.stats().layers
-    from rocketkv.cli.plan import plan
+    from rocketkv import plan
 
-    made = plan(model.config, **settings, context=331, budget=48, reserve=40)
+    made = plan(model.config, **settings, context=331, token_budget=48, decode_reserve=40)
     assert made.cache.layers == expected
-    plain = plan(model.config, method=method, context=331, budget=48, reserve=40)
+    plain = plan(model.config, method=method, context=331, token_budget=48, decode_reserve=40)
     assert made.split == plain.split
     assert made.cache.total("nominal_step_bytes") == plain.cache.total("nominal_step_bytes")
     assert 2 * made.cache.total("index_bytes") == plain.cache.total("index_bytes")
@@ -233,12 +233,12 @@ def test_a_generation_allocates_what_was_planned(method: str, name: str) -> None
 def test_the_plan_says_which(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     build().config.save_pretrained(tmp_path)
     command = ["plan", "--model", str(tmp_path), "--context", "300", "--budget", "48", "--reserve", "40"]
-    assert cli.main([*command, "--index-dtype", "float8_e5m2"]) == 0
+    assert cli([*command, "--index-dtype", "float8_e5m2"]) == 0
     assert "bfloat16, index float8_e5m2\n" in capsys.readouterr().out
-    assert cli.main([*command, "--index-dtype", "float8_e4m3fn", "--json"]) == 0
+    assert cli([*command, "--index-dtype", "float8_e4m3fn", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["index_dtype"] == "float8_e4m3fn"
     with pytest.raises(SystemExit):
-        cli.main([*command, "--index-dtype", "int8"])
+        cli([*command, "--index-dtype", "int8"])
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
