@@ -25,10 +25,10 @@ from transformers.cache_utils import Cache
 
 from ..hf.cache import begin_prompt, cache_stats
 from ..hf.models import CACHE_ARGUMENT
+from ..hf.prompts import continued, encode, follow_up, longest, render
 from .measures.latency import percentile, synchronize, time_stage_1
 from .measures.memory import cache_cost, peak_bytes, reset_peak
 from .methods import Method
-from .prompts import continued, encode, follow_up, longest, render
 from .records import CostDict, digest
 from .tasks.base import Sample, Turn
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from ..hf.prompts import render
 from .lm import SAMPLE, RocketKVLM
-from .prompts import render
 from .records import SampleDict, digest
 from .tasks.base import Sample, Task
 

@@ -257,7 +257,8 @@ def decode_step(
     else:
         rule, (width, *higher) = shape.sketch, shape.sketch.widths
         append_sketch_kernel[(rows, space.splits)](
-            *appended, *buffers.index_tensors, value_sum if shape.residual else seq_lens, space.turn, seq_lens, buffers.clock,
+            *appended, *buffers.index_tensors, value_sum if shape.residual else seq_lens, space.turn, seq_lens,
+            buffers.clock,
             space.scores, space.peaks, space.sums, remembered, *strides,
             shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, scaling, cap,
             scaling / rule.norm, rule.grid, rule.norm / rule.grid, rule.step,

@@ -4,8 +4,8 @@ import rocketkv
 rocketkv.patch(model, token_budget=512)
 model.generate(...)
 
-Names are imported when they are first used: neither `rocketkv --help` nor an engine that imports
-`rocketkv.core.eviction` waits for transformers.
+Names are imported on first use: neither `rocketkv --help` nor an engine that imports `rocketkv.core.eviction` loads
+transformers.
 """
 
 import importlib
@@ -19,20 +19,26 @@ if TYPE_CHECKING:
     from .hf.cache import RocketKVCache
     from .hf.files import load_cache, load_inputs, save_cache
     from .hf.patch import PatchHandle, patch, unpatch
+    from .hf.plan import plan
+    from .state.missed import Audit
+    from .state.monitor import StepReport
     from .state.stats import CacheStats
 
 __all__ = [
     "METHODS",
+    "Audit",
     "BudgetSplit",
     "CacheStats",
     "Method",
     "PatchHandle",
     "RocketKVCache",
     "RocketKVConfig",
+    "StepReport",
     "__version__",
     "load_cache",
     "load_inputs",
     "patch",
+    "plan",
     "register_method",
     "save_cache",
     "unpatch",
@@ -40,15 +46,18 @@ __all__ = [
 
 _MODULES = {
     "METHODS": ".budget",
+    "Audit": ".state.missed",
     "BudgetSplit": ".budget",
     "CacheStats": ".state.stats",
     "Method": ".budget",
     "PatchHandle": ".hf.patch",
     "RocketKVCache": ".hf.cache",
     "RocketKVConfig": ".config",
+    "StepReport": ".state.monitor",
     "load_cache": ".hf.files",
     "load_inputs": ".hf.files",
     "patch": ".hf.patch",
+    "plan": ".hf.plan",
     "register_method": ".budget",
     "save_cache": ".hf.files",
     "unpatch": ".hf.patch",

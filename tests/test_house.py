@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Each imports only itself and earlier ones; the command line and the harness import what a command needs when it runs.
-ORDER = ("_version", "budget", "config", "core", "state", "ops", "dispatch", "hf", "eval", "cli")
+ORDER = (
+    *("_version", "budget", "config", "options", "core", "state", "ops", "dispatch", "environment"),
+    *("hf", "eval", "cli"),
+)
 FACES_TRANSFORMERS = {"hf", "cli", "eval"}
 FILES = sorted(path for top in ("rocketkv", "eval", "kernels") for path in (ROOT / top).rglob("*.py"))
 

@@ -15,7 +15,9 @@ from close import assert_near
 from naive_methods import BUDGET, HKV, KERNEL, PROMPT, SCALING, STEPS, WINDOW, D, H, Head, best, snap, sparse
 from rocketkv.budget import METHODS
 from rocketkv.config import RocketKVConfig
+from rocketkv.core.attention import AttentionParams
 from rocketkv.dispatch import decode_step
+from rocketkv.state.compress import close_prompt
 from rocketkv.state.store import KVStore
 
 
@@ -188,12 +190,12 @@ def test_a_method_is_its_definition(method: str, batch: int, reserve: int) -> No
     )
     store = KVStore()
     store.extend(key[:, :, :PROMPT], value[:, :, :PROMPT])
-    store.remember_queries(query[:, :, :PROMPT], WINDOW)
+    store.prompt.remember(query[:, :, :PROMPT], WINDOW)
     split = config.split_for(PROMPT, D)
-    store.close_prompt(split, decode_reserve=reserve, kernel_size=KERNEL, scaling=SCALING)
+    close_prompt(store, split, AttentionParams(SCALING), decode_reserve=reserve, kernel_size=KERNEL)
     steps = range(PROMPT, tokens)
     found = torch.stack(
-        [decode_step(query[:, :, at], key[:, :, at], value[:, :, at], store, scaling=SCALING) for at in steps]
+        [decode_step(query[:, :, at], key[:, :, at], value[:, :, at], store, AttentionParams(SCALING)) for at in steps]
     )
     group = H // HKV
     for b in range(batch):

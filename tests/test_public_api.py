@@ -13,7 +13,7 @@ import rocketkv
 pytestmark = pytest.mark.integration
 
 NAMES = {"BudgetSplit", "CacheStats", "METHODS", "PatchHandle", "RocketKVCache", "RocketKVConfig", "patch", "unpatch"}
-NAMES |= {"Method", "load_cache", "load_inputs", "register_method", "save_cache"}
+NAMES |= {"Audit", "Method", "StepReport", "load_cache", "load_inputs", "plan", "register_method", "save_cache"}
 METHODS = {
     *("full", "rocketkv", "rocketkv+", "rocketkv-mt", "rocketkv-mt+", "snapkv", "quest", "sparq"),
     *("streaming", "exact-topk", "stored-topk"),

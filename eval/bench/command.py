@@ -22,10 +22,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from ...cli.env import processor
 from ...config import RocketKVConfig
 from ...core.sketch import Sketch, decode, rotation
 from ...dispatch import backend_name, decode_step
+from ...environment import processor
 from ...hf.cache import RocketKVCache, cache_stats
 from ...hf.loading import load_model
 from ...hf.models import CACHE_ARGUMENT

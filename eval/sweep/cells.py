@@ -18,7 +18,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..._version import __version__
-from ...cli.env import processor
+from ...environment import processor
+from ...hf.prompts import longest
 from ..conversation import ask
 from ..engine import ask_all, ask_stock
 from ..intervals import mean_interval
@@ -29,7 +30,6 @@ from ..measures.kl import STEPS, divergence_sample, divergence_values, find_text
 from ..measures.latency import Configuration, measure_apart, measure_latency
 from ..measures.memory import is_out_of_memory
 from ..methods import find_method
-from ..prompts import longest
 from ..records import (
     SCHEMA,
     CellDict,

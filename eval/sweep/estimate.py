@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from ...budget import METHODS
-from ...cli.plan import plan as make_plan
 from ...hf.loading import SMOLLM2, load_smollm2
+from ...hf.plan import plan as make_plan
 from ..methods import FULL
 from ..records import CellDict, label, read_record, record_path
 from .plan import Plan, cells, shard
@@ -88,7 +88,7 @@ def _figures(
     worked_out = make_plan(
         config,
         context=prompt,
-        budget=cell["token_budget"] or prompt,
+        token_budget=cell["token_budget"] or prompt,
         method=cell["method"],
         dtype=cell["dtype"],
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ..prompts import encode, render, truncate_middle
+from ...hf.prompts import encode, render, truncate_middle
 from . import metrics
 from .base import Preparation, Sample, Task, Turn
 from .sources import check_fields, data_file, hub_file, lm_eval_file, read_jsonl, yaml_field

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ..prompts import follow_up
+from ...hf.prompts import follow_up
 from ..records import digest
 from . import scbench_metrics as metrics
 from .base import Preparation, Sample, Task, Turn

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from ..eval.prompts import continued
 from ..hf.cache import rocketkv_layers
 from ..hf.files import load_cache, load_inputs
 from ..hf.loading import load_model
 from ..hf.models import CACHE_ARGUMENT
 from ..hf.patch import patch
+from ..hf.prompts import continued
 from .compress import add_model_arguments, question_prompt
 
 

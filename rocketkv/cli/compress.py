@@ -11,12 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..budget import METHODS
 from ..config import RocketKVConfig
-from ..eval.prompts import Prompt, encode, render
 from ..hf.cache import RocketKVCache
 from ..hf.files import save_cache
 from ..hf.loading import load_model
 from ..hf.models import CACHE_ARGUMENT, find_decoder
 from ..hf.patch import patch
+from ..hf.prompts import Prompt, encode, render
 
 DTYPES = ("float32", "bfloat16", "float16")
 MEBI = 2**20

@@ -13,14 +13,15 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..config import RocketKVConfig, make_config
-from ..core.masks import LazyMask
+from ..dispatch import Workspaces
 from ..state.history import History
-from ..state.loss import last_missed
+from ..state.missed import last_missed
 from ..state.monitor import Monitor, OnStep, refuse_static
-from ..state.snapshot import give_back, kept_state
+from ..state.snapshot import object_state, set_object_state
 from ..state.stats import CacheStats, LayerStats, live_bytes
 from .chat import ChatMarks, row_marks
 from .layer import RocketKVLayer
+from .masks import LazyMask
 from .turns import check_prompt_length
 
 
@@ -125,7 +126,7 @@ class RocketKVCache(DynamicCache):
             if isinstance(layer, RocketKVLayer):
                 layer.restore(state)
             else:
-                give_back(layer, state, written=_writes(layer))
+                set_object_state(layer, state, written=_writes(layer))
 
     def reset(self) -> None:
         """Forget everything; snapshots too."""
@@ -135,7 +136,7 @@ class RocketKVCache(DynamicCache):
 
 def _state(layer: Any) -> Any:
     """Return the state of a cache's layer, for its snapshot."""
-    return layer.snapshot() if isinstance(layer, RocketKVLayer) else kept_state(layer, written=_writes(layer))
+    return layer.snapshot() if isinstance(layer, RocketKVLayer) else object_state(layer, written=_writes(layer))
 
 
 def _writes(layer: Any) -> bool:
@@ -157,7 +158,7 @@ def compress_layers(cache: DynamicCache, config: RocketKVConfig, model_config: P
     lazy = not cache.layers and model_config is not None
     if lazy:
         cache.layers.extend(DynamicCache(config=model_config).layers)
-    workspaces: dict[Any, Any] = {}
+    workspaces = Workspaces()
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and not layer.is_initialized:
             cache.layers[i] = RocketKVLayer(config, workspaces, number=i)
@@ -292,7 +293,7 @@ def keep_whole(cache: Any) -> None:
 def cache_stats(cache: Any) -> CacheStats:
     """Count tokens and bytes of every layer of a cache; layers that are not ours count as stock."""
     layers = []
-    workspaces = {id(space): space for layer in rocketkv_layers(cache) for space in layer.workspaces.values()}
+    workspaces = {id(space): space for layer in rocketkv_layers(cache) for space in layer.workspaces.buffers.values()}
     for layer in cache.layers:
         if isinstance(layer, RocketKVLayer):
             layers.append(layer.stats())

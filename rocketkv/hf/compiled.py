@@ -76,9 +76,9 @@ class RoomCheck(LogitsProcessor):
         """
         layers = rocketkv_layers(self.running.cache)
         layer, length = layers[0], input_ids.shape[1]
-        if layer is not self.layer or length > self.last or (length == self.last and layer.bounded is not None):
+        if layer is not self.layer or length > self.last or (length == self.last and layer.re_evicts):
             for each in layers:
-                if each.bounded is not None:
+                if each.re_evicts:
                     each.make_room()
             # Asked for its tokens, the store counts what the device has done, and raises where that was too much.
             self.layer, self.last = layer, length + layer.store.capacity - layer.store.stored
@@ -139,5 +139,6 @@ class CompiledStep:
         with many_forwards():
             out = self._compiled(*map(_alone, args), **{name: _alone(value) for name, value in kwargs.items()})
         for layer in layers:
-            layer.store.count_step()
+            layer.store.lens.uncounted = False
+            layer.store.lens.advance()
         return out

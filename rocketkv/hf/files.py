@@ -21,12 +21,14 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..budget import BudgetSplit
 from ..config import RocketKVConfig
-from ..core.indexes import index_of
+from ..core.decode import DecodeBuffers
+from ..core.index import index_of
 from ..core.pages import movable
 from ..dispatch import backend_name
+from ..state.decoding import DecodeTokens
 from ..state.history import NAMES
 from ..state.protection import RowMarks
-from ..state.snapshot import FIELDS
+from ..state.queries import QueryRing
 from ..state.store import KVStore
 from .cache import RocketKVCache, rocketkv_layers
 from .generate import state_of
@@ -36,6 +38,8 @@ from .tensorfile import open_tensors, raw_bytes, refuse_difference, write_tensor
 
 _STOCK = {kind.__name__: kind for kind in (DynamicLayer, DynamicSlidingWindowLayer)}
 _STOCK_FIELDS = ("cumulative_length", "record_past")  # of the sliding one; which it has depends on transformers
+# Fields of `DecodeTokens` that a file holds as they are.
+_DECODING = ("decode_capacity", "prompt_end", "prompt_stored", "moved", "aligned")
 _INPUTS = ("input_ids", "attention_mask")
 # Fields of a model's configuration that keys and values do not depend on.
 _TRANSIENT = (
@@ -109,7 +113,7 @@ def load_cache(path: str | os.PathLike[str], model: nn.Module) -> RocketKVCache:
     if state is not None:
         # As JSON holds them: a tuple of ranges to protect is a list there.
         here = json.loads(json.dumps(asdict(state.config)))
-        refuse_difference(path, "settings", _with_defaults(document.get("settings")), here)
+        refuse_difference(path, "settings", document.get("settings"), here)
     tensors = read(lambda name: True)
     try:
         with torch.inference_mode(False):  # buffers may be written in a later call that is not in inference mode
@@ -160,7 +164,7 @@ def _refuse_unfinished(cache: RocketKVCache) -> None:
                 f"layer {i} holds tokens of a forward that was interrupted; crop or roll the cache back, or start anew"
             )
         _ = layer.store.seen  # counts the steps that were compiled, if there are any
-        if not layer.store.counted:
+        if not layer.store.lens.known:
             raise ValueError(
                 "decode steps of this static cache were captured in a CUDA graph, which may write into it at any time; "
                 "save the cache before that, after its prompt"
@@ -203,42 +207,33 @@ def _packed(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(layer, RocketKVLayer):
         fields = {name: getattr(layer, name) for name in _STOCK_FIELDS if hasattr(layer, name)}
         return {"keys": layer.keys, "values": layer.values}, {"kind": type(layer).__name__, "fields": fields}
-    store = layer.store
-    tensors = store.tensors()
+    store, decoding = layer.store, layer.store.decoding
+    tensors, stored = store.tensors(), store.stored
     for name in ("keys", "values", "positions"):
-        tensors[name] = tensors[name][:, :, : store.stored]
-    index = index_of(store.split)
-    if index is not None and store.keys is not None:
-        for name in index.slotted:
-            used = index.shape(name, store.stored, store.keys.shape[3])[0]
+        tensors[name] = tensors[name][:, :, :stored]
+    if decoding.index is not None:
+        for name in decoding.index.slotted:
+            used = decoding.index.shape(name, stored, decoding.keys.shape[3])[0]
             tensors[name] = tensors[name][:, :, :used]
     history = layer.history
     if history is not None:
         history.absorb(store)
         held = {name: tensor[:, :, : history.seen] for name, tensor in history.tensors().items()}
         tensors |= {f"history.{name}": tensor for name, tensor in held.items()}
-    fields = {name: getattr(store, name) for name in FIELDS}
     return tensors, {
         "kind": "RocketKVLayer",
-        "fields": {
-            **fields,
-            "split": None if store.split is None else asdict(store.split),
-            "marks": None if store.marks is None else [asdict(mark) for mark in store.marks],
-        },
+        "split": asdict(decoding.split),
+        "marks": None if store.marks is None else [asdict(mark) for mark in store.marks],
+        "complete": store.complete,
+        "restorable": store.restorable,
+        **{name: getattr(decoding, name) for name in _DECODING},
+        "ring_start": None if decoding.ring is None else decoding.ring.start,
         "seen": store.seen,
-        "stored": store.stored,
+        "stored": stored,
         "shortest": store.shortest,
         "capacity": store.capacity,
         "prompt_tokens": layer.prompt_tokens,
     }
-
-
-def _with_defaults(settings: Any) -> Any:
-    """Return saved settings with what their split does not say, for it is older than a field, as if it had said so."""
-    split = settings.get("split") if isinstance(settings, dict) else None
-    if not isinstance(split, dict):
-        return settings
-    return {**settings, "split": {**asdict(BudgetSplit(token_budget=1)), **split}}
 
 
 def _cache(decoder: PreTrainedModel, document: dict[str, Any], tensors: dict[str, Tensor]) -> RocketKVCache:
@@ -289,35 +284,31 @@ def _cache(decoder: PreTrainedModel, document: dict[str, Any], tensors: dict[str
 
 
 def _fill(store: KVStore, held: dict[str, Tensor], entry: dict[str, Any]) -> None:
-    """Fill an empty store with what is in use of its tensors, in buffers as large as they were."""
-    fields = dict(entry["fields"])
-    fields["split"] = split = BudgetSplit(**fields["split"])
-    marks = fields["marks"]
-    fields["marks"] = None if marks is None else tuple(_marks(**mark) for mark in marks)
+    """Fill an empty store with the saved slots, in buffers as large as they were."""
+    split, marks, ring_start = BudgetSplit(**entry["split"]), entry["marks"], entry["ring_start"]
     seen, stored, shortest, capacity = (int(entry[name]) for name in ("seen", "stored", "shortest", "capacity"))
     batch, kv_heads, _, head_dim = held["keys"].shape
     expected: dict[str, tuple[int, ...]] = {
         "keys": (batch, kv_heads, stored, head_dim),
         "values": (batch, kv_heads, stored, held["values"].shape[-1]),
         "positions": (batch, kv_heads, stored),
-        "lengths": (batch, kv_heads),
+        "seq_lens": (batch, kv_heads),
     }
-    if "window" in held:
-        expected["window"] = (batch, *held["window"].shape[1:3], head_dim)
+    if ring_start is not None:
+        expected["query_ring"] = (batch, *held["query_ring"].shape[1:3], head_dim)
     index = index_of(split)
     if index is not None:
         expected |= {name: (batch, kv_heads, *index.shape(name, stored, head_dim)) for name in index.names}
-    if "missed" in held:
-        expected["missed"] = (batch, held["missed"].shape[1])
     if split.residual:
         expected["value_sum"] = (batch, kv_heads, held["values"].shape[-1])
+        expected["missed"] = (batch, held["missed"].shape[1])
     if split.calibrated:
         expected["residual_bias"] = (batch, held["residual_bias"].shape[1])
     found = {name: tuple(tensor.shape) for name, tensor in held.items()}
-    lengths = held["lengths"]
+    seq_lens = held["seq_lens"]
     # Rows may have been left out since, the longest or the shortest among them.
-    ordered = 0 <= shortest <= int(lengths.min()) and int(lengths.max()) <= stored <= capacity
-    if found != expected or set(fields) != set(FIELDS) or not ordered:
+    ordered = 0 <= shortest <= int(seq_lens.min()) and int(seq_lens.max()) <= stored <= capacity
+    if found != expected or not ordered:
         raise ValueError(f"shapes, lengths and settings of a layer do not go together: {found} for {expected}")
 
     def whole(name: str, size: int, value: int = 0) -> Tensor:
@@ -326,24 +317,29 @@ def _fill(store: KVStore, held: dict[str, Tensor], entry: dict[str, Any]) -> Non
         buffer[:, :, : part.shape[2]] = part
         return buffer.view(held[name].dtype)
 
-    store.keys, store.values = whole("keys", capacity), whole("values", capacity)
-    store.positions, store.lengths = whole("positions", capacity, -1), lengths.clone()
-    if "window" in held:
-        store.window = held["window"].clone()
-    if index is not None:
-        for name in index.names:
-            room = index.shape(name, capacity, head_dim)[0] if name in index.slotted else held[name].shape[2]
-            setattr(store, name, whole(name, room))
-    if split.residual:
-        store.value_sum = held["value_sum"].clone()
-    if split.calibrated:
-        store.residual_bias = held["residual_bias"].clone()
-    if "missed" in held:
-        store.missed = held["missed"].clone()
-    for name, value in fields.items():
-        setattr(store, name, value)
-    store.seen, store.stored, store.shortest = seen, stored, shortest
-    if store.decode_capacity is not None:
+    def indexed(name: str) -> Tensor:
+        slotted = index is not None and name in index.slotted
+        return whole(name, index.shape(name, capacity, head_dim)[0] if slotted and index else held[name].shape[2])
+
+    small = ("value_sum", "residual_bias", "missed", "query_ring")
+    store.phase = DecodeTokens(
+        buffers=DecodeBuffers(
+            whole("keys", capacity),
+            whole("values", capacity),
+            whole("positions", capacity, -1),
+            seq_lens.clone(),
+            () if index is None else tuple(indexed(name) for name in index.names),
+            **{name: held[name].clone() for name in small if name in held},
+        ),
+        split=split,
+        index=index,
+        ring=None if ring_start is None else QueryRing(int(ring_start)),
+        **{name: entry[name] for name in _DECODING},
+    )
+    store.marks = None if marks is None else tuple(_marks(**mark) for mark in marks)
+    store.complete, store.restorable = bool(entry["complete"]), int(entry["restorable"])
+    store.lens.seen, store.lens.longest, store.lens.shortest = seen, stored, shortest
+    if store.decoding.decode_capacity is not None:
         store.clock()
 
 

@@ -258,7 +258,9 @@ class RocketKVLayer(CacheLayerMixin):
             if out is not None:
                 return out
         prompt = self.prompt_part(given)
-        self.params = params
+        if self.params is None:
+            # For re-eviction outside of a forward. A model's sinks are parameters: detached, no graph hangs on them.
+            self.params = params._replace(sinks=None if params.sinks is None else params.sinks.detach())
         parts = []
         if prompt:
             query_part, key_part, value_part = (tensor[:, :, :prompt] for tensor in (query, key, value))
@@ -402,6 +404,11 @@ class RocketKVLayer(CacheLayerMixin):
                 sizes: dict[str, Any] = {"kernel_size": self.config.pool_size, "backend": self.backend}
                 evict_generated(store, kept, self.params, workspaces=self.workspaces, **sizes)
         store.next_fill()
+
+    @property
+    def re_evicts(self) -> bool:
+        """Whether generated tokens are evicted when the static buffer is full."""
+        return self.store.closed and self.store.decoding.ring is not None
 
     def _save_ring(self, query: Tensor) -> None:
         """Save the query ring before a verify step of queries [B, H, n, D], which evicts nothing and may be cropped."""

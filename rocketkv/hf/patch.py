@@ -30,7 +30,6 @@ from .generate import (
     refuse_empty_rows,
     state_of,
 )
-from .handover import forget_hand_over
 from .models import CACHE_ARGUMENT, find_decoder, given_cache, given_inputs, refuse_unsupported
 
 _CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
@@ -250,7 +249,6 @@ class _ForwardHook:
     def __call__(
         self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        forget_hand_over()
         forward = decoder.__dict__.get("forward")
         if isinstance(forward, DecoderForward) and forward.decoder is not decoder:
             raise ValueError(

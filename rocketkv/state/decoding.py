@@ -66,10 +66,8 @@ class DecodeTokens:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, apart from the clock."""
-        named = {
-            name: tensor for name, tensor in self.buffers._asdict().items() if name not in ("index_tensors", "clock")
-        }
-        return {name: tensor for name, tensor in named.items() if tensor is not None} | self.named_index()
+        named = self.buffers._replace(index_tensors=(), clock=None)._asdict()
+        return {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)} | self.named_index()
 
     def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace tensors by name."""

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from close import assert_as_precise, assert_near
 from naive import attention, top
-from rocketkv.core.attention import attend, ranked_even, score, select, select_units, softmax_attention
-from rocketkv.core.eviction import select_top
-from rocketkv.core.pages import build_index, page_count
+from rocketkv.core.attention import AttentionParams, attend, softmax_attention
+from rocketkv.core.pages import build_pages, page_count
+from rocketkv.core.topk import ranked_even, select, select_top, select_units
 
 SHAPES = [  # B, H, Hkv, D, N
     (1, 3, 3, 8, 37),
@@ -29,7 +29,7 @@ def scored(
 ) -> Tensor:
     """Return the score of keys of which all, or `lengths` of each row, are tokens."""
     stored = keys.shape[2] if lengths is None else int(lengths.max())
-    index = build_index(keys, stored, page_size)
+    index = build_pages(keys, stored, page_size)
     return score(
         query,
         index,
@@ -277,7 +277,7 @@ def test_attend_is_a_softmax_over_the_chosen(
         ]
         for b in range(batch)
     ]
-    found = attend(query, keys, values, positions, mask=mask, scaling=0.4, **settings)
+    found = attend(query, keys, values, AttentionParams(0.4), positions=positions, mask=mask, **settings)
     assert found.shape == (batch, heads, head_dim + 3)
     assert_near(found, attention(query, keys, values, 0.4, seen, **settings))
     if mask is not None:
@@ -291,7 +291,7 @@ def test_attend_in_low_precision_errs_no_more_than_twice_plain_pytorch(dtype: to
     values = torch.randn(2, 2, 200, 32).to(dtype)
     settings = settings_for(extras, 6)
     positions = torch.randperm(200)[:64].sort().values.expand(2, 2, 64)
-    found = attend(query, keys, values, positions, scaling=32**-0.5, **settings)
+    found = attend(query, keys, values, AttentionParams(32**-0.5), positions=positions, **settings)
     reference = attention(query, keys[:, :, positions[0, 0]], values[:, :, positions[0, 0]], 32**-0.5, **settings)
     plain = plain_attention(query, keys[:, :, positions[0, 0]], values[:, :, positions[0, 0]], 32**-0.5, **settings)
     assert_as_precise(found, plain, reference)
@@ -316,17 +316,17 @@ def plain_attention(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_softmax_attention_rounds_only_its_output(dtype: torch.dtype) -> None:
     rows, keys, values = (torch.randn(1, 2, n, 16).to(dtype) for n in (3, 200, 200))
-    found = softmax_attention(rows, keys, values, scaling=0.3, softcap=2.0)
-    exact = softmax_attention(rows.double(), keys.double(), values.double(), scaling=0.3, softcap=2.0)
+    found = softmax_attention(rows, keys, values, AttentionParams(0.3, softcap=2.0))
+    exact = softmax_attention(rows.double(), keys.double(), values.double(), AttentionParams(0.3, softcap=2.0))
     torch.testing.assert_close(found.double(), exact.double(), rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
 def test_softmax_attention_drops_weights_and_scales_the_rest() -> None:
     rows, keys, values = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 500, 8), torch.ones(1, 2, 500, 1)
-    out = softmax_attention(rows, keys, values, scaling=0.1, dropout=0.5)
+    out = softmax_attention(rows, keys, values, AttentionParams(0.1), dropout=0.5)
     assert not torch.allclose(out, torch.ones(()))
     assert (out - 1).abs().max() < 0.3
-    assert_near(softmax_attention(rows, keys, values, scaling=0.1), torch.ones(1, 2, 3, 1))
+    assert_near(softmax_attention(rows, keys, values, AttentionParams(0.1)), torch.ones(1, 2, 3, 1))
 
 
 @pytest.mark.parametrize("extras", EXTRAS)
@@ -337,7 +337,7 @@ def test_every_part_gives_the_same_bits_twice(extras: str) -> None:
     def step() -> tuple[Tensor, ...]:
         logits = scored(query, keys, 3, 9, softcap=settings["softcap"])
         chosen, weight = select(logits, 50, stored=300, lengths=None, kv_heads=2, unit_size=3, sinks=settings["sinks"])
-        return logits, chosen, weight, attend(query, keys, values, chosen, scaling=0.3, **settings)
+        return logits, chosen, weight, attend(query, keys, values, AttentionParams(0.3), positions=chosen, **settings)
 
     first = step()
     for _ in range(3):
@@ -347,6 +347,6 @@ def test_every_part_gives_the_same_bits_twice(extras: str) -> None:
 def test_attend_ignores_garbage_outside_its_choice() -> None:
     query, keys, values = torch.randn(1, 4, 8), torch.randn(1, 2, 20, 8), torch.randn(1, 2, 20, 8)
     positions = torch.arange(5, 15).expand(1, 2, 10)
-    clean = attend(query, keys, values, positions, scaling=0.3)
+    clean = attend(query, keys, values, AttentionParams(0.3), positions=positions)
     keys, values = F.pad(keys[:, :, 5:15], (0, 0, 5, 5), value=torch.nan), F.pad(values[:, :, 5:15], (0, 0, 5, 5))
-    assert torch.equal(attend(query, keys, values, positions, scaling=0.3), clean)
+    assert torch.equal(attend(query, keys, values, AttentionParams(0.3), positions=positions), clean)

@@ -15,9 +15,11 @@ from close import assert_near
 from naive import softmax_weights, top
 from rocketkv.budget import BudgetSplit
 from rocketkv.core import calibration
-from rocketkv.core.indexes import index_of
+from rocketkv.core.attention import AttentionParams
+from rocketkv.core.index import index_of
 from rocketkv.core.residual import residual_attend
-from rocketkv.core.sketch import build_sketch, rotation
+from rocketkv.core.sketch import build_sketch, rotation_matrix
+from rocketkv.state.compress import close_prompt
 from rocketkv.state.store import KVStore
 from tracking import Tracker
 
@@ -35,8 +37,8 @@ def closed(
     value = torch.randn(batch, kv_heads, SIZE, 11)
     store = KVStore()
     store.extend(key, value, valid, expected=SIZE)
-    store.remember_queries(query, WINDOW)
-    store.close_prompt(split, decode_reserve=8, kernel_size=3, scaling=0.25, **exact)
+    store.prompt.remember(query, WINDOW)
+    close_prompt(store, split, AttentionParams(0.25), decode_reserve=8, kernel_size=3, **exact)
     return store, query[:, :, -WINDOW:]
 
 
@@ -75,17 +77,17 @@ def test_the_factor_is_that_of_least_squares(heads: int, kv_heads: int, extras: 
     store, window = closed(heads, kv_heads, split=split, **exact)
     assert store.keys is not None
     assert store.values is not None
-    assert store.positions is not None
-    assert store.residual_bias is not None
+    assert store.phase.positions is not None
+    assert store.decoding.buffers.residual_bias is not None
     index, group, stored = index_of(split), heads // kv_heads, store.stored
     assert index is not None
     sums = torch.zeros(2, heads, dtype=torch.float64)
     for w in range(WINDOW):
         scoring = {"stored": stored, "lengths": None, "scaling": 0.25, "softcap": exact["softcap"]}
-        estimates = index.score(window[:, :, w], store.index_parts(), store.keys, **scoring)[0]
+        estimates = index.score(window[:, :, w], store.decoding.named_index(), store.keys, **scoring)[0]
         for g in range(kv_heads):
             own = range(g * group, (g + 1) * group)
-            seen = [i for i in range(stored) if store.positions[0, g, i] <= SIZE - WINDOW + w]
+            seen = [i for i in range(stored) if store.phase.positions[0, g, i] <= SIZE - WINDOW + w]
             weights = []
             for h in own:
                 mass = estimates[h, seen].double().exp()
@@ -103,7 +105,7 @@ def test_the_factor_is_that_of_least_squares(heads: int, kv_heads: int, extras: 
     prior, least = calibration.PRIOR, calibration.NEGLIGIBLE
     expected = (sums[0] + prior * sums[1] + least) / ((1 + prior) * sums[1] + least)
     assert ((expected > calibration.LEAST) & (expected < calibration.MOST)).any()
-    assert_near(store.residual_bias[0], expected.clamp(calibration.LEAST, calibration.MOST).log())
+    assert_near(store.decoding.buffers.residual_bias[0], expected.clamp(calibration.LEAST, calibration.MOST).log())
 
 
 def test_it_keeps_no_graph_of_a_models_parameters() -> None:
@@ -112,9 +114,9 @@ def test_it_keeps_no_graph_of_a_models_parameters() -> None:
     for context in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):
         with context:
             store, _ = closed(6, 2, sinks=sinks)
-        assert store.residual_bias is not None
-        assert not store.residual_bias.requires_grad
-        assert not store.residual_bias.is_inference()
+        assert store.decoding.buffers.residual_bias is not None
+        assert not store.decoding.buffers.residual_bias.requires_grad
+        assert not store.decoding.buffers.residual_bias.is_inference()
         copy.deepcopy(store)
 
 
@@ -124,12 +126,22 @@ def test_a_group_shares_its_keys(batch: int) -> None:
     size, dims = 3000, (16, 16)
     keys, values = (torch.randn(batch, 1, size, width) for width in dims)
     query, positions = torch.randn(batch, 8, 1, 16), torch.arange(size).expand(batch, 1, size)
-    parts = build_sketch(keys, size, rotation(16), 2)._asdict()
+    parts = build_sketch(keys, size, rotation_matrix(16), 2)._asdict()
     index, lengths = index_of(SPLIT), torch.full((batch, 1), size)
     assert index is not None
     with Tracker([query, keys, values, *parts.values()]) as tracker:
         calibration.fitted_bias(
-            query, keys, values, positions, lengths, index, parts, split=SPLIT, stored=size, seen=size, scaling=0.25
+            query,
+            keys,
+            values,
+            positions,
+            lengths,
+            index,
+            parts,
+            AttentionParams(0.25),
+            split=SPLIT,
+            stored=size,
+            seen=size,
         )
     assert tracker.largest[0] < keys.nbytes + values.nbytes
 
@@ -143,9 +155,9 @@ def padded(*missing: int) -> Tensor:
 
 def test_rows_that_are_read_whole_have_none_and_padding_says_nothing() -> None:
     store, _ = closed(6, 2, batch=3, valid=padded(0, SIZE - 20, SIZE - 2))
-    assert store.residual_bias is not None
-    assert (store.residual_bias[0] != 0).all()
-    assert (store.residual_bias[1:] == 0).all()
+    assert store.decoding.buffers.residual_bias is not None
+    assert (store.decoding.buffers.residual_bias[0] != 0).all()
+    assert (store.decoding.buffers.residual_bias[1:] == 0).all()
     # Nothing is left out while all that is stored may be read.
     assert (closed(6, 2, split=replace(SPLIT, kept_tokens=24))[0].residual_bias == torch.zeros(1, 6)).all()
 
@@ -158,10 +170,10 @@ def test_a_row_of_a_batch_is_calibrated_as_alone() -> None:
         start = 13 if rows.start == 1 else 0
         store = KVStore()
         store.extend(key[rows, :, start:], value[rows, :, start:], given, expected=SIZE - start)
-        store.remember_queries(query[rows, :, start:], WINDOW)
-        store.close_prompt(SPLIT, decode_reserve=8, kernel_size=3, scaling=0.25)
-        assert store.residual_bias is not None
-        found.append(store.residual_bias)
+        store.prompt.remember(query[rows, :, start:], WINDOW)
+        close_prompt(store, SPLIT, AttentionParams(0.25), decode_reserve=8, kernel_size=3)
+        assert store.decoding.buffers.residual_bias is not None
+        found.append(store.decoding.buffers.residual_bias)
     assert_near(found[0], torch.cat(found[1:]))
 
 
@@ -170,10 +182,10 @@ def test_a_residual_that_is_right_at_any_weight_keeps_its_own() -> None:
     query, key = torch.randn(1, 2, SIZE, 16), torch.randn(1, 1, SIZE, 16)
     store = KVStore()
     store.extend(key, torch.full((1, 1, SIZE, 8), 1.1), expected=SIZE)
-    store.remember_queries(query, WINDOW)
-    store.close_prompt(SPLIT, decode_reserve=8, kernel_size=1, scaling=0.25)
-    assert store.residual_bias is not None
-    assert_near(store.residual_bias, torch.zeros(1, 2), 1e-5)
+    store.prompt.remember(query, WINDOW)
+    close_prompt(store, SPLIT, AttentionParams(0.25), decode_reserve=8, kernel_size=1)
+    assert store.decoding.buffers.residual_bias is not None
+    assert_near(store.decoding.buffers.residual_bias, torch.zeros(1, 2), 1e-5)
 
 
 @pytest.mark.parametrize("sinks", [False, True])
@@ -188,10 +200,7 @@ def test_a_bias_multiplies_the_mass_of_what_was_not_chosen(
     counts = (31, 31) if lengths is None else lengths
     given = None if lengths is None else torch.tensor(lengths)[:, None].expand(2, 2)
     sums = torch.stack([values[b, :, : counts[b]].double().sum(1) for b in range(2)])
-    found, rest = residual_attend(
-        query, keys, values, positions, logits, sums, bias=bias, lengths=given, scaling=0.5, softcap=softcap,
-        sinks=sink if sinks else None,
-    )  # fmt: skip
+    found, rest = residual_attend(query, keys, values, positions, logits, sums, AttentionParams(0.5, softcap=softcap, sinks=sink if sinks else None), bias=bias, lengths=given)  # fmt: skip
     for b in range(2):
         for h in range(6):
             own = positions[b, h // 3].tolist()

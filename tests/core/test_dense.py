@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from close import assert_as_precise, assert_near
 from naive import attention
 from rocketkv.core import dense
+from rocketkv.core.attention import AttentionParams
 from rocketkv.core.dense import dense_attention
-from rocketkv.core.masks import LazyMask, VisibleBlock, causal_block
+from rocketkv.hf.masks import LazyMask, VisibleBlock, causal_block
 from tracking import Tracker
 
 SLIDING = 7
@@ -103,7 +104,7 @@ def test_dense_attention_under_a_lazy_mask_is_a_softmax_over_what_is_visible(
     mask = lazy(kind, length, size, batch, padding)
     window = SLIDING if kind == "sliding" else None
     found = dense_attention(
-        query, key, value, lambda i, j: mask.block(i, j, size, window=window), scaling=0.4, **settings
+        query, key, value, AttentionParams(0.4), visible=lambda i, j: mask.block(i, j, size, window=window), **settings
     )
     assert found.shape == (batch, length, heads, head_dim + 1)
     for i in range(length):
@@ -120,7 +121,7 @@ def test_masks_may_differ_between_kv_heads(softcap: float | None) -> None:
     def visible(start: int, stop: int) -> VisibleBlock:
         return VisibleBlock(0, 20, allowed[:, :, start:stop])
 
-    found = dense_attention(query, key, value, visible, scaling=0.4, softcap=softcap, mask_heads=2)
+    found = dense_attention(query, key, value, AttentionParams(0.4, softcap=softcap), visible=visible, mask_heads=2)
     for i in range(9):
         seen = [[allowed[b, g, i].nonzero()[:, 0].tolist() for g in range(2)] for b in range(2)]
         assert_near(found[:, i], attention(query[:, :, i], key, value, 0.4, seen, softcap))
@@ -131,7 +132,9 @@ def test_gradients_do_not_come_from_what_is_hidden(softcap: float | None) -> Non
     query, key, value = (torch.randn(2, 2, 12, 8, requires_grad=True) for _ in range(3))
     padding = left_padding(2, 12)
     mask = lazy("causal", 12, 12, 2, padding)
-    out = dense_attention(query, key, value, lambda i, j: mask.block(i, j, 12), scaling=0.4, softcap=softcap)
+    out = dense_attention(
+        query, key, value, AttentionParams(0.4, softcap=softcap), visible=lambda i, j: mask.block(i, j, 12)
+    )
     out.sum().backward()
     for tensor in (query, key, value):
         assert tensor.grad is not None
@@ -146,7 +149,7 @@ def test_causal_block_is_causal_after_what_came_before(offset: int) -> None:
     query, size = torch.randn(2, 4, 10, 8), offset + 10
     key, value = torch.randn(2, 2, size, 8), torch.randn(2, 2, size, 8)
     found = dense_attention(
-        query, key, value, lambda i, j: causal_block(i, j, offset, torch.device("cpu")), scaling=0.4
+        query, key, value, AttentionParams(0.4), visible=lambda i, j: causal_block(i, j, offset, torch.device("cpu"))
     )
     for i in range(10):
         seen = [[list(range(offset + i + 1))] * 2] * 2
@@ -162,7 +165,9 @@ def test_a_row_of_only_padding_gives_zeros_and_garbage_in_padding_is_not_seen(so
     mask = lazy("causal", 12, 12, 3, padding)
 
     def attended() -> Tensor:
-        return dense_attention(query, key, value, lambda i, j: mask.block(i, j, 12), scaling=0.4, softcap=softcap)
+        return dense_attention(
+            query, key, value, AttentionParams(0.4, softcap=softcap), visible=lambda i, j: mask.block(i, j, 12)
+        )
 
     clean = attended()
     assert (clean[1] == 0).all()
@@ -177,7 +182,9 @@ def test_a_row_of_only_padding_gives_zeros_and_garbage_in_padding_is_not_seen(so
 def test_low_precision_errs_no_more_than_twice_plain_pytorch(dtype: torch.dtype, softcap: float | None) -> None:
     query, key, value = (torch.randn(1, 4, 64, 32).to(dtype) for _ in range(3))
     mask = lazy("sliding", 64, 64, 1)
-    found = dense_attention(query, key, value, lambda i, j: mask.block(i, j, 64), scaling=0.2, softcap=softcap)
+    found = dense_attention(
+        query, key, value, AttentionParams(0.2, softcap=softcap), visible=lambda i, j: mask.block(i, j, 64)
+    )
     hidden = ~mask.block(0, 64, 64).mask  # type: ignore[operator]
 
     def plain(precision: torch.dtype) -> Tensor:
@@ -196,9 +203,8 @@ def test_dropout_is_applied() -> None:
             query,
             key,
             value,
-            lambda i, j: causal_block(i, j, 0, torch.device("cpu")),
-            scaling=0.1,
-            softcap=softcap,
+            AttentionParams(0.1, softcap=softcap),
+            visible=lambda i, j: causal_block(i, j, 0, torch.device("cpu")),
             dropout=0.5,
         )
         assert (out != 1).any()
@@ -212,7 +218,9 @@ def test_no_square_matrix_is_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = lazy("causal", size, size, 1, left_padding(1, size))
     for softcap in (None, 2.0):
         with Tracker([query, key, value]) as tracker:
-            dense_attention(query, key, value, lambda i, j: mask.block(i, j, size), scaling=0.4, softcap=softcap)
+            dense_attention(
+                query, key, value, AttentionParams(0.4, softcap=softcap), visible=lambda i, j: mask.block(i, j, size)
+            )
         # The mask of all rows would be 4 MiB in bytes, its logits 32 MiB; a block's is copied to floats.
         assert tracker.peak < 4 * 2**20
 
@@ -312,5 +320,5 @@ def test_a_single_query_asks_no_device() -> None:
     with Tracker() as tracker:
         mask = lazy("causal", 1, 30, padding=padding)
         assert not mask.plain
-        dense_attention(query, key, value, lambda i, j: mask.block(i, j, 30), scaling=0.4)
+        dense_attention(query, key, value, AttentionParams(0.4), visible=lambda i, j: mask.block(i, j, 30))
     assert tracker.syncs() == []

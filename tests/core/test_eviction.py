@@ -12,14 +12,9 @@ from torch.nn import functional as F
 from close import assert_near
 from naive import softmax_weights, top
 from rocketkv.core import eviction
-from rocketkv.core.eviction import (
-    prompt_positions,
-    prompt_scores,
-    recent_positions,
-    select_top,
-    value_aware,
-    window_scores,
-)
+from rocketkv.core.attention import AttentionParams
+from rocketkv.core.eviction import prompt_positions, prompt_scores, value_aware, window_scores
+from rocketkv.core.topk import recent_positions, select_top
 from tracking import Tracker
 
 INF, NAN = torch.inf, torch.nan
@@ -153,11 +148,11 @@ def test_window_scores_do_not_see_padding(kind: str, sinks: bool) -> None:
 def test_garbage_in_padding_is_not_seen() -> None:
     query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 40, 8)
     valid = padding("left", 2, 2, 40)
-    clean = window_scores(query, key, scaling=0.5, valid=valid)
+    clean = window_scores(query, key, AttentionParams(0.5), valid=valid)
     for garbage in (NAN, INF, -INF, 1e30):
         spoilt = key.clone()
         spoilt[0, :, :17] = garbage
-        assert torch.equal(window_scores(query, spoilt, scaling=0.5, valid=valid), clean)
+        assert torch.equal(window_scores(query, spoilt, AttentionParams(0.5), valid=valid), clean)
 
 
 @pytest.mark.usefixtures("_blocks")
@@ -166,7 +161,7 @@ def test_a_broken_key_spoils_its_own_row_and_head_only(garbage: float) -> None:
     query, key = torch.randn(2, 6, 8, 16), torch.randn(2, 3, 50, 16)
     spoilt = key.clone()
     spoilt[1, 2, 11, 3] = garbage
-    found, clean = window_scores(query, spoilt, scaling=0.5), window_scores(query, key, scaling=0.5)
+    found, clean = window_scores(query, spoilt, AttentionParams(0.5)), window_scores(query, key, AttentionParams(0.5))
     others = torch.ones(2, 3, dtype=torch.bool)
     others[1, 2] = False
     assert torch.equal(found[others], clean[others])
@@ -181,7 +176,7 @@ def test_a_broken_key_spoils_its_own_row_and_head_only(garbage: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_window_scores_are_float32_whatever_the_keys(dtype: torch.dtype) -> None:
     query, key = torch.randn(2, 6, 8, 16).to(dtype) * 2, torch.randn(2, 2, 61, 16).to(dtype)
-    found = window_scores(query, key, scaling=0.25)
+    found = window_scores(query, key, AttentionParams(0.25))
     assert found.dtype == torch.float32
     # Far tighter than twice what low precision would cost: nothing is rounded to it.
     assert_near(found, naive_scores(query, key, scaling=0.25))
@@ -209,7 +204,7 @@ def test_prompt_positions_are_the_pooled_best_and_the_window(kind: str, kernel_s
     valid = padding(kind, 2, 2, size)
     valid[..., -window:] = True
     given = None if kind == "none" else valid
-    scores = window_scores(query, key, scaling=0.25, valid=given)
+    scores = window_scores(query, key, AttentionParams(0.25), valid=given)
     pools = {"kernel_size": kernel_size, "pool_offset": offset}
     for kept in (window, window + 1, 31):
         found = prompt_positions(query, key, kept, scaling=0.25, valid=given, **pools)
@@ -281,7 +276,7 @@ def test_values_at_padding_are_not_seen(garbage: float) -> None:
     spoilt = value.clone()
     spoilt[0, :, :17] = garbage
     assert torch.equal(prompt_scores(query, key, value=spoilt, **ranking), clean)
-    alone = prompt_scores(query[:1], key[:1, :, 17:], value=value[:1, :, 17:], kernel_size=5, scaling=0.5)
+    alone = prompt_scores(query[:1], key[:1, :, 17:], AttentionParams(0.5), value=value[:1, :, 17:], kernel_size=5)
     torch.testing.assert_close(clean[:1, :, 17:], alone)
 
 

@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 
 from rocketkv.budget import BudgetSplit
+from rocketkv.core.attention import AttentionParams
 from rocketkv.core.pages import (
     TILE_PAGES,
-    build_index,
+    build_pages,
     close_page,
-    gather_tokens,
-    grow_index,
+    grow_pages,
     index_rows,
     page_bounds,
     page_count,
     tile_count,
 )
+from rocketkv.core.topk import gather_tokens
+from rocketkv.state.compress import close_prompt
 from rocketkv.state.store import KVStore
 
 HEADS, KV_HEADS, HEAD_DIM, WINDOW = 4, 2, 5, 3
@@ -61,7 +63,7 @@ def test_counts(tokens: int, page_size: int, pages: int, tiles: int) -> None:
 def test_a_built_index_holds_the_bounds_of_full_pages_and_zeros(page_size: int, pages: int) -> None:
     tokens = pages * page_size + page_size // 2
     keys = torch.randn(2, KV_HEADS, tokens + 7, HEAD_DIM)
-    index = build_index(keys, tokens, page_size)
+    index = build_pages(keys, tokens, page_size)
     assert index.shape == (2, KV_HEADS, tile_count(tokens + 7, page_size), index_rows(HEAD_DIM, page_size), TILE_PAGES)
     assert index.dtype == keys.dtype
     for page in {0, 1, pages // 2, pages - 2, pages - 1}:
@@ -82,9 +84,9 @@ def closed_store(lengths: list[int], reserve: int, page_size: int) -> KVStore:
     key, value = torch.randn(len(lengths), KV_HEADS, size, HEAD_DIM), torch.randn(len(lengths), KV_HEADS, size, 2)
     valid = torch.arange(size) >= size - torch.tensor(lengths)[:, None]
     store.extend(key, value, None if min(lengths) == size else valid)
-    store.remember_queries(torch.randn(len(lengths), HEADS, size, HEAD_DIM), WINDOW)
+    store.prompt.remember(torch.randn(len(lengths), HEADS, size, HEAD_DIM), WINDOW)
     split = BudgetSplit(token_budget=4, page_size=page_size, channels=HEAD_DIM, top_k=2)
-    store.close_prompt(split, decode_reserve=reserve, kernel_size=3, scaling=1.0)
+    close_prompt(store, split, AttentionParams(1.0), decode_reserve=reserve, kernel_size=3)
     return store
 
 
@@ -97,18 +99,20 @@ def append(store: KVStore, count: int) -> None:
 
 def assert_index_is_right(store: KVStore) -> None:
     """Assert that each row's full pages have the entries that an index built from that row alone has."""
-    assert store.index is not None
+    assert store.decoding.buffers.index_tensors[0] is not None
     assert store.keys is not None
-    assert store.lengths is not None
+    assert store.decoding.buffers.seq_lens is not None
     assert store.split is not None
     page_size = store.split.page_size
-    assert store.index.shape[2] == tile_count(store.capacity, page_size)
+    assert store.decoding.buffers.index_tensors[0].shape[2] == tile_count(store.capacity, page_size)
     for b in range(store.keys.shape[0]):
         for g in range(KV_HEADS):
-            length = int(store.lengths[b, g])
-            rebuilt = build_index(store.keys[b : b + 1, g : g + 1], length, page_size)
+            length = int(store.decoding.buffers.seq_lens[b, g])
+            rebuilt = build_pages(store.keys[b : b + 1, g : g + 1], length, page_size)
             for page in range(length // page_size):
-                assert torch.equal(bounds_at(store.index, page)[b, g], bounds_at(rebuilt, page)[0, 0]), (b, g, page)
+                assert torch.equal(
+                    bounds_at(store.decoding.buffers.index_tensors[0], page)[b, g], bounds_at(rebuilt, page)[0, 0]
+                ), (b, g, page)
 
 
 @pytest.mark.parametrize("pages", [126, 127, 128])
@@ -137,23 +141,23 @@ def test_rows_of_different_lengths_are_indexed_each_for_itself(page_size: int, p
 @pytest.mark.parametrize("page_size", [1, 2])
 def test_growth_adds_tiles_and_leaves_the_others(page_size: int, lengths: list[int]) -> None:
     store = closed_store(lengths, 6, page_size)
-    assert store.index is not None
-    tiles = store.index.shape[2]
+    assert store.decoding.buffers.index_tensors[0] is not None
+    tiles = store.decoding.buffers.index_tensors[0].shape[2]
     append(store, 6)
-    before = store.index.clone()
+    before = store.decoding.buffers.index_tensors[0].clone()
     append(store, 1)
     assert store.capacity == 512
-    assert store.index.shape[2] == 512 // (page_size * TILE_PAGES) > tiles
+    assert store.decoding.buffers.index_tensors[0].shape[2] == 512 // (page_size * TILE_PAGES) > tiles
     for page in range(min(lengths) // page_size):
-        assert torch.equal(bounds_at(store.index, page), bounds_at(before, page))
+        assert torch.equal(bounds_at(store.decoding.buffers.index_tensors[0], page), bounds_at(before, page))
     append(store, 2 * page_size)
     assert_index_is_right(store)
 
 
 def test_growth_within_the_last_tile_copies_nothing() -> None:
     index = torch.zeros(1, 1, 2, 4, TILE_PAGES)
-    assert grow_index(index, 2 * TILE_PAGES * 3, 3) is index
-    assert grow_index(index, 2 * TILE_PAGES * 3 + 1, 3).shape[2] == 3
+    assert grow_pages(index, 2 * TILE_PAGES * 3, 3) is index
+    assert grow_pages(index, 2 * TILE_PAGES * 3 + 1, 3).shape[2] == 3
 
 
 @pytest.mark.parametrize("lengths", [[20, 20], [20, 7]], ids=["uniform", "ragged"])
@@ -169,10 +173,10 @@ def test_crop_then_append_equals_never_having_appended(page_size: int, lengths: 
         store.append(key, value)
         other.append(key, value)
     assert_index_is_right(other)
-    assert store.index is not None
+    assert store.decoding.buffers.index_tensors[0] is not None
     assert other.index is not None
-    for page in range(min(int(n) for n in store.lengths.view(-1)) // page_size):  # type: ignore[union-attr]
-        assert torch.equal(bounds_at(store.index, page), bounds_at(other.index, page))
+    for page in range(min(int(n) for n in store.decoding.buffers.seq_lens.view(-1)) // page_size):  # type: ignore[union-attr]
+        assert torch.equal(bounds_at(store.decoding.buffers.index_tensors[0], page), bounds_at(other.index, page))
 
 
 def test_a_page_is_closed_in_place() -> None:

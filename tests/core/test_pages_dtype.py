@@ -18,10 +18,9 @@ from close import assert_near
 from rocketkv import RocketKVConfig
 from rocketkv.budget import BudgetSplit
 from rocketkv.cli.main import main as cli
-from rocketkv.core.attention import score
-from rocketkv.core.pages import FLOAT8, build_index, grow_index, rounded, torch_dtype
+from rocketkv.core.compact import compact
+from rocketkv.core.pages import FLOAT8, build_pages, grow_pages, rounded
 from rocketkv.hf.cache import rocketkv_layers
-from rocketkv.state.compact import lay_out
 from rocketkv.state.stats import store_stats
 from rocketkv.state.store import KVStore
 from static import inputs_of, own_loop
@@ -83,11 +82,11 @@ def test_what_is_out_of_range_becomes_its_end_and_nan_stays() -> None:
 def test_a_built_index_is_the_exact_one_rounded(page_size: int, keys_dtype: torch.dtype) -> None:
     keys = (torch.randn(2, 2, 131 * page_size + 5, 6) * 300).to(keys_dtype)
     keys[0, 1, 7, 2] = torch.nan
-    exact = build_index(keys, 130 * page_size + 1, page_size)
-    found = build_index(keys, 130 * page_size + 1, page_size, FLOAT8)
+    exact = build_pages(keys, 130 * page_size + 1, page_size)
+    found = build_pages(keys, 130 * page_size + 1, page_size, FLOAT8)
     assert found.dtype == FLOAT8
     torch.testing.assert_close(found.float(), rounded(exact, FLOAT8).float(), equal_nan=True, rtol=0, atol=0)
-    grown = grow_index(found, 300 * page_size, page_size)
+    grown = grow_pages(found, 300 * page_size, page_size)
     assert grown.dtype == FLOAT8
     assert grown.shape[2] == 3
     torch.testing.assert_close(grown[:, :, :2].float(), found.float(), equal_nan=True, rtol=0, atol=0)
@@ -107,17 +106,17 @@ def closed(
 
 def assert_index_is_right(store: KVStore, dtype: torch.dtype) -> None:
     """Assert that each row's full pages hold what an index built of that row alone does."""
-    assert store.index is not None
+    assert store.decoding.buffers.index_tensors[0] is not None
     assert store.keys is not None
-    assert store.lengths is not None
+    assert store.decoding.buffers.seq_lens is not None
     assert store.split is not None
-    assert store.index.dtype == dtype
+    assert store.decoding.buffers.index_tensors[0].dtype == dtype
     page_size = store.split.page_size
-    for b, g in product(*map(range, store.lengths.shape)):
-        length = int(store.lengths[b, g])
-        rebuilt = build_index(store.keys[b : b + 1, g : g + 1], length, page_size, dtype)[0, 0].float()
+    for b, g in product(*map(range, store.decoding.buffers.seq_lens.shape)):
+        length = int(store.decoding.buffers.seq_lens[b, g])
+        rebuilt = build_pages(store.keys[b : b + 1, g : g + 1], length, page_size, dtype)[0, 0].float()
         pages = torch.arange(length // page_size)
-        found = store.index[b, g].float()[pages // 128, :, pages % 128]
+        found = store.decoding.buffers.index_tensors[0][b, g].float()[pages // 128, :, pages % 128]
         assert torch.equal(found, rebuilt[pages // 128, :, pages % 128])
 
 
@@ -135,14 +134,14 @@ def test_appending_one_by_one_equals_building_at_once(lengths: tuple[int, ...], 
 @pytest.mark.parametrize("page_size", [1, 3])
 def test_scores_are_those_of_the_rounded_bounds(page_size: int, lengths: tuple[int, ...] | None) -> None:
     query, keys = torch.randn(2, 6, D), torch.randn(2, HKV, 47, D)
-    index = build_index(keys, 40, page_size, FLOAT8)
+    index = build_pages(keys, 40, page_size, FLOAT8)
     rows = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)[:, None].expand(2, HKV)
     common: dict[str, Any] = {"page_size": page_size, "channels": 5, "scaling": SCALING, "lengths": rows, "stored": 40}
     found = score(query, index, keys, **common)
     assert found.dtype == torch.float32
     assert_near(found, score(query, index.float(), keys, **common))
     # The open page is derived from the keys: exact, as with an index in the keys' own dtype.
-    exact = score(query, build_index(keys, 40, page_size), keys, **common)
+    exact = score(query, build_pages(keys, 40, page_size), keys, **common)
     if page_size == 3 and lengths is None:
         assert_near(found[..., -1], exact[..., -1])
     assert not torch.allclose(found, exact, rtol=1e-3, atol=1e-4)
@@ -175,11 +174,11 @@ def test_rows_copies_and_crops_go_their_own_way(lengths: tuple[int, ...]) -> Non
 
 def test_a_static_index_stays_where_it_is_when_rows_are_reordered() -> None:
     store = closed(FLOAT8, tokens(3, PROMPT), decode_capacity=RESERVE)
-    assert store.index is not None
-    place = store.index.data_ptr()
+    assert store.decoding.buffers.index_tensors[0] is not None
+    place = store.decoding.buffers.index_tensors[0].data_ptr()
     rows = torch.tensor([1, 2, 0])
     store.map(lambda tensor: tensor.index_select(0, rows))
-    assert store.index.data_ptr() == place
+    assert store.decoding.buffers.index_tensors[0].data_ptr() == place
     assert_index_is_right(store, FLOAT8)
 
 
@@ -188,8 +187,12 @@ def test_bytes_are_those_that_live_and_nominal_ones_do_not_change() -> None:
     given = Tokens(*(tensor.to(torch.float16) for tensor in (given.query, given.key, given.value)))
     plain, store = closed(None, given), closed(FLOAT8, given)
     before, found = store_stats(plain), store_stats(store)
-    assert store.index is not None
-    assert store.index.untyped_storage().nbytes() == found.index_bytes == before.index_bytes // 2
+    assert store.decoding.buffers.index_tensors[0] is not None
+    assert (
+        store.decoding.buffers.index_tensors[0].untyped_storage().nbytes()
+        == found.index_bytes
+        == before.index_bytes // 2
+    )
     scored = 2 * HKV * 128 * 4  # rows, one tile of pages, channels
     assert before.step_bytes - found.step_bytes == scored
     assert replace(found, index_bytes=0, step_bytes=0) == replace(before, index_bytes=0, step_bytes=0)
@@ -203,11 +206,11 @@ def test_a_generation_allocates_what_was_planned(method: str) -> None:
     with rocketkv.patch(model, **settings, token_budget=48, decode_reserve=40) as handle:
         model.generate(prompt(331), max_new_tokens=1, do_sample=False)
         expected = handle.stats().layers
-    from rocketkv.cli.plan import plan
+    from rocketkv import plan
 
-    made = plan(model.config, **settings, context=331, budget=48, reserve=40)
+    made = plan(model.config, **settings, context=331, token_budget=48, decode_reserve=40)
     assert made.cache.layers == expected
-    plain = plan(model.config, method=method, context=331, budget=48, reserve=40)
+    plain = plan(model.config, method=method, context=331, token_budget=48, decode_reserve=40)
     assert made.split == plain.split
     assert made.cache.total("nominal_step_bytes") == plain.cache.total("nominal_step_bytes")
     assert 2 * made.cache.total("index_bytes") == plain.cache.total("index_bytes")
@@ -238,8 +241,8 @@ def test_a_model_generates_with_it(kernels: str) -> None:
         static, _, static_cache = own_loop(model, inputs_of("one"), model, 8, **fields)
         plain, _, _ = own_loop(model, inputs_of("one"), model, 8, **{**fields, "backend": "torch"})
     for layer in (*rocketkv_layers(cache), *rocketkv_layers(static_cache)):
-        assert layer.store.index is not None
-        assert layer.store.index.dtype == FLOAT8
+        assert layer.store.decoding.buffers.index_tensors[0] is not None
+        assert layer.store.decoding.buffers.index_tensors[0].dtype == FLOAT8
     assert torch.equal(growing, static)
     assert torch.equal(growing, plain)
 
@@ -248,8 +251,8 @@ def test_an_unknown_name_is_refused_with_the_list() -> None:
     message = "index_dtype must be one of keys, float8_e5m2; got 'float8'"
     with pytest.raises(ValueError, match=re.escape(message)):
         RocketKVConfig(index_dtype="float8")
-    assert torch_dtype(RocketKVConfig().index_dtype) is None
-    assert torch_dtype(RocketKVConfig(index_dtype="float8_e5m2").index_dtype) == FLOAT8
+    assert index_dtype_of(RocketKVConfig().index_dtype) is None
+    assert index_dtype_of(RocketKVConfig(index_dtype="float8_e5m2").index_dtype) == FLOAT8
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 3])
@@ -263,7 +266,7 @@ def test_compaction_by_the_kernel_rounds_alike(keys_dtype: torch.dtype, page_siz
     keys[0, 0, 5, 1] = torch.inf
     slots = torch.rand(2, 2, 50).argsort(-1)[..., :41].sort(-1).values
     arguments = (keys, keys, slots, None, None, 41, 47, page_size, FLOAT8)
-    for found, expected in zip(evict.compact(*arguments), lay_out(*arguments), strict=True):
+    for found, expected in zip(evict.compact(*arguments), compact(*arguments), strict=True):
         assert found is not None
         assert expected is not None
         assert found.dtype == expected.dtype

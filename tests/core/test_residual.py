@@ -11,6 +11,7 @@ from torch import Tensor
 
 from close import assert_as_precise, assert_near
 from naive import attention
+from rocketkv.core.attention import AttentionParams
 from rocketkv.core.residual import residual_attend
 from sketch_case import SHAPES
 
@@ -77,10 +78,8 @@ def test_the_residual_by_its_definition(
         positions.int(),
         logits,
         sums.view(batch, kv_heads, 5),
+        AttentionParams(0.3, softcap=softcap, sinks=sinks),
         lengths=lengths.int() if ragged else None,
-        scaling=0.3,
-        softcap=softcap,
-        sinks=sinks,
     )
     assert out.shape == (batch, heads, 5)
     assert missed.shape == (batch, heads)
@@ -111,7 +110,9 @@ def test_all_tokens_chosen_is_attention_over_all() -> None:
     query, keys, values = torch.randn(2, 6, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 4)
     positions = torch.arange(9).expand(2, 2, 9)
     logits = torch.full((2, 6, 9), torch.nan)  # no estimate is used
-    out, missed = residual_attend(query, keys, values, positions, logits, values.sum(2), lengths=None, scaling=0.3)
+    out, missed = residual_attend(
+        query, keys, values, positions, logits, values.sum(2), AttentionParams(0.3), lengths=None
+    )
     assert_near(out, attention(query, keys, values, 0.3))
     assert (missed == 0).all()
 
@@ -121,7 +122,9 @@ def test_exact_where_estimates_are_and_the_others_values_are_alike() -> None:
     values[:, :, 10:] = values[:, :, 10:11]
     positions = torch.arange(10).expand(1, 2, 10)
     logits = exact_logits(query, keys, 0.3)
-    out, missed = residual_attend(query, keys, values, positions, logits, values.sum(2), lengths=None, scaling=0.3)
+    out, missed = residual_attend(
+        query, keys, values, positions, logits, values.sum(2), AttentionParams(0.3), lengths=None
+    )
     assert_near(out, attention(query, keys, values, 0.3))
     assert_near(missed, logits.softmax(-1)[..., 10:].sum(-1))
 
@@ -130,7 +133,9 @@ def test_large_logits_do_not_overflow() -> None:
     query, keys, values = 100 * torch.randn(1, 2, 16), torch.randn(1, 1, 30, 16), torch.randn(1, 1, 30, 4)
     logits = exact_logits(query, keys, 1.0)
     positions = logits.mean(1, keepdim=True).topk(20).indices.sort().values
-    out, missed = residual_attend(query, keys, values, positions, logits, values.sum(2), lengths=None, scaling=1.0)
+    out, missed = residual_attend(
+        query, keys, values, positions, logits, values.sum(2), AttentionParams(1.0), lengths=None
+    )
     assert out.isfinite().all()
     kept = logits.softmax(-1).gather(-1, positions.expand(-1, 2, -1)).sum(-1)
     assert_near(missed, 1 - kept)
@@ -142,9 +147,9 @@ def test_the_residual_in_low_precision_costs_the_rounding_of_its_output(dtype: t
     positions = torch.arange(0, 50, 5).expand(2, 2, 10)
     logits = exact_logits(query, keys, 0.3)
     sums = values.float().sum(2)
-    out, _ = residual_attend(query, keys, values, positions, logits, sums, lengths=None, scaling=0.3)
+    out, _ = residual_attend(query, keys, values, positions, logits, sums, AttentionParams(0.3), lengths=None)
     wide = (tensor.double() for tensor in (query, keys, values))
-    reference = residual_attend(*wide, positions, logits, sums, lengths=None, scaling=0.3)[0]
+    reference = residual_attend(*wide, positions, logits, sums, params=AttentionParams(0.3), lengths=None)[0]
     assert_as_precise(out, reference.to(dtype), reference)
 
 

@@ -19,7 +19,6 @@ from rocketkv.core.sketch import (
     grow_sketch,
     mean_key,
     pack,
-    rotation,
     rotation_norm,
     unpack,
     write_tokens,
@@ -72,7 +71,7 @@ def test_packing_of_a_view() -> None:
 )
 def test_bytes_of_a_token(head_dim: int, bits: int, size: int) -> None:
     assert sketch_bytes(head_dim, bits) == size
-    sketch = build_sketch(torch.randn(2, 3, 5, head_dim), 5, rotation(head_dim), bits)
+    sketch = build_sketch(torch.randn(2, 3, 5, head_dim), 5, rotation_matrix(head_dim), bits)
     assert sketch.codes.nbytes + sketch.scales.nbytes == 2 * 3 * 5 * size
 
 
@@ -84,17 +83,17 @@ def test_bits_that_there_are_not(bits: int) -> None:
 
 @pytest.mark.parametrize("head_dim", [*HEAD_DIMS, 2, 3, 48, 112, 576])
 def test_the_rotation_is_integer_and_orthogonal(head_dim: int) -> None:
-    turn = rotation(head_dim).double()
+    turn = rotation_matrix(head_dim).double()
     assert torch.equal(turn, turn.round())
     square = round(rotation_norm(head_dim) ** 2)
     assert torch.equal(turn @ turn.t(), square * torch.eye(head_dim, dtype=torch.float64))
-    assert torch.equal(turn, rotation(head_dim).double())
+    assert torch.equal(turn, rotation_matrix(head_dim).double())
 
 
 def test_the_rotation_stays_what_it_was() -> None:
     # A saved sketch is read with the rotation of the version that reads it.
-    assert rotation(4).tolist() == [[-1, -1, -1, -1], [-1, 1, -1, 1], [-1, -1, 1, 1], [-1, 1, 1, -1]]
-    assert rotation(3).tolist() == [[1, 2, -2], [-2, -1, -2], [-2, 2, 1]]
+    assert rotation_matrix(4).tolist() == [[-1, -1, -1, -1], [-1, 1, -1, 1], [-1, -1, 1, 1], [-1, 1, 1, -1]]
+    assert rotation_matrix(3).tolist() == [[1, 2, -2], [-2, -1, -2], [-2, 2, 1]]
 
 
 @pytest.mark.parametrize("head_dim", [*HEAD_DIMS, 320, 512, 576])
@@ -108,7 +107,7 @@ def test_all_sums_are_of_integers_that_float32_holds(head_dim: int) -> None:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_the_order_of_sums_changes_no_bit(head_dim: int, bits: int) -> None:
     keys = some_keys(2, 2, 200, head_dim)
-    mean, turn = mean_key(keys, 200), rotation(head_dim)
+    mean, turn = mean_key(keys, 200), rotation_matrix(head_dim)
     codes, scales = encode(keys, mean, turn, bits)
     order = torch.randperm(head_dim)
     shuffled = encode(keys[..., order], mean[..., order], turn[:, order], bits)
@@ -122,7 +121,7 @@ def test_the_order_of_sums_changes_no_bit(head_dim: int, bits: int) -> None:
 def test_written_step_by_step_it_has_the_bits_of_one_built_at_once(
     head_dim: int, bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys, turn = some_keys(2, 3, 61, head_dim, dtype), rotation(head_dim)
+    keys, turn = some_keys(2, 3, 61, head_dim, dtype), rotation_matrix(head_dim)
     built = build_sketch(keys, 40, turn, bits)
     assert (built.codes[:, :, 40:] == 0).all()
     assert (built.scales[:, :, 40:] == 0).all()
@@ -142,7 +141,7 @@ def test_written_step_by_step_it_has_the_bits_of_one_built_at_once(
 
 
 def test_autocast_changes_no_bit() -> None:
-    keys, turn = some_keys(1, 2, 300, 64), rotation(64)
+    keys, turn = some_keys(1, 2, 300, 64), rotation_matrix(64)
     expected = build_sketch(keys, 300, turn, 2)
     with torch.autocast("cpu", torch.bfloat16):
         assert_same(build_sketch(keys, 300, turn, 2), expected)
@@ -150,7 +149,7 @@ def test_autocast_changes_no_bit() -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_rows_of_several_lengths(bits: int) -> None:
-    keys, turn = some_keys(2, 2, 30, 12), rotation(12)
+    keys, turn = some_keys(2, 2, 30, 12), rotation_matrix(12)
     lengths = torch.tensor([[30, 7], [0, 19]], dtype=torch.int32)
     for b in range(2):
         for g in range(2):
@@ -174,7 +173,7 @@ def test_rows_of_several_lengths(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_cropped_and_written_anew_it_is_as_if_nothing_had_been(bits: int) -> None:
-    keys, turn = some_keys(1, 2, 50, 16), rotation(16)
+    keys, turn = some_keys(1, 2, 50, 16), rotation_matrix(16)
     never = build_sketch(keys, 30, turn, bits)
     cropped = Sketch(*(tensor.clone() for tensor in never))
     write_tokens(cropped, some_keys(1, 2, 15, 16), 30, turn, bits)
@@ -184,7 +183,7 @@ def test_cropped_and_written_anew_it_is_as_if_nothing_had_been(bits: int) -> Non
 
 
 def test_growth_keeps_what_there_is() -> None:
-    keys, turn = some_keys(2, 2, 9, 16), rotation(16)
+    keys, turn = some_keys(2, 2, 9, 16), rotation_matrix(16)
     sketch = build_sketch(keys, 9, turn, 2)
     assert grow_sketch(sketch, 9) is sketch
     grown = grow_sketch(sketch, 20)

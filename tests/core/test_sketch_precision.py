@@ -11,6 +11,7 @@ from torch import Tensor
 
 from close import assert_near
 from rocketkv.core import sketch as sketch_module
+from rocketkv.core.attention import AttentionParams
 from rocketkv.core.sketch import (
     LEVEL_STEP,
     Sketch,
@@ -18,7 +19,6 @@ from rocketkv.core.sketch import (
     decode,
     encode,
     grid,
-    rotation,
     rotation_norm,
     score_sketch,
     unpack,
@@ -34,7 +34,7 @@ def naive_sketch(key: Tensor, mean: Tensor, bits: int) -> tuple[Tensor, Tensor, 
         Where each channel lies in steps from the lowest code's lower border; how far rounding may have moved it; and
         the key that is stood for.
     """
-    turn = rotation(len(key)).double() / rotation_norm(len(key))
+    turn = rotation_matrix(len(key)).double() / rotation_norm(len(key))
     difference = key.double() - mean.double()
     turned = turn @ difference
     step = LEVEL_STEP[bits] * turned.square().mean().sqrt()
@@ -49,7 +49,7 @@ def naive_sketch(key: Tensor, mean: Tensor, bits: int) -> tuple[Tensor, Tensor, 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("head_dim", [7, 64, 80, 128])
 def test_a_sketch_is_what_its_definition_says(head_dim: int, bits: int) -> None:
-    keys, turn = some_keys(1, 2, 20, head_dim), rotation(head_dim)
+    keys, turn = some_keys(1, 2, 20, head_dim), rotation_matrix(head_dim)
     sketch = build_sketch(keys, 20, turn, bits)
     codes = unpack(sketch.codes, bits, head_dim).double()
     decoded = decode(sketch, 20, turn, bits).double()
@@ -72,7 +72,7 @@ def test_a_sketch_is_what_its_definition_says(head_dim: int, bits: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("head_dim", [16, 64, 96, 128])
 def test_a_sketchs_product_with_its_own_key_is_right(head_dim: int, bits: int, dtype: torch.dtype) -> None:
-    keys, turn = some_keys(1, 2, 100, head_dim, dtype), rotation(head_dim)
+    keys, turn = some_keys(1, 2, 100, head_dim, dtype), rotation_matrix(head_dim)
     sketch = build_sketch(keys, 100, turn, bits)
     own = keys.float() - sketch.mean[:, :, None]
     found = decode(sketch, 100, turn, bits) - sketch.mean[:, :, None]
@@ -85,7 +85,7 @@ def test_a_sketchs_product_with_its_own_key_is_right(head_dim: int, bits: int, d
 def test_the_error_is_that_of_the_best_even_levels(bits: int, distortion: float) -> None:
     # Max 1960, table II: the mean square error of a unit Gaussian, rounded to 2^bits equally spaced levels. Lengthened
     # so that the product with the key is right, the sketch errs by 1 / (1 - distortion) - 1 of the key's square.
-    keys, turn = 5 + torch.randn(1, 2, 1000, 512), rotation(512)
+    keys, turn = 5 + torch.randn(1, 2, 1000, 512), rotation_matrix(512)
     sketch = build_sketch(keys, 1000, turn, bits)
     error = (decode(sketch, 1000, turn, bits) - keys).square().sum() / (keys - sketch.mean[:, :, None]).square().sum()
     assert float(error) == pytest.approx(1 / (1 - distortion) - 1, rel=0.03)
@@ -98,7 +98,7 @@ def test_scores_are_products_with_the_decoded_keys(
     shape: tuple[int, int, int, int, int], bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch, heads, kv_heads, head_dim, tokens = shape
-    keys, turn = some_keys(batch, kv_heads, tokens + 5, head_dim, dtype), rotation(head_dim)
+    keys, turn = some_keys(batch, kv_heads, tokens + 5, head_dim, dtype), rotation_matrix(head_dim)
     query = torch.randn(batch, heads, head_dim).to(dtype)
     sketch = build_sketch(keys, tokens + 5, turn, bits)
     decoded = decode(sketch, tokens, turn, bits).double()
@@ -120,8 +120,8 @@ def test_scores_are_products_with_the_decoded_keys(
 def test_estimates_stand_beside_exact_logits(bits: int, dtype: torch.dtype) -> None:
     # The common part of all keys is a hundred times what tells them apart: without it no softmax over both is right.
     keys = (torch.randn(1, 2, 1, 64) * 100 + torch.randn(1, 2, 500, 64)).to(dtype)
-    query, turn = torch.randn(1, 6, 64).to(dtype), rotation(64)
-    logits = score_sketch(query, build_sketch(keys, 500, turn, bits), bits, stored=500, scaling=0.125)
+    query, turn = torch.randn(1, 6, 64).to(dtype), rotation_matrix(64)
+    logits = score_sketch(query, build_sketch(keys, 500, turn, bits), bits, AttentionParams(0.125), stored=500)
     exact = (keys.double().repeat_interleave(3, 1) @ query.double()[..., None])[..., 0] * 0.125
     error = logits.double() - exact
     assert error.mean(-1).abs().max() < 0.2
@@ -131,28 +131,28 @@ def test_estimates_stand_beside_exact_logits(bits: int, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_keys_that_are_all_alike_have_exact_logits(dtype: torch.dtype, bits: int) -> None:
-    query, turn = torch.randn(1, 2, 16), rotation(16)
+    query, turn = torch.randn(1, 2, 16), rotation_matrix(16)
     for key in (torch.zeros(16), torch.full((16,), 0.5), torch.randn(16)):
         keys = key.to(dtype).expand(1, 1, 8, 16).contiguous()
-        logits = score_sketch(query, build_sketch(keys, 8, turn, bits), bits, stored=8, scaling=1.0)
+        logits = score_sketch(query, build_sketch(keys, 8, turn, bits), bits, AttentionParams(1.0), stored=8)
         assert_near(logits, (query @ keys[0, 0].float().t())[0][None])
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_a_key_that_is_the_mean_has_no_scale_and_its_exact_logit(bits: int) -> None:
-    turn = rotation(8)
+    turn = rotation_matrix(8)
     mean = torch.randn(1, 1, 8)
     codes, scales = encode(mean[:, :, None], mean, turn, bits)
     assert scales.item() == 0
     assert unpack(codes, bits, 8).tolist() == [[[[2 ** (bits - 1)] * 8]]]
     query = torch.randn(1, 1, 8)
-    logits = score_sketch(query, Sketch(codes, scales, mean), bits, stored=1, scaling=1.0)
+    logits = score_sketch(query, Sketch(codes, scales, mean), bits, AttentionParams(1.0), stored=1)
     assert_near(logits[0, 0, 0], (query * mean).sum())
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_constant_channels_cost_nothing(bits: int) -> None:
-    keys, turn = torch.randn(1, 1, 200, 64), rotation(64)
+    keys, turn = torch.randn(1, 1, 200, 64), rotation_matrix(64)
     keys[..., ::2] = torch.linspace(-50, 50, 32)
     sketch = build_sketch(keys, 200, turn, bits)
     error = (decode(sketch, 200, turn, bits) - keys).norm() / (keys - sketch.mean[:, :, None]).norm()
@@ -162,7 +162,7 @@ def test_constant_channels_cost_nothing(bits: int) -> None:
 @pytest.mark.parametrize("size", [1e4, 1e30, 1e-30])
 @pytest.mark.parametrize("bits", BITS)
 def test_a_token_of_another_size_leaves_the_others_alone(bits: int, size: float) -> None:
-    keys, turn = some_keys(1, 2, 40, 64), rotation(64)
+    keys, turn = some_keys(1, 2, 40, 64), rotation_matrix(64)
     sketch = build_sketch(keys, 40, turn, bits)
     huge = Sketch(*(tensor.clone() for tensor in sketch))
     token = torch.randn(1, 2, 1, 64) * size + (sketch.mean[:, :, None] if size > 1 else 0)
@@ -180,7 +180,7 @@ def test_a_token_of_another_size_leaves_the_others_alone(bits: int, size: float)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("channel", [0, 33])
 def test_one_huge_channel_is_spread_and_kept(channel: int, bits: int) -> None:
-    keys, turn = torch.randn(1, 1, 100, 64), rotation(64)
+    keys, turn = torch.randn(1, 1, 100, 64), rotation_matrix(64)
     keys[..., channel] *= 1000
     sketch = build_sketch(keys, 100, turn, bits)
     own, found = (x - sketch.mean[:, :, None] for x in (keys, decode(sketch, 100, turn, bits)))
@@ -192,20 +192,20 @@ def test_one_huge_channel_is_spread_and_kept(channel: int, bits: int) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("bits", BITS)
 def test_a_key_that_is_no_number_spoils_its_own(bits: int, bad: float) -> None:
-    keys, turn, query = some_keys(2, 2, 20, 16), rotation(16), torch.randn(2, 4, 16)
+    keys, turn, query = some_keys(2, 2, 20, 16), rotation_matrix(16), torch.randn(2, 4, 16)
     sketch = build_sketch(keys, 20, turn, bits)
-    clean = score_sketch(query, sketch, bits, stored=20, scaling=1.0)
+    clean = score_sketch(query, sketch, bits, AttentionParams(1.0), stored=20)
     token = keys[:, :, 5:6].clone()
     token[1, 0, 0, 3] = bad
     write_tokens(sketch, token, 5, turn, bits)
-    logits = score_sketch(query, sketch, bits, stored=20, scaling=1.0)
+    logits = score_sketch(query, sketch, bits, AttentionParams(1.0), stored=20)
     spoilt = torch.zeros(2, 4, 20, dtype=torch.bool)
     spoilt[1, :2, 5] = True
     assert not logits[spoilt].isfinite().any()
     assert torch.equal(logits[~spoilt], clean[~spoilt])
     # In a prompt it spoils the mean too, and so all of its row and head group.
     keys[1, 0, 5, 3] = bad
-    logits = score_sketch(query, build_sketch(keys, 20, turn, bits), bits, stored=20, scaling=1.0)
+    logits = score_sketch(query, build_sketch(keys, 20, turn, bits), bits, AttentionParams(1.0), stored=20)
     spoilt[1, :2] = True
     assert not logits[spoilt].isfinite().any()
     assert torch.equal(logits[~spoilt], clean[~spoilt])
@@ -213,7 +213,7 @@ def test_a_key_that_is_no_number_spoils_its_own(bits: int, bad: float) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_no_token_at_all(bits: int) -> None:
-    turn = rotation(8)
+    turn = rotation_matrix(8)
     sketch = build_sketch(torch.full((1, 2, 4, 8), torch.nan), 0, turn, bits)
     assert (sketch.mean == 0).all()
     key = torch.randn(1, 2, 1, 8)

@@ -18,12 +18,12 @@ from eval_case import END, model, sample, tokenizer, words
 from rocketkv import patch
 from rocketkv.eval.conversation import Conversation, ask, end_tokens
 from rocketkv.eval.methods import Compressed, Full, Method, find_method
-from rocketkv.eval.prompts import encode, render
 from rocketkv.eval.records import digest
 from rocketkv.eval.tasks.base import Sample, Turn
 from rocketkv.hf.cache import begin_prompt, cache_stats
 from rocketkv.hf.layer import RocketKVLayer
 from rocketkv.hf.models import CACHE_ARGUMENT
+from rocketkv.hf.prompts import encode, render
 from tiny import NEVER
 
 BUDGET = 40

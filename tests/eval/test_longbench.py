@@ -14,9 +14,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rocketkv.eval.prompts import encode, render, truncate_middle
 from rocketkv.eval.tasks import longbench, longbench_v2, sources
 from rocketkv.eval.tasks.base import Preparation, Sample, Task, Turn
+from rocketkv.hf.prompts import encode, render, truncate_middle
 
 GOLDEN = json.loads(Path(__file__).parents[1].joinpath("golden", "longbench_prompts.json").read_text(encoding="utf-8"))
 TASKS = {task.name: task for task in longbench.TASKS}

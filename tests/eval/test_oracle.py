@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rocketkv.core.attention import attend
-from rocketkv.core.eviction import select_top
+from rocketkv.core.topk import select_top
 from rocketkv.eval.oracle import bounds as oracle
 from rocketkv.eval.oracle.bounds import decompose, group_weights, percentile, shares, smallest_prefixes, union
 

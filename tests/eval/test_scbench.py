@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from rocketkv.eval.prompts import follow_up, sample_tokens
+from rocketkv.eval.prompts import sample_tokens
 from rocketkv.eval.tasks import scbench_metrics as metrics
 from rocketkv.eval.tasks.base import Preparation, Sample, Task
 from rocketkv.eval.tasks.scbench import TASKS
+from rocketkv.hf.prompts import follow_up
 
 BY_NAME = {task.name: task for task in TASKS}
 LETTERS = ("the red house", "B")

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from rocketkv import dispatch as backend
 from rocketkv.budget import BudgetSplit
-from rocketkv.core.attention import select
-from rocketkv.core.indexes import SketchIndex, index_of
-from rocketkv.core.sketch import rotation
+from rocketkv.core.attention import AttentionParams
+from rocketkv.core.index import SketchIndex, index_of
+from rocketkv.core.sketch import rotation_matrix
+from rocketkv.core.topk import select
 from rocketkv.state.store import KVStore
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
@@ -87,7 +88,7 @@ def make(case: Case, seed: int = 0) -> tuple[KVStore, list[tuple[Tensor, Tensor,
     keys = normal(batch, case.kv_heads, longest, case.head_dim)
     values = normal(batch, case.kv_heads, longest, value_dim)
     store.extend(keys, values, None if bool(valid.all()) else valid)
-    store.remember_queries(normal(batch, case.heads, min(WINDOW, longest), case.head_dim), WINDOW)
+    store.prompt.remember(normal(batch, case.heads, min(WINDOW, longest), case.head_dim), WINDOW)
     settings: dict[str, Any] = {"scaling": case.head_dim**-0.5, "index_dtype": case.index_dtype}
     store.close_prompt(case.split, decode_reserve=8, kernel_size=7, **settings)
     steps = [
@@ -116,7 +117,7 @@ def workspace_of(case: Case, store: KVStore) -> decode.DecodeWorkspace:
     assert split is not None
     query = store.keys.new_zeros(len(case.lengths), case.heads, case.head_dim)
     shape = backend._decode_shape(query, store.keys, store.values, split)
-    turn = rotation(case.head_dim, DEVICE).to(case.dtype)
+    turn = rotation_matrix(case.head_dim, DEVICE).to(case.dtype)
     return decode.DecodeWorkspace(shape, DEVICE, case.programs, rotation=turn)
 
 
@@ -133,20 +134,18 @@ def kernel_step(
     precise = torch.float32 if decode.INTERPRETED else query.dtype
     out = decode.decode_step(
         *step,
+        params=AttentionParams(case.head_dim**-0.5, softcap=case.softcap, sinks=sinks),
         keys=store.keys,
         values=store.values,
-        positions=store.positions,
-        index=store.index,
+        positions=store.phase.positions,
+        index=store.decoding.buffers.index_tensors[0],
         sketch=[getattr(store, name) for name in SketchIndex.names] if case.sketch_bits is not None else (),
-        value_sum=store.value_sum,
+        value_sum=store.decoding.buffers.value_sum,
         residual_bias=bias,
-        missed=None if store.value_sum is None else store.missed_room(query),
-        lengths=store.lengths,
+        missed=None if store.decoding.buffers.value_sum is None else store.missed_room(query),
+        lengths=store.decoding.buffers.seq_lens,
         seen=store.clock(),
         workspace=workspace,
-        scaling=case.head_dim**-0.5,
-        softcap=case.softcap,
-        sinks=sinks,
         out=torch.empty(*query.shape[:2], value.shape[2], dtype=precise, device=DEVICE),
     )
     store.advance(clocked=True)
@@ -160,12 +159,11 @@ def expected_logits(case: Case, store: KVStore, query: Tensor) -> Tensor:
     assert store.keys is not None
     return index.score(
         query,
-        store.index_parts(),
+        store.decoding.named_index(),
         store.keys,
+        AttentionParams(case.head_dim**-0.5, softcap=case.softcap),
         stored=store.stored,
-        lengths=None if store.uniform else store.lengths,
-        scaling=case.head_dim**-0.5,
-        softcap=case.softcap,
+        lengths=None if store.uniform else store.decoding.buffers.seq_lens,
     )
 
 
@@ -174,7 +172,7 @@ def expected_positions(case: Case, store: KVStore, query: Tensor, sinks: Tensor 
         expected_logits(case, store, query),
         min(case.top_k, store.stored),
         stored=store.stored,
-        lengths=None if store.uniform else store.lengths,
+        lengths=None if store.uniform else store.decoding.buffers.seq_lens,
         kv_heads=case.kv_heads,
         unit_size=case.split.page_size,
         sinks=sinks,

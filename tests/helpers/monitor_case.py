@@ -51,8 +51,8 @@ def exact(store: KVStore, query: Tensor, **kwargs: Any) -> Tensor:
     """Return attention [B, H, Dv] to all that a store holds, by its definition."""
     assert store.keys is not None
     assert store.values is not None
-    assert store.lengths is not None
-    seen = [[range(int(count)) for count in row] for row in store.lengths]
+    assert store.decoding.buffers.seq_lens is not None
+    seen = [[range(int(count)) for count in row] for row in store.decoding.buffers.seq_lens]
     return attention(query, store.keys, store.values, SCALING, seen, **kwargs)  # type: ignore[arg-type]
 
 

@@ -9,7 +9,7 @@ SPAN = {*range(3, 9), *range(30, 37)}
 
 
 def kept_by(store: KVStore, row: int, head: int) -> list[int]:
-    assert store.positions is not None
-    assert store.lengths is not None
-    found: list[int] = store.positions[row, head, : int(store.lengths[row, head])].tolist()
+    assert store.phase.positions is not None
+    assert store.decoding.buffers.seq_lens is not None
+    found: list[int] = store.phase.positions[row, head, : int(store.decoding.buffers.seq_lens[row, head])].tolist()
     return found

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig
 
+from rocketkv.core.attention import AttentionParams
+from rocketkv.dispatch import StaticStep
 from rocketkv.hf.cache import RocketKVCache, rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
-from rocketkv.ops import StaticStep
+from rocketkv.state.compress import close_prompt
 from rocketkv.state.store import KVStore
 from tiny import SMALL, TRANSFORMERS, left_padded, prompt
 from turns import RESERVE, SCALING, SPLITS, Tokens, extend, left_padding, tokens
@@ -36,14 +38,16 @@ def static_pair(
     growing, static = KVStore(), KVStore()
     for store, room in ((growing, None), (static, count)):
         extend(store, given, valid)
-        store.close_prompt(SPLITS[method], decode_reserve=RESERVE, kernel_size=5, scaling=SCALING, decode_capacity=room)
+        close_prompt(
+            store, SPLITS[method], AttentionParams(SCALING), decode_reserve=RESERVE, kernel_size=5, decode_capacity=room
+        )
     return growing, static, in_dtype(tokens(rows, count), dtype)
 
 
 def run_static(step: StaticStep, given: Tokens, **exact: Any) -> Tensor:
     out = []
     for i in range(len(given)):
-        last = step(given.query[:, :, i], given.key[:, :, i], given.value[:, :, i], scaling=SCALING, **exact)
+        last = step(given.query[:, :, i], given.key[:, :, i], given.value[:, :, i], AttentionParams(SCALING), **exact)
         out.append(last[:, :, None].clone())  # the next step writes over it
     return torch.cat(out, dim=2)
 

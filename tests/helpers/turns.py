@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from rocketkv.budget import METHODS, BudgetSplit
+from rocketkv.core.attention import AttentionParams
 from rocketkv.dispatch import decode_step
+from rocketkv.state.compress import close_prompt
 from rocketkv.state.store import KVStore
 
 H, HKV, D, DV = 6, 2, 8, 5
@@ -58,11 +60,11 @@ def left_padding(lengths: Sequence[int], size: int) -> Tensor:
 
 def extend(store: KVStore, given: Tokens, valid: Tensor | None = None) -> None:
     store.extend(given.key, given.value, valid)
-    store.remember_queries(given.query, WINDOW)
+    store.prompt.remember(given.query, WINDOW)
 
 
 def close(store: KVStore, split: BudgetSplit, reserve: int = RESERVE) -> None:
-    store.close_prompt(split, decode_reserve=reserve, kernel_size=KERNEL, scaling=SCALING)
+    close_prompt(store, split, AttentionParams(SCALING), decode_reserve=reserve, kernel_size=KERNEL)
 
 
 def prompted(given: Tokens, split: BudgetSplit, valid: Tensor | None = None, reserve: int = RESERVE) -> KVStore:
@@ -76,7 +78,7 @@ def prompted(given: Tokens, split: BudgetSplit, valid: Tensor | None = None, res
 def decode(store: KVStore, given: Tokens) -> Tensor:
     """Decode tokens one by one, and return their outputs [B, H, n, Dv]."""
     steps = [
-        decode_step(given.query[:, :, i], given.key[:, :, i], given.value[:, :, i], store, scaling=SCALING)
+        decode_step(given.query[:, :, i], given.key[:, :, i], given.value[:, :, i], store, AttentionParams(SCALING))
         for i in range(len(given))
     ]
     return torch.stack(steps, dim=2)

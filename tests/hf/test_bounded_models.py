@@ -158,9 +158,9 @@ def test_compiled_steps_evict_between_them(rows: str) -> None:
     for each in (cache, made):
         for layer, other in zip(rocketkv_layers(each), rocketkv_layers(eager), strict=True):
             assert layer.store.stored == other.store.stored
-            assert layer.store.positions is not None
-            assert other.store.positions is not None
-            assert layer.store.positions.equal(other.store.positions)
+            assert layer.store.phase.positions is not None
+            assert other.store.phase.positions is not None
+            assert layer.store.phase.positions.equal(other.store.phase.positions)
 
 
 @pytest.mark.integration
@@ -213,9 +213,9 @@ def test_a_cache_is_taken_along_from_behind_an_eviction(way: str, rows: str, tmp
             loaded = rocketkv.load_cache(path, model)
             assert_near(forced(model, loaded, ids[:, 30:], position + 30), expected, 1e-4)
             for layer, other in zip(rocketkv_layers(loaded), rocketkv_layers(cache), strict=True):
-                assert layer.store.positions is not None
-                assert other.store.positions is not None
-                assert layer.store.positions.equal(other.store.positions)
+                assert layer.store.phase.positions is not None
+                assert other.store.phase.positions is not None
+                assert layer.store.phase.positions.equal(other.store.phase.positions)
         else:
             fork.reorder_cache(order)
             assert_near(forced(model, fork, ids[order, 30:], position[order] + 30), expected[order], 1e-5)
@@ -258,8 +258,8 @@ def test_drafts_that_are_dropped_leave_no_queries(drafts: int, queries_seen: dic
             at = seen - queries.shape[2] + i
             assert queries[:, :, i].equal(queries_seen[id(layer)][at])
         assert layer.store.stored <= 40 + ROOM
-        assert layer.store.positions is not None
-        assert int(layer.store.positions.max()) == seen - 1
+        assert layer.store.phase.positions is not None
+        assert int(layer.store.phase.positions.max()) == seen - 1
 
 
 @pytest.mark.integration
@@ -299,6 +299,6 @@ def test_the_kernels_give_the_same_tokens() -> None:
     assert found[0][0].equal(found[1][0])
     assert_near(found[1][1], found[0][1], 1e-4)
     for layer, other in zip(*(rocketkv_layers(each[2]) for each in found), strict=True):
-        assert layer.store.positions is not None
-        assert other.store.positions is not None
-        assert layer.store.positions.equal(other.store.positions)
+        assert layer.store.phase.positions is not None
+        assert other.store.phase.positions is not None
+        assert layer.store.phase.positions.equal(other.store.phase.positions)

@@ -225,7 +225,7 @@ def test_crop() -> None:
     assert places(cache) == before
     for layer, other in zip(rocketkv_layers(cache), rocketkv_layers(growing), strict=True):
         kept = 40 + 7
-        assert layer.store.positions[:, :, :kept].equal(other.store.positions[:, :, :kept])
+        assert layer.store.phase.positions[:, :, :kept].equal(other.store.phase.positions[:, :, :kept])
 
 
 @traced

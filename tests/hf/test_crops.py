@@ -70,7 +70,7 @@ def test_an_open_prompt_goes_on_after_a_crop_as_if_what_was_cropped_had_never_co
             assert torch.allclose(logits(model, new, cropped), logits(model, new, straight), atol=1e-4)
         for one, other in zip(rocketkv_layers(cropped), rocketkv_layers(straight), strict=True):
             assert one.store.split == other.store.split
-            assert one.store.positions.equal(other.store.positions)
+            assert one.store.phase.positions.equal(other.store.phase.positions)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -100,10 +100,10 @@ def test_a_turn_that_evicted_nothing_can_be_taken_back(method: str, question: in
         logits(model, prompt(1), cache)
         cache.crop(93)
         held = [layer.store for layer in rocketkv_layers(cache)]
-        positions = [store.positions[:, :, : store.stored].sort(-1).values for store in held]
+        positions = [store.phase.positions[:, :, : store.stored].sort(-1).values for store in held]
         cache.rollback(taken)
         for store, expected in zip((layer.store for layer in rocketkv_layers(cache)), positions, strict=True):
-            assert store.positions[:, :, : store.stored].sort(-1).values.equal(expected)
+            assert store.phase.positions[:, :, : store.stored].sort(-1).values.equal(expected)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -187,7 +187,6 @@ def default_dtype(dtype: torch.dtype) -> Any:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_default_dtype_changes_nothing(method: str, dtype: torch.dtype) -> None:
-    from rocketkv.core.sketch import rotation
 
     fields = fields_of(method, decode_capacity=20, when_full="evict")
     model, ids = build(), prompt(100)

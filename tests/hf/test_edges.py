@@ -93,11 +93,11 @@ def test_the_prompts_last_tokens_may_be_cropped_and_come_again() -> None:
         cache.crop(-5 if hasattr(cache, "get_query_offset") else 85)
         assert cache.get_seq_length() == 85
         for layer, whole in zip(cache.layers, kept.layers, strict=True):
-            assert layer.store.positions[..., :35].equal(whole.store.positions[..., :35])
+            assert layer.store.phase.positions[..., :35].equal(whole.store.phase.positions[..., :35])
         for token in ids[0, 85:]:
             model(token.view(1, 1), **{CACHE_ARGUMENT: cache})
         for layer, whole in zip(cache.layers, kept.layers, strict=True):
-            assert layer.store.positions.equal(whole.store.positions)
+            assert layer.store.phase.positions.equal(whole.store.phase.positions)
         # Deeper layers differ: these tokens were decoded, those of the prompt attended to everything.
         torch.testing.assert_close(cache.layers[0].keys, kept.layers[0].keys)
 

@@ -134,5 +134,7 @@ def test_verify_steps_give_plain_tokens_and_evict_nothing(
     assert len(ours) == len(layers), "stage 1 runs once a layer, at the end of the prompt"
     assert max(forwards[1:]) > 1, "there was no verify step"
     for layer, other in zip(layers, rocketkv_layers(plain), strict=True):
-        kept, expected_kept = (found.store.positions[..., : found.store.stored].flatten() for found in (layer, other))
+        kept, expected_kept = (
+            found.store.phase.positions[..., : found.store.stored].flatten() for found in (layer, other)
+        )
         assert method == "streaming" or kept[kept < 96].equal(expected_kept[expected_kept < 96])

@@ -23,7 +23,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 def kept_positions(cache: Any, row: int, padding: int = 0) -> list[list[list[int]]]:
     """Return the sequence positions that each layer and KV head stores for a row, counted from its first token."""
-    positions = [layer.store.positions[row] for layer in rocketkv_layers(cache)]
+    positions = [layer.store.phase.positions[row] for layer in rocketkv_layers(cache)]
     assert positions
     return [[(head[head >= 0] - padding).tolist() for head in layer] for layer in positions]
 

@@ -49,7 +49,7 @@ def assert_protected(cache: Any, span: list[set[int]], slots: list[Tensor | None
     count = max(map(len, span))
     for layer in rocketkv_layers(cache):
         for b, own in enumerate(span):
-            for g in range(layer.store.lengths.shape[1]):
+            for g in range(layer.store.decoding.buffers.seq_lens.shape[1]):
                 assert set(kept_by(layer.store, b, g)[: len(own)]) == own
     ranked = [each for each in slots if each is not None]
     assert ranked, "stage 2 chose"
@@ -111,9 +111,9 @@ def test_chunks_mark_the_same(told: bool) -> None:
             assert found[0].equal(expected[0])
             for layer, other in zip(rocketkv_layers(found[2]), rocketkv_layers(expected[2]), strict=True):
                 assert layer.store.marks == other.store.marks
-                assert layer.store.positions is not None
-                assert other.store.positions is not None
-                assert layer.store.positions.equal(other.store.positions)
+                assert layer.store.phase.positions is not None
+                assert other.store.phase.positions is not None
+                assert layer.store.phase.positions.equal(other.store.phase.positions)
         assert layer.store.marks == (RowMarks(*marks_of(tokenizer, ids[0].tolist())),)
 
 
@@ -254,9 +254,9 @@ def test_the_kernels_give_the_same_tokens() -> None:
     torch.testing.assert_close(found_logits, logits, atol=1e-4, rtol=1e-4)
     for layer, other in zip(rocketkv_layers(cache), rocketkv_layers(plain), strict=True):
         stored = layer.store.stored
-        assert layer.store.positions is not None
-        assert other.store.positions is not None
-        assert layer.store.positions[:, :, :stored].equal(other.store.positions[:, :, :stored])
+        assert layer.store.phase.positions is not None
+        assert other.store.phase.positions is not None
+        assert layer.store.phase.positions[:, :, :stored].equal(other.store.phase.positions[:, :, :stored])
 
 
 @pytest.mark.integration

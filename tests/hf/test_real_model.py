@@ -258,8 +258,8 @@ def test_the_rules_are_kept_and_read_and_the_answer_is_nearer(smollm2: Any, monk
     assert tokenizer.decode(ids[0, :stop]).endswith(f"{RULES}<|im_end|>\n<|im_start|>user\n")
     layers = rocketkv_layers(protected)
     for layer in layers:
-        assert layer.store.positions is not None
-        assert (layer.store.positions[:, :, :stop] == torch.arange(stop)).all()
+        assert layer.store.phase.positions is not None
+        assert (layer.store.phase.positions[:, :, :stop] == torch.arange(stop)).all()
     assert len(read) == len(layers) * (NEW_TOKENS - 1)
     for slots in read:
         assert slots is not None

@@ -235,7 +235,7 @@ def test_a_snapshot_of_a_cache_copies_no_keys_and_values() -> None:
     with rocketkv.patch(model, **SMALL):
         cache = read(model, {"input_ids": CONTEXT}, **SMALL)
         known = [tensor for layer in rocketkv_layers(cache) for tensor in layer.store.tensors().values()]
-        lengths = sum(layer.store.lengths.nbytes for layer in rocketkv_layers(cache))
+        lengths = sum(layer.store.decoding.buffers.seq_lens.nbytes for layer in rocketkv_layers(cache))
         with Tracker(known=known) as tracker:
             taken = [cache.snapshot() for _ in range(4)]
         assert tracker.peak == 4 * lengths

@@ -35,7 +35,7 @@ def settings(method: str) -> dict[str, Any]:
 
 
 def stored(cache: Any) -> list[Tensor]:
-    return [layer.store.positions[..., : layer.store.stored] for layer in rocketkv_layers(cache)]
+    return [layer.store.phase.positions[..., : layer.store.stored] for layer in rocketkv_layers(cache)]
 
 
 def two_turns(model: Any, first: Any, second: Tensor, way: str) -> tuple[Tensor, Tensor, Any]:
@@ -91,7 +91,9 @@ def test_second_turn_of_a_padded_batch_is_its_rows_alone(family: str) -> None:
             # The first turn's tokens differ from row to row, but not between batch and row alone.
             close(logits[i : i + 1], alone)
             for layer, other in zip(rocketkv_layers(cache), rocketkv_layers(alone_cache), strict=True):
-                for head, other_head in zip(layer.store.positions[i], other.store.positions[0], strict=True):
+                for head, other_head in zip(
+                    layer.store.phase.positions[i], other.store.phase.positions[0], strict=True
+                ):
                     assert (head[head >= 0] - 90 + row.shape[1]).equal(other_head[other_head >= 0])
 
 

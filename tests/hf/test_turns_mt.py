@@ -54,7 +54,7 @@ def test_three_turns_are_the_same_in_every_way(fields: dict[str, Any], family: s
             for layer, its in zip(rocketkv_layers(cache), rocketkv_layers(other), strict=True):
                 stored = layer.store.stored
                 assert stored == its.store.stored
-                assert layer.store.positions[..., :stored].equal(its.store.positions[..., :stored])
+                assert layer.store.phase.positions[..., :stored].equal(its.store.phase.positions[..., :stored])
 
 
 @pytest.mark.integration
@@ -91,7 +91,9 @@ def test_rows_of_a_padded_batch_are_their_single_runs(family: str, fields: dict[
             alone, alone_cache = chat(model, of(row), [new[i : i + 1] for new in LATER_ROWS], "all tokens")
             same([(tokens[i : i + 1], logits[i : i + 1]) for tokens, logits in answers], alone)
             for layer, other in zip(rocketkv_layers(cache), rocketkv_layers(alone_cache), strict=True):
-                for head, other_head in zip(layer.store.positions[i], other.store.positions[0], strict=True):
+                for head, other_head in zip(
+                    layer.store.phase.positions[i], other.store.phase.positions[0], strict=True
+                ):
                     assert (head[head >= 0] - 90 + row.shape[1]).equal(other_head[other_head >= 0])
 
 
@@ -101,12 +103,12 @@ def test_a_later_turn_sees_what_an_earlier_one_left_out() -> None:
     with rocketkv.patch(model, **MT):
         cache = talked(model, **MT)
         for layer in rocketkv_layers(cache):
-            before = set(layer.store.positions[0, 0].tolist())
+            before = set(layer.store.phase.positions[0, 0].tolist())
             assert len(before - {-1}) == 40 + 12
             taken = cache.snapshot()
             forward(model, cache, prompt(20, seed=50))
             decode(model, cache, prompt(1))
-            after = set(layer.store.positions[0, 0].tolist())
+            after = set(layer.store.phase.positions[0, 0].tolist())
             assert min(after - {-1} - before) < 90 + 12 + 50 + 12 + 35
             cache.rollback(taken)
 

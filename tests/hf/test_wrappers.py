@@ -103,7 +103,7 @@ def test_input_embeddings() -> None:
     assert tokens.equal(expected)
     torch.testing.assert_close(logits, expected_logits, atol=1e-5, rtol=0)
     for layer, other in zip(rocketkv_layers(embedded_cache), rocketkv_layers(cache), strict=True):
-        assert layer.store.positions.equal(other.store.positions)
+        assert layer.store.phase.positions.equal(other.store.phase.positions)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from close import assert_near
 from rocketkv import dispatch as backend
+from rocketkv.core.attention import AttentionParams
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
@@ -31,7 +32,7 @@ def test_ties_go_to_the_lowest_positions(
     case = Case(page_size=page_size, lengths=(200,))
     store, [(query, key, value)], _ = make(case)
     assert store.keys is not None
-    assert store.index is not None
+    assert store.decoding.buffers.index_tensors[0] is not None
     if query_is_zero:
         query = torch.zeros_like(query)
     else:
@@ -40,7 +41,7 @@ def test_ties_go_to_the_lowest_positions(
         liked = query.sum(1, keepdim=True)
         store.keys[:] = liked[:, :, None]
         pages = torch.cat((liked, liked), dim=-1) if page_size > 1 else liked
-        store.index[:] = pages[:, :, None, :, None]
+        store.decoding.buffers.index_tensors[0][:] = pages[:, :, None, :, None]
         key = liked
     workspace = workspace_of(case, store)
     kernel_step(case, store, workspace, (query, key, value), None)
@@ -68,10 +69,10 @@ def test_a_nan_stays_in_the_bounds_of_its_page(page_size: int) -> None:
     plain = copy.deepcopy(store)
     kernel_step(case, store, workspace_of(case, store), (query, key, value), None)
     plain.append(key, value)
-    assert store.index is not None
+    assert store.decoding.buffers.index_tensors[0] is not None
     assert plain.index is not None
-    assert store.index.isnan().sum() == (1 if page_size == 1 else 2)
-    assert torch.equal(store.index.nan_to_num(9.0), plain.index.nan_to_num(9.0))
+    assert store.decoding.buffers.index_tensors[0].isnan().sum() == (1 if page_size == 1 else 2)
+    assert torch.equal(store.decoding.buffers.index_tensors[0].nan_to_num(9.0), plain.index.nan_to_num(9.0))
 
 
 @pytest.mark.parametrize("programs", [1, 7, 200])
@@ -121,7 +122,7 @@ def test_channels_that_are_not_chosen_do_not_matter(bad: float) -> None:
     case = Case(lengths=(300,), channels=17)
     store, [(query, key, value)], _ = make(case)
     assert store.keys is not None
-    assert store.index is not None
+    assert store.decoding.buffers.index_tensors[0] is not None
     chosen = query.abs().sum(1).argsort(dim=-1, descending=True)[0]
     other = copy.deepcopy(store)
     assert other.index is not None
@@ -145,8 +146,14 @@ def test_nothing_beyond_the_buffers_is_touched(length: int, separate: bool, monk
         assert store.keys is not None
         assert store.values is not None
         store.keys, store.values = store.keys[:, :, :256].contiguous(), store.values[:, :, :256].contiguous()
-        store.positions = None if store.positions is None else store.positions[:, :, :256].contiguous()
-        store.index = None if store.index is None else store.index[:, :, :1].contiguous()
+        store.phase.positions = (
+            None if store.phase.positions is None else store.phase.positions[:, :, :256].contiguous()
+        )
+        store.decoding.buffers.index_tensors[0] = (
+            None
+            if store.decoding.buffers.index_tensors[0] is None
+            else store.decoding.buffers.index_tensors[0][:, :, :1].contiguous()
+        )
     space = workspace_of(case, store)
     guard = 1000.0
     scores, chosen = space.scores, space.chosen
@@ -163,8 +170,8 @@ def test_nothing_beyond_the_buffers_is_touched(length: int, separate: bool, monk
         assert before is not None
         assert store.keys is not None
         assert torch.equal(store.keys, before)
-        assert store.lengths is not None
-        assert store.lengths.tolist() == [[256]]
+        assert store.decoding.buffers.seq_lens is not None
+        assert store.decoding.buffers.seq_lens.tolist() == [[256]]
 
 
 @pytest.mark.parametrize("pages", [256, 2048])
@@ -217,19 +224,15 @@ def test_a_step_is_two_launches_and_no_operation(pages: int, launches: int, monk
     query, key, value = steps[0]
     clock, out = store.clock(), torch.zeros_like(query)
     with Counting() as counting:
-        decode.decode_step(
-            query, key, value,
-            keys=store.keys, values=store.values, positions=store.positions, index=store.index, lengths=store.lengths,
-            seen=clock, workspace=workspace, scaling=0.125, out=out,
-        )  # fmt: skip
+        decode.decode_step(query, key, value, AttentionParams(0.125), keys=store.keys, values=store.values, positions=store.phase.positions, index=store.decoding.buffers.index_tensors[0], lengths=store.decoding.buffers.seq_lens, seen=clock, workspace=workspace, out=out)  # fmt: skip
     assert counting.names == []
     assert len(launched) == launches
     # What was recorded is the step: run it.
     for name, args, kwargs, grid in launched:
         kernels[name][grid](*args, **kwargs)
     assert out.count_nonzero() == out.numel()
-    assert store.lengths is not None
-    assert store.lengths.tolist() == [[301]]
+    assert store.decoding.buffers.seq_lens is not None
+    assert store.decoding.buffers.seq_lens.tolist() == [[301]]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +256,7 @@ def test_through_the_backend_over_a_long_decode(case: Case) -> None:
     for first, second in (("torch", "triton"), ("triton", "torch")):
         found = backend.decode_step(query, key, value, store, **given, backend=first)
         assert_near(found, backend.decode_step(query, key, value, plain, **given, backend=second))
-    assert torch.equal(store.positions, plain.positions) if store.positions is not None else False
+    assert torch.equal(store.phase.positions, plain.positions) if store.phase.positions is not None else False
     store.crop(store.seen - 3)
     plain.crop(plain.seen - 3)
     found = backend.decode_step(query, key, value, store, **given, backend="triton")

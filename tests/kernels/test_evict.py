@@ -22,8 +22,9 @@ from torch.nn import functional as F
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
 from rocketkv.core import eviction
+from rocketkv.core.attention import AttentionParams
+from rocketkv.core.compact import compact
 from rocketkv.kernels import evict
-from rocketkv.state.compact import lay_out
 from tracking import Tracker
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -233,9 +234,9 @@ def test_layouts_do_not_matter(layout: int) -> None:
     query, key, value = torch.randn(2, 4, 5, 12), torch.randn(2, 2, 70, 12), torch.randn(2, 2, 70, 7)
     strided, strided_value = views(key)[layout], views(value)[layout]
     assert torch.equal(strided, key)
-    scores = evict.window_scores(query, key, scaling=0.3)
+    scores = evict.window_scores(query, key, AttentionParams(0.3))
     assert torch.equal(
-        evict.window_scores(query.transpose(0, 1).contiguous().transpose(0, 1), strided, scaling=0.3), scores
+        evict.window_scores(query.transpose(0, 1).contiguous().transpose(0, 1), strided, AttentionParams(0.3)), scores
     )
     slots = eviction.select_top(scores, 30)
     expected = evict.compact(key, value, slots, None, None, 30, 40, 3)
@@ -347,7 +348,7 @@ def test_prompt_positions_are_those_of_the_same_scores(
     query, key, value = torch.randn(2, 4, 6, 16) * 2, torch.randn(2, 2, 130, 16), torch.randn(2, 2, 130, 9)
     settings: dict[str, Any] = {"scaling": 0.25, "valid": padding(kind, 2, 2, 130), "kernel_size": kernel_size}
     settings["pool_offset"] = 3
-    scores = eviction.window_scores(query, key, scaling=0.25, valid=settings["valid"])
+    scores = eviction.window_scores(query, key, AttentionParams(0.25), valid=settings["valid"])
     monkeypatch.setattr(evict, "window_scores", lambda *args, **kwargs: scores)
     for kept, counted in ((6, None), (51, None), (51, value)):
         found = evict.prompt_positions(query, key, kept, value=counted, **settings)
@@ -365,7 +366,7 @@ def test_golden_positions(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
     info = json.loads((GOLDEN / "params.json").read_text())
     data = load_file(GOLDEN / f"layer_{layer}.safetensors", device=str(DEVICE))
     key, query = data["key"][:, :, : info["prompt_length"]], data["query_window"]
-    scores = evict.window_scores(query, key, scaling=64**-0.5)
+    scores = evict.window_scores(query, key, AttentionParams(64**-0.5))
     monkeypatch.setattr(evict, "window_scores", lambda *args, **kwargs: scores)
     for budget in (64, 128, 256):
         kept = info["params"][f"layer_{layer}.budget_{budget}"]["prompt_budget"]
@@ -374,7 +375,7 @@ def test_golden_positions(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_compacts(keys: Tensor, values: Tensor, slots: Tensor | None, *others: Any) -> None:
-    expected = lay_out(keys, values, None if slots is None else slots.long(), *others)
+    expected = compact(keys, values, None if slots is None else slots.long(), *others)
     for found, wanted in zip(evict.compact(keys, values, slots, *others), expected, strict=True):
         if wanted is None:
             assert found is None

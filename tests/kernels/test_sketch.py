@@ -12,6 +12,7 @@ from torch import Tensor
 
 from close import assert_near
 from rocketkv import dispatch as backend
+from rocketkv.core.attention import AttentionParams
 from rocketkv.core.residual import residual_attend
 from rocketkv.state.store import KVStore
 
@@ -96,7 +97,7 @@ def assert_step(
     logits, positions = expected_logits(case, plain, query), expected_positions(case, plain, query, sinks)
     errors, allowed = [], []
     for b, h in product(range(len(case.lengths)), range(case.kv_heads)):
-        length, heads = int(store.lengths[b, h]), slice(h * group, (h + 1) * group)  # type: ignore[index]
+        length, heads = int(store.decoding.buffers.seq_lens[b, h]), slice(h * group, (h + 1) * group)  # type: ignore[index]
         chosen, row = torch.arange(length), b * case.kv_heads + h
         scores = workspace.scores[row, :, :length]
         if length > case.token_budget:
@@ -111,8 +112,10 @@ def assert_step(
         errors.append((found[b, heads].cpu().double() - exact).abs().max())
         allowed.append((low.double() - exact).abs().max())
         if case.residual:
-            assert store.missed is not None
-            assert_near(store.missed[b, heads].cpu(), rest, 1e-6 if case.dtype == torch.float32 else 1e-3)
+            assert store.decoding.buffers.missed is not None
+            assert_near(
+                store.decoding.buffers.missed[b, heads].cpu(), rest, 1e-6 if case.dtype == torch.float32 else 1e-3
+            )
     bound = 1e-6 if case.dtype == torch.float32 else 2 * max(allowed)
     assert max(errors) <= bound, (max(errors), bound)
 
@@ -183,14 +186,11 @@ def test_a_bias_is_what_the_reference_adds() -> None:
     query, positions = step[0], expected_positions(case, store, step[0], sinks)
     assert store.keys is not None
     assert store.values is not None
-    assert store.value_sum is not None
-    out, missed = residual_attend(
-        query, store.keys, store.values, positions, expected_logits(case, store, query), store.value_sum,
-        bias=bias, lengths=store.lengths, scaling=case.head_dim**-0.5, softcap=case.softcap, sinks=sinks,
-    )  # fmt: skip
+    assert store.decoding.buffers.value_sum is not None
+    out, missed = residual_attend(query, store.keys, store.values, positions, expected_logits(case, store, query), store.decoding.buffers.value_sum, AttentionParams(case.head_dim**-0.5, softcap=case.softcap, sinks=sinks), bias=bias, lengths=store.decoding.buffers.seq_lens)  # fmt: skip
     assert_near(found, out)
-    assert store.missed is not None
-    assert_near(store.missed, missed)
+    assert store.decoding.buffers.missed is not None
+    assert_near(store.decoding.buffers.missed, missed)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -203,8 +203,8 @@ def test_a_key_that_is_not_finite_spoils_its_own_head_group_only(bad: float) -> 
     found = kernel_step(case, store, workspace_of(case, store), (query, key, value), None)
     plain.append(key, value)
     assert torch.equal(found[0, :2], expected[0, :2])
-    assert torch.equal(store.codes, plain.codes)  # type: ignore[arg-type]
-    assert torch.equal(store.scales.isnan(), plain.scales.isnan())  # type: ignore[union-attr]
+    assert torch.equal(store.decoding.named_index()["codes"], plain.codes)  # type: ignore[arg-type]
+    assert torch.equal(store.decoding.named_index()["scales"].isnan(), plain.scales.isnan())  # type: ignore[union-attr]
 
 
 def test_equal_keys_and_no_difference() -> None:
@@ -212,13 +212,13 @@ def test_equal_keys_and_no_difference() -> None:
     case = Case(sketch_bits=2, head_dim=16, lengths=(140,))
     store, [(query, _, value)], _ = make(case)
     store.keys = torch.ones_like(store.keys)  # type: ignore[arg-type]
-    store.mean = torch.ones_like(store.mean)  # type: ignore[arg-type]
+    store.decoding.named_index()["mean"] = torch.ones_like(store.decoding.named_index()["mean"])  # type: ignore[arg-type]
     store.rebuild_index()
     workspace = workspace_of(case, store)
     out = kernel_step(case, store, workspace, (query, torch.ones_like(value), value), None)
     assert workspace.chosen[0].tolist() == list(range(case.top_k))
-    assert store.scales is not None
-    assert store.scales[0, 0, 140] == 0
+    assert store.decoding.named_index()["scales"] is not None
+    assert store.decoding.named_index()["scales"][0, 0, 140] == 0
     assert store.values is not None
     assert_near(out[0, 0], store.values[0, 0, :141].mean(0), 1e-6)
 
@@ -226,9 +226,21 @@ def test_equal_keys_and_no_difference() -> None:
 def test_a_full_row_stays_as_it_is() -> None:
     case = Case(sketch_bits=2, head_dim=16, lengths=(128,))
     store, [step], _ = make(case)
-    store.keys, store.values, store.positions, store.codes, store.scales = (
+    (
+        store.keys,
+        store.values,
+        store.phase.positions,
+        store.decoding.named_index()["codes"],
+        store.decoding.named_index()["scales"],
+    ) = (
         tensor[:, :, :128].contiguous()
-        for tensor in (store.keys, store.values, store.positions, store.codes, store.scales)  # type: ignore[index]
+        for tensor in (
+            store.keys,
+            store.values,
+            store.phase.positions,
+            store.decoding.named_index()["codes"],
+            store.decoding.named_index()["scales"],
+        )  # type: ignore[index]
     )
     before = {name: tensor.clone() for name, tensor in store.tensors().items()}
     out = kernel_step(case, store, workspace_of(case, store), step, None)
@@ -251,14 +263,14 @@ def test_the_reference_and_the_kernels_take_turns() -> None:
             store.crop(store.seen - 2)
             plain.crop(plain.seen - 2)
         if plain.missed is None:
-            assert store.missed is None
+            assert store.decoding.buffers.missed is None
         else:
-            assert store.missed is not None
-            assert_near(store.missed, plain.missed)
+            assert store.decoding.buffers.missed is not None
+            assert_near(store.decoding.buffers.missed, plain.missed)
     assert len(workspaces) == 1
     assert store.capacity == plain.capacity > 78
-    assert torch.equal(store.codes, plain.codes)  # type: ignore[arg-type]
-    assert torch.equal(store.value_sum, plain.value_sum)  # type: ignore[arg-type]
+    assert torch.equal(store.decoding.named_index()["codes"], plain.codes)  # type: ignore[arg-type]
+    assert torch.equal(store.decoding.buffers.value_sum, plain.value_sum)  # type: ignore[arg-type]
 
 
 def test_equal_steps_give_equal_bits_in_one_place() -> None:

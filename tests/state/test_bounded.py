@@ -13,9 +13,9 @@ from torch import Tensor
 from close import assert_near
 from naive import softmax_weights, top
 from rocketkv.budget import BudgetSplit
-from rocketkv.core.pages import TILE_PAGES, build_index
+from rocketkv.core.pages import TILE_PAGES, build_pages
 from rocketkv.dispatch import decode_step, evict_generated
-from rocketkv.state.bounded import kept_of
+from rocketkv.state.compress import kept_of
 from rocketkv.state.store import KVStore
 from turns import Tokens, left_padding
 
@@ -139,7 +139,7 @@ def started(case: Case, count: int) -> tuple[KVStore, Tokens, Tensor | None, lis
     sinks = torch.randn(case.heads) if case.sinks else None
     store, first = KVStore(), given[slice(0, PROMPT)]
     store.extend(first.key, first.value, None if min(case.lengths) == PROMPT else left_padding(case.lengths, PROMPT))
-    store.remember_queries(first.query, WINDOW)
+    store.prompt.remember(first.query, WINDOW)
     store.close_prompt(
         SPLITS[case.split],
         decode_reserve=5,
@@ -172,9 +172,9 @@ def exact(case: Case, sinks: Tensor | None) -> dict[str, Any]:
 
 
 def positions(store: KVStore, row: int, head: int) -> list[int]:
-    assert store.positions is not None
-    assert store.lengths is not None
-    found: list[int] = store.positions[row, head, : int(store.lengths[row, head])].tolist()
+    assert store.phase.positions is not None
+    assert store.decoding.buffers.seq_lens is not None
+    found: list[int] = store.phase.positions[row, head, : int(store.decoding.buffers.seq_lens[row, head])].tolist()
     return found
 
 
@@ -189,18 +189,18 @@ def step(store: KVStore, given: Tokens, at: int, backend: str = "torch", **setti
 
 def assert_index_is_anew(store: KVStore) -> None:
     """Assert that the bounds of every full page are those of its keys."""
-    if store.index is None:
+    if store.decoding.buffers.index_tensors[0] is None:
         return
     assert store.keys is not None
-    assert store.lengths is not None
+    assert store.decoding.buffers.seq_lens is not None
     assert store.split is not None
     page_size = store.split.page_size
-    rebuilt = build_index(store.keys.clone(), store.stored, page_size)
-    for (b, g), length in zip(torch.cartesian_prod(*map(torch.arange, store.lengths.shape)), store.lengths.flatten(),
+    rebuilt = build_pages(store.keys.clone(), store.stored, page_size)
+    for (b, g), length in zip(torch.cartesian_prod(*map(torch.arange, store.decoding.buffers.seq_lens.shape)), store.decoding.buffers.seq_lens.flatten(),
                               strict=True):  # fmt: skip
         for page in range(int(length) // page_size):
             at = (b, g, page // TILE_PAGES, slice(None), page % TILE_PAGES)
-            assert store.index[at].equal(rebuilt[at])
+            assert store.decoding.buffers.index_tensors[0][at].equal(rebuilt[at])
 
 
 ON_KERNELS = [
@@ -235,10 +235,10 @@ def test_it_is_its_definition(case: Case, backend: str) -> None:
         assert queries.equal(given.query[:, :, at + 1 - WINDOW : at + 1])
     assert store.generated <= CAPACITY
     assert buffers == {name: tensor.data_ptr() for name, tensor in store.tensors().items()}
-    assert store.positions is not None
-    assert store.lengths is not None
-    behind = torch.arange(store.capacity) >= store.lengths[..., None]
-    assert (store.positions[behind] == -1).all()
+    assert store.phase.positions is not None
+    assert store.decoding.buffers.seq_lens is not None
+    behind = torch.arange(store.capacity) >= store.decoding.buffers.seq_lens[..., None]
+    assert (store.phase.positions[behind] == -1).all()
 
 
 @pytest.mark.parametrize("lengths", [(PROMPT, PROMPT), (PROMPT, 33, 9)], ids=["uniform", "ragged"])
@@ -251,9 +251,9 @@ def test_the_control_keeps_the_window_and_others_by_chance(lengths: tuple[int, .
         full = store.stored == store.capacity
         for each, by_chance in ((store, True), (again, True), (ranked, False)):
             step(each, given, at, at_random=by_chance, **exact(case, sinks))
-        assert store.positions is not None
+        assert store.phase.positions is not None
         assert again.positions is not None
-        assert store.positions.equal(again.positions)
+        assert store.phase.positions.equal(again.positions)
         if full:
             evictions += 1
             for b in range(len(lengths)):
@@ -264,7 +264,7 @@ def test_the_control_keeps_the_window_and_others_by_chance(lengths: tuple[int, .
                 assert generated[0][0] >= PROMPT
     assert evictions == 4
     assert ranked.positions is not None
-    assert not store.positions.equal(ranked.positions)
+    assert not store.phase.positions.equal(ranked.positions)
 
 
 def test_what_cannot_be_evicted_is_refused() -> None:

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from rocketkv.budget import METHODS, BudgetSplit
-from rocketkv.core.constants import MOST_STEPS, _steps, number, steps
+from rocketkv.core.attention import AttentionParams
 from rocketkv.dispatch import decode_step
-from rocketkv.state.reference import recent
 from rocketkv.state.store import KVStore
 from tracking import Tracker
 from turns import HKV, Tokens, close, decode, extend, left_padding, tokens
@@ -98,7 +97,7 @@ def test_a_step_has_gradients(residual: bool) -> None:
     given = wide(1)
     query = given.query[:, :, 0].requires_grad_()
     decode_step(
-        query, given.key[:, :, 0], given.value[:, :, 0], store, scaling=WIDTH**-0.5, backend="torch"
+        query, given.key[:, :, 0], given.value[:, :, 0], store, AttentionParams(WIDTH**-0.5), backend="torch"
     ).sum().backward()
     assert query.grad is not None
     assert query.grad.isfinite().all()

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from close import assert_near
 from rocketkv.budget import BudgetSplit
 from rocketkv.config import RocketKVConfig
-from rocketkv.core.attention import select
+from rocketkv.core.attention import AttentionParams
+from rocketkv.core.topk import select
 from rocketkv.dispatch import close_prompt, decode_step
 from rocketkv.hf.handover import claim
 from rocketkv.hf.layer import RocketKVLayer
@@ -51,21 +52,24 @@ def test_one_turn(layer: int, budget: int) -> None:
     key, value, prompt = data["key"], data["value"], info["prompt_length"]
     store = KVStore()
     store.extend(key[:, :, :prompt], value[:, :, :prompt])
-    store.remember_queries(data["query_window"], info["window_size"])
-    store.close_prompt(
+    store.prompt.remember(data["query_window"], info["window_size"])
+    close_prompt(
+        store,
         explicit_split(budget, params),
+        AttentionParams(SCALING),
         decode_reserve=info["max_new_tokens"],
         kernel_size=info["kernel_size"],
-        scaling=SCALING,
     )
     kept = data[f"kept_positions.budget_{budget}"]
-    assert store.positions is not None
+    assert store.phase.positions is not None
     assert store.stored == kept.shape[2] == params["prompt_budget"]
-    assert torch.equal(store.positions[:, :, : store.stored], kept)
+    assert torch.equal(store.phase.positions[:, :, : store.stored], kept)
     expected = data[f"decode_output.budget_{budget}"]
     for i in range(info["decode_steps"]):
         at = prompt + i
-        out = decode_step(data["query_decode"][:, :, i], key[:, :, at], value[:, :, at], store, scaling=SCALING)
+        out = decode_step(
+            data["query_decode"][:, :, i], key[:, :, at], value[:, :, at], store, AttentionParams(SCALING)
+        )
         assert_near(out, expected[:, :, i])
 
 
@@ -97,7 +101,7 @@ class Turns:
         self.layer.armed = True
         returned, _ = self.layer.update(key, value)
         assert claim(returned) is self.layer
-        out = self.layer.attend(query, None, scaling=SCALING, softcap=None, sinks=None, fast=causal)
+        out = self.layer.attend(query, None, AttentionParams(SCALING), fast=causal)
         return out.transpose(1, 2)
 
 
@@ -164,8 +168,10 @@ def test_one_turn_by_the_kernels_and_what_they_select(layer: int, budget: int, m
     stores = {name: KVStore() for name in ("torch", "triton")}
     for name, store in stores.items():
         store.extend(key[:, :, :prompt], value[:, :, :prompt])
-        store.remember_queries(data["query_window"], info["window_size"])
-        close_prompt(store, split, backend=name, decode_reserve=16, kernel_size=info["kernel_size"], scaling=SCALING)
+        store.prompt.remember(data["query_window"], info["window_size"])
+        close_prompt(
+            store, split, AttentionParams(SCALING), backend=name, decode_reserve=16, kernel_size=info["kernel_size"]
+        )
     for field in ("positions", "keys", "values", "index", "lengths"):
         assert torch.equal(getattr(stores["torch"], field), getattr(stores["triton"], field)), field
     selected: list[Tensor] = []
@@ -179,8 +185,10 @@ def test_one_turn_by_the_kernels_and_what_they_select(layer: int, budget: int, m
     workspaces: dict[Any, Any] = {}
     for i in range(info["decode_steps"]):
         step = data["query_decode"][:, :, i], key[:, :, prompt + i], value[:, :, prompt + i]
-        decode_step(*step, stores["torch"], scaling=SCALING, backend="torch")
-        out = decode_step(*step, stores["triton"], scaling=SCALING, backend="triton", workspaces=workspaces)
+        decode_step(*step, stores["torch"], params=AttentionParams(SCALING), backend="torch")
+        out = decode_step(
+            *step, stores["triton"], params=AttentionParams(SCALING), backend="triton", workspaces=workspaces
+        )
         assert_near(out, data[f"decode_output.budget_{budget}"][:, :, i])
         (workspace,) = workspaces.values()
         assert workspace.chosen.tolist() == selected[-1].flatten(0, 1).tolist()

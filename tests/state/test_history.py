@@ -14,6 +14,7 @@ from close import assert_near
 from naive_methods import HKV, KERNEL, SCALING, WINDOW, D, H, Head, snap, sparse
 from rocketkv.budget import BudgetSplit
 from rocketkv.config import RocketKVConfig
+from rocketkv.core.attention import AttentionParams
 from rocketkv.hf.handover import claim
 from rocketkv.hf.layer import RocketKVLayer
 from rocketkv.hf.turns import prompt_part
@@ -41,7 +42,7 @@ def forward(made: RocketKVLayer, given: tuple[Tensor, Tensor, Tensor], start: in
     made.armed = True
     returned, _ = made.update(key, value)
     assert claim(returned) is made
-    return made.attend(query, None, scaling=SCALING, softcap=None, sinks=None, fast=no_fast).transpose(1, 2)
+    return made.attend(query, None, AttentionParams(SCALING), fast=no_fast).transpose(1, 2)
 
 
 def defined(head: Head, turns: list[tuple[int, int]]) -> Tensor:
@@ -174,7 +175,7 @@ def test_rows_of_different_lengths_are_absorbed_each_from_its_own_slots() -> Non
     given = torch.randn(3, H, 90, D), torch.randn(3, HKV, 90, D), torch.randn(3, HKV, 90, D)
     valid = torch.arange(total) >= total - torch.tensor(lengths)[:, None]
     made.store.extend(given[1][:, :, :total], given[2][:, :, :total], valid)
-    made.store.remember_queries(given[0][:, :, :total], WINDOW)
+    made.store.prompt.remember(given[0][:, :, :total], WINDOW)
     made.prompt_tokens = total
     made.close_prompt({"scaling": SCALING})
     assert not made.store.uniform

@@ -14,8 +14,10 @@ from torch import Tensor
 import rocketkv
 from close import assert_near
 from monitor_case import ALL_STORED, PLUS, SPLIT, errors, exact, layer, run
+from rocketkv.core.attention import AttentionParams
 from rocketkv.dispatch import decode_step
-from rocketkv.state.loss import (
+from rocketkv.state.compress import close_prompt
+from rocketkv.state.missed import (
     attend_all_where,
     attend_stored,
     attend_wider_where,
@@ -34,9 +36,9 @@ def stepped(request: pytest.FixtureRequest) -> tuple[KVStore, Tensor, Tensor, Te
     """Return a store after a step, its query, output and missed mass; rows may be short, even within the budget."""
     store, late = KVStore(), tokens(3, 3)
     extend(store, tokens(3, PROMPT), None if request.param is None else left_padding(request.param, PROMPT))
-    store.close_prompt(SPLIT, decode_reserve=RESERVE, kernel_size=KERNEL, scaling=SCALING)
+    close_prompt(store, SPLIT, AttentionParams(SCALING), decode_reserve=RESERVE, kernel_size=KERNEL)
     for i in range(3):
-        out = decode_step(late.query[:, :, i], late.key[:, :, i], late.value[:, :, i], store, scaling=SCALING)
+        out = decode_step(late.query[:, :, i], late.key[:, :, i], late.value[:, :, i], store, AttentionParams(SCALING))
     missed = missed_mass(store, H)
     assert missed is not None
     return store, late.query[:, :, 2], out, missed
@@ -54,9 +56,9 @@ def test_some_heads_attend_to_everything(
     store, query, out, missed = stepped
     own = {"softcap": softcap, "sinks": torch.randn(H) if sinks else None}
     expected = exact(store, query, **own)
-    assert_near(attend_stored(query, store, scaling=SCALING, **own), expected)
+    assert_near(attend_stored(query, store, AttentionParams(SCALING), **own), expected)
     before = out.clone(), missed.clone()
-    found, rest = attend_all_where(some_heads(), query, store, out, missed, scaling=SCALING, **own)
+    found, rest = attend_all_where(some_heads(), query, store, out, missed, AttentionParams(SCALING), **own)
     chosen = some_heads().repeat_interleave(H // HKV, dim=1)
     assert_near(found[chosen], expected[chosen])
     assert found[~chosen].equal(out[~chosen])
@@ -75,7 +77,7 @@ def test_wider_heads_miss_no_more_than_the_bound(
     own = {"sinks": torch.randn(H) if sinks else None}
     passed = some_heads() & beyond(missed, bound, HKV)
     chosen = passed.repeat_interleave(H // HKV, dim=1)
-    found, rest = attend_wider_where(passed, bound, query, store, out, missed, scaling=SCALING, **own)
+    found, rest = attend_wider_where(passed, bound, query, store, out, missed, AttentionParams(SCALING), **own)
     assert found[~chosen].equal(out[~chosen])
     assert chosen.any()
     assert (rest[chosen] <= bound).all()
@@ -107,8 +109,8 @@ def test_dense_gives_what_attention_to_all_that_is_stored_gives() -> None:
         assert_near(found, expected)
         lost = max(lost, float(errors(out, expected).max()))
     assert lost > 0.1
-    assert dense.store.missed is not None
-    assert not dense.store.missed.any()  # what the step gave in the end misses nothing
+    assert dense.store.decoding.buffers.missed is not None
+    assert not dense.store.decoding.buffers.missed.any()  # what the step gave in the end misses nothing
 
 
 def test_wider_steps_err_less() -> None:
@@ -169,10 +171,10 @@ def test_the_estimate_is_as_defined() -> None:
     out = run(made, given)[-1]
     store = made.store
     assert store.values is not None
-    assert store.missed is not None
+    assert store.decoding.buffers.missed is not None
     for row in range(2):
         for head in range(H):
-            missed = float(store.missed[row, head])
+            missed = float(store.decoding.buffers.missed[row, head])
             mean = store.values[row, head // (H // HKV), : store.stored].double().mean(0)
             distance = float((out[row, head] - mean).norm() / out[row, head].norm())
             expected = missed / (1 - missed) * distance

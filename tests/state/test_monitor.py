@@ -17,6 +17,7 @@ from close import assert_near
 from monitor_case import ALL_STORED, PLUS, SPLIT, errors, exact, forward, layer, run
 from naive import attention
 from rocketkv.config import RocketKVConfig
+from rocketkv.core.attention import AttentionParams
 from rocketkv.dispatch import decode_step
 from rocketkv.hf.cache import RocketKVCache, cache_stats, rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
@@ -115,7 +116,9 @@ def test_unasked_no_operation_is_added() -> None:
     store = copy.deepcopy(made.store)
     with Operations() as bare:
         query, key, value = (part[:, :, -1:] for part in (given.query, given.key, given.value))
-        decode_step(query[:, :, 0], key[:, :, 0], value[:, :, 0], store, scaling=SCALING)[:, None].transpose(1, 2)
+        decode_step(query[:, :, 0], key[:, :, 0], value[:, :, 0], store, AttentionParams(SCALING))[:, None].transpose(
+            1, 2
+        )
     with Operations() as found:
         forward(made, given[PROMPT + 3 :])
     computed = [[name for name in done.names if not name.startswith("aten.slice")] for done in (bare, found)]
@@ -176,7 +179,7 @@ def test_a_history_of_padded_rows_is_of_their_tokens() -> None:
     made.close_prompt({"scaling": SCALING, "softcap": None, "sinks": None})
     late = tokens(2, 3)
     for i in range(3):
-        decode_step(late.query[:, :, i], late.key[:, :, i], late.value[:, :, i], made.store, scaling=SCALING)
+        decode_step(late.query[:, :, i], late.key[:, :, i], late.value[:, :, i], made.store, AttentionParams(SCALING))
     assert made.history is not None
     for row, first in ((0, 0), (1, PROMPT - 33)):
         keys, values = made.history.head(made.store, row, 1)

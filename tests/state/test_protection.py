@@ -13,8 +13,10 @@ from naive import top
 from protection_case import RANGES, SPAN, kept_by
 from rocketkv import RocketKVConfig
 from rocketkv.budget import BudgetSplit, with_protected
-from rocketkv.core.attention import select
+from rocketkv.core.attention import AttentionParams
 from rocketkv.core.pages import page_count
+from rocketkv.core.topk import select
+from rocketkv.state.compress import close_prompt
 from rocketkv.state.protection import RowMarks, message_numbers, protected_first, protected_slots, with_fair_shares
 from rocketkv.state.store import KVStore
 from turns import HKV, Tokens, extend, left_padding, tokens
@@ -121,7 +123,7 @@ def closed(given: Tokens, valid: Tensor | None, ranges: tuple[tuple[int, int], .
         skipped = [0] * len(given.key) if valid is None else valid.int().argmax(-1).tolist()
         shifted = [tuple((start + by, stop + by) for start, stop in ranges) for by in skipped]
         store.marks = tuple(RowMarks(each, messages) for each in shifted)
-    store.close_prompt(SPLIT_OF_8, decode_reserve=5, kernel_size=5, scaling=0.4)
+    close_prompt(store, SPLIT_OF_8, AttentionParams(0.4), decode_reserve=5, kernel_size=5)
     return store
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 import rocketkv
 from close import assert_near
-from rocketkv.dispatch import decode_step
-from rocketkv.ops import static_step
+from rocketkv.core.attention import AttentionParams
+from rocketkv.dispatch import decode_step, static_step
+from rocketkv.state.compress import close_prompt
 from rocketkv.state.store import KVStore
 from static import run_static, static_pair
 from tracking import Tracker
@@ -66,13 +67,17 @@ def assert_same(found: KVStore, expected: KVStore) -> None:
 
 def ask(store: KVStore, question: Tokens, split: str, room: int | None = None) -> None:
     extend(store, question)
-    store.close_prompt(SPLITS[split], decode_reserve=RESERVE, kernel_size=KERNEL, scaling=SCALING, decode_capacity=room)
+    close_prompt(
+        store, SPLITS[split], AttentionParams(SCALING), decode_reserve=RESERVE, kernel_size=KERNEL, decode_capacity=room
+    )
 
 
 def started(split: str, given: Tokens, valid: Tensor | None, room: int | None) -> KVStore:
     store = KVStore()
     extend(store, given, valid)
-    store.close_prompt(SPLITS[split], decode_reserve=RESERVE, kernel_size=KERNEL, scaling=SCALING, decode_capacity=room)
+    close_prompt(
+        store, SPLITS[split], AttentionParams(SCALING), decode_reserve=RESERVE, kernel_size=KERNEL, decode_capacity=room
+    )
     return store
 
 
@@ -151,10 +156,10 @@ def test_an_index_of_several_tiles_comes_back() -> None:
         decode(store, tokens(1, 200))
         store.restore(new)
         assert_same(store, expected)
-        assert store.index is not None
+        assert store.decoding.buffers.index_tensors[0] is not None
         assert expected.index is not None
-        assert store.index[:, :, :2].equal(expected.index[:, :, :2])
-        assert store.index[:, :, 2, :, :44].equal(expected.index[:, :, 2, :, :44])
+        assert store.decoding.buffers.index_tensors[0][:, :, :2].equal(expected.index[:, :, :2])
+        assert store.decoding.buffers.index_tensors[0][:, :, 2, :, :44].equal(expected.index[:, :, 2, :, :44])
         assert decode(store, late).equal(right)
 
 
@@ -162,8 +167,13 @@ def test_an_index_in_eight_bits_comes_back() -> None:
     split = rocketkv.BudgetSplit(token_budget=BUDGET, page_size=2, channels=D, top_k=8)
     store = KVStore()
     extend(store, tokens(1, PROMPT))
-    store.close_prompt(
-        split, decode_reserve=RESERVE, kernel_size=KERNEL, scaling=SCALING, index_dtype=torch.float8_e5m2
+    close_prompt(
+        store,
+        split,
+        AttentionParams(SCALING),
+        decode_reserve=RESERVE,
+        kernel_size=KERNEL,
+        index_dtype=torch.float8_e5m2,
     )
     old = store.snapshot()
     decode(store, tokens(1, 9))
@@ -191,8 +201,8 @@ def test_what_spoilt_a_dropped_continuation_spoils_nothing_else(
     for tensor, whole in ((store.keys, True), (store.values, True)):
         assert tensor is not None
         assert tensor.isfinite().all() == whole
-    assert store.positions is not None
-    assert (store.positions >= 0).sum(-1).equal(store.lengths.long())  # type: ignore[union-attr]
+    assert store.phase.positions is not None
+    assert (store.phase.positions >= 0).sum(-1).equal(store.decoding.buffers.seq_lens.long())  # type: ignore[union-attr]
     late = tokens(3, 5)
     assert decode(store, late).equal(decode(expected, late))
 
@@ -201,7 +211,11 @@ def storages(*stores: Any) -> dict[int, int]:
     """Return the bytes of every storage that stores and snapshots hold, by its address."""
     found: dict[int, int] = {}
     for each in stores:
-        tensors = [*each.tensors().values()] if isinstance(each, KVStore) else [*each.home.values(), each.lengths]
+        tensors = (
+            [*each.tensors().values()]
+            if isinstance(each, KVStore)
+            else [*each.home.values(), each.decoding.buffers.seq_lens]
+        )
         tensors += [] if isinstance(each, KVStore) else [part for _, part in each.saved.values()]
         found |= {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
     return found
@@ -214,13 +228,13 @@ def test_a_snapshot_shares_everything_but_the_lengths(split: str, valid: Tensor 
     before = storages(store)
     with Tracker(known=store.tensors().values()) as tracker:
         taken = [store.snapshot() for _ in range(5)]
-    assert tracker.peak == 5 * store.lengths.nbytes  # type: ignore[union-attr]
+    assert tracker.peak == 5 * store.decoding.buffers.seq_lens.nbytes  # type: ignore[union-attr]
     decode(store, tokens(3, RESERVE - 3))  # in the room
     store.restore(taken[0])
     decode(store, tokens(3, 4))
     store.crop(store.seen - 4)
     store.restore(taken[4])
-    lengths = {each.lengths.untyped_storage().data_ptr() for each in taken}  # type: ignore[union-attr]
+    lengths = {each.decoding.buffers.seq_lens.untyped_storage().data_ptr() for each in taken}  # type: ignore[union-attr]
     assert set(storages(store, *taken)) - set(before) == lengths
     assert not any(each.saved for each in taken)
 
@@ -358,7 +372,9 @@ def test_steps_of_the_kernels_are_taken_back() -> None:
     def steps(tokens: Tokens) -> Tensor:
         parts = (tokens.query, tokens.key, tokens.value)
         each = ([part[:, :, i] for part in parts] for i in range(len(tokens)))
-        return torch.stack([decode_step(*step, store, scaling=SCALING, **settings) for step in each], dim=2)  # type: ignore[arg-type]
+        return torch.stack(
+            [decode_step(*step, store, params=AttentionParams(SCALING), **settings) for step in each], dim=2
+        )  # type: ignore[arg-type]
 
     steps(other[:1])
     taken, expected = store.snapshot(), copy.deepcopy(store)

@@ -11,9 +11,9 @@ from torch import Tensor
 import rocketkv
 from close import assert_near
 from rocketkv.budget import BudgetSplit
-from rocketkv.core.masks import LazyMask
 from rocketkv.hf.cache import rocketkv_layers
 from rocketkv.hf.layer import RocketKVLayer
+from rocketkv.hf.masks import LazyMask
 from rocketkv.hf.models import CACHE_ARGUMENT
 from static import PADDED, PROMPT, ROOM, STATIC, inputs_of, later, own_loop, places
 from tiny import LARGE, SETTINGS, SKETCH_SPLIT, SMALL, SPLIT, build, greedy

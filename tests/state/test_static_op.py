@@ -9,8 +9,8 @@ import torch
 
 from close import assert_near
 from rocketkv.budget import METHODS
-from rocketkv.dispatch import decode_step, run_kernels
-from rocketkv.ops import static_step
+from rocketkv.core.attention import AttentionParams
+from rocketkv.dispatch import decode_step, run_kernels, static_step
 from static import run_static, static_pair
 from tracking import Tracker
 from turns import BUDGET, SCALING, SPLITS, D, Tokens, decode, prompted, tokens
@@ -29,9 +29,9 @@ def test_the_operator_equals_a_store_that_grows(method: str, lengths: list[int] 
     assert_near(found, decode(growing, given))
     static.advance_uncounted(captured=False)  # nobody counted these steps
     assert (static.seen, static.stored, static.shortest) == (growing.seen, growing.stored, growing.shortest)
-    assert static.lengths is not None
-    assert growing.lengths is not None
-    assert static.lengths.equal(growing.lengths)
+    assert static.decoding.buffers.seq_lens is not None
+    assert growing.decoding.buffers.seq_lens is not None
+    assert static.decoding.buffers.seq_lens.equal(growing.decoding.buffers.seq_lens)
     for name in ("keys", "values", "positions"):
         buffer, other = getattr(static, name), getattr(growing, name)
         assert buffer.equal(other[:, :, : static.capacity]), name
@@ -53,7 +53,7 @@ def test_the_operator_with_softcap_and_sinks(method: str, extra: dict[str, Any])
     found = run_static(static_step(given.query[:, :, 0], static), given, **extra)
     for i in range(len(given)):
         out = decode_step(
-            given.query[:, :, i], given.key[:, :, i], given.value[:, :, i], growing, scaling=SCALING, **extra
+            given.query[:, :, i], given.key[:, :, i], given.value[:, :, i], growing, AttentionParams(SCALING), **extra
         )
         assert_near(found[:, :, i], out)
 
@@ -81,8 +81,8 @@ def test_a_full_row_stays_as_it_is() -> None:
     before = {name: tensor.clone() for name, tensor in static.tensors().items()}
     out = run_static(step, tokens(2, 1))
     assert out.isfinite().all()
-    assert static.lengths is not None
-    full = static.lengths == static.capacity
+    assert static.decoding.buffers.seq_lens is not None
+    full = static.decoding.buffers.seq_lens == static.capacity
     assert full[0].all()
     assert not full[1].any()
     for name in ("keys", "values", "positions", "index"):
@@ -128,7 +128,7 @@ def test_a_step_on_the_kernels_does_nothing_else(method: str, monkeypatch: pytes
             return lambda *args, **kwargs: launched.append(self.name)
 
     kernels = ["append_sketch_kernel" if method == "rocketkv+" else "append_score_kernel", "select_attend_kernel"]
-    names = list(static.index_parts())
+    names = list(static.decoding.named_index())
     for name in kernels:
         monkeypatch.setattr(decode_kernels, name, Launched(name))
     second = Tokens(*(tensor[:, :, 1:2].clone() for tensor in (given.query, given.key, given.value)))

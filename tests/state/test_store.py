@@ -146,8 +146,11 @@ def test_a_crop_into_what_was_evicted_is_refused_with_the_bound(split: str, vali
     assert_same(store, before)
     store.crop(bound)
     assert store.seen == bound
-    assert store.lengths is not None
-    assert (store.shortest, store.stored) == (int(store.lengths.min()), int(store.lengths.max()))
+    assert store.decoding.buffers.seq_lens is not None
+    assert (store.shortest, store.stored) == (
+        int(store.decoding.buffers.seq_lens.min()),
+        int(store.decoding.buffers.seq_lens.max()),
+    )
     assert decode(store, tokens(3, 2)).isfinite().all()
 
 
@@ -320,9 +323,9 @@ def test_a_rolling_store_refuses_a_crop_into_what_it_dropped(lengths: list[int])
     bound = int(found.group(1))
     assert size + 5 < bound <= size + steps
     store.crop(bound)
-    assert store.positions is not None
-    assert int(store.positions.max()) == bound - 1
-    assert torch.equal(store.lengths, (store.positions >= 0).sum(-1))  # type: ignore[arg-type]
+    assert store.phase.positions is not None
+    assert int(store.phase.positions.max()) == bound - 1
+    assert torch.equal(store.decoding.buffers.seq_lens, (store.phase.positions >= 0).sum(-1))  # type: ignore[arg-type]
     assert decode(store, tokens(2, 2)).isfinite().all()
 
 

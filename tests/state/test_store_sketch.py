@@ -16,11 +16,12 @@ from naive import attention
 from rocketkv import dispatch as backend
 from rocketkv.budget import BudgetSplit
 from rocketkv.config import RocketKVConfig
+from rocketkv.core.attention import AttentionParams
 from rocketkv.core.residual import sum_values
-from rocketkv.core.sketch import Sketch, rotation, write_tokens
+from rocketkv.core.sketch import Sketch, rotation_matrix, write_tokens
 from rocketkv.dispatch import decode_step
-from rocketkv.state.bounded import evict_generated
-from rocketkv.state.loss import missed_mass
+from rocketkv.state.compress import close_prompt, evict_generated
+from rocketkv.state.missed import missed_mass
 from rocketkv.state.protection import RowMarks
 from rocketkv.state.stats import store_stats
 from rocketkv.state.store import KVStore
@@ -55,8 +56,8 @@ def valid(request: pytest.FixtureRequest) -> Tensor | None:
 
 def in_use(store: KVStore) -> dict[str, Tensor]:
     """Return what is kept beside keys and values, zero where no token is."""
-    assert store.lengths is not None
-    filled = torch.arange(store.stored) < store.lengths[..., None]
+    assert store.decoding.buffers.seq_lens is not None
+    filled = torch.arange(store.stored) < store.decoding.buffers.seq_lens[..., None]
     parts = {name: getattr(store, name) for name in NAMES}
     parts["codes"] = parts["codes"][:, :, : store.stored] * filled[..., None]
     parts["scales"] = parts["scales"][:, :, : store.stored].float() * filled
@@ -89,9 +90,9 @@ def test_appended_it_is_as_rebuilt(bits: int, dtype: torch.dtype, valid: Tensor 
     assert_as_rebuilt(store)
     decode(store, late)
     assert_as_rebuilt(store)
-    assert store.codes is not None
+    assert store.decoding.named_index()["codes"] is not None
     assert store.keys is not None
-    assert store.codes.shape[:3] == store.keys.shape[:3]
+    assert store.decoding.named_index()["codes"].shape[:3] == store.keys.shape[:3]
 
 
 @pytest.mark.parametrize("static", [None, 3 * RESERVE], ids=["grows", "static"])
@@ -101,7 +102,9 @@ def test_a_token_that_was_taken_back_leaves_no_trace(static: int | None, valid: 
     for _ in range(2):
         store = KVStore()
         extend(store, given, valid)
-        store.close_prompt(PLUS, decode_reserve=RESERVE, kernel_size=KERNEL, scaling=SCALING, decode_capacity=static)
+        close_prompt(
+            store, PLUS, AttentionParams(SCALING), decode_reserve=RESERVE, kernel_size=KERNEL, decode_capacity=static
+        )
         decode(store, early)
         stores.append(store)
     straight, cropped = stores
@@ -119,7 +122,9 @@ def test_a_token_that_was_taken_back_leaves_no_trace(static: int | None, valid: 
 def test_a_way_back_over_reordered_rows(valid: Tensor | None) -> None:
     store = KVStore()
     extend(store, tokens(3, PROMPT), valid)
-    store.close_prompt(PLUS, decode_reserve=RESERVE, kernel_size=KERNEL, scaling=SCALING, decode_capacity=RESERVE)
+    close_prompt(
+        store, PLUS, AttentionParams(SCALING), decode_reserve=RESERVE, kernel_size=KERNEL, decode_capacity=RESERVE
+    )
     decode(store, tokens(3, 3))
     expected, taken, late = copy.deepcopy(store), store.snapshot(), tokens(3, 5)
     store.map(lambda tensor: tensor.index_select(0, torch.tensor([2, 0, 0])))
@@ -135,12 +140,12 @@ def test_what_is_evicted_of_the_generated_tokens_goes_everywhere(valid: Tensor |
     settings: dict[str, Any] = {"decode_reserve": RESERVE, "kernel_size": KERNEL, "scaling": SCALING}
     store.close_prompt(PLUS, decode_capacity=RESERVE, remembered=WINDOW, **settings)
     before = {name: getattr(store, name).data_ptr() for name in NAMES}
-    mean = store.mean.clone()  # type: ignore[union-attr]
+    mean = store.decoding.named_index()["mean"].clone()  # type: ignore[union-attr]
     decode(store, tokens(3, RESERVE))
-    evict_generated(store, RESERVE // 2, kernel_size=KERNEL, scaling=SCALING)
+    evict_generated(store, RESERVE // 2, AttentionParams(SCALING), kernel_size=KERNEL)
     assert_as_rebuilt(store)
-    assert store.mean is not None
-    assert store.mean.equal(mean)
+    assert store.decoding.named_index()["mean"] is not None
+    assert store.decoding.named_index()["mean"].equal(mean)
     decode(store, tokens(3, RESERVE // 2))
     assert_as_rebuilt(store)
     assert {name: getattr(store, name).data_ptr() for name in NAMES} == before
@@ -152,16 +157,16 @@ def test_another_prompt_has_a_mean_of_its_own(valid: Tensor | None) -> None:
     question = tokens(3, 20)
     question.key.add_(5)
     extend(store, question)
-    assert store.index_parts() == {}
-    assert store.value_sum is None
+    assert store.decoding.named_index() == {}
+    assert store.decoding.buffers.value_sum is None
     close(store, PLUS)
     assert store.keys is not None
-    assert store.mean is not None
-    assert store.lengths is not None
+    assert store.decoding.named_index()["mean"] is not None
+    assert store.decoding.buffers.seq_lens is not None
     for row in range(3):
         for head in range(HKV):
-            held = store.keys[row, head, : int(store.lengths[row, head])]
-            assert_near(store.mean[row, head], held.mean(0))
+            held = store.keys[row, head, : int(store.decoding.buffers.seq_lens[row, head])]
+            assert_near(store.decoding.named_index()["mean"][row, head], held.mean(0))
     assert_as_rebuilt(store)
 
 
@@ -195,11 +200,11 @@ def test_the_missed_weight_is_that_of_the_others() -> None:
     store = prompted(tokens(2, PROMPT), replace(PLUS, sketch_bits=4, top_k=6, by_largest=False))
     given = tokens(2, 3)
     decode(store, given[:2])
-    assert store.missed is not None
-    before = store.missed.data_ptr()
+    assert store.decoding.buffers.missed is not None
+    before = store.decoding.buffers.missed.data_ptr()
     decode(store, given[2:])
-    assert store.missed.data_ptr() == before
-    assert store.missed.shape == (2, H)
+    assert store.decoding.buffers.missed.data_ptr() == before
+    assert store.decoding.buffers.missed.shape == (2, H)
     assert store.keys is not None
     keys = store.keys[:, :, : store.stored].repeat_interleave(H // HKV, 1)
     weights = torch.einsum("bhd,bhnd->bhn", given.query[:, :, 2] * SCALING, keys).softmax(-1)
@@ -221,11 +226,13 @@ def test_a_residual_beside_pages(page_size: int, valid: Tensor | None) -> None:
     out = decode(store, late)
     assert store.keys is not None
     assert store.values is not None
-    assert store.lengths is not None
-    seen = [[range(int(length)) for length in row] for row in store.lengths]
+    assert store.decoding.buffers.seq_lens is not None
+    seen = [[range(int(length)) for length in row] for row in store.decoding.buffers.seq_lens]
     assert_near(out[:, :, -1], attention(late.query[:, :, -1], store.keys, store.values, SCALING, seen))
-    assert store.value_sum is not None
-    assert store.value_sum.equal(sum_values(store.values, store.stored, store.lengths))
+    assert store.decoding.buffers.value_sum is not None
+    assert store.decoding.buffers.value_sum.equal(
+        sum_values(store.values, store.stored, store.decoding.buffers.seq_lens)
+    )
 
 
 def test_sums_do_not_depend_on_blocks_or_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,10 +267,12 @@ def test_the_kernels_leave_a_residual_of_pages_to_pytorch_and_say_so(monkeypatch
     other = copy.deepcopy(store)
     given = tokens(1, 3)
     with pytest.warns(UserWarning, match="needs the scores of a sketch; the kernels have it for no other"):
-        found = decode_step(given.query[:, :, 0], given.key[:, :, 0], given.value[:, :, 0], store, scaling=SCALING)
+        found = decode_step(
+            given.query[:, :, 0], given.key[:, :, 0], given.value[:, :, 0], store, AttentionParams(SCALING)
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        decode_step(given.query[:, :, 1], given.key[:, :, 1], given.value[:, :, 1], store, scaling=SCALING)
+        decode_step(given.query[:, :, 1], given.key[:, :, 1], given.value[:, :, 1], store, AttentionParams(SCALING))
     monkeypatch.undo()
     assert found.equal(decode(other, given[:1])[:, :, 0])
 
@@ -271,7 +280,7 @@ def test_the_kernels_leave_a_residual_of_pages_to_pytorch_and_say_so(monkeypatch
 def test_a_static_store_without_room_refuses_and_stays_whole() -> None:
     store = KVStore()
     extend(store, tokens(1, PROMPT))
-    store.close_prompt(PLUS, decode_reserve=RESERVE, kernel_size=KERNEL, scaling=SCALING, decode_capacity=3)
+    close_prompt(store, PLUS, AttentionParams(SCALING), decode_reserve=RESERVE, kernel_size=KERNEL, decode_capacity=3)
     decode(store, tokens(1, 3))
     before = copy.deepcopy(store)
     with pytest.raises(ValueError, match="decode_capacity=3"):
@@ -293,7 +302,7 @@ def test_tokens_written_one_by_one_are_those_of_the_buffer() -> None:
     late = tokens(2, 4)
     decode(store, late)
     assert expected.keys is not None
-    sketch = {name: tensor.clone() for name, tensor in expected.index_parts().items()}
-    write_tokens(Sketch(**sketch), late.key, expected.stored, rotation(D), 2)
+    sketch = {name: tensor.clone() for name, tensor in expected.decoding.named_index().items()}
+    write_tokens(Sketch(**sketch), late.key, expected.stored, rotation_matrix(D), 2)
     for name, tensor in sketch.items():
         assert tensor.equal(getattr(store, name)), name

@@ -143,9 +143,9 @@ def test_evicted_tokens_of_equal_keys_and_values_count_as_they_would(layers: lis
     split = fitted_split(arm, CASE)
     layer = layers[0]
     own = ArmLayer(arm, split, layer, PROMPT)
-    assert own.store.positions is not None
+    assert own.store.phase.positions is not None
     gone = torch.ones(*layer.key.shape[:2], PROMPT, dtype=torch.bool)
-    gone.scatter_(2, own.store.positions[:, :, : own.store.stored].long(), False)
+    gone.scatter_(2, own.store.phase.positions[:, :, : own.store.stored].long(), False)
     key, value = layer.key.clone(), layer.value.clone()
     key[:, :, :PROMPT][gone] = 0.25
     value[:, :, :PROMPT][gone] = 0.5
@@ -153,7 +153,7 @@ def test_evicted_tokens_of_equal_keys_and_values_count_as_they_would(layers: lis
     prompt_part = (layer.query, layer.key[:, :, :PROMPT], layer.value[:, :, :PROMPT])
     state = ablation_steps.evicted_summary(*prompt_part, own.store, runs=3)
     assert state.tokens.sum(2).eq(PROMPT - own.store.stored).all()
-    if torch.equal(made.store.positions[:, :, :40], own.store.positions[:, :, :40]):
+    if torch.equal(made.store.phase.positions[:, :, :40], own.store.phase.positions[:, :, :40]):
         assert made.state.variance.abs().max() < 1e-6
     torch.testing.assert_close((state.tokens * state.value).sum(2)[0, 0], layer.value[0, 0, :PROMPT][gone[0, 0]].sum(0))
 

@@ -96,7 +96,7 @@ def test_a_selection_is_used_again_without_its_index(layers: list[Layer]) -> Non
     for spoilt in (False, True):
         made = steps_of(layers, arm, 1)[0]
         if spoilt:
-            made.store.codes.zero_()
+            made.store.decoding.named_index()["codes"].zero_()
         outs.append(made.step_of(*step_at(layer, 1), **layer.exact))
     assert torch.equal(*outs)
 
@@ -111,15 +111,15 @@ def test_pages_left_out_are_not_scored(layers: list[Layer]) -> None:
     size = near.shape[-1]
     assert 0.4 * size < near.sum(-1).min() < 0.6 * size
     made.store.crop(PROMPT)
-    made.store.scales[:, :, :size][~near] = torch.nan
+    made.store.decoding.named_index()["scales"][:, :, :size][~near] = torch.nan
     torch.testing.assert_close(made.step_of(*token, **layer.exact), own[0])
 
 
 def test_high_bits_are_of_the_same_sketch(layers: list[Layer]) -> None:
     made = steps_of(layers, BY_NAME["rocketkv+:planes"], 1)[0]
-    made.store.codes.fill_(0xFF)  # all channels 1.5 steps from the mean
+    made.store.decoding.named_index()["codes"].fill_(0xFF)  # all channels 1.5 steps from the mean
     scored = ablation_steps.score_tokens(*step_at(layers[0], 1), made.store, layers[0].exact)
-    shift = scored.rows @ made.store.mean[..., None]
+    shift = scored.rows @ made.store.decoding.named_index()["mean"][..., None]
     rough = ablation_choice.high_bit_logits(scored, made.store)[..., :-1] - shift
     expected = (scored.logits[..., :-1] - shift) * ablation_choice.HIGH_BIT / 1.5
     torch.testing.assert_close(rough, expected, atol=1e-4, rtol=1e-4)
@@ -134,19 +134,19 @@ def test_low_bits_of_what_ranks_low_are_not_read(layers: list[Layer]) -> None:
     size = rough.shape[-1]
     low = ablation_choice.mask_of(rough.argsort(dim=-1)[..., : int(0.7 * size)], size)
     made.store.crop(PROMPT)
-    made.store.codes[:, :, :size][low] &= 0b10101010
+    made.store.decoding.named_index()["codes"][:, :, :size][low] &= 0b10101010
     assert torch.equal(made.step_of(*step_at(layer, 0), **layer.exact), own[0])
 
 
 def test_heads_that_share_storage_store_as_much_together(layers: list[Layer]) -> None:
     arm, split = BY_NAME["rocketkv+:adakv"], fitted_split(BY_NAME["rocketkv+:kernel-13"], CASE)
     made, kept = ArmLayer(arm, split, layers[0], PROMPT), split.kept_tokens or 0
-    lengths = made.store.lengths.clone()
+    lengths = made.store.decoding.buffers.seq_lens.clone()
     assert lengths.sum(1).tolist() == [2 * kept] * 2
     assert lengths.min() >= 32 + (kept - 32) // 4
     assert lengths.unique().numel() > 1
-    assert made.store.positions.eq(PROMPT - 1).any(-1).all()
+    assert made.store.phase.positions.eq(PROMPT - 1).any(-1).all()
     ablation_run.replay(made, layers[0], PROMPT)
-    assert torch.equal(made.store.lengths, lengths)
+    assert torch.equal(made.store.decoding.buffers.seq_lens, lengths)
     # Each row reads the sketch of its own tokens.
     assert made._next_bytes() == pytest.approx(ablation_fit.step_bytes(split, kept + 1, (16, 16), (2, 2), nominal=True))

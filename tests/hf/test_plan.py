@@ -1,7 +1,8 @@
-"""`rocketkv plan` against what a generation really allocates, and against figures worked out by hand."""
+"""`rocketkv.plan` against what a generation really allocates, and against figures worked out by hand."""
 
 from __future__ import annotations
 
+import doctest
 import json
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,9 @@ import transformers
 from transformers import LlamaConfig, Qwen3NextConfig
 
 import rocketkv
-from rocketkv.cli.plan import DTYPES, Plan, plan
+import rocketkv.hf.plan
+from rocketkv.hf.plan import Plan, plan
+from rocketkv.options import DTYPES
 from rocketkv.state.stats import LayerStats
 from tiny import FAMILIES, WINDOW, build, config, prompt
 
@@ -33,14 +36,22 @@ LLAMA_8B = LlamaConfig(
 
 def allocated(name: str, dtype: str, budget: int, method: str) -> list[LayerStats]:
     """Generate one token and return what is live at the end of the prompt."""
-    model = build(name).to(DTYPES[dtype])
+    model = build(name).to(getattr(torch, dtype))
     with rocketkv.patch(model, method=method, token_budget=budget, decode_reserve=RESERVE) as handle:
         model.generate(prompt(CONTEXT, rows=BATCH), max_new_tokens=1, do_sample=False)
         return list(handle.stats().layers)
 
 
 def planned(name: str, dtype: str, budget: int, method: str) -> list[LayerStats]:
-    made = plan(config(name), context=CONTEXT, budget=budget, batch=BATCH, method=method, reserve=RESERVE, dtype=dtype)
+    made = plan(
+        config(name),
+        context=CONTEXT,
+        token_budget=budget,
+        batch=BATCH,
+        method=method,
+        decode_reserve=RESERVE,
+        dtype=dtype,
+    )
     return list(made.cache.layers)
 
 
@@ -69,8 +80,14 @@ def test_every_architecture_allocates_what_was_planned(family: str) -> None:
     assert found == expected
 
 
+def test_the_example_holds() -> None:
+    found = doctest.testmod(rocketkv.hf.plan)
+    assert found.attempted
+    assert not found.failed
+
+
 def test_llama_8b_by_hand() -> None:
-    made = plan(LLAMA_8B, context=131072, budget=512)
+    made = plan(LLAMA_8B, context=131072, token_budget=512)
     found = made.to_dict()
     attention = 4096 * (4096 + 1024 + 1024 + 4096)
     layer = attention + 3 * 4096 * 14336 + 2 * 4096
@@ -110,7 +127,7 @@ def test_llama_8b_by_hand() -> None:
 
 
 def test_a_batch_multiplies_the_cache_and_not_the_weights() -> None:
-    one, eight = (plan(LLAMA_8B, context=32768, budget=1024, batch=batch) for batch in (1, 8))
+    one, eight = (plan(LLAMA_8B, context=32768, token_budget=1024, batch=batch) for batch in (1, 8))
     assert eight.weight_bytes == one.weight_bytes
     assert eight.cache.total_bytes == 8 * one.cache.total_bytes
     assert eight.attention_ceiling == one.attention_ceiling
@@ -124,14 +141,14 @@ def test_the_embedding_counts_only_where_the_output_shares_it(family: str) -> No
     for model, looked_up in ((untied, embedding), (tied, 0)):
         stored = sum(parameter.numel() for parameter in model.parameters())
         # Two rows that choose two of four experts each may read all four.
-        made = plan(model.config, context=64, budget=48, batch=2, dtype="float32")
+        made = plan(model.config, context=64, token_budget=48, batch=2, dtype="float32")
         assert made.weight_bytes == 4 * (stored - looked_up)
 
 
 def test_experts_that_no_row_can_choose_do_not_count() -> None:
     made = config("qwen3-moe")
     per_expert = made.num_hidden_layers * 3 * made.hidden_size * made.moe_intermediate_size
-    one, two, many = (plan(made, context=64, budget=48, batch=batch, dtype="float32") for batch in (1, 2, 9))
+    one, two, many = (plan(made, context=64, token_budget=48, batch=batch, dtype="float32") for batch in (1, 2, 9))
     assert two.weight_bytes - one.weight_bytes == 4 * 2 * per_expert
     assert many.weight_bytes == two.weight_bytes
     assert "2 of 4 experts" in one.notes[0]
@@ -139,7 +156,7 @@ def test_experts_that_no_row_can_choose_do_not_count() -> None:
 
 
 def test_sliding_layers_hold_their_window_in_both_arms() -> None:
-    made = plan(config("gemma2"), context=CONTEXT, budget=48, dtype="float32")
+    made = plan(config("gemma2"), context=CONTEXT, token_budget=48, dtype="float32")
     assert made.layer_kinds == {"compressed": 2, "kept": 2, "without_kv": 0}
     window = 2 * (WINDOW - 1) * (16 + 16) * 4  # KV heads, tokens, elements of K and V, bytes
     kept = [layer for layer in made.cache.layers if not layer.compressed]
@@ -166,29 +183,29 @@ def test_linear_layers_hold_no_keys_and_values() -> None:
     if not hasattr(transformers.cache_utils, "LinearAttentionLayer"):
         # Before linear layers had a place in the dynamic cache, such models brought a cache of their own.
         with pytest.raises(ValueError, match="Qwen3NextForCausalLM cannot be patched"):
-            plan(hybrid, context=CONTEXT, budget=48)
+            plan(hybrid, context=CONTEXT, token_budget=48)
         return
-    made = plan(hybrid, context=CONTEXT, budget=48)
+    made = plan(hybrid, context=CONTEXT, token_budget=48)
     assert made.layer_kinds == {"compressed": 1, "kept": 0, "without_kv": 3}
     assert [layer.full_bytes > 0 for layer in made.cache.layers] == [False, False, False, True]
 
 
 @pytest.mark.parametrize(("context", "method"), [(40, "rocketkv"), (5000, "full")])
 def test_nothing_to_gain_is_a_ceiling_of_one(context: int, method: str) -> None:
-    made = plan(config("llama"), context=context, budget=48, method=method)
+    made = plan(config("llama"), context=context, token_budget=48, method=method)
     assert made.attention_ceiling == made.end_to_end_ceiling == 1
 
 
 def test_the_configuration_stays_as_it_was() -> None:
     given = config("llama")
     before, random_state = repr(vars(given)), torch.get_rng_state()
-    plan(given, context=CONTEXT, budget=48)
+    plan(given, context=CONTEXT, token_budget=48)
     assert repr(vars(given)) == before
     assert torch.get_rng_state().equal(random_state)
 
 
 def test_text_and_json_say_the_same() -> None:
-    made = plan(config("gpt-oss"), context=5000, budget=48)
+    made = plan(config("gpt-oss"), context=5000, token_budget=48)
     assert json.loads(json.dumps(made.to_dict())) == made.to_dict()
     text = str(made)
     assert "2 layers compressed, 2 kept as they are" in text
@@ -206,15 +223,15 @@ def test_text_and_json_say_the_same() -> None:
         ({"batch": -1}, ValueError, "batch must be at least 1, got -1"),
         ({"context": 1.5}, TypeError, "context must be an int, got 1.5"),
         ({"batch": True}, TypeError, "batch must be an int, got True"),
-        ({"dtype": "int8"}, ValueError, "dtype must be one of bfloat16, float16, float32; got 'int8'"),
-        ({"budget": 0}, ValueError, "token_budget must be at least 1"),
+        ({"dtype": "int8"}, ValueError, "dtype must be one of float32, bfloat16, float16; got 'int8'"),
+        ({"token_budget": 0}, ValueError, "token_budget must be at least 1"),
         ({"method": "rocketvk"}, ValueError, "Did you mean 'rocketkv'"),
-        ({"reserve": 0}, ValueError, "decode_reserve must be at least 1"),
+        ({"decode_reserve": 0}, ValueError, "decode_reserve must be at least 1"),
     ],
 )
 def test_impossible_figures_are_refused(fields: dict[str, Any], error: type[Exception], message: str) -> None:
     def made() -> Plan:
-        return plan(config("llama"), **{"context": 100, "budget": 48, **fields})
+        return plan(config("llama"), **{"context": 100, "token_budget": 48, **fields})
 
     with pytest.raises(error, match=message):
         made()
@@ -230,4 +247,4 @@ def test_impossible_figures_are_refused(fields: dict[str, Any], error: type[Exce
 )
 def test_models_that_cannot_be_compressed_are_refused(kind: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plan(getattr(transformers, kind)(num_hidden_layers=2), context=100, budget=48)
+        plan(getattr(transformers, kind)(num_hidden_layers=2), context=100, token_budget=48)

@@ -1,0 +1,145 @@
+"""Prompts of a context and a question: chat template, tokens, and truncation in the middle."""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import Any, NamedTuple
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+UNBOUNDED = 2**31 - 1  # for a model whose configuration has no number of positions
+# Some templates print the date: it is fixed, so that prompts of different days are equal.
+DAY = date(2026, 1, 1)
+# Replaces the clock that transformers passes to templates: no argument does.
+_CLOCK = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(
+        f"|replace('{code}', '{DAY.strftime(code)}')"
+        for code in ("%Y", "%y", "%B", "%b", "%m", "%d", "%A", "%a", "%H", "%M", "%S")
+    )
+    + " }}{%- endmacro -%}"
+)
+# Marks the end of a context or an answer, to find it again in the output of a chat template. From Unicode's private use
+# area: texts do not contain it, and templates do not strip it.
+_MARK = "\ue0f1\ue0f2"
+_SPACE = "\u2581"  # how SentencePiece writes a space
+
+
+class Prompt(NamedTuple):
+    """A prompt in two parts.
+
+    Attributes:
+        head: up to the end of the context: the part that question-agnostic compression reads first.
+        tail: the question and the beginning of the answer.
+        special: whether the tokenizer adds its special tokens; a chat template writes them itself.
+    """
+
+    head: str
+    tail: str
+    special: bool
+
+    @property
+    def text(self) -> str:
+        """The whole prompt."""
+        return self.head + self.tail
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, context: str, question: str, answer_prefix: str = "", *, chat: bool = False
+) -> Prompt:
+    """Return a prompt of a context and its question, in the model's chat template or as plain text.
+
+    Raises:
+        ValueError: `chat` is set, and the tokenizer has no chat template.
+    """
+    if not chat:
+        return Prompt(context, question + answer_prefix, special=True)
+    head, tail = _chat(tokenizer, [{"role": "user", "content": context + _MARK + question}]).split(_MARK)
+    return Prompt(head, tail + answer_prefix, special=False)
+
+
+def follow_up(tokenizer: PreTrainedTokenizerBase, question: str, answer_prefix: str = "", *, chat: bool = False) -> str:
+    """Return the text between an answer and the next answer: the next question, in the chat template if `chat`.
+
+    Raises:
+        ValueError: `chat` is set, and the tokenizer has no chat template.
+    """
+    if not chat:
+        return f"\n\n{question}{answer_prefix}"
+    talk = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": f"a{_MARK}"},
+        {"role": "user", "content": question},
+    ]
+    return _chat(tokenizer, talk).split(_MARK)[1] + answer_prefix
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, talk: list[dict[str, str]]) -> str:
+    if tokenizer.chat_template is None:
+        raise ValueError("the tokenizer has no chat template; evaluate without one (--no-chat)")
+    settings: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "date_string": f"{DAY:%d %b %Y}"}
+    if "strftime_now" in str(tokenizer.chat_template):
+        settings["chat_template"] = _CLOCK + tokenizer.get_chat_template()
+    return str(tokenizer.apply_chat_template(talk, **settings))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, apart: bool = False) -> tuple[list[int], int]:
+    """Return a prompt's token ids, and the number of tokens of its head.
+
+    Args:
+        tokenizer: the model's.
+        prompt: the prompt.
+        apart: encode head and tail separately, so that the head's tokens do not depend on the question. Otherwise the
+            prompt is encoded as one text, as in normal use, and the number is that of the head encoded alone.
+    """
+    head = list(tokenizer(prompt.head, add_special_tokens=prompt.special)["input_ids"])
+    if apart:
+        return head + continued(tokenizer, prompt.tail), len(head)
+    return list(tokenizer(prompt.text, add_special_tokens=prompt.special)["input_ids"]), len(head)
+
+
+def continued(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of a text that continues another: without the space that some tokenizers prepend."""
+
+    def ids(piece: str) -> list[int]:
+        return list(tokenizer(piece, add_special_tokens=False)["input_ids"])
+
+    if not str(tokenizer.convert_ids_to_tokens(ids("a")[:1])[0]).startswith(_SPACE):
+        return ids(text)
+    # Encoded after a character that no vocabulary has, so that no token joins the two.
+    return ids(_MARK[0] + text)[len(ids(_MARK[0])) :]
+
+
+def longest(config: PretrainedConfig) -> int:
+    """Return the most tokens that a model accepts by its configuration, rotary scaling included."""
+    config = config.get_text_config()
+    stated = int(getattr(config, "max_position_embeddings", None) or UNBOUNDED)
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind, factor = scaling.get("rope_type", scaling.get("type")), scaling.get("factor")
+    if kind not in ("linear", "dynamic", "yarn") or factor is None:
+        return stated
+    return max(stated, int(factor * scaling.get("original_max_position_embeddings", stated)))
+
+
+def truncate_middle(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> tuple[str, int]:
+    """Cut a text of more than `tokens` tokens in its middle, as LongBench does: keep the first and the last half.
+
+    Args:
+        tokenizer: the model's; special tokens count towards `tokens` and are removed from the result.
+        text: the text.
+        tokens: the most tokens to keep.
+
+    Returns:
+        The text, and the number of tokens that were cut, 0 if it fits.
+
+    Raises:
+        ValueError: `tokens` is less than 2.
+    """
+    if tokens < 2:
+        raise ValueError(f"tokens must be at least 2, one for each half, got {tokens}; give the prompt more room")
+    ids = tokenizer(text, truncation=False)["input_ids"]
+    if len(ids) <= tokens:
+        return text, 0
+    half = tokens // 2
+    first, last = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[:half], ids[-half:]))
+    return first + last, len(ids) - 2 * half
