@@ -186,7 +186,7 @@ def decode_step(
     Raises:
         ValueError: the store's prompt is not closed, or the backend cannot run here.
     """
-    fill, decoding = store.next_fill(), store.decoding
+    decoding, fill = store.next_fill()
     out = None
     if backend != "torch" and backend_name(query.device, backend) == "triton":
         store.clock()

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Each imports only itself and earlier ones; the command line and the harness import what a command needs when it runs.
 ORDER = (
-    *("_version", "budget", "config", "options", "core", "state", "ops", "dispatch", "environment"),
+    *("_version", "budget", "config", "options", "core", "state", "dispatch", "environment"),
     *("hf", "eval", "cli"),
 )
 FACES_TRANSFORMERS = {"hf", "cli", "eval"}
@@ -63,7 +63,9 @@ def test_packages_import_one_way(path: Path) -> None:
     top = name.split(".")[0]
     own, others = imports(path, lazy=True)
     if top == "kernels":
-        assert {module.split(".")[0] for module in own} <= {"kernels", "core"}
+        # Another engine may take the folder as it is.
+        assert {module.split(".")[0] for module in own} <= {"kernels"}
+        assert others - sys.stdlib_module_names <= {"torch", "triton"}
         return
     if top == "__init__":
         return
@@ -72,7 +74,7 @@ def test_packages_import_one_way(path: Path) -> None:
         allowed.add("kernels")
     assert {module.split(".")[0] for module in own} <= allowed
     assert "transformers" not in others or top in FACES_TRANSFORMERS
-    assert not others & {"kernels", "eval", "tests", "studies", "tools"}
+    assert not others & {"rocketkv", "kernels", "eval", "tests", "studies", "tools"}
 
 
 def test_no_folder_of_the_root_is_importable_by_its_name() -> None:

@@ -191,12 +191,10 @@ def test_a_method_is_its_definition(method: str, batch: int, reserve: int) -> No
     store = KVStore()
     store.extend(key[:, :, :PROMPT], value[:, :, :PROMPT])
     store.prompt.remember(query[:, :, :PROMPT], WINDOW)
-    split = config.split_for(PROMPT, D)
-    close_prompt(store, split, AttentionParams(SCALING), decode_reserve=reserve, kernel_size=KERNEL)
+    split, params = config.split_for(PROMPT, D), AttentionParams(SCALING)
+    close_prompt(store, split, params, decode_reserve=reserve, kernel_size=KERNEL)
     steps = range(PROMPT, tokens)
-    found = torch.stack(
-        [decode_step(query[:, :, at], key[:, :, at], value[:, :, at], store, AttentionParams(SCALING)) for at in steps]
-    )
+    found = torch.stack([decode_step(query[:, :, at], key[:, :, at], value[:, :, at], store, params) for at in steps])
     group = H // HKV
     for b in range(batch):
         for g in range(HKV):

@@ -164,7 +164,7 @@ def _refuse_unfinished(cache: RocketKVCache) -> None:
                 f"layer {i} holds tokens of a forward that was interrupted; crop or roll the cache back, or start anew"
             )
         _ = layer.store.seen  # counts the steps that were compiled, if there are any
-        if not layer.store.lens.known:
+        if layer.store.lens.uncounted:
             raise ValueError(
                 "decode steps of this static cache were captured in a CUDA graph, which may write into it at any time; "
                 "save the cache before that, after its prompt"

@@ -87,8 +87,9 @@ class DecoderForward:
             if layer.pending is not None:
                 raise ValueError(
                     "a layer of this model gave its new keys to the RocketKV cache, but its attention did not read the "
-                    "cache: the logits would be wrong. If you compile the model, use handle.compile_step() and a cache "
-                    "with decode_capacity; otherwise call rocketkv.unpatch(model)"
+                    "cache: its logits would be wrong. Either it changes keys between its cache and its attention, "
+                    "as models with latent or shared KV do: call rocketkv.unpatch(model). Or torch.compile separated "
+                    "the two: use handle.compile_step() and a cache with decode_capacity"
                 )
         return out
 

@@ -56,15 +56,10 @@ class LayerSnapshot:
 
 
 def layer_of(key: Tensor) -> "RocketKVLayer | None":
-    """Return the layer whose `update` returned this very key tensor, or None for keys of other cache layers.
-
-    Raises:
-        ValueError: the layer expects another tensor.
-    """
+    """Return the layer whose `update` returned this very key tensor, or None for keys of other cache layers."""
     layer: RocketKVLayer | None = getattr(key, _MARK, None)
-    if layer is None:
-        return None
-    setattr(key, _MARK, None)
+    if layer is not None:
+        setattr(key, _MARK, None)  # a key that outlives the call must not keep the cache alive
     return layer
 
 
@@ -180,7 +175,8 @@ class RocketKVLayer(CacheLayerMixin):
                 "in one forward; call rocketkv.patch(model) before passing a RocketKVCache to it"
             )
         self.armed = False
-        self._settle()
+        if self.pending is not None:
+            self._settle()
         self.pending = (key_states, value_states)
         setattr(key_states, _MARK, self)
         return key_states, value_states
@@ -253,10 +249,8 @@ class RocketKVLayer(CacheLayerMixin):
         key, value = self.pending
         self.pending = None
         given = query.shape[2]
-        if self.step is not None and self.steps_statically(given):
-            out = self._step_statically(self.step, query, key, value, params)
-            if out is not None:
-                return out
+        if self.decodes(given):
+            return self._decode(query, key, value, params)
         prompt = self.prompt_part(given)
         if self.params is None:
             # For re-eviction outside of a forward. A model's sinks are parameters: detached, no graph hangs on them.
@@ -272,51 +266,47 @@ class RocketKVLayer(CacheLayerMixin):
         if self.store.closed and self.step is None and self.config.decode_capacity is not None:
             self.step = static_step(query[:, :, 0], self.store, backend=self.backend, workspaces=self.workspaces)
         if given - prompt > 1:
-            # Drafts: what may be taken back again is to evict nothing, and to leave no query behind.
+            # A verify step evicts nothing, and a crop takes its queries back.
             self.make_room(given - prompt)
             self._save_ring(query[:, :, prompt:])
         for i in range(prompt, given):
-            self.make_room()
-            watched = self.monitor is not None and self.monitor.asks(self.number, self.store)
-            step = decode_step(
-                query[:, :, i],
-                key[:, :, i],
-                value[:, :, i],
-                self.store,
-                params,
-                backend=self.backend,
-                workspaces=self.workspaces,
-            )
-            if self.monitor is not None and watched:
-                step = self.monitor.watch(self.number, self.store, self.history, query[:, :, i], step, params)
-            parts.append(step[:, None])
+            now = slice(i, i + 1)
+            parts.append(self._decode(query[:, :, now], key[:, :, now], value[:, :, now], params))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _step_statically(
-        self,
-        step: StaticStep,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        params: AttentionParams,
-    ) -> Tensor | None:
-        """Run a static step and return [B, 1, H, Dv], or None where gradients are asked for, which it does not have."""
-        if torch.is_grad_enabled() and query.requires_grad:
-            if torch.compiler.is_dynamo_compiling():
-                raise ValueError("a compiled decode step has no gradients: run it under torch.inference_mode()")
-            return None
-        traced = torch.compiler.is_dynamo_compiling()
-        captured = not traced and query.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not (traced or captured):
+    def decodes(self, given: int) -> bool:
+        """Whether a forward of that many tokens is a decode step, whatever the cache."""
+        return given == 1 and self.prompt_end is None and not self.turn_begins and self.store.closed
+
+    def _decode(self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
+        """Take one decode step of queries [B, H, 1, D] and return [B, 1, H, Dv]."""
+        if self.step is not None:
+            if torch.compiler.is_dynamo_compiling() or (query.is_cuda and torch.cuda.is_current_stream_capturing()):
+                return self._step_statically(self.step, query, key, value, params)
             self.make_room()
+        store, monitor = self.store, self.monitor
+        watched = monitor is not None and monitor.asks(self.number, store)
+        new, backend, workspaces = query[:, :, 0], self.backend, self.workspaces
+        step = decode_step(new, key[:, :, 0], value[:, :, 0], store, params, backend=backend, workspaces=workspaces)
+        if monitor is not None and watched:
+            step = monitor.watch(self.number, store, self.history, new, step, params)
+        return step[:, None]
+
+    def _step_statically(
+        self, step: StaticStep, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+    ) -> Tensor:
+        """Run a step that is traced or captured, and return [B, 1, H, Dv].
+
+        Raises:
+            ValueError: gradients are asked for.
+        """
+        if torch.is_grad_enabled() and query.requires_grad:
+            raise ValueError("a compiled decode step has no gradients: run it under torch.inference_mode()")
         out = step(query[:, :, 0], key[:, :, 0], value[:, :, 0], params)
-        if traced or captured:
-            # Host reads become constants under tracing; host writes are repeated after each run of a compiled forward.
-            if captured:
-                self.store.note_captured()
-            self.store.lens.uncounted = True
-        else:
-            self.store.lens.advance()
+        # Host reads become constants under tracing; host writes are repeated after each run of a compiled forward.
+        if not torch.compiler.is_dynamo_compiling():
+            self.store.note_captured()
+        self.store.lens.uncounted = True
         return out[:, None]
 
     def _prefill(
@@ -392,12 +382,12 @@ class RocketKVLayer(CacheLayerMixin):
         Raises:
             ValueError: there is none for a single one, and the settings do not allow it.
         """
-        store = self.store
-        if store.lens.longest + count <= store.capacity and store.lens.known:
+        store, decoding = self.store, self.store.decoding
+        capacity = decoding.buffers.keys.shape[2]
+        if store.lens.longest + count <= capacity and not store.lens.uncounted:
             return
-        kept, ring = self._kept_when_full(store.decoding.split), store.decoding.ring
-        if kept is not None and ring is not None and self.params is not None and store.stored + count > store.capacity:
-            tensor = store.decoding.buffers.query_ring
+        kept, ring, tensor = self._kept_when_full(decoding.split), decoding.ring, decoding.buffers.query_ring
+        if kept is not None and ring is not None and self.params is not None and store.stored + count > capacity:
             if store.generated > kept and tensor is not None and ring.count(tensor, store.lens.seen) > 0:
                 if self.history is not None:
                     self.history.absorb(store)
@@ -428,7 +418,7 @@ class RocketKVLayer(CacheLayerMixin):
         dimensions, as that of transformers' own static cache.
         """
         if self.step is not None and (
-            torch.compiler.is_dynamo_compiling() or not self.store.lens.known or self._captured()
+            torch.compiler.is_dynamo_compiling() or self.store.lens.uncounted or self._captured()
         ):
             seen: Any = self.static_clock()[0]
             return seen  # type: ignore[no-any-return]  # transformers itself declares an int

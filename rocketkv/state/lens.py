@@ -14,18 +14,13 @@ class SeqLens:
         seen: tokens of the sequence so far, padding and evicted ones included.
         longest: N, tokens that the longest row stores.
         shortest: tokens that the shortest row stores.
-        uncounted: whether the device has taken steps that the host did not count.
+        uncounted: whether the device may have taken steps that the host did not count.
         captured: whether a CUDA graph may take more at any time.
     """
 
     def __init__(self) -> None:
         self.seen = self.longest = self.shortest = 0
         self.uncounted = self.captured = False
-
-    @property
-    def known(self) -> bool:
-        """Whether the host knows the counts without asking the device."""
-        return not (self.uncounted or self.captured)
 
     def advance(self, steps: int = 1) -> None:
         """Count tokens that every row has got."""
@@ -46,7 +41,7 @@ class SeqLens:
         steps = int(clock) - self.seen
         if self.longest + steps > capacity:
             return False
-        self.uncounted = False
+        self.uncounted = self.captured  # a graph may be replayed at any time
         self.advance(steps)
         return True
 

@@ -150,7 +150,7 @@ class KVStore:
             ValueError: the device took more steps than static buffers have room for.
         """
         lens = self.lens
-        if lens.known or not isinstance(self.phase, DecodeTokens) or self.phase.buffers.clock is None:
+        if not lens.uncounted or not isinstance(self.phase, DecodeTokens) or self.phase.buffers.clock is None:
             return lens
         if not lens.settle(self.phase.buffers.clock, self.capacity):
             raise ValueError(self.out_of_room())
@@ -267,22 +267,24 @@ class KVStore:
         Raises:
             ValueError: the prompt is not closed.
         """
-        decoding = self.decoding
-        append_token(None, key, value, decoding.buffers, decoding.index, self.next_fill())
+        decoding, fill = self.next_fill()
+        append_token(None, key, value, decoding.buffers, decoding.index, fill)
         self.lens.advance()
 
-    def next_fill(self) -> Fill:
-        """Make room for one more token in every row and return how full the buffers are.
+    def next_fill(self) -> tuple[DecodeTokens, Fill]:
+        """Make room for one more token in every row, and return the tokens and how full their buffers are.
 
         Raises:
             ValueError: the prompt is not closed, or the buffers are static and full.
         """
-        lens = self.lens if self.lens.known else self.settled()
-        decoding = self.decoding
+        decoding, lens = self.phase, self.lens
+        if lens.uncounted:
+            self.settled()
+        if not isinstance(decoding, DecodeTokens):
+            raise ValueError("a decode step needs a store whose prompt is closed")
         if lens.longest == decoding.buffers.keys.shape[2]:
             self._make_room(decoding)
-            lens = self.lens
-        return Fill(lens.longest, lens.shortest, lens.seen)
+        return decoding, Fill(lens.longest, lens.shortest, lens.seen)
 
     def _make_room(self, decoding: DecodeTokens) -> None:
         """Grow by doubling, or roll."""
@@ -393,10 +395,10 @@ class KVStore:
         used = self.lens.longest
         self.snapshots.protect(start, common, held.values(), used=used, but=snapshot)
         same = all(held.get(name) is now.get(name) for name in ("keys", "values", "positions"))
-        behind = max(self.snapshots.used, snapshot.lens.longest) if same and self.lens.known else None
+        behind = max(self.snapshots.used, snapshot.lens.longest) if same and not self.lens.uncounted else None
         self.phase = snapshot.restored_phase()
         self.lens = snapshot.lens.copy()
-        self.lens.uncounted = False
+        self.lens.uncounted = self.lens.captured
         self.marks, self.complete, self.restorable = snapshot.marks, snapshot.complete, snapshot.restorable
         if isinstance(self.phase, DecodeTokens):
             buffers = self.phase.buffers

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from close import assert_as_precise, assert_near
 from naive import attention, top
 from rocketkv.core.attention import AttentionParams, attend, softmax_attention
-from rocketkv.core.pages import build_pages, page_count
+from rocketkv.core.pages import build_pages, page_count, score_pages
 from rocketkv.core.topk import ranked_even, select, select_top, select_units
 
 SHAPES = [  # B, H, Hkv, D, N
@@ -25,21 +25,18 @@ PAGE_SIZES = [1, 2, 3, 5]
 
 
 def scored(
-    query: Tensor, keys: Tensor, page_size: int, channels: int, lengths: Tensor | None = None, **settings: Any
+    query: Tensor,
+    keys: Tensor,
+    page_size: int,
+    channels: int,
+    lengths: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """Return the score of keys of which all, or `lengths` of each row, are tokens."""
+    """Return the scores of keys of which all, or `lengths` of each row, are tokens."""
     stored = keys.shape[2] if lengths is None else int(lengths.max())
-    index = build_pages(keys, stored, page_size)
-    return score(
-        query,
-        index,
-        keys,
-        stored=stored,
-        lengths=lengths,
-        page_size=page_size,
-        channels=channels,
-        **{"scaling": 0.3, **settings},
-    )
+    bounds, params = build_pages(keys, stored, page_size), AttentionParams(0.3, softcap)
+    sizes = {"page_size": page_size, "channels": channels}
+    return score_pages(query, bounds, keys, params, stored=stored, lengths=lengths, **sizes)
 
 
 def naive_score(query: Tensor, keys: Tensor, page_size: int, channels: int, scaling: float) -> Tensor:
@@ -277,7 +274,7 @@ def test_attend_is_a_softmax_over_the_chosen(
         ]
         for b in range(batch)
     ]
-    found = attend(query, keys, values, AttentionParams(0.4), positions=positions, mask=mask, **settings)
+    found = attend(query, keys, values, AttentionParams(0.4, **settings), positions, mask=mask)
     assert found.shape == (batch, heads, head_dim + 3)
     assert_near(found, attention(query, keys, values, 0.4, seen, **settings))
     if mask is not None:
@@ -291,7 +288,7 @@ def test_attend_in_low_precision_errs_no_more_than_twice_plain_pytorch(dtype: to
     values = torch.randn(2, 2, 200, 32).to(dtype)
     settings = settings_for(extras, 6)
     positions = torch.randperm(200)[:64].sort().values.expand(2, 2, 64)
-    found = attend(query, keys, values, AttentionParams(32**-0.5), positions=positions, **settings)
+    found = attend(query, keys, values, AttentionParams(32**-0.5, **settings), positions)
     reference = attention(query, keys[:, :, positions[0, 0]], values[:, :, positions[0, 0]], 32**-0.5, **settings)
     plain = plain_attention(query, keys[:, :, positions[0, 0]], values[:, :, positions[0, 0]], 32**-0.5, **settings)
     assert_as_precise(found, plain, reference)
@@ -337,7 +334,7 @@ def test_every_part_gives_the_same_bits_twice(extras: str) -> None:
     def step() -> tuple[Tensor, ...]:
         logits = scored(query, keys, 3, 9, softcap=settings["softcap"])
         chosen, weight = select(logits, 50, stored=300, lengths=None, kv_heads=2, unit_size=3, sinks=settings["sinks"])
-        return logits, chosen, weight, attend(query, keys, values, AttentionParams(0.3), positions=chosen, **settings)
+        return logits, chosen, weight, attend(query, keys, values, AttentionParams(0.3, **settings), chosen)
 
     first = step()
     for _ in range(3):
@@ -347,6 +344,6 @@ def test_every_part_gives_the_same_bits_twice(extras: str) -> None:
 def test_attend_ignores_garbage_outside_its_choice() -> None:
     query, keys, values = torch.randn(1, 4, 8), torch.randn(1, 2, 20, 8), torch.randn(1, 2, 20, 8)
     positions = torch.arange(5, 15).expand(1, 2, 10)
-    clean = attend(query, keys, values, AttentionParams(0.3), positions=positions)
+    clean = attend(query, keys, values, AttentionParams(0.3), positions)
     keys, values = F.pad(keys[:, :, 5:15], (0, 0, 5, 5), value=torch.nan), F.pad(values[:, :, 5:15], (0, 0, 5, 5))
-    assert torch.equal(attend(query, keys, values, AttentionParams(0.3), positions=positions), clean)
+    assert torch.equal(attend(query, keys, values, AttentionParams(0.3), positions), clean)

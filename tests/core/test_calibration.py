@@ -16,6 +16,7 @@ from naive import softmax_weights, top
 from rocketkv.budget import BudgetSplit
 from rocketkv.core import calibration
 from rocketkv.core.attention import AttentionParams
+from rocketkv.core.decode import DecodeBuffers
 from rocketkv.core.index import index_of
 from rocketkv.core.residual import residual_attend
 from rocketkv.core.sketch import build_sketch, rotation_matrix
@@ -30,7 +31,7 @@ WINDOW, SIZE = 5, 70
 
 
 def closed(
-    heads: int, kv_heads: int, *, batch: int = 1, valid: Tensor | None = None, split: BudgetSplit = SPLIT, **exact: Any
+    heads: int, kv_heads: int, *, batch: int = 1, valid: Tensor | None = None, split: BudgetSplit = SPLIT, **extras: Any
 ) -> tuple[KVStore, Tensor]:
     """Return a store after a prompt, and its window's queries [B, H, W, D]."""
     query, key = torch.randn(batch, heads, SIZE, 16) * 2, torch.randn(batch, kv_heads, SIZE, 16)
@@ -38,8 +39,14 @@ def closed(
     store = KVStore()
     store.extend(key, value, valid, expected=SIZE)
     store.prompt.remember(query, WINDOW)
-    close_prompt(store, split, AttentionParams(0.25), decode_reserve=8, kernel_size=3, **exact)
+    close_prompt(store, split, AttentionParams(0.25, **extras), decode_reserve=8, kernel_size=3)
     return store, query[:, :, -WINDOW:]
+
+
+def bias_of(store: KVStore) -> Tensor:
+    bias = store.decoding.buffers.residual_bias
+    assert bias is not None
+    return bias
 
 
 def naive_terms(
@@ -75,19 +82,16 @@ def test_the_factor_is_that_of_least_squares(heads: int, kv_heads: int, extras: 
     exact: dict[str, Any] = {"softcap": 3.0 if extras == "softcap" else None, "sinks": sinks}
     split = replace(SPLIT, by_largest=by_largest)
     store, window = closed(heads, kv_heads, split=split, **exact)
-    assert store.keys is not None
-    assert store.values is not None
-    assert store.phase.positions is not None
-    assert store.decoding.buffers.residual_bias is not None
-    index, group, stored = index_of(split), heads // kv_heads, store.stored
+    buffers, index, group, stored = store.decoding.buffers, index_of(split), heads // kv_heads, store.stored
+    keys, values, positions, params = *buffers[:3], AttentionParams(0.25, exact["softcap"])
     assert index is not None
     sums = torch.zeros(2, heads, dtype=torch.float64)
     for w in range(WINDOW):
-        scoring = {"stored": stored, "lengths": None, "scaling": 0.25, "softcap": exact["softcap"]}
-        estimates = index.score(window[:, :, w], store.decoding.named_index(), store.keys, **scoring)[0]
+        query = window[:, :, w]
+        estimates = index.score(query, buffers.index_tensors, keys, params, stored=stored, lengths=None)[0]
         for g in range(kv_heads):
             own = range(g * group, (g + 1) * group)
-            seen = [i for i in range(stored) if store.phase.positions[0, g, i] <= SIZE - WINDOW + w]
+            seen = [i for i in range(stored) if positions[0, g, i] <= SIZE - WINDOW + w]
             weights = []
             for h in own:
                 mass = estimates[h, seen].double().exp()
@@ -97,7 +101,7 @@ def test_the_factor_is_that_of_least_squares(heads: int, kv_heads: int, extras: 
             for h in own:
                 sums[:, h] += torch.tensor(
                     naive_terms(
-                        window[0, h, w], store.keys[0, g, :stored], store.values[0, g, :stored], estimates[h],
+                        query[0, h], keys[0, g, :stored], values[0, g, :stored], estimates[h],
                         chosen, seen, scaling=0.25, softcap=exact["softcap"],
                         sink=None if sinks is None else float(sinks[h]),
                     )
@@ -105,7 +109,7 @@ def test_the_factor_is_that_of_least_squares(heads: int, kv_heads: int, extras: 
     prior, least = calibration.PRIOR, calibration.NEGLIGIBLE
     expected = (sums[0] + prior * sums[1] + least) / ((1 + prior) * sums[1] + least)
     assert ((expected > calibration.LEAST) & (expected < calibration.MOST)).any()
-    assert_near(store.decoding.buffers.residual_bias[0], expected.clamp(calibration.LEAST, calibration.MOST).log())
+    assert_near(bias_of(store)[0], expected.clamp(calibration.LEAST, calibration.MOST).log())
 
 
 def test_it_keeps_no_graph_of_a_models_parameters() -> None:
@@ -114,9 +118,8 @@ def test_it_keeps_no_graph_of_a_models_parameters() -> None:
     for context in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):
         with context:
             store, _ = closed(6, 2, sinks=sinks)
-        assert store.decoding.buffers.residual_bias is not None
-        assert not store.decoding.buffers.residual_bias.requires_grad
-        assert not store.decoding.buffers.residual_bias.is_inference()
+        assert not bias_of(store).requires_grad
+        assert not bias_of(store).is_inference()
         copy.deepcopy(store)
 
 
@@ -126,23 +129,11 @@ def test_a_group_shares_its_keys(batch: int) -> None:
     size, dims = 3000, (16, 16)
     keys, values = (torch.randn(batch, 1, size, width) for width in dims)
     query, positions = torch.randn(batch, 8, 1, 16), torch.arange(size).expand(batch, 1, size)
-    parts = build_sketch(keys, size, rotation_matrix(16), 2)._asdict()
-    index, lengths = index_of(SPLIT), torch.full((batch, 1), size)
+    sketch, lengths = build_sketch(keys, size, rotation_matrix(16), 2), torch.full((batch, 1), size)
+    buffers, index = DecodeBuffers(keys, values, positions, lengths, sketch), index_of(SPLIT)
     assert index is not None
-    with Tracker([query, keys, values, *parts.values()]) as tracker:
-        calibration.fitted_bias(
-            query,
-            keys,
-            values,
-            positions,
-            lengths,
-            index,
-            parts,
-            AttentionParams(0.25),
-            split=SPLIT,
-            stored=size,
-            seen=size,
-        )
+    with Tracker([query, keys, values, *sketch]) as tracker:
+        calibration.fitted_bias(query, buffers, index, AttentionParams(0.25), split=SPLIT, stored=size, seen=size)
     assert tracker.largest[0] < keys.nbytes + values.nbytes
 
 
@@ -155,11 +146,11 @@ def padded(*missing: int) -> Tensor:
 
 def test_rows_that_are_read_whole_have_none_and_padding_says_nothing() -> None:
     store, _ = closed(6, 2, batch=3, valid=padded(0, SIZE - 20, SIZE - 2))
-    assert store.decoding.buffers.residual_bias is not None
-    assert (store.decoding.buffers.residual_bias[0] != 0).all()
-    assert (store.decoding.buffers.residual_bias[1:] == 0).all()
+    assert (bias_of(store)[0] != 0).all()
+    assert (bias_of(store)[1:] == 0).all()
     # Nothing is left out while all that is stored may be read.
-    assert (closed(6, 2, split=replace(SPLIT, kept_tokens=24))[0].residual_bias == torch.zeros(1, 6)).all()
+    store, _ = closed(6, 2, split=replace(SPLIT, kept_tokens=24))
+    assert (bias_of(store) == torch.zeros(1, 6)).all()
 
 
 def test_a_row_of_a_batch_is_calibrated_as_alone() -> None:
@@ -172,8 +163,7 @@ def test_a_row_of_a_batch_is_calibrated_as_alone() -> None:
         store.extend(key[rows, :, start:], value[rows, :, start:], given, expected=SIZE - start)
         store.prompt.remember(query[rows, :, start:], WINDOW)
         close_prompt(store, SPLIT, AttentionParams(0.25), decode_reserve=8, kernel_size=3)
-        assert store.decoding.buffers.residual_bias is not None
-        found.append(store.decoding.buffers.residual_bias)
+        found.append(bias_of(store))
     assert_near(found[0], torch.cat(found[1:]))
 
 
@@ -184,8 +174,7 @@ def test_a_residual_that_is_right_at_any_weight_keeps_its_own() -> None:
     store.extend(key, torch.full((1, 1, SIZE, 8), 1.1), expected=SIZE)
     store.prompt.remember(query, WINDOW)
     close_prompt(store, SPLIT, AttentionParams(0.25), decode_reserve=8, kernel_size=1)
-    assert store.decoding.buffers.residual_bias is not None
-    assert_near(store.decoding.buffers.residual_bias, torch.zeros(1, 2), 1e-5)
+    assert_near(bias_of(store), torch.zeros(1, 2), 1e-5)
 
 
 @pytest.mark.parametrize("sinks", [False, True])
@@ -200,7 +189,8 @@ def test_a_bias_multiplies_the_mass_of_what_was_not_chosen(
     counts = (31, 31) if lengths is None else lengths
     given = None if lengths is None else torch.tensor(lengths)[:, None].expand(2, 2)
     sums = torch.stack([values[b, :, : counts[b]].double().sum(1) for b in range(2)])
-    found, rest = residual_attend(query, keys, values, positions, logits, sums, AttentionParams(0.5, softcap=softcap, sinks=sink if sinks else None), bias=bias, lengths=given)  # fmt: skip
+    params = AttentionParams(0.5, softcap, sink if sinks else None)
+    found, rest = residual_attend(query, keys, values, positions, logits, sums, params, bias=bias, lengths=given)
     for b in range(2):
         for h in range(6):
             own = positions[b, h // 3].tolist()

@@ -14,8 +14,8 @@ from close import assert_as_precise, assert_near
 from naive import attention
 from rocketkv.core import dense
 from rocketkv.core.attention import AttentionParams
-from rocketkv.core.dense import dense_attention
-from rocketkv.hf.masks import LazyMask, VisibleBlock, causal_block
+from rocketkv.core.dense import VisibleBlock, causal_block, dense_attention
+from rocketkv.hf.masks import LazyMask
 from tracking import Tracker
 
 SLIDING = 7
@@ -103,9 +103,8 @@ def test_dense_attention_under_a_lazy_mask_is_a_softmax_over_what_is_visible(
     padding = left_padding(batch, size) if padded else None
     mask = lazy(kind, length, size, batch, padding)
     window = SLIDING if kind == "sliding" else None
-    found = dense_attention(
-        query, key, value, AttentionParams(0.4), visible=lambda i, j: mask.block(i, j, size, window=window), **settings
-    )
+    params = AttentionParams(0.4, **settings)
+    found = dense_attention(query, key, value, params, lambda i, j: mask.block(i, j, size, window=window))
     assert found.shape == (batch, length, heads, head_dim + 1)
     for i in range(length):
         seen = visible_tokens(kind, size - length + i, size, padding, batch, kv_heads)
@@ -121,7 +120,7 @@ def test_masks_may_differ_between_kv_heads(softcap: float | None) -> None:
     def visible(start: int, stop: int) -> VisibleBlock:
         return VisibleBlock(0, 20, allowed[:, :, start:stop])
 
-    found = dense_attention(query, key, value, AttentionParams(0.4, softcap=softcap), visible=visible, mask_heads=2)
+    found = dense_attention(query, key, value, AttentionParams(0.4, softcap), visible, mask_heads=2)
     for i in range(9):
         seen = [[allowed[b, g, i].nonzero()[:, 0].tolist() for g in range(2)] for b in range(2)]
         assert_near(found[:, i], attention(query[:, :, i], key, value, 0.4, seen, softcap))
@@ -132,9 +131,7 @@ def test_gradients_do_not_come_from_what_is_hidden(softcap: float | None) -> Non
     query, key, value = (torch.randn(2, 2, 12, 8, requires_grad=True) for _ in range(3))
     padding = left_padding(2, 12)
     mask = lazy("causal", 12, 12, 2, padding)
-    out = dense_attention(
-        query, key, value, AttentionParams(0.4, softcap=softcap), visible=lambda i, j: mask.block(i, j, 12)
-    )
+    out = dense_attention(query, key, value, AttentionParams(0.4, softcap), lambda i, j: mask.block(i, j, 12))
     out.sum().backward()
     for tensor in (query, key, value):
         assert tensor.grad is not None
@@ -148,9 +145,8 @@ def test_gradients_do_not_come_from_what_is_hidden(softcap: float | None) -> Non
 def test_causal_block_is_causal_after_what_came_before(offset: int) -> None:
     query, size = torch.randn(2, 4, 10, 8), offset + 10
     key, value = torch.randn(2, 2, size, 8), torch.randn(2, 2, size, 8)
-    found = dense_attention(
-        query, key, value, AttentionParams(0.4), visible=lambda i, j: causal_block(i, j, offset, torch.device("cpu"))
-    )
+    cpu = torch.device("cpu")
+    found = dense_attention(query, key, value, AttentionParams(0.4), lambda i, j: causal_block(i, j, offset, cpu))
     for i in range(10):
         seen = [[list(range(offset + i + 1))] * 2] * 2
         assert_near(found[:, i], attention(query[:, :, i], key, value, 0.4, seen))
@@ -165,9 +161,7 @@ def test_a_row_of_only_padding_gives_zeros_and_garbage_in_padding_is_not_seen(so
     mask = lazy("causal", 12, 12, 3, padding)
 
     def attended() -> Tensor:
-        return dense_attention(
-            query, key, value, AttentionParams(0.4, softcap=softcap), visible=lambda i, j: mask.block(i, j, 12)
-        )
+        return dense_attention(query, key, value, AttentionParams(0.4, softcap), lambda i, j: mask.block(i, j, 12))
 
     clean = attended()
     assert (clean[1] == 0).all()
@@ -182,9 +176,7 @@ def test_a_row_of_only_padding_gives_zeros_and_garbage_in_padding_is_not_seen(so
 def test_low_precision_errs_no_more_than_twice_plain_pytorch(dtype: torch.dtype, softcap: float | None) -> None:
     query, key, value = (torch.randn(1, 4, 64, 32).to(dtype) for _ in range(3))
     mask = lazy("sliding", 64, 64, 1)
-    found = dense_attention(
-        query, key, value, AttentionParams(0.2, softcap=softcap), visible=lambda i, j: mask.block(i, j, 64)
-    )
+    found = dense_attention(query, key, value, AttentionParams(0.2, softcap), lambda i, j: mask.block(i, j, 64))
     hidden = ~mask.block(0, 64, 64).mask  # type: ignore[operator]
 
     def plain(precision: torch.dtype) -> Tensor:
@@ -198,15 +190,12 @@ def test_low_precision_errs_no_more_than_twice_plain_pytorch(dtype: torch.dtype,
 
 def test_dropout_is_applied() -> None:
     query, key, value = torch.randn(1, 2, 50, 8), torch.randn(1, 1, 50, 8), torch.ones(1, 1, 50, 1)
+
+    def visible(start: int, stop: int) -> VisibleBlock:
+        return causal_block(start, stop, 0, torch.device("cpu"))
+
     for softcap in (None, 5.0):
-        out = dense_attention(
-            query,
-            key,
-            value,
-            AttentionParams(0.1, softcap=softcap),
-            visible=lambda i, j: causal_block(i, j, 0, torch.device("cpu")),
-            dropout=0.5,
-        )
+        out = dense_attention(query, key, value, AttentionParams(0.1, softcap), visible, dropout=0.5)
         assert (out != 1).any()
         assert abs(float(out[:, 20:].mean()) - 1) < 0.2
 
@@ -218,9 +207,7 @@ def test_no_square_matrix_is_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = lazy("causal", size, size, 1, left_padding(1, size))
     for softcap in (None, 2.0):
         with Tracker([query, key, value]) as tracker:
-            dense_attention(
-                query, key, value, AttentionParams(0.4, softcap=softcap), visible=lambda i, j: mask.block(i, j, size)
-            )
+            dense_attention(query, key, value, AttentionParams(0.4, softcap), lambda i, j: mask.block(i, j, size))
         # The mask of all rows would be 4 MiB in bytes, its logits 32 MiB; a block's is copied to floats.
         assert tracker.peak < 4 * 2**20
 
@@ -320,5 +307,5 @@ def test_a_single_query_asks_no_device() -> None:
     with Tracker() as tracker:
         mask = lazy("causal", 1, 30, padding=padding)
         assert not mask.plain
-        dense_attention(query, key, value, AttentionParams(0.4), visible=lambda i, j: mask.block(i, j, 30))
+        dense_attention(query, key, value, AttentionParams(0.4), lambda i, j: mask.block(i, j, 30))
     assert tracker.syncs() == []

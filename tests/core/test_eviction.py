@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,10 +9,14 @@ from torch.nn import functional as F
 
 from close import assert_near
 from naive import softmax_weights, top
+from rocketkv.budget import BudgetSplit
 from rocketkv.core import eviction
 from rocketkv.core.attention import AttentionParams
-from rocketkv.core.eviction import prompt_positions, prompt_scores, value_aware, window_scores
+from rocketkv.core.eviction import prompt_scores, value_aware, window_scores
 from rocketkv.core.topk import recent_positions, select_top
+from rocketkv.state.compress import close_prompt
+from rocketkv.state.store import KVStore
+from stage1 import prompt_positions
 from tracking import Tracker
 
 INF, NAN = torch.inf, torch.nan
@@ -62,12 +64,12 @@ def test_select_top_refuses_an_impossible_number(n: int) -> None:
         select_top(torch.zeros(2, 7), n)
 
 
-def naive_scores(query: Tensor, key: Tensor, valid: Tensor | None = None, **settings: Any) -> Tensor:
+def naive_scores(query: Tensor, key: Tensor, params: AttentionParams, valid: Tensor | None = None) -> Tensor:
     """Return [B, Hkv, S - W] float64: the weights of each window query, summed, one query at a time."""
     batch, heads, window, _ = query.shape
     kv_heads, size = key.shape[1], key.shape[2]
     total = torch.zeros(batch, kv_heads, size, dtype=torch.float64)
-    sinks = settings.pop("sinks", None)
+    scaling, softcap, sinks = params
     for b in range(batch):
         for h in range(heads):
             g = h // (heads // kv_heads)
@@ -77,7 +79,7 @@ def naive_scores(query: Tensor, key: Tensor, valid: Tensor | None = None, **sett
                 seen = [i for i in range(own + 1) if real[i]]
                 if real[own]:
                     sink = None if sinks is None else float(sinks[h])
-                    total[b, g, seen] += softmax_weights(query[b, h, w], key[b, g][seen], sink=sink, **settings)
+                    total[b, g, seen] += softmax_weights(query[b, h, w], key[b, g][seen], scaling, softcap, sink)
     return total[..., : size - window]
 
 
@@ -102,15 +104,12 @@ def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def test_window_scores_equal_a_full_softmax(shape: tuple[int, ...], extras: str) -> None:
     batch, heads, kv_heads, head_dim, size, window = shape
     query, key = torch.randn(batch, heads, window, head_dim) * 3, torch.randn(batch, kv_heads, size, head_dim)
-    settings: dict[str, Any] = {"scaling": 0.37}
-    if extras in ("softcap", "both"):
-        settings["softcap"] = 2.5
-    if extras in ("sinks", "both"):
-        settings["sinks"] = torch.randn(heads) * 4
-    found = window_scores(query, key, **settings)
+    softcap = 2.5 if extras in ("softcap", "both") else None
+    params = AttentionParams(0.37, softcap, torch.randn(heads) * 4 if extras in ("sinks", "both") else None)
+    found = window_scores(query, key, params)
     assert found.dtype == torch.float32
     assert found.shape == (batch, kv_heads, size - window)
-    assert_near(found, naive_scores(query, key, **settings))
+    assert_near(found, naive_scores(query, key, params))
 
 
 def padding(kind: str, batch: int, kv_heads: int, size: int) -> Tensor:
@@ -136,9 +135,9 @@ def padding(kind: str, batch: int, kv_heads: int, size: int) -> Tensor:
 def test_window_scores_do_not_see_padding(kind: str, sinks: bool) -> None:
     query, key = torch.randn(2, 6, 8, 16), torch.randn(2, 2, 45, 16)
     valid = padding(kind, 2, 2, 45)
-    settings: dict[str, Any] = {"scaling": 0.5, "sinks": torch.randn(6) if sinks else None}
-    found = window_scores(query, key, valid=valid, **settings)
-    assert_near(found, naive_scores(query, key, valid, **settings))
+    params = AttentionParams(0.5, sinks=torch.randn(6) if sinks else None)
+    found = window_scores(query, key, params, valid=valid)
+    assert_near(found, naive_scores(query, key, params, valid))
     assert (found[~valid[..., :37].expand_as(found)] == 0).all()
     if kind == "whole-row":
         assert (found[1] == 0).all()
@@ -161,13 +160,14 @@ def test_a_broken_key_spoils_its_own_row_and_head_only(garbage: float) -> None:
     query, key = torch.randn(2, 6, 8, 16), torch.randn(2, 3, 50, 16)
     spoilt = key.clone()
     spoilt[1, 2, 11, 3] = garbage
-    found, clean = window_scores(query, spoilt, AttentionParams(0.5)), window_scores(query, key, AttentionParams(0.5))
+    params = AttentionParams(0.5)
+    found, clean = window_scores(query, spoilt, params), window_scores(query, key, params)
     others = torch.ones(2, 3, dtype=torch.bool)
     others[1, 2] = False
     assert torch.equal(found[others], clean[others])
     assert not torch.equal(found[1, 2], clean[1, 2])
-    kept = prompt_positions(query, spoilt, 20, kernel_size=5, scaling=0.5)
-    assert torch.equal(kept[others], prompt_positions(query, key, 20, kernel_size=5, scaling=0.5)[others])
+    kept = prompt_positions(query, spoilt, 20, params, kernel_size=5)
+    assert torch.equal(kept[others], prompt_positions(query, key, 20, params, kernel_size=5)[others])
     assert kept[1, 2].tolist() == sorted(set(kept[1, 2].tolist()))
     assert kept[1, 2, -8:].tolist() == list(range(42, 50))
 
@@ -179,7 +179,7 @@ def test_window_scores_are_float32_whatever_the_keys(dtype: torch.dtype) -> None
     found = window_scores(query, key, AttentionParams(0.25))
     assert found.dtype == torch.float32
     # Far tighter than twice what low precision would cost: nothing is rounded to it.
-    assert_near(found, naive_scores(query, key, scaling=0.25))
+    assert_near(found, naive_scores(query, key, AttentionParams(0.25)))
 
 
 def naive_positions(scores: Tensor, real: Tensor, kept: int, window: int, kernel_size: int, offset: int) -> list[int]:
@@ -204,10 +204,10 @@ def test_prompt_positions_are_the_pooled_best_and_the_window(kind: str, kernel_s
     valid = padding(kind, 2, 2, size)
     valid[..., -window:] = True
     given = None if kind == "none" else valid
-    scores = window_scores(query, key, AttentionParams(0.25), valid=given)
-    pools = {"kernel_size": kernel_size, "pool_offset": offset}
+    params, pools = AttentionParams(0.25), {"kernel_size": kernel_size, "pool_offset": offset}
+    scores = window_scores(query, key, params, valid=given)
     for kept in (window, window + 1, 31):
-        found = prompt_positions(query, key, kept, scaling=0.25, valid=given, **pools)
+        found = prompt_positions(query, key, kept, params, valid=given, **pools)
         for b in range(2):
             for g in range(2):
                 real = valid[b, g % valid.shape[1]]
@@ -218,15 +218,18 @@ def test_padding_makes_up_the_number_of_a_short_row() -> None:
     query, key = torch.randn(2, 2, 4, 8), torch.randn(2, 1, 40, 8)
     valid = torch.ones(2, 1, 40, dtype=torch.bool)
     valid[0, :, :30] = False
-    found = prompt_positions(query, key, 15, kernel_size=3, scaling=0.3, valid=valid)
+    found = prompt_positions(query, key, 15, AttentionParams(0.3), kernel_size=3, valid=valid)
     assert found.shape == (2, 1, 15)
     assert set(range(30, 40)) <= set(found[0, 0].tolist())
     assert found[0, 0].tolist() == sorted(set(found[0, 0].tolist()))
 
 
-def test_prompt_positions_must_keep_the_window() -> None:
-    with pytest.raises(ValueError, match="kept must be at least the window of 8 tokens, got 7"):
-        prompt_positions(torch.zeros(1, 2, 8, 4), torch.zeros(1, 1, 20, 4), 7, kernel_size=3, scaling=1.0)
+def test_a_prompt_must_keep_its_window() -> None:
+    store, split = KVStore(), BudgetSplit(token_budget=7, kept_tokens=7)
+    store.extend(torch.zeros(1, 1, 20, 4), torch.zeros(1, 1, 20, 4))
+    store.prompt.remember(torch.zeros(1, 2, 8, 4), 8)
+    with pytest.raises(ValueError, match="kept_tokens must be at least the window of 8 tokens, got 7"):
+        close_prompt(store, split, AttentionParams(1.0), decode_reserve=8, kernel_size=3)
 
 
 @pytest.mark.parametrize(("kept", "sinks"), [(1, 1), (5, 4), (9, 2), (13, 13)])
@@ -271,12 +274,12 @@ def test_value_aware_scores_are_weight_times_distance_from_the_output(
 def test_values_at_padding_are_not_seen(garbage: float) -> None:
     query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 40, 8), torch.randn(2, 2, 40, 6)
     valid = padding("left", 2, 2, 40)
-    ranking: dict[str, Any] = {"kernel_size": 5, "scaling": 0.5, "valid": valid}
-    clean = prompt_scores(query, key, value=value, **ranking)
+    params = AttentionParams(0.5)
+    clean = prompt_scores(query, key, params, value=value, kernel_size=5, valid=valid)
     spoilt = value.clone()
     spoilt[0, :, :17] = garbage
-    assert torch.equal(prompt_scores(query, key, value=spoilt, **ranking), clean)
-    alone = prompt_scores(query[:1], key[:1, :, 17:], AttentionParams(0.5), value=value[:1, :, 17:], kernel_size=5)
+    assert torch.equal(prompt_scores(query, key, params, value=spoilt, kernel_size=5, valid=valid), clean)
+    alone = prompt_scores(query[:1], key[:1, :, 17:], params, value=value[:1, :, 17:], kernel_size=5)
     torch.testing.assert_close(clean[:1, :, 17:], alone)
 
 
@@ -285,9 +288,9 @@ def test_a_token_that_changes_nothing_is_evicted_before_one_that_does() -> None:
     query, key = torch.randn(1, 2, 4, 8), torch.randn(1, 1, 1, 8).expand(1, 1, 30, 8)
     value = torch.ones(1, 1, 30, 8)
     value[:, :, 19] = 3.0
-    settings: dict[str, Any] = {"kernel_size": 1, "scaling": 0.3}
-    assert prompt_positions(query, key, 5, **settings).tolist() == [[[0, 26, 27, 28, 29]]]
-    assert prompt_positions(query, key, 5, value=value, **settings).tolist() == [[[19, 26, 27, 28, 29]]]
+    for counted, first in ((None, 0), (value, 19)):
+        kept = prompt_positions(query, key, 5, AttentionParams(0.3), value=counted, kernel_size=1)
+        assert kept.tolist() == [[[first, 26, 27, 28, 29]]]
 
 
 def test_scratch_of_a_128k_prompt_stays_under_64_mb() -> None:
@@ -295,6 +298,6 @@ def test_scratch_of_a_128k_prompt_stays_under_64_mb() -> None:
     key = torch.randn(1, 8, 4096, 128, dtype=torch.bfloat16).repeat(1, 1, 32, 1)
     for value in (None, key):
         with Tracker([query, key]) as tracker:
-            found = prompt_positions(query, key, 2891, value=value, kernel_size=63, scaling=128**-0.5)
+            found = prompt_positions(query, key, 2891, AttentionParams(128**-0.5), value=value, kernel_size=63)
         assert found.shape == (1, 8, 2891)
         assert tracker.peak < 64 * 10**6

@@ -90,29 +90,28 @@ def closed_store(lengths: list[int], reserve: int, page_size: int) -> KVStore:
     return store
 
 
+def index_of(store: KVStore) -> Tensor:
+    """Return the page bounds [B, Hkv, T, rows, 128] of a store that is decoding."""
+    return store.decoding.buffers.index_tensors[0]
+
+
 def append(store: KVStore, count: int) -> None:
-    assert store.keys is not None
-    batch = store.keys.shape[0]
+    batch = store.decoding.keys.shape[0]
     for _ in range(count):
         store.append(torch.randn(batch, KV_HEADS, HEAD_DIM), torch.randn(batch, KV_HEADS, 2))
 
 
 def assert_index_is_right(store: KVStore) -> None:
     """Assert that each row's full pages have the entries that an index built from that row alone has."""
-    assert store.decoding.buffers.index_tensors[0] is not None
-    assert store.keys is not None
-    assert store.decoding.buffers.seq_lens is not None
-    assert store.split is not None
-    page_size = store.split.page_size
-    assert store.decoding.buffers.index_tensors[0].shape[2] == tile_count(store.capacity, page_size)
-    for b in range(store.keys.shape[0]):
+    keys, seq_lens, index = store.decoding.keys, store.decoding.buffers.seq_lens, index_of(store)
+    page_size = store.decoding.split.page_size
+    assert index.shape[2] == tile_count(store.capacity, page_size)
+    for b in range(keys.shape[0]):
         for g in range(KV_HEADS):
-            length = int(store.decoding.buffers.seq_lens[b, g])
-            rebuilt = build_pages(store.keys[b : b + 1, g : g + 1], length, page_size)
+            length = int(seq_lens[b, g])
+            rebuilt = build_pages(keys[b : b + 1, g : g + 1], length, page_size)
             for page in range(length // page_size):
-                assert torch.equal(
-                    bounds_at(store.decoding.buffers.index_tensors[0], page)[b, g], bounds_at(rebuilt, page)[0, 0]
-                ), (b, g, page)
+                assert torch.equal(bounds_at(index, page)[b, g], bounds_at(rebuilt, page)[0, 0]), (b, g, page)
 
 
 @pytest.mark.parametrize("pages", [126, 127, 128])
@@ -141,15 +140,14 @@ def test_rows_of_different_lengths_are_indexed_each_for_itself(page_size: int, p
 @pytest.mark.parametrize("page_size", [1, 2])
 def test_growth_adds_tiles_and_leaves_the_others(page_size: int, lengths: list[int]) -> None:
     store = closed_store(lengths, 6, page_size)
-    assert store.decoding.buffers.index_tensors[0] is not None
-    tiles = store.decoding.buffers.index_tensors[0].shape[2]
+    tiles = index_of(store).shape[2]
     append(store, 6)
-    before = store.decoding.buffers.index_tensors[0].clone()
+    before = index_of(store).clone()
     append(store, 1)
     assert store.capacity == 512
-    assert store.decoding.buffers.index_tensors[0].shape[2] == 512 // (page_size * TILE_PAGES) > tiles
+    assert index_of(store).shape[2] == 512 // (page_size * TILE_PAGES) > tiles
     for page in range(min(lengths) // page_size):
-        assert torch.equal(bounds_at(store.decoding.buffers.index_tensors[0], page), bounds_at(before, page))
+        assert torch.equal(bounds_at(index_of(store), page), bounds_at(before, page))
     append(store, 2 * page_size)
     assert_index_is_right(store)
 
@@ -173,10 +171,8 @@ def test_crop_then_append_equals_never_having_appended(page_size: int, lengths: 
         store.append(key, value)
         other.append(key, value)
     assert_index_is_right(other)
-    assert store.decoding.buffers.index_tensors[0] is not None
-    assert other.index is not None
-    for page in range(min(int(n) for n in store.decoding.buffers.seq_lens.view(-1)) // page_size):  # type: ignore[union-attr]
-        assert torch.equal(bounds_at(store.decoding.buffers.index_tensors[0], page), bounds_at(other.index, page))
+    for page in range(int(store.decoding.buffers.seq_lens.min()) // page_size):
+        assert torch.equal(bounds_at(index_of(store), page), bounds_at(index_of(other), page))
 
 
 def test_a_page_is_closed_in_place() -> None:

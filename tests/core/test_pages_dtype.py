@@ -18,9 +18,11 @@ from close import assert_near
 from rocketkv import RocketKVConfig
 from rocketkv.budget import BudgetSplit
 from rocketkv.cli.main import main as cli
+from rocketkv.core.attention import AttentionParams
 from rocketkv.core.compact import compact
-from rocketkv.core.pages import FLOAT8, build_pages, grow_pages, rounded
+from rocketkv.core.pages import FLOAT8, build_pages, grow_pages, index_dtype_of, rounded, score_pages
 from rocketkv.hf.cache import rocketkv_layers
+from rocketkv.state.compress import close_prompt
 from rocketkv.state.stats import store_stats
 from rocketkv.state.store import KVStore
 from static import inputs_of, own_loop
@@ -99,24 +101,25 @@ def closed(
     """Return a store whose prompt is over."""
     store = KVStore()
     extend(store, given, valid)
-    settings = {"decode_reserve": RESERVE, "kernel_size": KERNEL, "scaling": SCALING, "index_dtype": dtype, **fields}
-    store.close_prompt(split, **settings)
+    settings = {"decode_reserve": RESERVE, "kernel_size": KERNEL, "index_dtype": dtype, **fields}
+    close_prompt(store, split, AttentionParams(SCALING), **settings)
     return store
+
+
+def index_of(store: KVStore) -> Tensor:
+    return store.decoding.buffers.index_tensors[0]
 
 
 def assert_index_is_right(store: KVStore, dtype: torch.dtype) -> None:
     """Assert that each row's full pages hold what an index built of that row alone does."""
-    assert store.decoding.buffers.index_tensors[0] is not None
-    assert store.keys is not None
-    assert store.decoding.buffers.seq_lens is not None
-    assert store.split is not None
-    assert store.decoding.buffers.index_tensors[0].dtype == dtype
-    page_size = store.split.page_size
-    for b, g in product(*map(range, store.decoding.buffers.seq_lens.shape)):
-        length = int(store.decoding.buffers.seq_lens[b, g])
-        rebuilt = build_pages(store.keys[b : b + 1, g : g + 1], length, page_size, dtype)[0, 0].float()
+    keys, seq_lens, index = store.decoding.keys, store.decoding.buffers.seq_lens, index_of(store)
+    assert index.dtype == dtype
+    page_size = store.decoding.split.page_size
+    for b, g in product(*map(range, seq_lens.shape)):
+        length = int(seq_lens[b, g])
+        rebuilt = build_pages(keys[b : b + 1, g : g + 1], length, page_size, dtype)[0, 0].float()
         pages = torch.arange(length // page_size)
-        found = store.decoding.buffers.index_tensors[0][b, g].float()[pages // 128, :, pages % 128]
+        found = index[b, g].float()[pages // 128, :, pages % 128]
         assert torch.equal(found, rebuilt[pages // 128, :, pages % 128])
 
 
@@ -136,12 +139,16 @@ def test_scores_are_those_of_the_rounded_bounds(page_size: int, lengths: tuple[i
     query, keys = torch.randn(2, 6, D), torch.randn(2, HKV, 47, D)
     index = build_pages(keys, 40, page_size, FLOAT8)
     rows = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)[:, None].expand(2, HKV)
-    common: dict[str, Any] = {"page_size": page_size, "channels": 5, "scaling": SCALING, "lengths": rows, "stored": 40}
-    found = score(query, index, keys, **common)
+
+    def score(bounds: Tensor) -> Tensor:
+        params, sizes = AttentionParams(SCALING), {"page_size": page_size, "channels": 5}
+        return score_pages(query, bounds, keys, params, stored=40, lengths=rows, **sizes)
+
+    found = score(index)
     assert found.dtype == torch.float32
-    assert_near(found, score(query, index.float(), keys, **common))
+    assert_near(found, score(index.float()))
     # The open page is derived from the keys: exact, as with an index in the keys' own dtype.
-    exact = score(query, build_pages(keys, 40, page_size), keys, **common)
+    exact = score(build_pages(keys, 40, page_size))
     if page_size == 3 and lengths is None:
         assert_near(found[..., -1], exact[..., -1])
     assert not torch.allclose(found, exact, rtol=1e-3, atol=1e-4)
@@ -174,11 +181,10 @@ def test_rows_copies_and_crops_go_their_own_way(lengths: tuple[int, ...]) -> Non
 
 def test_a_static_index_stays_where_it_is_when_rows_are_reordered() -> None:
     store = closed(FLOAT8, tokens(3, PROMPT), decode_capacity=RESERVE)
-    assert store.decoding.buffers.index_tensors[0] is not None
-    place = store.decoding.buffers.index_tensors[0].data_ptr()
+    place = index_of(store).data_ptr()
     rows = torch.tensor([1, 2, 0])
     store.map(lambda tensor: tensor.index_select(0, rows))
-    assert store.decoding.buffers.index_tensors[0].data_ptr() == place
+    assert index_of(store).data_ptr() == place
     assert_index_is_right(store, FLOAT8)
 
 
@@ -187,12 +193,7 @@ def test_bytes_are_those_that_live_and_nominal_ones_do_not_change() -> None:
     given = Tokens(*(tensor.to(torch.float16) for tensor in (given.query, given.key, given.value)))
     plain, store = closed(None, given), closed(FLOAT8, given)
     before, found = store_stats(plain), store_stats(store)
-    assert store.decoding.buffers.index_tensors[0] is not None
-    assert (
-        store.decoding.buffers.index_tensors[0].untyped_storage().nbytes()
-        == found.index_bytes
-        == before.index_bytes // 2
-    )
+    assert index_of(store).untyped_storage().nbytes() == found.index_bytes == before.index_bytes // 2
     scored = 2 * HKV * 128 * 4  # rows, one tile of pages, channels
     assert before.step_bytes - found.step_bytes == scored
     assert replace(found, index_bytes=0, step_bytes=0) == replace(before, index_bytes=0, step_bytes=0)
@@ -241,8 +242,7 @@ def test_a_model_generates_with_it(kernels: str) -> None:
         static, _, static_cache = own_loop(model, inputs_of("one"), model, 8, **fields)
         plain, _, _ = own_loop(model, inputs_of("one"), model, 8, **{**fields, "backend": "torch"})
     for layer in (*rocketkv_layers(cache), *rocketkv_layers(static_cache)):
-        assert layer.store.decoding.buffers.index_tensors[0] is not None
-        assert layer.store.decoding.buffers.index_tensors[0].dtype == FLOAT8
+        assert index_of(layer.store).dtype == FLOAT8
     assert torch.equal(growing, static)
     assert torch.equal(growing, plain)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -70,17 +69,9 @@ def test_the_residual_by_its_definition(
                 values[b, g, lengths[b, g] :] = torch.nan
                 logits[b, g * group : (g + 1) * group, lengths[b, g] :] = torch.nan
     sums = torch.stack([values[b, g, : lengths[b, g]].sum(0) for b in range(batch) for g in range(kv_heads)])
-    sinks = torch.randn(heads) if with_sinks else None
-    out, missed = residual_attend(
-        query,
-        keys,
-        values,
-        positions.int(),
-        logits,
-        sums.view(batch, kv_heads, 5),
-        AttentionParams(0.3, softcap=softcap, sinks=sinks),
-        lengths=lengths.int() if ragged else None,
-    )
+    sums, sinks = sums.view(batch, kv_heads, 5), torch.randn(heads) if with_sinks else None
+    params, given = AttentionParams(0.3, softcap, sinks), lengths.int() if ragged else None
+    out, missed = residual_attend(query, keys, values, positions.int(), logits, sums, params, lengths=given)
     assert out.shape == (batch, heads, 5)
     assert missed.shape == (batch, heads)
     for b in range(batch):
@@ -110,9 +101,8 @@ def test_all_tokens_chosen_is_attention_over_all() -> None:
     query, keys, values = torch.randn(2, 6, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 4)
     positions = torch.arange(9).expand(2, 2, 9)
     logits = torch.full((2, 6, 9), torch.nan)  # no estimate is used
-    out, missed = residual_attend(
-        query, keys, values, positions, logits, values.sum(2), AttentionParams(0.3), lengths=None
-    )
+    sums, params = values.sum(2), AttentionParams(0.3)
+    out, missed = residual_attend(query, keys, values, positions, logits, sums, params, lengths=None)
     assert_near(out, attention(query, keys, values, 0.3))
     assert (missed == 0).all()
 
@@ -122,9 +112,8 @@ def test_exact_where_estimates_are_and_the_others_values_are_alike() -> None:
     values[:, :, 10:] = values[:, :, 10:11]
     positions = torch.arange(10).expand(1, 2, 10)
     logits = exact_logits(query, keys, 0.3)
-    out, missed = residual_attend(
-        query, keys, values, positions, logits, values.sum(2), AttentionParams(0.3), lengths=None
-    )
+    sums, params = values.sum(2), AttentionParams(0.3)
+    out, missed = residual_attend(query, keys, values, positions, logits, sums, params, lengths=None)
     assert_near(out, attention(query, keys, values, 0.3))
     assert_near(missed, logits.softmax(-1)[..., 10:].sum(-1))
 
@@ -133,9 +122,8 @@ def test_large_logits_do_not_overflow() -> None:
     query, keys, values = 100 * torch.randn(1, 2, 16), torch.randn(1, 1, 30, 16), torch.randn(1, 1, 30, 4)
     logits = exact_logits(query, keys, 1.0)
     positions = logits.mean(1, keepdim=True).topk(20).indices.sort().values
-    out, missed = residual_attend(
-        query, keys, values, positions, logits, values.sum(2), AttentionParams(1.0), lengths=None
-    )
+    sums, params = values.sum(2), AttentionParams(1.0)
+    out, missed = residual_attend(query, keys, values, positions, logits, sums, params, lengths=None)
     assert out.isfinite().all()
     kept = logits.softmax(-1).gather(-1, positions.expand(-1, 2, -1)).sum(-1)
     assert_near(missed, 1 - kept)
@@ -146,20 +134,20 @@ def test_the_residual_in_low_precision_costs_the_rounding_of_its_output(dtype: t
     query, keys, values = (torch.randn(2, *size).to(dtype) for size in ((4, 16), (2, 50, 16), (2, 50, 8)))
     positions = torch.arange(0, 50, 5).expand(2, 2, 10)
     logits = exact_logits(query, keys, 0.3)
-    sums = values.float().sum(2)
-    out, _ = residual_attend(query, keys, values, positions, logits, sums, AttentionParams(0.3), lengths=None)
+    sums, params = values.float().sum(2), AttentionParams(0.3)
+    out, _ = residual_attend(query, keys, values, positions, logits, sums, params, lengths=None)
     wide = (tensor.double() for tensor in (query, keys, values))
-    reference = residual_attend(*wide, positions, logits, sums, params=AttentionParams(0.3), lengths=None)[0]
+    reference = residual_attend(*wide, positions, logits, sums, params, lengths=None)[0]
     assert_as_precise(out, reference.to(dtype), reference)
 
 
 def test_a_value_that_is_no_number_spoils_its_own_row_and_head_group() -> None:
     query, keys, values = torch.randn(2, 4, 16), torch.randn(2, 2, 20, 16), torch.randn(2, 2, 20, 3)
     positions, logits = torch.arange(5).expand(2, 2, 5), torch.randn(2, 4, 20)
-    settings: dict[str, Any] = {"lengths": None, "scaling": 0.3}
-    clean, _ = residual_attend(query, keys, values, positions, logits, values.sum(2), **settings)
+    params = AttentionParams(0.3)
+    clean, _ = residual_attend(query, keys, values, positions, logits, values.sum(2), params, lengths=None)
     values[1, 0, 13, 2] = torch.nan
-    out, _ = residual_attend(query, keys, values, positions, logits, values.sum(2), **settings)
+    out, _ = residual_attend(query, keys, values, positions, logits, values.sum(2), params, lengths=None)
     spoilt = torch.zeros(2, 4, 3, dtype=torch.bool)
     spoilt[1, :2, 2] = True
     assert out[spoilt].isnan().all()

@@ -19,6 +19,7 @@ from rocketkv.core.sketch import (
     grow_sketch,
     mean_key,
     pack,
+    rotation_matrix,
     rotation_norm,
     unpack,
     write_tokens,

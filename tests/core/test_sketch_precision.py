@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from rocketkv.core.sketch import (
     decode,
     encode,
     grid,
+    rotation_matrix,
     rotation_norm,
     score_sketch,
     unpack,
@@ -104,15 +104,14 @@ def test_scores_are_products_with_the_decoded_keys(
     decoded = decode(sketch, tokens, turn, bits).double()
     by_head = decoded.repeat_interleave(heads // kv_heads, 1)
     exact = (by_head @ query.double()[..., None])[..., 0] * 0.3
-    settings: dict[str, Any] = {"stored": tokens, "scaling": 0.3}
-    logits = score_sketch(query, sketch, bits, **settings)
+    logits = score_sketch(query, sketch, bits, AttentionParams(0.3), stored=tokens)
     assert logits.dtype == torch.float32
     assert logits.shape == (batch, heads, tokens)
     assert_near(logits, exact)
-    capped = score_sketch(query, sketch, bits, softcap=2.0, **settings)
+    capped = score_sketch(query, sketch, bits, AttentionParams(0.3, softcap=2.0), stored=tokens)
     assert_near(capped, 2 * torch.tanh(exact / 2))
     monkeypatch.setattr(sketch_module, "BLOCK_BYTES", 4 * batch * kv_heads * head_dim * 10)
-    assert_near(score_sketch(query, sketch, bits, **settings), exact)
+    assert_near(score_sketch(query, sketch, bits, AttentionParams(0.3), stored=tokens), exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,9 +12,10 @@ from torch import Tensor
 from rocketkv import dispatch as backend
 from rocketkv.budget import BudgetSplit
 from rocketkv.core.attention import AttentionParams
-from rocketkv.core.index import SketchIndex, index_of
+from rocketkv.core.index import index_of
 from rocketkv.core.sketch import rotation_matrix
 from rocketkv.core.topk import select
+from rocketkv.state.compress import close_prompt
 from rocketkv.state.store import KVStore
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
@@ -73,6 +74,9 @@ class Case:
         shape: dict[str, Any] = {"page_size": self.page_size, "channels": self.channels, "top_k": self.top_k}
         return BudgetSplit(**common, **shape, protected=self.protected, by_largest=self.by_largest)
 
+    def params(self, sinks: Tensor | None = None) -> AttentionParams:
+        return AttentionParams(self.head_dim**-0.5, self.softcap, sinks)
+
 
 def make(case: Case, seed: int = 0) -> tuple[KVStore, list[tuple[Tensor, Tensor, Tensor]], Tensor | None]:
     """Return a store of the case, what its steps append and ask, and the model's sinks."""
@@ -89,8 +93,7 @@ def make(case: Case, seed: int = 0) -> tuple[KVStore, list[tuple[Tensor, Tensor,
     values = normal(batch, case.kv_heads, longest, value_dim)
     store.extend(keys, values, None if bool(valid.all()) else valid)
     store.prompt.remember(normal(batch, case.heads, min(WINDOW, longest), case.head_dim), WINDOW)
-    settings: dict[str, Any] = {"scaling": case.head_dim**-0.5, "index_dtype": case.index_dtype}
-    store.close_prompt(case.split, decode_reserve=8, kernel_size=7, **settings)
+    close_prompt(store, case.split, case.params(), decode_reserve=8, kernel_size=7, index_dtype=case.index_dtype)
     steps = [
         (
             normal(batch, case.heads, case.head_dim),
@@ -111,12 +114,9 @@ def bias_of(case: Case) -> Tensor | None:
 
 
 def workspace_of(case: Case, store: KVStore) -> decode.DecodeWorkspace:
-    assert store.keys is not None
-    assert store.values is not None
-    split = store.split
-    assert split is not None
-    query = store.keys.new_zeros(len(case.lengths), case.heads, case.head_dim)
-    shape = backend._decode_shape(query, store.keys, store.values, split)
+    buffers = store.decoding.buffers
+    query = buffers.keys.new_zeros(len(case.lengths), case.heads, case.head_dim)
+    shape = backend._decode_shape(query, buffers, store.decoding.split)
     turn = rotation_matrix(case.head_dim, DEVICE).to(case.dtype)
     return decode.DecodeWorkspace(shape, DEVICE, case.programs, rotation=turn)
 
@@ -129,26 +129,13 @@ def kernel_step(
     sinks: Tensor | None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    query, _, value = step
+    query, key, value = step
     # The interpreter does not round to bfloat16, it cuts off.
     precise = torch.float32 if decode.INTERPRETED else query.dtype
-    out = decode.decode_step(
-        *step,
-        params=AttentionParams(case.head_dim**-0.5, softcap=case.softcap, sinks=sinks),
-        keys=store.keys,
-        values=store.values,
-        positions=store.phase.positions,
-        index=store.decoding.buffers.index_tensors[0],
-        sketch=[getattr(store, name) for name in SketchIndex.names] if case.sketch_bits is not None else (),
-        value_sum=store.decoding.buffers.value_sum,
-        residual_bias=bias,
-        missed=None if store.decoding.buffers.value_sum is None else store.missed_room(query),
-        lengths=store.decoding.buffers.seq_lens,
-        seen=store.clock(),
-        workspace=workspace,
-        out=torch.empty(*query.shape[:2], value.shape[2], dtype=precise, device=DEVICE),
-    )
-    store.advance(clocked=True)
+    out = torch.empty(*query.shape[:2], value.shape[2], dtype=precise, device=DEVICE)
+    buffers = store.decoding.buffers._replace(clock=store.clock(), residual_bias=bias)
+    decode.decode_step(query, key, value, buffers, workspace, case.params(sinks), out)
+    store.lens.advance()
     return out.to(query.dtype)
 
 
@@ -156,15 +143,10 @@ def expected_logits(case: Case, store: KVStore, query: Tensor) -> Tensor:
     """Return the reference's scores of a store that has the step's token already."""
     index = index_of(case.split)
     assert index is not None
-    assert store.keys is not None
-    return index.score(
-        query,
-        store.decoding.named_index(),
-        store.keys,
-        AttentionParams(case.head_dim**-0.5, softcap=case.softcap),
-        stored=store.stored,
-        lengths=None if store.uniform else store.decoding.buffers.seq_lens,
-    )
+    buffers = store.decoding.buffers
+    lengths = None if store.uniform else buffers.seq_lens
+    given = query, buffers.index_tensors, buffers.keys, case.params()
+    return index.score(*given, stored=store.stored, lengths=lengths)
 
 
 def expected_positions(case: Case, store: KVStore, query: Tensor, sinks: Tensor | None) -> Tensor:

@@ -9,12 +9,11 @@ from torch import Tensor
 from naive import attention
 from rocketkv.budget import BudgetSplit
 from rocketkv.config import RocketKVConfig
-from rocketkv.hf.handover import claim
-from rocketkv.hf.layer import RocketKVLayer
+from rocketkv.hf.layer import RocketKVLayer, layer_of
 from rocketkv.state.monitor import Monitor
 from rocketkv.state.store import KVStore
 from tiny import SETTINGS, SKETCH_SPLIT
-from turns import KERNEL, PROMPT, RESERVE, SCALING, WINDOW, Tokens
+from turns import KERNEL, PARAMS, PROMPT, RESERVE, SCALING, WINDOW, Tokens
 
 SPLIT = BudgetSplit(token_budget=14, kept_tokens=50, sketch_bits=2, top_k=6, residual=True)
 PLUS: dict[str, Any] = {**SETTINGS, "method": "rocketkv+", "token_budget": 24, "split": SKETCH_SPLIT}
@@ -36,9 +35,8 @@ def layer(
 def forward(made: RocketKVLayer, given: Tokens) -> Tensor:
     """Take some tokens through a layer and return [B, H, n, Dv]."""
     made.armed = True
-    assert claim(made.update(given.key, given.value)[0]) is made
-    exact: dict[str, Any] = {"scaling": SCALING, "softcap": None, "sinks": None}
-    return made.attend(given.query, None, fast=lambda *_: None, **exact).transpose(1, 2)
+    assert layer_of(made.update(given.key, given.value)[0]) is made
+    return made.attend(given.query, None, PARAMS, fast=lambda *_: None).transpose(1, 2)
 
 
 def run(made: RocketKVLayer, given: Tokens, prompt_length: int = PROMPT) -> list[Tensor]:
@@ -49,11 +47,9 @@ def run(made: RocketKVLayer, given: Tokens, prompt_length: int = PROMPT) -> list
 
 def exact(store: KVStore, query: Tensor, **kwargs: Any) -> Tensor:
     """Return attention [B, H, Dv] to all that a store holds, by its definition."""
-    assert store.keys is not None
-    assert store.values is not None
-    assert store.decoding.buffers.seq_lens is not None
-    seen = [[range(int(count)) for count in row] for row in store.decoding.buffers.seq_lens]
-    return attention(query, store.keys, store.values, SCALING, seen, **kwargs)  # type: ignore[arg-type]
+    keys, values, _, seq_lens = store.decoding.buffers[:4]
+    seen = [[range(int(count)) for count in row] for row in seq_lens]
+    return attention(query, keys, values, SCALING, seen, **kwargs)
 
 
 def errors(out: Tensor, expected: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ SPAN = {*range(3, 9), *range(30, 37)}
 
 
 def kept_by(store: KVStore, row: int, head: int) -> list[int]:
-    assert store.phase.positions is not None
-    assert store.decoding.buffers.seq_lens is not None
-    found: list[int] = store.phase.positions[row, head, : int(store.decoding.buffers.seq_lens[row, head])].tolist()
+    _, _, positions, seq_lens = store.decoding.buffers[:4]
+    found: list[int] = positions[row, head, : int(seq_lens[row, head])].tolist()
     return found

@@ -16,7 +16,7 @@ from rocketkv.hf.models import CACHE_ARGUMENT
 from rocketkv.state.compress import close_prompt
 from rocketkv.state.store import KVStore
 from tiny import SMALL, TRANSFORMERS, left_padded, prompt
-from turns import RESERVE, SCALING, SPLITS, Tokens, extend, left_padding, tokens
+from turns import KERNEL, PARAMS, RESERVE, SPLITS, Tokens, extend, left_padding, tokens
 
 PROMPT = prompt(90)
 PADDED = left_padded([PROMPT, prompt(41, seed=3), prompt(15, seed=9)])
@@ -38,17 +38,25 @@ def static_pair(
     growing, static = KVStore(), KVStore()
     for store, room in ((growing, None), (static, count)):
         extend(store, given, valid)
-        close_prompt(
-            store, SPLITS[method], AttentionParams(SCALING), decode_reserve=RESERVE, kernel_size=5, decode_capacity=room
-        )
+        close_prompt(store, SPLITS[method], PARAMS, decode_reserve=RESERVE, kernel_size=KERNEL, decode_capacity=room)
     return growing, static, in_dtype(tokens(rows, count), dtype)
 
 
-def run_static(step: StaticStep, given: Tokens, **exact: Any) -> Tensor:
+def run_static(step: StaticStep, given: Tokens, params: AttentionParams = PARAMS) -> Tensor:
     out = []
     for i in range(len(given)):
-        last = step(given.query[:, :, i], given.key[:, :, i], given.value[:, :, i], AttentionParams(SCALING), **exact)
+        last = step(given.query[:, :, i], given.key[:, :, i], given.value[:, :, i], params)
         out.append(last[:, :, None].clone())  # the next step writes over it
+    return torch.cat(out, dim=2)
+
+
+def run_operator(step: StaticStep, given: Tokens, params: AttentionParams = PARAMS) -> Tensor:
+    """Do what `run_static` does by the operator, as a compiled forward calls it."""
+    own = (step.tensors, step.workspace, step.out, step.names, step.rule)
+    out = []
+    for i in range(len(given)):
+        torch.ops.rocketkv.decode_step(given.query[:, :, i], given.key[:, :, i], given.value[:, :, i], *own, *params)
+        out.append(step.out[:, :, None].clone())
     return torch.cat(out, dim=2)
 
 
@@ -81,7 +89,7 @@ def own_loop(
 
 def places(cache: RocketKVCache) -> list[dict[str, tuple[int, torch.Size]]]:
     """Return where each layer's tensors lie, and their shapes."""
-    tensors = [{**layer.store.tensors(), "ticks": layer.store.ticks} for layer in rocketkv_layers(cache)]
+    tensors = [{**layer.store.tensors(), "clock": layer.store.clock()} for layer in rocketkv_layers(cache)]
     return [{name: (tensor.data_ptr(), tensor.shape) for name, tensor in layer.items()} for layer in tensors]
 
 
@@ -102,5 +110,5 @@ def uncounted(model: Any, new_tokens: int = 8, **fields: Any) -> tuple[Tensor, R
     """Return tokens and a cache whose steps were compiled, and not counted by the host."""
     compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
     found, _, cache = own_loop(model, inputs_of("one"), compiled, new_tokens, **fields)
-    assert not rocketkv_layers(cache)[0].store.counted
+    assert rocketkv_layers(cache)[0].store.lens.uncounted
     return found, cache

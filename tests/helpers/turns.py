@@ -17,6 +17,7 @@ from rocketkv.state.store import KVStore
 H, HKV, D, DV = 6, 2, 8, 5
 WINDOW, KERNEL, RESERVE, BUDGET, PROMPT = 4, 5, 20, 16, 60
 SCALING = 0.4
+PARAMS = AttentionParams(SCALING)
 
 # One split of each method, at about four times as many tokens as the budget. Pages: rocketkv 2, quest 5.
 SPLITS: dict[str, BudgetSplit] = {name: method.split(PROMPT, BUDGET, D, RESERVE) for name, method in METHODS.items()}
@@ -64,7 +65,7 @@ def extend(store: KVStore, given: Tokens, valid: Tensor | None = None) -> None:
 
 
 def close(store: KVStore, split: BudgetSplit, reserve: int = RESERVE) -> None:
-    close_prompt(store, split, AttentionParams(SCALING), decode_reserve=reserve, kernel_size=KERNEL)
+    close_prompt(store, split, PARAMS, decode_reserve=reserve, kernel_size=KERNEL)
 
 
 def prompted(given: Tokens, split: BudgetSplit, valid: Tensor | None = None, reserve: int = RESERVE) -> KVStore:
@@ -78,7 +79,15 @@ def prompted(given: Tokens, split: BudgetSplit, valid: Tensor | None = None, res
 def decode(store: KVStore, given: Tokens) -> Tensor:
     """Decode tokens one by one, and return their outputs [B, H, n, Dv]."""
     steps = [
-        decode_step(given.query[:, :, i], given.key[:, :, i], given.value[:, :, i], store, AttentionParams(SCALING))
+        decode_step(given.query[:, :, i], given.key[:, :, i], given.value[:, :, i], store, PARAMS)
         for i in range(len(given))
     ]
     return torch.stack(steps, dim=2)
+
+
+def last_queries(store: KVStore) -> Tensor:
+    """Return the queries [B, H, <= W, D] that a store's ring holds, in order."""
+    ring, tensor = store.decoding.ring, store.decoding.buffers.query_ring
+    assert ring is not None
+    assert tensor is not None
+    return ring.last(tensor, store.seen)

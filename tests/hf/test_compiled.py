@@ -20,8 +20,7 @@ from close import assert_near
 from rocketkv.budget import BudgetSplit
 from rocketkv.hf.cache import RocketKVCache, cache_stats, rocketkv_layers
 from rocketkv.hf.compiled import TORCH
-from rocketkv.hf.handover import claim, hand_over
-from rocketkv.hf.layer import RocketKVLayer
+from rocketkv.hf.layer import RocketKVLayer, layer_of
 from rocketkv.hf.models import CACHE_ARGUMENT
 from static import PADDED, PROMPT, ROOM, STATIC, compiling, inputs_of, later, own_loop, places, uncounted
 from tiny import SKETCH_SPLIT, SMALL, SPLIT, TRANSFORMERS, build, greedy, hand_written, prompt
@@ -169,7 +168,7 @@ def test_the_helper_takes_a_whole_loop() -> None:
     step = handle.compile_step(backend="eager")
     with compiled_once():
         found, logits, cache = hand_written(step, PADDED["input_ids"], mask=PADDED["attention_mask"])
-    assert all(layer.store.counted for layer in rocketkv_layers(cache))  # nobody needs to ask the device
+    assert all(layer.store.lens.uncounted is False for layer in rocketkv_layers(cache))  # nobody needs to ask the device
     assert found.equal(expected)
     assert_near(logits, expected_logits, 1e-4)
     assert cache.get_seq_length() == 90 + 11
@@ -202,7 +201,7 @@ def test_a_compiled_step_on_the_kernels() -> None:
     expected, expected_logits, _ = own_loop(model, PADDED, model, 4)
     with compiled_once():
         found, logits, cache = own_loop(model, PADDED, handle.compile_step(backend="aot_eager"), 4, backend="triton")
-    assert rocketkv_layers(cache)[0].step.buffers
+    assert rocketkv_layers(cache)[0].step.workspace
     assert found.equal(expected)
     assert_near(logits, expected_logits, 1e-4)
 
@@ -386,23 +385,23 @@ def test_ones_own_compile_of_a_cache_that_grows_says_that_it_runs_eagerly() -> N
 
 
 @traced
-def test_a_hand_over_outlives_a_graph_that_breaks() -> None:
+def test_a_key_keeps_its_layer_where_the_graph_breaks() -> None:
     layer = RocketKVLayer(rocketkv.RocketKVConfig(**SMALL))
 
     def step(key: Tensor) -> bool:
-        layer.pending = (key, key)
-        hand_over(layer)
+        layer.armed = True
+        key, _ = layer.update(key + 1, key)
         torch._dynamo.graph_break()
-        return claim(key) is layer
+        return layer_of(key) is layer
 
-    assert torch.compile(step, backend="eager")(torch.ones(2))
+    assert torch.compile(step, backend="eager")(torch.ones(1, 1, 1, 2))
     assert torch._dynamo.utils.counters["graph_break"]
 
 
 def test_an_attention_that_does_not_read_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     rocketkv.patch(model, **SMALL)
-    monkeypatch.setattr("rocketkv.hf.attention.claim", lambda key: None)  # as where dynamo loses the hand-over
+    monkeypatch.setattr("rocketkv.hf.attention.layer_of", lambda key: None)  # as where dynamo lost the mark
     with pytest.raises(ValueError, match="its attention did not read the cache"):
         model(PROMPT)
 

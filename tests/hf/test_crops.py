@@ -191,10 +191,10 @@ def test_the_default_dtype_changes_nothing(method: str, dtype: torch.dtype) -> N
     fields = fields_of(method, decode_capacity=20, when_full="evict")
     model, ids = build(), prompt(100)
     with rocketkv.patch(model, **fields), torch.no_grad():
-        rotation.cache_clear()
+        rotation_matrix.cache_clear()
         straight = RocketKVCache(model.config, prompt_length=100, **fields)
         expected = [logits(model, new, straight) for new in (ids, *(prompt(1, seed=i) for i in range(24)))]
-        rotation.cache_clear()
+        rotation_matrix.cache_clear()
         with default_dtype(dtype):
             cache = RocketKVCache(model.config, prompt_length=100, **fields)
             for new, wanted in zip((ids, *(prompt(1, seed=i) for i in range(24))), expected, strict=True):
@@ -245,6 +245,8 @@ def test_what_drafts_hold_on_to_is_counted() -> None:
         for layer in rocketkv_layers(cache):
             layer.speculative = True
         logits(model, prompt(4), cache)
-        held = [layer.store.held_back for layer in rocketkv_layers(cache)]
-        assert all(len(tensors) == 2 for tensors in held)
+        rings = [layer.store.decoding.ring for layer in rocketkv_layers(cache)]
+        saved = [ring.saved for ring in rings if ring is not None and ring.saved is not None]
+        held = [(each.ring, each.query) for each in saved]
+        assert len(held) == len(rings)
         assert cache.stats().total("other_bytes") - before == sum(live_bytes(t) for pair in held for t in pair)

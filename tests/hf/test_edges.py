@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import rocketkv
-from rocketkv.core.eviction import prompt_positions
+from rocketkv.core.attention import AttentionParams
+from rocketkv.core.eviction import prompt_scores
 from rocketkv.hf.models import CACHE_ARGUMENT
 from tiny import LARGE, PAD, SMALL, build, greedy, hand_written, prompt
 
@@ -162,7 +163,7 @@ def test_inference_mode_and_no_grad_mix_within_a_prompt(first: Any) -> None:
 
 def test_autocast_leaves_scores_in_float32() -> None:
     query, key = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 90, 16)
-    fields: dict[str, Any] = {"kernel_size": 7, "scaling": 0.25}
-    expected = prompt_positions(query, key, 40, **fields)
+    params = AttentionParams(0.25)
+    expected = prompt_scores(query, key, params, kernel_size=7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert prompt_positions(query, key, 40, **fields).equal(expected)
+        assert prompt_scores(query, key, params, kernel_size=7).equal(expected)

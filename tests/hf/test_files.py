@@ -159,7 +159,7 @@ def test_a_static_cache_before_it_is_captured(tmp_path: Path) -> None:
         assert found[0].equal(expected[0])
         torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=0)
         assert all(layer.step is not None for layer in rocketkv_layers(loaded))
-        rocketkv_layers(cache)[0].store.advance_uncounted(captured=True)
+        rocketkv_layers(cache)[0].store.note_captured()
         with pytest.raises(ValueError, match="captured in a CUDA graph"):
             rocketkv.save_cache(cache, path, model=model)
 
@@ -330,7 +330,7 @@ def reshaped(header: dict[str, Any]) -> None:
 
 
 def recast(header: dict[str, Any]) -> None:
-    header["layers.1.lengths"]["dtype"] = "F32"
+    header["layers.1.seq_lens"]["dtype"] = "F32"
 
 
 def bare(header: dict[str, Any]) -> None:
@@ -347,7 +347,7 @@ def unsigned(header: dict[str, Any]) -> None:
         (swapped, r"tensor layers.[13].keys.sha256"),
         (renamed, r"missing or were added: layers.1.keys, layers.9.keys"),
         (reshaped, r"tensor layers.1.keys.shape is \[1, 2, 40, 16\] in the file, \[1, 2, 16, 40\] here"),
-        (recast, r"tensor layers.1.lengths.dtype is 'torch.int32' in the file, 'torch.float32' here"),
+        (recast, r"tensor layers.1.seq_lens.dtype is 'torch.int32' in the file, 'torch.float32' here"),
         (bare, "was not written by rocketkv.save_cache"),
         (unsigned, "metadata does not match its checksum"),
     ],

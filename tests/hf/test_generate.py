@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import rocketkv
+from rocketkv import dispatch
 from rocketkv.hf.cache import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from rocketkv.state.store import KVStore
@@ -115,13 +116,13 @@ def test_verify_steps_give_plain_tokens_and_evict_nothing(
             rocketkv.patch(assistant, **SMALL)
         expected, expected_logits, plain = greedy(model, REPEATING, 24)
         evictions = []
-        close_prompt = KVStore.close_prompt
+        close_prompt = dispatch.compress.close_prompt
 
         def counted(store: KVStore, *args: Any, **kwargs: Any) -> None:
             evictions.append(store)
             close_prompt(store, *args, **kwargs)
 
-        monkeypatch.setattr(KVStore, "close_prompt", counted)
+        monkeypatch.setattr(dispatch.compress, "close_prompt", counted)
         forwards: list[int] = []
         model.model.register_forward_pre_hook(
             lambda module, args, kwargs: forwards.append(kwargs["input_ids"].shape[1]), with_kwargs=True

@@ -16,11 +16,11 @@ from chatml import CHATML, ids_of, tokenizer_of
 from close import assert_near
 from protection_case import RANGES, SPAN, kept_by
 from rocketkv.budget import BudgetSplit
+from rocketkv.core import decode as core_decode
 from rocketkv.hf.cache import RocketKVCache, rocketkv_layers
 from rocketkv.hf.chat import chat_marks
 from rocketkv.hf.layer import RocketKVLayer
 from rocketkv.hf.models import CACHE_ARGUMENT
-from rocketkv.state import reference
 from rocketkv.state.protection import RowMarks
 from static import PADDED, PROMPT
 from tiny import LARGE, SMALL, SPLIT, build, greedy, hand_written, left_padded, prompt
@@ -34,13 +34,13 @@ WORDS = "The harbour was quiet. "
 def read_slots(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
     """What each decode step of each layer reads of its store: slots [B, Hkv, k], or None for all."""
     seen: list[Tensor | None] = []
-    attend = reference.attend
+    attend = core_decode.attend
 
     def recorded(query: Any, keys: Any, values: Any, positions: Tensor | None = None, **kwargs: Any) -> Tensor:
         seen.append(None if positions is None else positions.clone())
         return attend(query, keys, values, positions, **kwargs)
 
-    monkeypatch.setattr(reference, "attend", recorded)
+    monkeypatch.setattr(core_decode, "attend", recorded)
     return seen
 
 

@@ -13,11 +13,11 @@ from transformers.cache_utils import Cache, DynamicCache
 
 import rocketkv
 from chat import WAYS, chat
+from rocketkv.core import decode as core_decode
 from rocketkv.eval.tasks.needle_text import found, needle_grid, prose
 from rocketkv.hf.cache import rocketkv_layers
 from rocketkv.hf.loading import load_smollm2
 from rocketkv.hf.models import CACHE_ARGUMENT
-from rocketkv.state import reference
 from tiny import greedy, left_padded
 from tools.evidence import NEEDLE_ARMS, NEEDLE_COUNT, NEEDLE_SEED, NEEDLE_TOKENS
 
@@ -244,13 +244,13 @@ def test_the_rules_are_kept_and_read_and_the_answer_is_nearer(smollm2: Any, monk
     with rocketkv.patch(model, **FIELDS):
         without = greedy_after(model, ids[:, -TAIL:], plain)
     read: list[Tensor | None] = []
-    attend = reference.attend
+    attend = core_decode.attend
 
     def recorded(query: Any, keys: Any, values: Any, positions: Tensor | None = None, **kwargs: Any) -> Tensor:
         read.append(positions)
         return attend(query, keys, values, positions, **kwargs)
 
-    monkeypatch.setattr(reference, "attend", recorded)
+    monkeypatch.setattr(core_decode, "attend", recorded)
     with rocketkv.patch(model, tokenizer=tokenizer, **FIELDS, protect="system"):
         found = greedy_after(model, ids[:, -TAIL:], protected)
     [mark] = rocketkv_layers(protected)[0].store.marks or ()

@@ -224,7 +224,7 @@ def test_compiled_steps_are_taken_back() -> None:
                     place = torch.tensor([90 + i])
                     old = {"cache_position": place} if TRANSFORMERS < (5,) else {}
                     compiled(token, position_ids=place[None], **{CACHE_ARGUMENT: cache}, **old)
-            assert not rocketkv_layers(cache)[0].store.counted
+            assert rocketkv_layers(cache)[0].store.lens.uncounted
             cache.rollback(taken)
             assert cache.get_seq_length() == 90
         assert answered(model, cache, prompt(1, seed=3)).equal(expected)

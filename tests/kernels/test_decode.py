@@ -14,7 +14,6 @@ from torch import Tensor
 
 from close import assert_near
 from rocketkv import dispatch as backend
-from rocketkv.core.attention import AttentionParams
 from rocketkv.core.pages import FLOAT8
 from rocketkv.state.store import KVStore
 
@@ -94,7 +93,6 @@ def attention(
 def assert_scores(case: Case, workspace: decode.DecodeWorkspace, plain: KVStore, query: Tensor) -> None:
     expected = expected_logits(case, plain, query)
     found = workspace.scores.view(len(case.lengths), case.heads, -1)
-    assert plain.decoding.buffers.seq_lens is not None
     lengths = plain.decoding.buffers.seq_lens.repeat_interleave(case.heads // case.kv_heads, dim=1)
     for b, head in product(range(len(case.lengths)), range(case.heads)):
         if lengths[b, head] <= case.token_budget:
@@ -113,23 +111,23 @@ def test_steps_equal_the_reference(case: Case) -> None:
     for query, key, value in steps:
         found = kernel_step(case, store, workspace, (query, key, value), sinks)
         plain.append(key, value)
-        for name in ("keys", "values", "positions", "lengths", *(["index"] if ranked else [])):
-            assert torch.equal(getattr(store, name).double(), getattr(plain, name).double()), name
-        assert store.keys is not None
-        assert store.values is not None
-        assert store.decoding.buffers.seq_lens is not None
+        known = plain.tensors()
+        assert set(known) == {"keys", "values", "positions", "seq_lens", *(["bounds"] if ranked else [])}
+        for name, tensor in store.tensors().items():
+            assert torch.equal(tensor.double(), known[name].double()), name
+        keys, values, _, seq_lens = store.decoding.buffers[:4]
         chosen = expected_positions(case, plain, query, sinks) if ranked else None
         if ranked and store.stored > case.token_budget:
             assert_scores(case, workspace, plain, query)
         errors, allowed = [], []
         for b, h in product(range(len(case.lengths)), range(case.kv_heads)):
-            length = int(store.decoding.buffers.seq_lens[b, h])
+            length = int(seq_lens[b, h])
             mine = workspace.chosen.view(len(case.lengths), case.kv_heads, -1)[b, h] if ranked else torch.empty(0)
             if chosen is not None and length > case.token_budget:
                 assert mine[: chosen.shape[-1]].tolist() == chosen[b, h].tolist()
             at = read_by(case, length, mine[: min(case.top_k, length)]).to(DEVICE)
             heads = slice(h * group, (h + 1) * group)
-            given = (query[b, heads], store.keys[b, h, at], store.values[b, h, at])
+            given = (query[b, heads], keys[b, h, at], values[b, h, at])
             own = None if sinks is None else sinks[heads]
             exact = attention(case, *given, own, torch.float64)
             low = attention(case, *given, own, case.dtype)
@@ -152,11 +150,8 @@ def test_a_choice_in_a_launch_of_its_own(case: Case, monkeypatch: pytest.MonkeyP
     workspace = workspace_of(case, store)
     assert workspace.separate
     found = kernel_step(case, store, workspace, step, sinks)
-    expected = backend.decode_step(
-        *step, plain, params=AttentionParams(case.head_dim**-0.5, softcap=case.softcap, sinks=sinks), backend="torch"
-    )
+    expected = backend.decode_step(*step, plain, case.params(sinks), backend="torch")
     assert_near(found, expected, 1e-5 if case.dtype == torch.float32 else 2e-2)
-    assert store.decoding.buffers.seq_lens is not None
     chosen = expected_positions(case, plain, step[0], sinks).flatten(0, 1)
     for row, length in enumerate(store.decoding.buffers.seq_lens.flatten().tolist()):
         if length > case.token_budget:

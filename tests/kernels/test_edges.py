@@ -9,16 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from close import assert_near
 from rocketkv import dispatch as backend
-from rocketkv.core.attention import AttentionParams
+from rocketkv.state.store import KVStore
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
 from layer_case import HALF, Case, kernel_step, make, workspace_of
 from rocketkv.kernels import decode, select
+
+
+def bounds_of(store: KVStore) -> Tensor:
+    return store.decoding.buffers.index_tensors[0]
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 3, 5])
@@ -31,17 +36,15 @@ def test_ties_go_to_the_lowest_positions(
         monkeypatch.setattr(decode, "REGISTER_PAGES", 0)
     case = Case(page_size=page_size, lengths=(200,))
     store, [(query, key, value)], _ = make(case)
-    assert store.keys is not None
-    assert store.decoding.buffers.index_tensors[0] is not None
     if query_is_zero:
         query = torch.zeros_like(query)
     else:
         # Equal keys, in whole numbers: equal scores in whatever order they are summed.
         query = (4 * query).round()
         liked = query.sum(1, keepdim=True)
-        store.keys[:] = liked[:, :, None]
+        store.decoding.keys[:] = liked[:, :, None]
         pages = torch.cat((liked, liked), dim=-1) if page_size > 1 else liked
-        store.decoding.buffers.index_tensors[0][:] = pages[:, :, None, :, None]
+        bounds_of(store)[:] = pages[:, :, None, :, None]
         key = liked
     workspace = workspace_of(case, store)
     kernel_step(case, store, workspace, (query, key, value), None)
@@ -53,8 +56,7 @@ def test_a_nan_key_spoils_its_own_head_group_only() -> None:
     case = Case(lengths=(200, 200), heads=4, kv_heads=2)
     store, [step], _ = make(case)
     other = copy.deepcopy(store)
-    assert other.keys is not None
-    other.keys[0, 1, 199, 5] = torch.nan  # in the open page
+    other.decoding.keys[0, 1, 199, 5] = torch.nan  # in the open page
     expected = kernel_step(case, store, workspace_of(case, store), step, None)
     found = kernel_step(case, other, workspace_of(case, other), step, None)
     assert torch.equal(found[1], expected[1])
@@ -69,10 +71,8 @@ def test_a_nan_stays_in_the_bounds_of_its_page(page_size: int) -> None:
     plain = copy.deepcopy(store)
     kernel_step(case, store, workspace_of(case, store), (query, key, value), None)
     plain.append(key, value)
-    assert store.decoding.buffers.index_tensors[0] is not None
-    assert plain.index is not None
-    assert store.decoding.buffers.index_tensors[0].isnan().sum() == (1 if page_size == 1 else 2)
-    assert torch.equal(store.decoding.buffers.index_tensors[0].nan_to_num(9.0), plain.index.nan_to_num(9.0))
+    assert bounds_of(store).isnan().sum() == (1 if page_size == 1 else 2)
+    assert torch.equal(bounds_of(store).nan_to_num(9.0), bounds_of(plain).nan_to_num(9.0))
 
 
 @pytest.mark.parametrize("programs", [1, 7, 200])
@@ -113,20 +113,17 @@ def test_queries_keys_and_values_may_be_slices_of_a_fused_projection() -> None:
         found = kernel_step(case, other, workspace_of(case, other), (query, key, value), None)
     assert torch.equal(found, expected)
     assert not [name for name in counting.names if "clone" in name]
-    assert torch.equal(other.keys, store.keys) if other.keys is not None and store.keys is not None else False
-    assert torch.equal(other.values, store.values) if other.values is not None and store.values is not None else False
+    assert torch.equal(other.decoding.keys, store.decoding.keys)
+    assert torch.equal(other.decoding.values, store.decoding.values)
 
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 def test_channels_that_are_not_chosen_do_not_matter(bad: float) -> None:
     case = Case(lengths=(300,), channels=17)
     store, [(query, key, value)], _ = make(case)
-    assert store.keys is not None
-    assert store.decoding.buffers.index_tensors[0] is not None
     chosen = query.abs().sum(1).argsort(dim=-1, descending=True)[0]
     other = copy.deepcopy(store)
-    assert other.index is not None
-    other.index[0, 0, 0, chosen[20], 5] = bad
+    bounds_of(other)[0, 0, 0, chosen[20], 5] = bad
     first, second = workspace_of(case, store), workspace_of(case, other)
     kernel_step(case, store, first, (query, key, value), None)
     kernel_step(case, other, second, (query, key, value), None)
@@ -143,17 +140,8 @@ def test_nothing_beyond_the_buffers_is_touched(length: int, separate: bool, monk
     store, [step], _ = make(case)
     full = length == 256
     if full:  # as many slots as one tile of pages holds
-        assert store.keys is not None
-        assert store.values is not None
-        store.keys, store.values = store.keys[:, :, :256].contiguous(), store.values[:, :, :256].contiguous()
-        store.phase.positions = (
-            None if store.phase.positions is None else store.phase.positions[:, :, :256].contiguous()
-        )
-        store.decoding.buffers.index_tensors[0] = (
-            None
-            if store.decoding.buffers.index_tensors[0] is None
-            else store.decoding.buffers.index_tensors[0][:, :, :1].contiguous()
-        )
+        sizes, tensors = {"keys": 256, "values": 256, "positions": 256, "bounds": 1}, store.tensors()
+        store.decoding.set_tensors({name: tensors[name][:, :, :size].contiguous() for name, size in sizes.items()})
     space = workspace_of(case, store)
     guard = 1000.0
     scores, chosen = space.scores, space.chosen
@@ -161,16 +149,13 @@ def test_nothing_beyond_the_buffers_is_touched(length: int, separate: bool, monk
     space.scores = wide[: scores.numel()].view_as(scores)
     lists = torch.full((chosen.numel() + 128,), 2**30, dtype=torch.int32)  # a slot that would be far outside
     space.chosen = lists[: chosen.numel()].view_as(chosen)
-    before = None if store.keys is None else store.keys.clone()
+    before = store.decoding.keys.clone()
     out = kernel_step(case, store, space, step, None)
     assert out.isfinite().all()
     assert (wide[scores.numel() :] == guard).all()
     assert (lists[chosen.numel() :] == 2**30).all()
     if full:
-        assert before is not None
-        assert store.keys is not None
-        assert torch.equal(store.keys, before)
-        assert store.decoding.buffers.seq_lens is not None
+        assert torch.equal(store.decoding.keys, before)
         assert store.decoding.buffers.seq_lens.tolist() == [[256]]
 
 
@@ -222,16 +207,15 @@ def test_a_step_is_two_launches_and_no_operation(pages: int, launches: int, monk
     for name in kernels:
         monkeypatch.setattr(decode, name, Recorded(name))
     query, key, value = steps[0]
-    clock, out = store.clock(), torch.zeros_like(query)
+    buffers, out = store.decoding.buffers._replace(clock=store.clock()), torch.zeros_like(query)
     with Counting() as counting:
-        decode.decode_step(query, key, value, AttentionParams(0.125), keys=store.keys, values=store.values, positions=store.phase.positions, index=store.decoding.buffers.index_tensors[0], lengths=store.decoding.buffers.seq_lens, seen=clock, workspace=workspace, out=out)  # fmt: skip
+        decode.decode_step(query, key, value, buffers, workspace, case.params(), out)
     assert counting.names == []
     assert len(launched) == launches
     # What was recorded is the step: run it.
     for name, args, kwargs, grid in launched:
         kernels[name][grid](*args, **kwargs)
     assert out.count_nonzero() == out.numel()
-    assert store.decoding.buffers.seq_lens is not None
     assert store.decoding.buffers.seq_lens.tolist() == [[301]]
 
 
@@ -242,23 +226,20 @@ def test_through_the_backend_over_a_long_decode(case: Case) -> None:
     """Buffers grow, pages close, rows pass the budget; a rolling store rolls."""
     store, steps, sinks = make(case)
     plain = copy.deepcopy(store)
-    workspaces: dict[Any, Any] = {}
-    for query, key, value in steps:
-        given: dict[str, Any] = {"scaling": case.head_dim**-0.5, "sinks": sinks}
-        found = backend.decode_step(query, key, value, store, **given, backend="triton", workspaces=workspaces)
-        expected = backend.decode_step(query, key, value, plain, **given, backend="torch")
-        assert_near(found, expected)
-    assert len(workspaces) == 1
+    workspaces, params = backend.Workspaces(), case.params(sinks)
+    for step in steps:
+        found = backend.decode_step(*step, store, params, backend="triton", workspaces=workspaces)
+        assert_near(found, backend.decode_step(*step, plain, params, backend="torch"))
+    assert len(workspaces.buffers) == 1
     assert store.seen == plain.seen
     assert store.capacity == plain.capacity > max(case.lengths) + 8
     # And the reference goes on where the kernels stopped, and they after it.
-    query, key, value = steps[0]
     for first, second in (("torch", "triton"), ("triton", "torch")):
-        found = backend.decode_step(query, key, value, store, **given, backend=first)
-        assert_near(found, backend.decode_step(query, key, value, plain, **given, backend=second))
-    assert torch.equal(store.phase.positions, plain.positions) if store.phase.positions is not None else False
+        found = backend.decode_step(*steps[0], store, params, backend=first)
+        assert_near(found, backend.decode_step(*steps[0], plain, params, backend=second))
+    assert torch.equal(store.decoding.positions, plain.decoding.positions)
     store.crop(store.seen - 3)
     plain.crop(plain.seen - 3)
-    found = backend.decode_step(query, key, value, store, **given, backend="triton")
-    assert_near(found, backend.decode_step(query, key, value, plain, **given, backend="torch"))
+    found = backend.decode_step(*steps[0], store, params, backend="triton")
+    assert_near(found, backend.decode_step(*steps[0], plain, params, backend="torch"))
     assert math.isfinite(float(found.sum()))

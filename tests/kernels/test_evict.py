@@ -24,7 +24,10 @@ pytest.importorskip("triton", reason="Triton has no package for this platform")
 from rocketkv.core import eviction
 from rocketkv.core.attention import AttentionParams
 from rocketkv.core.compact import compact
+from rocketkv.core.eviction import EvictionOps
+from rocketkv.core.topk import select_top
 from rocketkv.kernels import evict
+from stage1 import prompt_positions
 from tracking import Tracker
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -74,16 +77,13 @@ def padding(kind: str, batch: int, kv_heads: int, size: int) -> Tensor | None:
     return valid
 
 
-def exact_scores(
-    query: Tensor,
-    key: Tensor,
-    *,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    valid: Tensor | None = None,
-) -> Tensor:
+def kernel_ops() -> EvictionOps:
+    return EvictionOps(evict.window_scores, evict.pool_scores, evict.select_top, evict.compact)
+
+
+def exact_scores(query: Tensor, key: Tensor, params: AttentionParams, *, valid: Tensor | None = None) -> Tensor:
     """Return [B, Hkv, S - W] float64 from a softmax over whole rows."""
+    scaling, softcap, sinks = params
     batch, heads, window, _ = query.shape
     kv_heads, size = key.shape[1], key.shape[2]
     keys = key.double().repeat_interleave(heads // kv_heads, dim=1)
@@ -163,22 +163,19 @@ def test_window_scores_are_as_precise_as_plain_pytorch(
     dtype = [torch.float32, torch.bfloat16, torch.float16][(SCORED.index(shape) + EXTRAS.index(extras)) % 3]
     query = (torch.randn(batch, heads, window, head_dim) * 2).to(dtype)
     key = torch.randn(batch, kv_heads, size, head_dim).to(dtype)
-    settings: dict[str, Any] = {"scaling": 1 / math.sqrt(head_dim)}
-    if extras in ("softcap", "both"):
-        settings["softcap"] = 2.5
-    if extras in ("sinks", "both"):
-        settings["sinks"] = torch.randn(heads, dtype=dtype) * 4
-    if extras == "padded":
-        settings["valid"] = padding("holes-per-head", batch, kv_heads, size)
-    found = evict.window_scores(query, key, **settings)
-    assert_precise(found, eviction.window_scores(query, key, **settings), exact_scores(query, key, **settings))
+    softcap = 2.5 if extras in ("softcap", "both") else None
+    sinks = torch.randn(heads, dtype=dtype) * 4 if extras in ("sinks", "both") else None
+    valid = padding("holes-per-head" if extras == "padded" else "none", batch, kv_heads, size)
+    given = query, key, AttentionParams(1 / math.sqrt(head_dim), softcap, sinks)
+    plain, exact = eviction.window_scores(*given, valid=valid), exact_scores(*given, valid=valid)
+    assert_precise(evict.window_scores(*given, valid=valid), plain, exact)
 
 
 def test_window_scores_of_one_number() -> None:
     query, key = torch.randn(1, 1, 1, 1), torch.randn(1, 1, 2, 1)
-    settings: dict[str, Any] = {"scaling": 0.7, "softcap": 2.5, "sinks": torch.randn(1)}
-    found = evict.window_scores(query, key, **settings)
-    torch.testing.assert_close(found, exact_scores(query, key, **settings).float(), rtol=1e-6, atol=0)
+    params = AttentionParams(0.7, 2.5, torch.randn(1))
+    found = evict.window_scores(query, key, params)
+    torch.testing.assert_close(found, exact_scores(query, key, params).float(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.usefixtures("_splits")
@@ -186,15 +183,15 @@ def test_window_scores_of_one_number() -> None:
 @pytest.mark.parametrize("kind", PADDING)
 def test_window_scores_do_not_see_padding(kind: str, sinks: bool) -> None:
     query, key = torch.randn(2, 6, 8, 16), torch.randn(2, 2, 75, 16)
-    settings: dict[str, Any] = {"scaling": 0.5, "sinks": torch.randn(6) if sinks else None}
-    valid = settings["valid"] = padding(kind, 2, 2, 75)
-    found = evict.window_scores(query, key, **settings)
-    assert_precise(found, eviction.window_scores(query, key, **settings), exact_scores(query, key, **settings))
+    given = query, key, AttentionParams(0.5, sinks=torch.randn(6) if sinks else None)
+    valid = padding(kind, 2, 2, 75)
+    found = evict.window_scores(*given, valid=valid)
+    assert_precise(found, eviction.window_scores(*given, valid=valid), exact_scores(*given, valid=valid))
     if valid is not None:
         hidden = ~valid.expand(2, 2, 75)
         assert (found[hidden[..., :67]] == 0).all()
         key[hidden] = NAN
-        assert torch.equal(evict.window_scores(query, key, **settings), found)
+        assert torch.equal(evict.window_scores(*given, valid=valid), found)
 
 
 @not_finite
@@ -203,18 +200,16 @@ def test_window_scores_do_not_see_padding(kind: str, sinks: bool) -> None:
 @pytest.mark.parametrize("garbage", [NAN, INF, -INF])
 def test_a_broken_key_spoils_what_it_spoils_in_pytorch(garbage: float, sinks: bool) -> None:
     query, key = torch.randn(2, 4, 8, 16), torch.randn(2, 2, 80, 16)
-    settings: dict[str, Any] = {"scaling": 0.5, "sinks": torch.randn(4) if sinks else None}
-    clean = evict.window_scores(query, key, **settings)
+    params = AttentionParams(0.5, sinks=torch.randn(4) if sinks else None)
+    clean = evict.window_scores(query, key, params)
     key[1, 1, 70, 3] = garbage
-    found = evict.window_scores(query, key, **settings)
-    torch.testing.assert_close(found, eviction.window_scores(query, key, **settings), equal_nan=True)
+    found = evict.window_scores(query, key, params)
+    torch.testing.assert_close(found, eviction.window_scores(query, key, params), equal_nan=True)
     others = torch.ones(2, 2, dtype=torch.bool)
     others[1, 1] = False
     assert torch.equal(found[others], clean[others])
-    settings |= {"kernel_size": 5}
-    assert torch.equal(
-        evict.prompt_positions(query, key, 20, **settings), eviction.prompt_positions(query, key, 20, **settings).int()
-    )
+    kept = prompt_positions(query, key, 20, params, kernel_size=5, ops=kernel_ops())
+    assert torch.equal(kept, prompt_positions(query, key, 20, params, kernel_size=5).int())
 
 
 def views(tensor: Tensor) -> list[Tensor]:
@@ -234,11 +229,10 @@ def test_layouts_do_not_matter(layout: int) -> None:
     query, key, value = torch.randn(2, 4, 5, 12), torch.randn(2, 2, 70, 12), torch.randn(2, 2, 70, 7)
     strided, strided_value = views(key)[layout], views(value)[layout]
     assert torch.equal(strided, key)
-    scores = evict.window_scores(query, key, AttentionParams(0.3))
-    assert torch.equal(
-        evict.window_scores(query.transpose(0, 1).contiguous().transpose(0, 1), strided, AttentionParams(0.3)), scores
-    )
-    slots = eviction.select_top(scores, 30)
+    turned, params = query.transpose(0, 1).contiguous().transpose(0, 1), AttentionParams(0.3)
+    scores = evict.window_scores(query, key, params)
+    assert torch.equal(evict.window_scores(turned, strided, params), scores)
+    slots = select_top(scores, 30)
     expected = evict.compact(key, value, slots, None, None, 30, 40, 3)
     for found, wanted in zip(
         evict.compact(strided, strided_value, slots, None, None, 30, 40, 3), expected, strict=True
@@ -286,7 +280,7 @@ def test_pooling(
 def assert_same_selection(scores: Tensor, n: int) -> None:
     found = evict.select_top(scores, n)
     assert found.dtype == torch.int32
-    assert torch.equal(found, eviction.select_top(scores, n).int())
+    assert torch.equal(found, select_top(scores, n).int())
 
 
 SPECIAL = [NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0, torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny]
@@ -346,31 +340,27 @@ def test_prompt_positions_are_those_of_the_same_scores(
 ) -> None:
     monkeypatch.setattr(evict, "SELECT_CHUNK", 128)
     query, key, value = torch.randn(2, 4, 6, 16) * 2, torch.randn(2, 2, 130, 16), torch.randn(2, 2, 130, 9)
-    settings: dict[str, Any] = {"scaling": 0.25, "valid": padding(kind, 2, 2, 130), "kernel_size": kernel_size}
-    settings["pool_offset"] = 3
-    scores = eviction.window_scores(query, key, AttentionParams(0.25), valid=settings["valid"])
-    monkeypatch.setattr(evict, "window_scores", lambda *args, **kwargs: scores)
+    params, valid = AttentionParams(0.25), padding(kind, 2, 2, 130)
+    settings: dict[str, Any] = {"valid": valid, "kernel_size": kernel_size, "pool_offset": 3}
+    scores = eviction.window_scores(query, key, params, valid=valid)
+    ops = kernel_ops()._replace(window_scores=lambda *args, **kwargs: scores)
     for kept, counted in ((6, None), (51, None), (51, value)):
-        found = evict.prompt_positions(query, key, kept, value=counted, **settings)
+        found = prompt_positions(query, key, kept, params, value=counted, ops=ops, **settings)
         assert found.dtype == torch.int32
-        assert torch.equal(found, eviction.prompt_positions(query, key, kept, value=counted, **settings).int())
-
-
-def test_prompt_positions_must_keep_the_window() -> None:
-    with pytest.raises(ValueError, match="kept must be at least the window of 8 tokens, got 7"):
-        evict.prompt_positions(torch.zeros(1, 2, 8, 4), torch.zeros(1, 1, 20, 4), 7, kernel_size=3, scaling=1.0)
+        assert torch.equal(found, prompt_positions(query, key, kept, params, value=counted, **settings).int())
 
 
 @pytest.mark.parametrize("layer", [7, 22])
-def test_golden_positions(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_golden_positions(layer: int) -> None:
     info = json.loads((GOLDEN / "params.json").read_text())
     data = load_file(GOLDEN / f"layer_{layer}.safetensors", device=str(DEVICE))
     key, query = data["key"][:, :, : info["prompt_length"]], data["query_window"]
-    scores = evict.window_scores(query, key, AttentionParams(64**-0.5))
-    monkeypatch.setattr(evict, "window_scores", lambda *args, **kwargs: scores)
+    params, size = AttentionParams(64**-0.5), info["kernel_size"]
+    scores = evict.window_scores(query, key, params)
+    ops = kernel_ops()._replace(window_scores=lambda *args, **kwargs: scores)
     for budget in (64, 128, 256):
         kept = info["params"][f"layer_{layer}.budget_{budget}"]["prompt_budget"]
-        found = evict.prompt_positions(query, key, kept, kernel_size=info["kernel_size"], scaling=64**-0.5)
+        found = prompt_positions(query, key, kept, params, kernel_size=size, ops=ops)
         assert torch.equal(found, data[f"kept_positions.budget_{budget}"].int())
 
 
@@ -404,7 +394,7 @@ def test_compaction_of_a_prompt_without_padding(shape: tuple[int, ...], page_siz
     dtype = [torch.float32, torch.bfloat16, torch.float16][(COMPACTED.index(shape) + (page_size or 0)) % 3]
     keys = torch.randn(batch, kv_heads, size, head_dim).to(dtype)
     values = torch.randn(batch, kv_heads, size, value_dim).to(dtype)
-    slots = eviction.select_top(torch.randn(batch, kv_heads, size), kept)
+    slots = select_top(torch.randn(batch, kv_heads, size), kept)
     assert_compacts(keys, values, slots.int(), None, None, kept, capacity, page_size)
     positions = torch.randint(0, 10**6, (batch, kv_heads, size + 5), dtype=torch.int32)
     assert_compacts(keys, values, slots, None, positions[:, :1], kept, capacity, page_size)
@@ -431,7 +421,7 @@ def test_compaction_puts_padding_behind_the_tokens(
     count = int(valid.sum(-1).max())
     if evicts:
         count = 25
-        slots = eviction.select_top(torch.randn(batch, kv_heads, size).masked_fill(~valid, -INF), count)
+        slots = select_top(torch.randn(batch, kv_heads, size).masked_fill(~valid, -INF), count)
     for given in (positions, None):
         assert_compacts(keys, values, slots, valid, given, count, count + 6, page_size)
 
@@ -453,7 +443,7 @@ def test_nan_and_infinity_stay_in_the_bounds(page_size: int, dtype: torch.dtype)
     for garbage in (NAN, INF, -INF):
         keys[torch.rand(keys.shape) < 0.1] = garbage
     keys = keys.to(dtype)
-    slots = eviction.select_top(torch.randn(1, 2, 40), 31)
+    slots = select_top(torch.randn(1, 2, 40), 31)
     assert_compacts(keys, keys.clone(), slots, None, None, 31, 36, page_size)
 
 
@@ -475,11 +465,10 @@ def test_scratch_of_a_128k_prompt_stays_under_64_mb(padded: bool, monkeypatch: p
     query = torch.zeros(1, 32, 32, 128, dtype=torch.bfloat16)
     key = torch.zeros(1, 8, 1, 128, dtype=torch.bfloat16).expand(1, 8, size, 128)
     valid = torch.ones(1, 1, size, dtype=torch.bool) if padded else None
+    ranking: dict[str, Any] = {"kernel_size": 63, "valid": valid, "ops": kernel_ops()}
     for value in (None, key):
         with Tracker([query, key]) as tracker:
-            found = evict.prompt_positions(
-                query, key, 6344, value=value, kernel_size=63, scaling=128**-0.5, valid=valid
-            )
+            found = prompt_positions(query, key, 6344, AttentionParams(128**-0.5), value=value, **ranking)
         assert found.shape == (1, 8, 6344)
         assert tracker.peak < 64 * 10**6
         assert not tracker.syncs()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from close import assert_near
 from rocketkv import dispatch as backend
-from rocketkv.core.attention import AttentionParams
 from rocketkv.core.residual import residual_attend
+from rocketkv.state.missed import missed_mass
 from rocketkv.state.store import KVStore
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
@@ -90,21 +89,22 @@ def assert_step(
     bias = bias_of(case)
     found = kernel_step(case, store, workspace, step, sinks, bias)
     plain.append(key, value)
-    kept = ("keys", "values", "positions", "lengths", "codes", "scales", "mean")
+    written = store.tensors()
+    kept = ("keys", "values", "positions", "seq_lens", "codes", "scales", "mean")
     for name in (*kept, *(["value_sum"] if case.residual else [])):
-        assert torch.equal(getattr(store, name), getattr(plain, name)), name
+        assert torch.equal(written[name], plain.tensors()[name]), name
     group = case.heads // case.kv_heads
     logits, positions = expected_logits(case, plain, query), expected_positions(case, plain, query, sinks)
     errors, allowed = [], []
     for b, h in product(range(len(case.lengths)), range(case.kv_heads)):
-        length, heads = int(store.decoding.buffers.seq_lens[b, h]), slice(h * group, (h + 1) * group)  # type: ignore[index]
+        length, heads = int(written["seq_lens"][b, h]), slice(h * group, (h + 1) * group)
         chosen, row = torch.arange(length), b * case.kv_heads + h
         scores = workspace.scores[row, :, :length]
         if length > case.token_budget:
             assert_near(scores, logits[b, heads, :length])
             assert workspace.chosen[row].tolist() == positions[b, h].tolist()
             chosen = positions[b, h].long().cpu()
-        stored = (store.keys[b, h, :length], store.values[b, h, :length])  # type: ignore[index]
+        stored = (written["keys"][b, h, :length], written["values"][b, h, :length])
         own = (None if sinks is None else sinks[heads], None if bias is None else bias[b, heads])
         given = (query[b, heads], *stored, chosen, scores, *own)
         exact, rest = attention(case, *given, torch.float64)
@@ -112,10 +112,7 @@ def assert_step(
         errors.append((found[b, heads].cpu().double() - exact).abs().max())
         allowed.append((low.double() - exact).abs().max())
         if case.residual:
-            assert store.decoding.buffers.missed is not None
-            assert_near(
-                store.decoding.buffers.missed[b, heads].cpu(), rest, 1e-6 if case.dtype == torch.float32 else 1e-3
-            )
+            assert_near(written["missed"][b, heads].cpu(), rest, 1e-6 if case.dtype == torch.float32 else 1e-3)
     bound = 1e-6 if case.dtype == torch.float32 else 2 * max(allowed)
     assert max(errors) <= bound, (max(errors), bound)
 
@@ -158,8 +155,7 @@ def test_a_bias_weighs_what_is_not_read_and_no_more(programs: int) -> None:
     def stepped(given: Tensor | None) -> tuple[Tensor, Tensor]:
         other = copy.deepcopy(store)
         out = kernel_step(case, other, workspace_of(case, other), step, None, given)
-        assert other.missed is not None
-        return out, other.missed.clone()
+        return out, other.tensors()["missed"]
 
     out, missed = stepped(None)
     for found, expected in zip(stepped(torch.zeros_like(bias)), (out, missed), strict=True):
@@ -184,13 +180,13 @@ def test_a_bias_is_what_the_reference_adds() -> None:
     bias = bias_of(case)
     found = kernel_step(case, store, workspace_of(case, store), step, sinks, bias)
     query, positions = step[0], expected_positions(case, store, step[0], sinks)
-    assert store.keys is not None
-    assert store.values is not None
-    assert store.decoding.buffers.value_sum is not None
-    out, missed = residual_attend(query, store.keys, store.values, positions, expected_logits(case, store, query), store.decoding.buffers.value_sum, AttentionParams(case.head_dim**-0.5, softcap=case.softcap, sinks=sinks), bias=bias, lengths=store.decoding.buffers.seq_lens)  # fmt: skip
+    buffers, logits = store.decoding.buffers, expected_logits(case, store, query)
+    assert buffers.value_sum is not None
+    given = query, buffers.keys, buffers.values, positions, logits, buffers.value_sum, case.params(sinks)
+    out, missed = residual_attend(*given, bias=bias, lengths=buffers.seq_lens)
     assert_near(found, out)
-    assert store.decoding.buffers.missed is not None
-    assert_near(store.decoding.buffers.missed, missed)
+    assert buffers.missed is not None
+    assert_near(buffers.missed, missed)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -203,50 +199,33 @@ def test_a_key_that_is_not_finite_spoils_its_own_head_group_only(bad: float) -> 
     found = kernel_step(case, store, workspace_of(case, store), (query, key, value), None)
     plain.append(key, value)
     assert torch.equal(found[0, :2], expected[0, :2])
-    assert torch.equal(store.decoding.named_index()["codes"], plain.codes)  # type: ignore[arg-type]
-    assert torch.equal(store.decoding.named_index()["scales"].isnan(), plain.scales.isnan())  # type: ignore[union-attr]
+    assert torch.equal(store.tensors()["codes"], plain.tensors()["codes"])
+    assert torch.equal(store.tensors()["scales"].isnan(), plain.tensors()["scales"].isnan())
 
 
 def test_equal_keys_and_no_difference() -> None:
     """All scores tie, and the scale is zero: the lowest positions win, and nothing is divided by zero."""
     case = Case(sketch_bits=2, head_dim=16, lengths=(140,))
     store, [(query, _, value)], _ = make(case)
-    store.keys = torch.ones_like(store.keys)  # type: ignore[arg-type]
-    store.decoding.named_index()["mean"] = torch.ones_like(store.decoding.named_index()["mean"])  # type: ignore[arg-type]
-    store.rebuild_index()
+    store.decoding.set_tensors({name: torch.ones_like(store.tensors()[name]) for name in ("keys", "mean")})
+    store.decoding.rebuild_index(store.lens)
     workspace = workspace_of(case, store)
     out = kernel_step(case, store, workspace, (query, torch.ones_like(value), value), None)
     assert workspace.chosen[0].tolist() == list(range(case.top_k))
-    assert store.decoding.named_index()["scales"] is not None
-    assert store.decoding.named_index()["scales"][0, 0, 140] == 0
-    assert store.values is not None
-    assert_near(out[0, 0], store.values[0, 0, :141].mean(0), 1e-6)
+    assert store.tensors()["scales"][0, 0, 140] == 0
+    assert_near(out[0, 0], store.decoding.values[0, 0, :141].mean(0), 1e-6)
 
 
 def test_a_full_row_stays_as_it_is() -> None:
     case = Case(sketch_bits=2, head_dim=16, lengths=(128,))
     store, [step], _ = make(case)
-    (
-        store.keys,
-        store.values,
-        store.phase.positions,
-        store.decoding.named_index()["codes"],
-        store.decoding.named_index()["scales"],
-    ) = (
-        tensor[:, :, :128].contiguous()
-        for tensor in (
-            store.keys,
-            store.values,
-            store.phase.positions,
-            store.decoding.named_index()["codes"],
-            store.decoding.named_index()["scales"],
-        )  # type: ignore[index]
-    )
-    before = {name: tensor.clone() for name, tensor in store.tensors().items()}
+    slotted = ("keys", "values", "positions", "codes", "scales")
+    store.decoding.set_tensors({name: store.tensors()[name][:, :, :128].contiguous() for name in slotted})
+    before = {name: tensor.clone() for name, tensor in store.tensors().items() if name != "missed"}
     out = kernel_step(case, store, workspace_of(case, store), step, None)
     assert out.isfinite().all()
     for name, tensor in before.items():
-        assert torch.equal(getattr(store, name), tensor), name
+        assert torch.equal(store.tensors()[name], tensor), name
 
 
 def test_the_reference_and_the_kernels_take_turns() -> None:
@@ -254,23 +233,22 @@ def test_the_reference_and_the_kernels_take_turns() -> None:
     case = Case(sketch_bits=2, head_dim=16, lengths=(70,), steps=14)
     store, steps, _ = make(case)
     plain = copy.deepcopy(store)
-    workspaces: dict[Any, Any] = {}
-    given: dict[str, Any] = {"scaling": case.head_dim**-0.5, "workspaces": workspaces}
-    for i, (query, key, value) in enumerate(steps):
-        found = backend.decode_step(query, key, value, store, **given, backend="torch" if i in (6, 11) else "triton")
-        assert_near(found, backend.decode_step(query, key, value, plain, **given, backend="torch"))
+    workspaces, params = backend.Workspaces(), case.params()
+    for i, step in enumerate(steps):
+        name = "torch" if i in (6, 11) else "triton"
+        found = backend.decode_step(*step, store, params, backend=name, workspaces=workspaces)
+        assert_near(found, backend.decode_step(*step, plain, params, backend="torch"))
         if i == 9:
             store.crop(store.seen - 2)
             plain.crop(plain.seen - 2)
-        if plain.missed is None:
-            assert store.decoding.buffers.missed is None
-        else:
-            assert store.decoding.buffers.missed is not None
-            assert_near(store.decoding.buffers.missed, plain.missed)
-    assert len(workspaces) == 1
+        missed, expected = missed_mass(store), missed_mass(plain)
+        assert missed is not None
+        assert expected is not None
+        assert_near(missed, expected)
+    assert len(workspaces.buffers) == 1
     assert store.capacity == plain.capacity > 78
-    assert torch.equal(store.decoding.named_index()["codes"], plain.codes)  # type: ignore[arg-type]
-    assert torch.equal(store.decoding.buffers.value_sum, plain.value_sum)  # type: ignore[arg-type]
+    for name in ("codes", "value_sum"):
+        assert torch.equal(store.tensors()[name], plain.tensors()[name])
 
 
 def test_equal_steps_give_equal_bits_in_one_place() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
@@ -12,12 +11,14 @@ from torch import Tensor
 
 from close import assert_near
 from naive import softmax_weights, top
+from protection_case import kept_by
 from rocketkv.budget import BudgetSplit
+from rocketkv.core.attention import AttentionParams
 from rocketkv.core.pages import TILE_PAGES, build_pages
-from rocketkv.dispatch import decode_step, evict_generated
+from rocketkv.dispatch import close_prompt, decode_step, evict_generated
 from rocketkv.state.compress import kept_of
 from rocketkv.state.store import KVStore
-from turns import Tokens, left_padding
+from turns import Tokens, last_queries, left_padding
 
 # Triton 3.2's interpreter
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
@@ -128,8 +129,8 @@ CASES = [
 ]
 
 
-def started(case: Case, count: int) -> tuple[KVStore, Tokens, Tensor | None, list[list[Head]]]:
-    """Return a store whose prompt is closed, its tokens and those to decode, sinks, and its rows by the definition."""
+def started(case: Case, count: int) -> tuple[KVStore, Tokens, AttentionParams, list[list[Head]]]:
+    """Return a store whose prompt is closed, all tokens, the attention parameters, and its rows by the definition."""
     rows = len(case.lengths)
     given = Tokens(
         torch.randn(rows, case.heads, PROMPT + count, D) * 1.5,
@@ -137,16 +138,19 @@ def started(case: Case, count: int) -> tuple[KVStore, Tokens, Tensor | None, lis
         torch.randn(rows, case.kv_heads, PROMPT + count, D),
     )
     sinks = torch.randn(case.heads) if case.sinks else None
+    params = AttentionParams(SCALING, case.softcap, sinks)
     store, first = KVStore(), given[slice(0, PROMPT)]
     store.extend(first.key, first.value, None if min(case.lengths) == PROMPT else left_padding(case.lengths, PROMPT))
     store.prompt.remember(first.query, WINDOW)
-    store.close_prompt(
+    close_prompt(
+        store,
         SPLITS[case.split],
+        params,
+        backend="torch",
         decode_reserve=5,
         kernel_size=KERNEL,
         decode_capacity=CAPACITY,
-        remembered=WINDOW,
-        **exact(case, sinks),
+        ring_size=WINDOW,
     )
     group = case.heads // case.kv_heads
     own = [None] * case.heads if sinks is None else sinks.tolist()
@@ -158,49 +162,36 @@ def started(case: Case, count: int) -> tuple[KVStore, Tokens, Tensor | None, lis
                 given.value[b, g].double(),
                 case.softcap,
                 own[g * group : (g + 1) * group],
-                prompt=positions(store, b, g),
+                prompt=kept_by(store, b, g),
             )
             for g in range(case.kv_heads)
         ]
         for b in range(rows)
     ]
-    return store, given, sinks, heads
+    return store, given, params, heads
 
 
-def exact(case: Case, sinks: Tensor | None) -> dict[str, Any]:
-    return {"scaling": SCALING, "softcap": case.softcap, "sinks": sinks}
-
-
-def positions(store: KVStore, row: int, head: int) -> list[int]:
-    assert store.phase.positions is not None
-    assert store.decoding.buffers.seq_lens is not None
-    found: list[int] = store.phase.positions[row, head, : int(store.decoding.buffers.seq_lens[row, head])].tolist()
-    return found
-
-
-def step(store: KVStore, given: Tokens, at: int, backend: str = "torch", **settings: Any) -> Tensor:
+def step(store: KVStore, given: Tokens, at: int, params: AttentionParams, backend: str = "torch") -> Tensor:
     """Decode token `at`, evicting before it where there is no room."""
     if store.stored >= store.capacity:
-        evict_generated(store, KEPT, kernel_size=KERNEL, backend=backend, **settings)
-    settings.pop("at_random", None)
-    token = (given.query[:, :, at], given.key[:, :, at], given.value[:, :, at])
-    return decode_step(*token, store, backend=backend, **settings)
+        evict_generated(store, KEPT, params, kernel_size=KERNEL, backend=backend)
+    return decode_step(
+        given.query[:, :, at], given.key[:, :, at], given.value[:, :, at], store, params, backend=backend
+    )
 
 
 def assert_index_is_anew(store: KVStore) -> None:
     """Assert that the bounds of every full page are those of its keys."""
-    if store.decoding.buffers.index_tensors[0] is None:
+    buffers, page_size = store.decoding.buffers, store.decoding.split.page_size
+    if not buffers.index_tensors:
         return
-    assert store.keys is not None
-    assert store.decoding.buffers.seq_lens is not None
-    assert store.split is not None
-    page_size = store.split.page_size
-    rebuilt = build_pages(store.keys.clone(), store.stored, page_size)
-    for (b, g), length in zip(torch.cartesian_prod(*map(torch.arange, store.decoding.buffers.seq_lens.shape)), store.decoding.buffers.seq_lens.flatten(),
-                              strict=True):  # fmt: skip
-        for page in range(int(length) // page_size):
-            at = (b, g, page // TILE_PAGES, slice(None), page % TILE_PAGES)
-            assert store.decoding.buffers.index_tensors[0][at].equal(rebuilt[at])
+    (bounds,) = buffers.index_tensors
+    rebuilt = build_pages(buffers.keys.clone(), store.stored, page_size)
+    for b, row in enumerate(buffers.seq_lens.tolist()):
+        for g, length in enumerate(row):
+            for page in range(length // page_size):
+                at = (b, g, page // TILE_PAGES, slice(None), page % TILE_PAGES)
+                assert bounds[at].equal(rebuilt[at])
 
 
 ON_KERNELS = [
@@ -217,67 +208,37 @@ def test_it_is_its_definition(case: Case, backend: str) -> None:
     if backend == "triton":
         pytest.importorskip("triton", reason="Triton has no package for this platform")
     count = 60 if backend == "torch" else 22  # the interpreter takes its time
-    store, given, sinks, heads = started(case, count)
+    store, given, params, heads = started(case, count)
     kept = [[list(head.prompt) for head in row] for row in heads]
     buffers = {name: tensor.data_ptr() for name, tensor in store.tensors().items()}
     for at in range(PROMPT, PROMPT + count):
-        found = step(store, given, at, backend, **exact(case, sinks))
+        found = step(store, given, at, params, backend)
         expected = torch.stack([torch.cat([head.step(at, SPLITS[case.split]) for head in row]) for row in heads])
         for b, row in enumerate(heads):
             for g, head in enumerate(row):
-                stored = positions(store, b, g)
+                stored = kept_by(store, b, g)
                 assert stored == head.prompt + head.generated
                 assert stored[: len(kept[b][g])] == kept[b][g], "what the prompt kept stays"
         assert_near(found, expected)
         assert_index_is_anew(store)
-        queries = store.last_queries()
-        assert queries is not None
-        assert queries.equal(given.query[:, :, at + 1 - WINDOW : at + 1])
+        assert last_queries(store).equal(given.query[:, :, at + 1 - WINDOW : at + 1])
     assert store.generated <= CAPACITY
     assert buffers == {name: tensor.data_ptr() for name, tensor in store.tensors().items()}
-    assert store.phase.positions is not None
-    assert store.decoding.buffers.seq_lens is not None
     behind = torch.arange(store.capacity) >= store.decoding.buffers.seq_lens[..., None]
-    assert (store.phase.positions[behind] == -1).all()
-
-
-@pytest.mark.parametrize("lengths", [(PROMPT, PROMPT), (PROMPT, 33, 9)], ids=["uniform", "ragged"])
-def test_the_control_keeps_the_window_and_others_by_chance(lengths: tuple[int, ...]) -> None:
-    case = Case(lengths=lengths)
-    store, given, sinks, _ = started(case, 40)
-    again, ranked = copy.deepcopy(store), copy.deepcopy(store)
-    evictions = 0
-    for at in range(PROMPT, PROMPT + 40):
-        full = store.stored == store.capacity
-        for each, by_chance in ((store, True), (again, True), (ranked, False)):
-            step(each, given, at, at_random=by_chance, **exact(case, sinks))
-        assert store.phase.positions is not None
-        assert again.positions is not None
-        assert store.phase.positions.equal(again.positions)
-        if full:
-            evictions += 1
-            for b in range(len(lengths)):
-                generated = [positions(store, b, g)[-KEPT - 1 :] for g in range(2)]
-                assert generated[0] == generated[1], "the same for all heads"
-                assert generated[0][-WINDOW - 1 :] == list(range(at - WINDOW, at + 1))
-                assert generated[0] == sorted(set(generated[0]))
-                assert generated[0][0] >= PROMPT
-    assert evictions == 4
-    assert ranked.positions is not None
-    assert not store.phase.positions.equal(ranked.positions)
+    assert (store.decoding.positions[behind] == -1).all()
 
 
 def test_what_cannot_be_evicted_is_refused() -> None:
     case = Case()
-    store, given, sinks, _ = started(case, 9)
+    store, given, params, _ = started(case, 9)
     with pytest.raises(ValueError, match="more generated tokens than are kept; got 0 and 6"):
-        evict_generated(store, KEPT, kernel_size=KERNEL, **exact(case, sinks))
+        evict_generated(store, KEPT, params, kernel_size=KERNEL)
     for at in range(PROMPT, PROMPT + 9):
-        step(store, given, at, **exact(case, sinks))
+        step(store, given, at, params)
     with pytest.raises(ValueError, match="got 9 and 3"):  # fewer than the window
-        evict_generated(store, 3, kernel_size=KERNEL, **exact(case, sinks))
-    with pytest.raises(ValueError, match="comes after close_prompt"):
-        evict_generated(KVStore(), KEPT, kernel_size=KERNEL, **exact(case, sinks))
+        evict_generated(store, 3, params, kernel_size=KERNEL)
+    with pytest.raises(ValueError, match="needs a store whose prompt is closed"):
+        evict_generated(KVStore(), KEPT, params, kernel_size=KERNEL)
     assert kept_of(64, 32) == 32
     assert kept_of(63, 32) is None
     assert kept_of(65, 32) == 32
@@ -287,29 +248,26 @@ def test_what_cannot_be_evicted_is_refused() -> None:
 @pytest.mark.parametrize("taken", [0, 5, 12, 13, 14, 30])
 def test_a_snapshot_comes_back_from_behind_evictions(taken: int, lengths: tuple[int, ...]) -> None:
     case = Case(lengths=lengths)
-    store, given, sinks, _ = started(case, 60)
-    settings = exact(case, sinks)
+    store, given, params, _ = started(case, 60)
     for at in range(PROMPT, PROMPT + taken):
-        step(store, given, at, **settings)
+        step(store, given, at, params)
     apart, snapshot = copy.deepcopy(store), store.snapshot()
     buffers = {name: tensor.data_ptr() for name, tensor in store.tensors().items()}
     for count in (3, 25, 30):
         expected = copy.deepcopy(apart)
         for at in range(PROMPT + taken, PROMPT + taken + count):
-            assert step(store, given, at, **settings).equal(step(expected, given, at, **settings))
+            assert step(store, given, at, params).equal(step(expected, given, at, params))
         later, kept = store.snapshot(), copy.deepcopy(store)
         store.restore(snapshot)
         assert store.seen == apart.seen
         for b in range(len(lengths)):
             for g in range(2):
-                assert positions(store, b, g) == positions(apart, b, g)
-        ring = store.last_queries()
-        assert ring is not None
-        assert ring.equal(given.query[:, :, PROMPT + taken - WINDOW : PROMPT + taken])
+                assert kept_by(store, b, g) == kept_by(apart, b, g)
+        assert last_queries(store).equal(given.query[:, :, PROMPT + taken - WINDOW : PROMPT + taken])
         assert_index_is_anew(store)
         store.restore(later)  # and back to the other branch
         for at in range(PROMPT + taken + count, PROMPT + 60):
-            assert step(store, given, at, **settings).equal(step(kept, given, at, **settings))
+            assert step(store, given, at, params).equal(step(kept, given, at, params))
         store.restore(snapshot)
     assert buffers == {name: tensor.data_ptr() for name, tensor in store.tensors().items()}
 
@@ -318,33 +276,30 @@ def test_a_snapshot_comes_back_from_behind_evictions(taken: int, lengths: tuple[
 @pytest.mark.parametrize("removed", [1, 3, 4])
 def test_a_crop_takes_queries_back_with_their_tokens(removed: int, lengths: tuple[int, ...]) -> None:
     case = Case(lengths=lengths)
-    store, given, sinks, _ = started(case, 60)
-    settings, at = exact(case, sinks), PROMPT
+    store, given, params, _ = started(case, 60)
+    at = PROMPT
     while at < PROMPT + 50:
         for _ in range(removed + 1):
-            step(store, given, at, **settings)
+            step(store, given, at, params)
             at += 1
         store.crop(at - removed)
         at -= removed
-        queries = store.last_queries()
-        assert queries is not None
+        queries = last_queries(store)
         assert queries.equal(given.query[:, :, at - queries.shape[2] : at])
         assert queries.shape[2] == WINDOW - removed
         assert store.seen == at
         for b in range(len(lengths)):
-            assert positions(store, b, 0)[-1] == at - 1
+            assert kept_by(store, b, 0)[-1] == at - 1
         assert_index_is_anew(store)
 
 
 def test_a_crop_into_what_was_evicted_is_refused_with_the_bound() -> None:
     case = Case()
-    store, given, sinks, _ = started(case, 20)
+    store, given, params, _ = started(case, 20)
     for at in range(PROMPT, PROMPT + 14):
-        step(store, given, at, **exact(case, sinks))
+        step(store, given, at, params)
     with pytest.raises(ValueError, match="evicted tokens of the first 69"):
         store.crop(68)
     store.crop(69)
-    assert positions(store, 0, 0)[-1] < 69
-    queries = store.last_queries()
-    assert queries is not None
-    assert queries.shape[2] == 0
+    assert kept_by(store, 0, 0)[-1] < 69
+    assert last_queries(store).shape[2] == 0

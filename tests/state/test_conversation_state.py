@@ -19,6 +19,7 @@ from rocketkv.state import history
 from rocketkv.state.history import History
 from rocketkv.state.protection import RowMarks
 from tiny import SKETCH_SPLIT, SMALL, TRANSFORMERS, build, greedy, prompt
+from turns import last_queries
 
 pytestmark = pytest.mark.integration
 
@@ -121,7 +122,7 @@ def test_rejected_drafts_leave_the_remembered_queries_as_they_were(count: int) -
             if drafts:
                 crop(cache, drafts)
             decode(model, cache, prompt(2, seed=6))
-            found.append([layer.store.last_queries() for layer in rocketkv_layers(cache)])
+            found.append([last_queries(layer.store) for layer in rocketkv_layers(cache)])
     for one, other in zip(*found, strict=True):
         assert one.shape[2] == SMALL["window_size"]
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)

@@ -9,6 +9,8 @@ import torch
 
 from rocketkv.budget import METHODS, BudgetSplit
 from rocketkv.core.attention import AttentionParams
+from rocketkv.core.decode import recent_slots
+from rocketkv.core.topk import MOST_CACHED, _multiples, multiples, scalar
 from rocketkv.dispatch import decode_step
 from rocketkv.state.store import KVStore
 from tracking import Tracker
@@ -69,23 +71,23 @@ def test_every_step_writes_into_the_same_buffers(method: str, layout: str) -> No
 
 
 def test_what_steps_keep_is_on_the_cpu_whatever_the_default_device_is() -> None:
-    number.cache_clear()
-    _steps.cache_clear()
+    scalar.cache_clear()
+    _multiples.cache_clear()
     for method in ("rocketkv", "rocketkv+"):
         store, given = steady_store(method, LAYOUTS["uniform"]), wide(2)
         expected = decode(copy.deepcopy(store), given)
-        number.cache_clear()
-        _steps.cache_clear()
+        scalar.cache_clear()
+        _multiples.cache_clear()
         with torch.device("meta"):
             decode(copy.deepcopy(store), given)
         assert decode(store, given).equal(expected)
 
 
 def test_what_steps_keep_is_small() -> None:
-    for count in (1, MOST_STEPS, MOST_STEPS + 1):
-        made = steps(count, -3, torch.device("cpu"))
+    for count in (1, MOST_CACHED, MOST_CACHED + 1):
+        made = multiples(count, -3, torch.device("cpu"))
         assert made.tolist() == [-3 * i for i in range(count)]
-        assert (steps(count, -3, torch.device("cpu")) is made) == (count <= MOST_STEPS)
+        assert (multiples(count, -3, torch.device("cpu")) is made) == (count <= MOST_CACHED)
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -113,7 +115,7 @@ def test_growth_and_rolling_do_not_wait_either() -> None:
 @pytest.mark.parametrize(("k", "sinks"), [(1, 1), (8, 4), (8, 8), (5, 1)])
 def test_recent_is_the_first_and_the_last_slots(k: int, sinks: int) -> None:
     lengths = torch.tensor([[k, k + 1, 50], [k + 7, 49, 33]], dtype=torch.int32)
-    found = recent(lengths, k, sinks)
+    found = recent_slots(lengths, k, sinks)
     for length, slots in zip(lengths.view(-1).tolist(), found.view(-1, k).tolist(), strict=True):
         assert slots == [*range(sinks), *range(length - (k - sinks), length)]
 

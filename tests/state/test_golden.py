@@ -17,16 +17,15 @@ from torch.nn import functional as F
 from close import assert_near
 from rocketkv.budget import BudgetSplit
 from rocketkv.config import RocketKVConfig
+from rocketkv.core import decode
 from rocketkv.core.attention import AttentionParams
 from rocketkv.core.topk import select
-from rocketkv.dispatch import close_prompt, decode_step
-from rocketkv.hf.handover import claim
-from rocketkv.hf.layer import RocketKVLayer
-from rocketkv.state import reference
+from rocketkv.dispatch import Workspaces, close_prompt, decode_step
+from rocketkv.hf.layer import RocketKVLayer, layer_of
 from rocketkv.state.store import KVStore
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-SCALING = 64**-0.5
+PARAMS = AttentionParams(64**-0.5)
 
 
 def explicit_split(budget: int, params: dict[str, Any]) -> BudgetSplit:
@@ -56,20 +55,17 @@ def test_one_turn(layer: int, budget: int) -> None:
     close_prompt(
         store,
         explicit_split(budget, params),
-        AttentionParams(SCALING),
+        PARAMS,
         decode_reserve=info["max_new_tokens"],
         kernel_size=info["kernel_size"],
     )
     kept = data[f"kept_positions.budget_{budget}"]
-    assert store.phase.positions is not None
     assert store.stored == kept.shape[2] == params["prompt_budget"]
-    assert torch.equal(store.phase.positions[:, :, : store.stored], kept)
+    assert torch.equal(store.decoding.positions[:, :, : store.stored], kept)
     expected = data[f"decode_output.budget_{budget}"]
     for i in range(info["decode_steps"]):
         at = prompt + i
-        out = decode_step(
-            data["query_decode"][:, :, i], key[:, :, at], value[:, :, at], store, AttentionParams(SCALING)
-        )
+        out = decode_step(data["query_decode"][:, :, i], key[:, :, at], value[:, :, at], store, PARAMS)
         assert_near(out, expected[:, :, i])
 
 
@@ -100,8 +96,8 @@ class Turns:
         query, key, value = (self.data[name][:, :, start:stop] for name in ("query", "key", "value"))
         self.layer.armed = True
         returned, _ = self.layer.update(key, value)
-        assert claim(returned) is self.layer
-        out = self.layer.attend(query, None, AttentionParams(SCALING), fast=causal)
+        assert layer_of(returned) is self.layer
+        out = self.layer.attend(query, None, PARAMS, fast=causal)
         return out.transpose(1, 2)
 
 
@@ -169,11 +165,9 @@ def test_one_turn_by_the_kernels_and_what_they_select(layer: int, budget: int, m
     for name, store in stores.items():
         store.extend(key[:, :, :prompt], value[:, :, :prompt])
         store.prompt.remember(data["query_window"], info["window_size"])
-        close_prompt(
-            store, split, AttentionParams(SCALING), backend=name, decode_reserve=16, kernel_size=info["kernel_size"]
-        )
-    for field in ("positions", "keys", "values", "index", "lengths"):
-        assert torch.equal(getattr(stores["torch"], field), getattr(stores["triton"], field)), field
+        close_prompt(store, split, PARAMS, backend=name, decode_reserve=16, kernel_size=info["kernel_size"])
+    for name in ("positions", "keys", "values", "bounds", "seq_lens"):
+        assert stores["torch"].tensors()[name].equal(stores["triton"].tensors()[name]), name
     selected: list[Tensor] = []
 
     def noted(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -181,14 +175,12 @@ def test_one_turn_by_the_kernels_and_what_they_select(layer: int, budget: int, m
         selected.append(positions.sort(-1).values)
         return positions, weight
 
-    monkeypatch.setattr(reference, "select", noted)
-    workspaces: dict[Any, Any] = {}
+    monkeypatch.setattr(decode, "select", noted)
+    workspaces = Workspaces()
     for i in range(info["decode_steps"]):
         step = data["query_decode"][:, :, i], key[:, :, prompt + i], value[:, :, prompt + i]
-        decode_step(*step, stores["torch"], params=AttentionParams(SCALING), backend="torch")
-        out = decode_step(
-            *step, stores["triton"], params=AttentionParams(SCALING), backend="triton", workspaces=workspaces
-        )
+        decode_step(*step, stores["torch"], PARAMS, backend="torch")
+        out = decode_step(*step, stores["triton"], PARAMS, backend="triton", workspaces=workspaces)
         assert_near(out, data[f"decode_output.budget_{budget}"][:, :, i])
-        (workspace,) = workspaces.values()
+        (workspace,) = workspaces.buffers.values()
         assert workspace.chosen.tolist() == selected[-1].flatten(0, 1).tolist()

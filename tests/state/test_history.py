@@ -15,12 +15,12 @@ from naive_methods import HKV, KERNEL, SCALING, WINDOW, D, H, Head, snap, sparse
 from rocketkv.budget import BudgetSplit
 from rocketkv.config import RocketKVConfig
 from rocketkv.core.attention import AttentionParams
-from rocketkv.hf.handover import claim
-from rocketkv.hf.layer import RocketKVLayer
+from rocketkv.hf.layer import RocketKVLayer, layer_of
 from rocketkv.hf.turns import prompt_part
 from rocketkv.state.history import History
 from rocketkv.state.store import KVStore
 
+PARAMS = AttentionParams(SCALING)
 SPLIT = BudgetSplit(token_budget=24, kept_tokens=40, page_size=3, channels=9, top_k=12)
 # Tokens of each turn's prompt, and decoded after it: nothing is left out of the last one's window but by stage 1.
 TURNS = [(70, 9), (25, 4), (11, 14), (30, 7)]
@@ -41,8 +41,8 @@ def forward(made: RocketKVLayer, given: tuple[Tensor, Tensor, Tensor], start: in
     query, key, value = (tensor[:, :, start:stop] for tensor in given)
     made.armed = True
     returned, _ = made.update(key, value)
-    assert claim(returned) is made
-    return made.attend(query, None, AttentionParams(SCALING), fast=no_fast).transpose(1, 2)
+    assert layer_of(returned) is made
+    return made.attend(query, None, PARAMS, fast=no_fast).transpose(1, 2)
 
 
 def defined(head: Head, turns: list[tuple[int, int]]) -> Tensor:
@@ -177,7 +177,7 @@ def test_rows_of_different_lengths_are_absorbed_each_from_its_own_slots() -> Non
     made.store.extend(given[1][:, :, :total], given[2][:, :, :total], valid)
     made.store.prompt.remember(given[0][:, :, :total], WINDOW)
     made.prompt_tokens = total
-    made.close_prompt({"scaling": SCALING})
+    made.close_prompt(PARAMS)
     assert not made.store.uniform
     for token in range(total, 70):
         forward(made, given, token, token + 1)
@@ -236,7 +236,7 @@ def test_later_tokens_on_an_old_buffer_leave_a_newer_snapshot_alone() -> None:
 
 def test_what_does_not_go_together_is_refused() -> None:
     history, store = History(), KVStore()
-    with pytest.raises(ValueError, match="there is no prompt to keep"):
+    with pytest.raises(ValueError, match="the store reads no prompt"):
         history.keep(store)
     with pytest.raises(ValueError, match="there is no store that a history could belong to"):
         history.fill({}, store)

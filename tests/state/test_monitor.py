@@ -17,13 +17,12 @@ from close import assert_near
 from monitor_case import ALL_STORED, PLUS, SPLIT, errors, exact, forward, layer, run
 from naive import attention
 from rocketkv.config import RocketKVConfig
-from rocketkv.core.attention import AttentionParams
 from rocketkv.dispatch import decode_step
 from rocketkv.hf.cache import RocketKVCache, cache_stats, rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from rocketkv.state.monitor import StepReport
 from tiny import SMALL, build, greedy, left_padded, prompt
-from turns import HKV, PROMPT, SCALING, D, H, extend, left_padding, tokens
+from turns import HKV, PARAMS, PROMPT, SCALING, D, H, extend, left_padding, tokens
 
 
 def test_steps_of_the_kernels_are_watched_alike() -> None:
@@ -116,9 +115,7 @@ def test_unasked_no_operation_is_added() -> None:
     store = copy.deepcopy(made.store)
     with Operations() as bare:
         query, key, value = (part[:, :, -1:] for part in (given.query, given.key, given.value))
-        decode_step(query[:, :, 0], key[:, :, 0], value[:, :, 0], store, AttentionParams(SCALING))[:, None].transpose(
-            1, 2
-        )
+        decode_step(query[:, :, 0], key[:, :, 0], value[:, :, 0], store, PARAMS)[:, None].transpose(1, 2)
     with Operations() as found:
         forward(made, given[PROMPT + 3 :])
     computed = [[name for name in done.names if not name.startswith("aten.slice")] for done in (bare, found)]
@@ -176,10 +173,10 @@ def test_a_history_of_padded_rows_is_of_their_tokens() -> None:
     given, valid = tokens(2, PROMPT), left_padding([PROMPT, 33], PROMPT)
     extend(made.store, given, valid)
     made.prompt_tokens = PROMPT
-    made.close_prompt({"scaling": SCALING, "softcap": None, "sinks": None})
+    made.close_prompt(PARAMS)
     late = tokens(2, 3)
     for i in range(3):
-        decode_step(late.query[:, :, i], late.key[:, :, i], late.value[:, :, i], made.store, AttentionParams(SCALING))
+        decode_step(late.query[:, :, i], late.key[:, :, i], late.value[:, :, i], made.store, PARAMS)
     assert made.history is not None
     for row, first in ((0, 0), (1, PROMPT - 33)):
         keys, values = made.history.head(made.store, row, 1)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 import rocketkv
 from close import assert_near
-from rocketkv.core.attention import AttentionParams
-from rocketkv.dispatch import decode_step, static_step
+from rocketkv.dispatch import Workspaces, decode_step, static_step
 from rocketkv.state.compress import close_prompt
 from rocketkv.state.store import KVStore
 from static import run_static, static_pair
@@ -22,9 +21,9 @@ from tracking import Tracker
 from turns import (
     BUDGET,
     KERNEL,
+    PARAMS,
     PROMPT,
     RESERVE,
-    SCALING,
     SPLITS,
     D,
     Tokens,
@@ -47,37 +46,33 @@ def valid(request: pytest.FixtureRequest) -> Tensor | None:
 
 def assert_same(found: KVStore, expected: KVStore) -> None:
     """Assert that two stores hold the same tokens, bit for bit, and know the same about them."""
-    for name in ("seen", "stored", "shortest", "closed", "aligned", "split", "_complete", "_restorable", "_prompt_end"):
+    for name in ("seen", "stored", "shortest", "split", "complete", "restorable"):
         assert getattr(found, name) == getattr(expected, name), name
-    stored = expected.stored
-    for name in ("window", "lengths"):
-        a, b = getattr(found, name), getattr(expected, name)
-        assert (a is None) == (b is None)
-        assert a is None or a.equal(b)
-    if expected.positions is None:
-        assert found.positions is None
-        held = torch.ones((*expected.keys.shape[:2], stored), dtype=torch.bool)  # type: ignore[union-attr]
-    else:
-        assert found.positions is not None
-        assert found.positions[..., :stored].equal(expected.positions[..., :stored])
-        held = (expected.positions[..., :stored] >= 0).expand(*expected.keys.shape[:2], -1)  # type: ignore[union-attr]
-    for a, b in ((found.keys, expected.keys), (found.values, expected.values)):
-        assert a[:, :, :stored][held].equal(b[:, :, :stored][held])  # type: ignore[index]
+    assert type(found.phase) is type(expected.phase)
+    for name in ("aligned", "prompt_end", "earlier"):
+        assert getattr(found.phase, name, None) == getattr(expected.phase, name, None), name
+    stored, own, others = expected.stored, found.tensors(), expected.tensors()
+    for name in ("queries", "query_ring", "seq_lens"):
+        assert (name in own) == (name in others)
+        assert name not in own or own[name].equal(others[name])
+    held = torch.ones((*others["keys"].shape[:2], stored), dtype=torch.bool)
+    assert ("positions" in own) == ("positions" in others)
+    if "positions" in others:
+        assert own["positions"][..., :stored].equal(others["positions"][..., :stored])
+        held &= others["positions"][..., :stored] >= 0
+    for name in ("keys", "values"):
+        assert own[name][:, :, :stored][held].equal(others[name][:, :, :stored][held])
 
 
 def ask(store: KVStore, question: Tokens, split: str, room: int | None = None) -> None:
     extend(store, question)
-    close_prompt(
-        store, SPLITS[split], AttentionParams(SCALING), decode_reserve=RESERVE, kernel_size=KERNEL, decode_capacity=room
-    )
+    close_prompt(store, SPLITS[split], PARAMS, decode_reserve=RESERVE, kernel_size=KERNEL, decode_capacity=room)
 
 
 def started(split: str, given: Tokens, valid: Tensor | None, room: int | None) -> KVStore:
     store = KVStore()
     extend(store, given, valid)
-    close_prompt(
-        store, SPLITS[split], AttentionParams(SCALING), decode_reserve=RESERVE, kernel_size=KERNEL, decode_capacity=room
-    )
+    close_prompt(store, SPLITS[split], PARAMS, decode_reserve=RESERVE, kernel_size=KERNEL, decode_capacity=room)
     return store
 
 
@@ -120,7 +115,7 @@ def walk(store: KVStore, split: str, rows: int, seed: int, steps: int, *, static
             ask(store, tokens(rows, choose.choice([3, 9])), split, 2 * RESERVE if static else None)
         elif what == "crop":
             length = store.seen - choose.choice([1, 3, 6])
-            if store._complete or length >= store._restorable:
+            if store.complete or length >= store.restorable:
                 store.crop(length)
         elif what == "drop" and taken:
             del taken[choose.randrange(len(taken))]
@@ -156,10 +151,9 @@ def test_an_index_of_several_tiles_comes_back() -> None:
         decode(store, tokens(1, 200))
         store.restore(new)
         assert_same(store, expected)
-        assert store.decoding.buffers.index_tensors[0] is not None
-        assert expected.index is not None
-        assert store.decoding.buffers.index_tensors[0][:, :, :2].equal(expected.index[:, :, :2])
-        assert store.decoding.buffers.index_tensors[0][:, :, 2, :, :44].equal(expected.index[:, :, 2, :, :44])
+        bounds, right_bounds = store.tensors()["bounds"], expected.tensors()["bounds"]
+        assert bounds[:, :, :2].equal(right_bounds[:, :, :2])
+        assert bounds[:, :, 2, :, :44].equal(right_bounds[:, :, 2, :, :44])
         assert decode(store, late).equal(right)
 
 
@@ -170,7 +164,7 @@ def test_an_index_in_eight_bits_comes_back() -> None:
     close_prompt(
         store,
         split,
-        AttentionParams(SCALING),
+        PARAMS,
         decode_reserve=RESERVE,
         kernel_size=KERNEL,
         index_dtype=torch.float8_e5m2,
@@ -198,11 +192,10 @@ def test_what_spoilt_a_dropped_continuation_spoils_nothing_else(
     wrong.value.fill_(NAN)
     decode(store, wrong)
     store.restore(taken)
-    for tensor, whole in ((store.keys, True), (store.values, True)):
-        assert tensor is not None
-        assert tensor.isfinite().all() == whole
-    assert store.phase.positions is not None
-    assert (store.phase.positions >= 0).sum(-1).equal(store.decoding.buffers.seq_lens.long())  # type: ignore[union-attr]
+    keys, values, positions, seq_lens = store.decoding.buffers[:4]
+    assert keys.isfinite().all()
+    assert values.isfinite().all()
+    assert (positions >= 0).sum(-1).equal(seq_lens.long())
     late = tokens(3, 5)
     assert decode(store, late).equal(decode(expected, late))
 
@@ -211,13 +204,11 @@ def storages(*stores: Any) -> dict[int, int]:
     """Return the bytes of every storage that stores and snapshots hold, by its address."""
     found: dict[int, int] = {}
     for each in stores:
-        tensors = (
-            [*each.tensors().values()]
-            if isinstance(each, KVStore)
-            else [*each.home.values(), each.decoding.buffers.seq_lens]
-        )
-        tensors += [] if isinstance(each, KVStore) else [part for _, part in each.saved.values()]
-        found |= {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+        if isinstance(each, KVStore):
+            tensors = list(each.tensors().values())
+        else:
+            tensors = [*each.tensors.values(), *each.copies.values(), *(part for _, part in each.saved.values())]
+        found |= {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return found
 
 
@@ -228,14 +219,14 @@ def test_a_snapshot_shares_everything_but_the_lengths(split: str, valid: Tensor 
     before = storages(store)
     with Tracker(known=store.tensors().values()) as tracker:
         taken = [store.snapshot() for _ in range(5)]
-    assert tracker.peak == 5 * store.decoding.buffers.seq_lens.nbytes  # type: ignore[union-attr]
+    assert tracker.peak == 5 * store.decoding.buffers.seq_lens.nbytes
     decode(store, tokens(3, RESERVE - 3))  # in the room
     store.restore(taken[0])
     decode(store, tokens(3, 4))
     store.crop(store.seen - 4)
     store.restore(taken[4])
-    lengths = {each.decoding.buffers.seq_lens.untyped_storage().data_ptr() for each in taken}  # type: ignore[union-attr]
-    assert set(storages(store, *taken)) - set(before) == lengths
+    seq_lens = {each.copies["seq_lens"].untyped_storage().data_ptr() for each in taken}
+    assert set(storages(store, *taken)) - set(before) == seq_lens
     assert not any(each.saved for each in taken)
 
 
@@ -250,7 +241,7 @@ def test_a_second_prompt_costs_a_snapshot_nothing_but_the_old_buffers() -> None:
     assert len(held) == len(before) + 1  # the copy of the lengths
     del taken
     gc.collect()
-    assert not list(store._living())
+    assert not list(store.snapshots.living())
 
 
 def test_only_what_is_written_over_is_copied() -> None:
@@ -265,7 +256,7 @@ def test_only_what_is_written_over_is_copied() -> None:
         "keys": (PROMPT, 8),
         "values": (PROMPT, 8),
         "positions": (PROMPT, 8),
-        "index": (0, 1),
+        "bounds": (0, 1),
     }
     store.restore(new)
     assert new.saved == {}
@@ -278,7 +269,7 @@ def test_a_roll_makes_one_copy_for_each_snapshot_and_none_without() -> None:
     taken = store.snapshot()
     decode(store, tokens(1, 200))
     kept = {name: part for name, (_, part) in taken.saved.items()}
-    assert kept["keys"].shape[2] == taken.stored
+    assert kept["keys"].shape[2] == taken.lens.longest
     decode(store, tokens(1, 200))
     assert all(taken.saved[name][1] is part for name, part in kept.items())
 
@@ -342,7 +333,7 @@ def test_steps_that_only_the_device_counted_are_taken_back(method: str) -> None:
     step = static_step(given.query[:, :, 0], static)
     before, later = static.snapshot(), given[:6]
     expected = decode(growing, later)
-    static.advance_uncounted(captured=True)  # from now on, a graph may be replayed at any time
+    static.note_captured()  # from now on, a graph may be replayed at any time
     for _ in range(2):
         assert_near(run_static(step, later), expected)
         assert static.seen == 66
@@ -356,9 +347,9 @@ def test_steps_that_only_the_device_counted_are_taken_back(method: str) -> None:
         static.restore(before)
     # So it may after another prompt, on whose buffers it does not work.
     ask(static, tokens(2, 7), method, 20)
-    assert static.counted
+    assert not static.lens.uncounted
     static.restore(before)
-    assert not static.counted
+    assert not static.lens.known
     assert_near(run_static(step, later), expected)
     assert static.seen == 66
 
@@ -367,14 +358,14 @@ def test_steps_of_the_kernels_are_taken_back() -> None:
     pytest.importorskip("triton", reason="Triton has no package for this platform")
     given, valid = tokens(2, PROMPT, 16, 16), left_padding([PROMPT, 33], PROMPT)
     other, late = tokens(2, 5, 16, 16), tokens(2, 3, 16, 16)
-    store, settings = prompted(given, SPLITS["rocketkv"], valid), {"backend": "triton", "workspaces": {}}
+    store, workspaces = prompted(given, SPLITS["rocketkv"], valid), Workspaces()
 
-    def steps(tokens: Tokens) -> Tensor:
-        parts = (tokens.query, tokens.key, tokens.value)
-        each = ([part[:, :, i] for part in parts] for i in range(len(tokens)))
-        return torch.stack(
-            [decode_step(*step, store, params=AttentionParams(SCALING), **settings) for step in each], dim=2
-        )  # type: ignore[arg-type]
+    def steps(given: Tokens) -> Tensor:
+        out = []
+        for i in range(len(given)):
+            query, key, value = given.query[:, :, i], given.key[:, :, i], given.value[:, :, i]
+            out.append(decode_step(query, key, value, store, PARAMS, backend="triton", workspaces=workspaces))
+        return torch.stack(out, dim=2)
 
     steps(other[:1])
     taken, expected = store.snapshot(), copy.deepcopy(store)
@@ -386,7 +377,7 @@ def test_steps_of_the_kernels_are_taken_back() -> None:
         store.restore(back)
         assert_same(store, expected)
         assert steps(late).equal(right)
-    assert settings["workspaces"]
+    assert workspaces.buffers
 
 
 def test_a_snapshot_of_another_store_or_life_is_refused() -> None:

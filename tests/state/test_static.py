@@ -68,10 +68,10 @@ def test_a_static_cache_leaves_prompts_to_the_models_own_attention(rows: str, mo
     made: list[LazyMask] = []
     attend = RocketKVLayer.attend
 
-    def recorded(self: RocketKVLayer, query: Tensor, mask: LazyMask, **kwargs: Any) -> Tensor:
+    def recorded(self: RocketKVLayer, query: Tensor, mask: LazyMask, *args: Any, **kwargs: Any) -> Tensor:
         if query.shape[2] > 1:
             made.append(mask)
-        return attend(self, query, mask, **kwargs)
+        return attend(self, query, mask, *args, **kwargs)
 
     monkeypatch.setattr(RocketKVLayer, "attend", recorded)
     model = build()

@@ -46,15 +46,16 @@ def valid(request: pytest.FixtureRequest) -> Tensor | None:
 
 def assert_same(found: KVStore, expected: KVStore) -> None:
     """Assert that two stores hold the same tokens in the same slots, bit for bit, and know the same about them."""
-    for name in ("seen", "stored", "shortest", "closed", "aligned", "uniform"):
+    for name in ("seen", "stored", "shortest", "closed", "uniform"):
         assert getattr(found, name) == getattr(expected, name), name
-    assert found.positions is not None
-    assert expected.positions is not None
-    assert torch.equal(found.positions[:, :, : found.stored], expected.positions[:, :, : found.stored])
-    assert torch.equal(found.lengths, expected.lengths)  # type: ignore[arg-type]
-    held = expected.positions[:, :, : found.stored] >= 0
-    for a, b in ((found.keys, expected.keys), (found.values, expected.values)):
-        assert torch.equal(a[:, :, : found.stored][held], b[:, :, : found.stored][held])  # type: ignore[index]
+    assert found.decoding.aligned == expected.decoding.aligned
+    a, b = found.decoding.buffers, expected.decoding.buffers
+    stored = found.stored
+    assert torch.equal(a.positions[:, :, :stored], b.positions[:, :, :stored])
+    assert torch.equal(a.seq_lens, b.seq_lens)
+    held = b.positions[:, :, :stored] >= 0
+    for x, y in ((a.keys, b.keys), (a.values, b.values)):
+        assert torch.equal(x[:, :, :stored][held], y[:, :, :stored][held])
 
 
 @pytest.mark.parametrize("expected_length", [0, PROMPT])
@@ -70,7 +71,7 @@ def test_chunks_end_in_the_same_store_as_one_pass(
         part = prompt[start : start + size]
         marked = None if valid is None else valid[:, start : start + size]
         chunked.extend(part.key, part.value, marked, expected=expected_length)
-        chunked.remember_queries(part.query, WINDOW)
+        chunked.prompt.remember(part.query, WINDOW)
         start += size
     close(chunked, SPLITS[split])
     assert_same(chunked, whole)
@@ -146,11 +147,8 @@ def test_a_crop_into_what_was_evicted_is_refused_with_the_bound(split: str, vali
     assert_same(store, before)
     store.crop(bound)
     assert store.seen == bound
-    assert store.decoding.buffers.seq_lens is not None
-    assert (store.shortest, store.stored) == (
-        int(store.decoding.buffers.seq_lens.min()),
-        int(store.decoding.buffers.seq_lens.max()),
-    )
+    seq_lens = store.decoding.buffers.seq_lens
+    assert (store.shortest, store.stored) == (int(seq_lens.min()), int(seq_lens.max()))
     assert decode(store, tokens(3, 2)).isfinite().all()
 
 
@@ -314,7 +312,7 @@ def test_a_rolling_store_refuses_a_crop_into_what_it_dropped(lengths: list[int])
     )
     steps = 10 * RESERVE
     decode(store, tokens(2, steps))
-    assert not store.aligned
+    assert not store.decoding.aligned
     with pytest.raises(ValueError, match=f"cannot crop to {size + 5} tokens") as error:
         store.crop(size + 5)
     found = re.search(r"Crop to (\d+) or more", str(error.value))
@@ -323,9 +321,9 @@ def test_a_rolling_store_refuses_a_crop_into_what_it_dropped(lengths: list[int])
     bound = int(found.group(1))
     assert size + 5 < bound <= size + steps
     store.crop(bound)
-    assert store.phase.positions is not None
-    assert int(store.phase.positions.max()) == bound - 1
-    assert torch.equal(store.decoding.buffers.seq_lens, (store.phase.positions >= 0).sum(-1))  # type: ignore[arg-type]
+    positions = store.decoding.positions
+    assert int(positions.max()) == bound - 1
+    assert torch.equal(store.decoding.buffers.seq_lens, (positions >= 0).sum(-1))
     assert decode(store, tokens(2, 2)).isfinite().all()
 
 
@@ -354,13 +352,13 @@ def test_what_was_evicted_is_freed(split: str) -> None:
     assert store.capacity == capacity
     assert store.tensors()["keys"].untyped_storage().nbytes() == HKV * capacity * D * 4
     assert store.tensors()["values"].untyped_storage().nbytes() == HKV * capacity * DV * 4
-    assert "window" not in store.tensors()
+    assert not {"queries", "query_ring"} & store.tensors().keys()
 
 
 def test_a_window_of_queries_does_not_keep_the_prompts_queries_alive() -> None:
     store, prompt = KVStore(), tokens(1, PROMPT)
     extend(store, prompt)
-    assert store.tensors()["window"].untyped_storage().nbytes() == H * WINDOW * D * 4
+    assert store.tensors()["queries"].untyped_storage().nbytes() == H * WINDOW * D * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -371,10 +369,10 @@ def test_everything_stored_keeps_the_keys_dtype(split: str, dtype: torch.dtype) 
     store = prompted(low, SPLITS[split])
     out = decode(store, low[:RESERVE])
     assert out.dtype == dtype
-    for name in ("keys", "values", "index"):
+    for name in ("keys", "values", "bounds"):
         if name in store.tensors():
             assert store.tensors()[name].dtype == dtype
-    assert store.tensors()["positions"].dtype == store.tensors()["lengths"].dtype == torch.int32
+    assert store.tensors()["positions"].dtype == store.tensors()["seq_lens"].dtype == torch.int32
 
 
 @pytest.mark.parametrize("reserve", [1, 3, 9])
@@ -406,10 +404,12 @@ def test_a_prompt_that_ends_with_padding_is_refused_where_stage_1_would_rank_by_
 
 def test_calls_out_of_order_are_refused() -> None:
     store, given = KVStore(), tokens(1, 10)
-    with pytest.raises(ValueError, match="append comes after close_prompt"):
+    with pytest.raises(ValueError, match="needs a store whose prompt is closed"):
         store.append(given.key[:, :, 0], given.value[:, :, 0])
-    with pytest.raises(ValueError, match="extend the store and remember its queries first"):
+    with pytest.raises(ValueError, match="extend it with a prompt's tokens first"):
         close(store, SPLITS["rocketkv"])
-    extend(store, given)
-    with pytest.raises(ValueError, match="append comes after close_prompt"):
+    store.extend(given.key, given.value)
+    with pytest.raises(ValueError, match="remember its queries first"):
+        close(store, SPLITS["rocketkv"])
+    with pytest.raises(ValueError, match="needs a store whose prompt is closed"):
         decode(store, given)

@@ -33,8 +33,7 @@ STEPS = 27  # beyond the reserve: buffers grow, or roll
 
 def kept_tokens(store: KVStore, row: int = 0) -> list[list[int]]:
     """List the sequence positions that each KV head of a row stores, padding counted."""
-    assert store.phase.positions is not None
-    return [[int(p) for p in head if p >= 0] for head in store.phase.positions[row]]
+    return [[int(p) for p in head if p >= 0] for head in store.decoding.positions[row]]
 
 
 def assert_row_is_alone(

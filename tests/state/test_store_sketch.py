@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -13,13 +12,12 @@ from torch import Tensor
 
 from close import assert_near
 from naive import attention
-from rocketkv import dispatch as backend
+from rocketkv import dispatch
 from rocketkv.budget import BudgetSplit
 from rocketkv.config import RocketKVConfig
-from rocketkv.core.attention import AttentionParams
 from rocketkv.core.residual import sum_values
 from rocketkv.core.sketch import Sketch, rotation_matrix, write_tokens
-from rocketkv.dispatch import decode_step
+from rocketkv.dispatch import Workspaces, decode_step
 from rocketkv.state.compress import close_prompt, evict_generated
 from rocketkv.state.missed import missed_mass
 from rocketkv.state.protection import RowMarks
@@ -29,6 +27,7 @@ from turns import (
     BUDGET,
     HKV,
     KERNEL,
+    PARAMS,
     PROMPT,
     RESERVE,
     SCALING,
@@ -56,9 +55,8 @@ def valid(request: pytest.FixtureRequest) -> Tensor | None:
 
 def in_use(store: KVStore) -> dict[str, Tensor]:
     """Return what is kept beside keys and values, zero where no token is."""
-    assert store.decoding.buffers.seq_lens is not None
     filled = torch.arange(store.stored) < store.decoding.buffers.seq_lens[..., None]
-    parts = {name: getattr(store, name) for name in NAMES}
+    parts = {name: store.tensors()[name] for name in NAMES}
     parts["codes"] = parts["codes"][:, :, : store.stored] * filled[..., None]
     parts["scales"] = parts["scales"][:, :, : store.stored].float() * filled
     return parts
@@ -73,9 +71,9 @@ def assert_same(found: KVStore, expected: KVStore) -> None:
 def assert_as_rebuilt(store: KVStore) -> None:
     """Assert that all has the bits of one that is made of what is stored, with the same mean."""
     other = copy.deepcopy(store)
-    other.codes, other.scales = other.codes * 0, other.scales * 0  # type: ignore[operator]
-    other.value_sum = torch.full_like(other.value_sum, torch.nan)  # type: ignore[arg-type]
-    other.rebuild_index()
+    for name, value in (("codes", 0), ("scales", 0), ("value_sum", torch.nan)):
+        other.tensors()[name].fill_(value)
+    other.decoding.rebuild_index(other.lens)
     assert_same(store, other)
 
 
@@ -90,9 +88,7 @@ def test_appended_it_is_as_rebuilt(bits: int, dtype: torch.dtype, valid: Tensor 
     assert_as_rebuilt(store)
     decode(store, late)
     assert_as_rebuilt(store)
-    assert store.decoding.named_index()["codes"] is not None
-    assert store.keys is not None
-    assert store.decoding.named_index()["codes"].shape[:3] == store.keys.shape[:3]
+    assert store.tensors()["codes"].shape[:3] == store.decoding.keys.shape[:3]
 
 
 @pytest.mark.parametrize("static", [None, 3 * RESERVE], ids=["grows", "static"])
@@ -102,9 +98,7 @@ def test_a_token_that_was_taken_back_leaves_no_trace(static: int | None, valid: 
     for _ in range(2):
         store = KVStore()
         extend(store, given, valid)
-        close_prompt(
-            store, PLUS, AttentionParams(SCALING), decode_reserve=RESERVE, kernel_size=KERNEL, decode_capacity=static
-        )
+        close_prompt(store, PLUS, PARAMS, decode_reserve=RESERVE, kernel_size=KERNEL, decode_capacity=static)
         decode(store, early)
         stores.append(store)
     straight, cropped = stores
@@ -122,9 +116,7 @@ def test_a_token_that_was_taken_back_leaves_no_trace(static: int | None, valid: 
 def test_a_way_back_over_reordered_rows(valid: Tensor | None) -> None:
     store = KVStore()
     extend(store, tokens(3, PROMPT), valid)
-    close_prompt(
-        store, PLUS, AttentionParams(SCALING), decode_reserve=RESERVE, kernel_size=KERNEL, decode_capacity=RESERVE
-    )
+    close_prompt(store, PLUS, PARAMS, decode_reserve=RESERVE, kernel_size=KERNEL, decode_capacity=RESERVE)
     decode(store, tokens(3, 3))
     expected, taken, late = copy.deepcopy(store), store.snapshot(), tokens(3, 5)
     store.map(lambda tensor: tensor.index_select(0, torch.tensor([2, 0, 0])))
@@ -137,18 +129,17 @@ def test_a_way_back_over_reordered_rows(valid: Tensor | None) -> None:
 def test_what_is_evicted_of_the_generated_tokens_goes_everywhere(valid: Tensor | None) -> None:
     store = KVStore()
     extend(store, tokens(3, PROMPT), valid)
-    settings: dict[str, Any] = {"decode_reserve": RESERVE, "kernel_size": KERNEL, "scaling": SCALING}
-    store.close_prompt(PLUS, decode_capacity=RESERVE, remembered=WINDOW, **settings)
-    before = {name: getattr(store, name).data_ptr() for name in NAMES}
-    mean = store.decoding.named_index()["mean"].clone()  # type: ignore[union-attr]
+    settings = {"decode_reserve": RESERVE, "decode_capacity": RESERVE}
+    close_prompt(store, PLUS, PARAMS, kernel_size=KERNEL, ring_size=WINDOW, **settings)
+    before = {name: store.tensors()[name].data_ptr() for name in NAMES}
+    mean = store.tensors()["mean"].clone()
     decode(store, tokens(3, RESERVE))
-    evict_generated(store, RESERVE // 2, AttentionParams(SCALING), kernel_size=KERNEL)
+    evict_generated(store, RESERVE // 2, PARAMS, kernel_size=KERNEL)
     assert_as_rebuilt(store)
-    assert store.decoding.named_index()["mean"] is not None
-    assert store.decoding.named_index()["mean"].equal(mean)
+    assert store.tensors()["mean"].equal(mean)
     decode(store, tokens(3, RESERVE // 2))
     assert_as_rebuilt(store)
-    assert {name: getattr(store, name).data_ptr() for name in NAMES} == before
+    assert {name: store.tensors()[name].data_ptr() for name in NAMES} == before
 
 
 def test_another_prompt_has_a_mean_of_its_own(valid: Tensor | None) -> None:
@@ -157,16 +148,13 @@ def test_another_prompt_has_a_mean_of_its_own(valid: Tensor | None) -> None:
     question = tokens(3, 20)
     question.key.add_(5)
     extend(store, question)
-    assert store.decoding.named_index() == {}
-    assert store.decoding.buffers.value_sum is None
+    assert store.tensors().keys().isdisjoint(NAMES)
     close(store, PLUS)
-    assert store.keys is not None
-    assert store.decoding.named_index()["mean"] is not None
-    assert store.decoding.buffers.seq_lens is not None
+    keys, _, _, seq_lens = store.decoding.buffers[:4]
     for row in range(3):
         for head in range(HKV):
-            held = store.keys[row, head, : int(store.decoding.buffers.seq_lens[row, head])]
-            assert_near(store.decoding.named_index()["mean"][row, head], held.mean(0))
+            held = keys[row, head, : int(seq_lens[row, head])]
+            assert_near(store.tensors()["mean"][row, head], held.mean(0))
     assert_as_rebuilt(store)
 
 
@@ -178,11 +166,9 @@ def test_protected_tokens_are_attended_to_whatever_the_sketch_says() -> None:
     for store in (marked, plain):
         extend(store, given)
         close(store, replace(PLUS, kept_tokens=30))
-    assert marked.positions is not None
-    assert marked.positions[0, :, :3].tolist() == [[20, 21, 22]] * HKV
+    assert marked.decoding.positions[0, :, :3].tolist() == [[20, 21, 22]] * HKV
     assert (marked.stored, plain.stored) == (33, 30)
-    assert marked.split is not None
-    assert marked.split.top_k == PLUS.top_k + 3  # type: ignore[operator]
+    assert marked.decoding.split.top_k == PLUS.top_k + 3  # type: ignore[operator]
     decode(marked, late)
     assert_as_rebuilt(marked)
 
@@ -200,17 +186,15 @@ def test_the_missed_weight_is_that_of_the_others() -> None:
     store = prompted(tokens(2, PROMPT), replace(PLUS, sketch_bits=4, top_k=6, by_largest=False))
     given = tokens(2, 3)
     decode(store, given[:2])
-    assert store.decoding.buffers.missed is not None
-    before = store.decoding.buffers.missed.data_ptr()
+    before = store.tensors()["missed"].data_ptr()
     decode(store, given[2:])
-    assert store.decoding.buffers.missed.data_ptr() == before
-    assert store.decoding.buffers.missed.shape == (2, H)
-    assert store.keys is not None
-    keys = store.keys[:, :, : store.stored].repeat_interleave(H // HKV, 1)
+    assert store.tensors()["missed"].data_ptr() == before
+    assert store.tensors()["missed"].shape == (2, H)
+    keys = store.decoding.keys[:, :, : store.stored].repeat_interleave(H // HKV, 1)
     weights = torch.einsum("bhd,bhnd->bhn", given.query[:, :, 2] * SCALING, keys).softmax(-1)
     shared = weights.view(2, HKV, H // HKV, -1).sum(2)
     chosen = shared.topk(6, dim=-1).indices.repeat_interleave(H // HKV, 1)
-    missed = missed_mass(store, H)
+    missed = missed_mass(store)
     assert missed is not None
     assert (missed - (1 - weights.gather(-1, chosen).sum(-1))).abs().max() < 0.1
 
@@ -224,15 +208,10 @@ def test_a_residual_beside_pages(page_size: int, valid: Tensor | None) -> None:
         part.key.fill_(0.5)
     store = prompted(given, split, valid)
     out = decode(store, late)
-    assert store.keys is not None
-    assert store.values is not None
-    assert store.decoding.buffers.seq_lens is not None
-    seen = [[range(int(length)) for length in row] for row in store.decoding.buffers.seq_lens]
-    assert_near(out[:, :, -1], attention(late.query[:, :, -1], store.keys, store.values, SCALING, seen))
-    assert store.decoding.buffers.value_sum is not None
-    assert store.decoding.buffers.value_sum.equal(
-        sum_values(store.values, store.stored, store.decoding.buffers.seq_lens)
-    )
+    keys, values, _, seq_lens = store.decoding.buffers[:4]
+    seen = [[range(int(length)) for length in row] for row in seq_lens]
+    assert_near(out[:, :, -1], attention(late.query[:, :, -1], keys, values, SCALING, seen))
+    assert store.tensors()["value_sum"].equal(sum_values(values, store.stored, seq_lens))
 
 
 def test_sums_do_not_depend_on_blocks_or_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +230,7 @@ def test_sums_do_not_depend_on_blocks_or_order(monkeypatch: pytest.MonkeyPatch) 
 def test_bytes_are_those_of_codes_scales_and_means() -> None:
     store = prompted(tokens(2, PROMPT), PLUS)
     found, rows, capacity = store_stats(store), 2 * HKV, store.capacity
-    value_dim = store.values.shape[3]  # type: ignore[union-attr]
+    value_dim = store.decoding.values.shape[3]
     assert found.index_bytes == rows * (capacity * (D // 4 + 2) + 4 * D + 8 * value_dim) + 2 * 4 * H
     stored, k = store.stored + 1, PLUS.top_k or 0
     read = stored * (D // 4 + 2)
@@ -261,18 +240,21 @@ def test_bytes_are_those_of_codes_scales_and_means() -> None:
 
 def test_the_kernels_leave_a_residual_of_pages_to_pytorch_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rocketkv.kernels.decode", reason="Triton has no package for this platform")
-    monkeypatch.setattr(backend, "backend_name", lambda *_: "triton")
-    backend._say_once.cache_clear()
+    monkeypatch.setattr(dispatch, "backend_name", lambda *_: "triton")
+    workspaces = Workspaces()
     store = prompted(tokens(1, PROMPT), replace(PLUS, sketch_bits=None, channels=4, calibrated=False))
     other = copy.deepcopy(store)
     given = tokens(1, 3)
+
+    def step(i: int) -> Tensor:
+        token = (given.query[:, :, i], given.key[:, :, i], given.value[:, :, i])
+        return decode_step(*token, store, PARAMS, workspaces=workspaces)
+
     with pytest.warns(UserWarning, match="needs the scores of a sketch; the kernels have it for no other"):
-        found = decode_step(
-            given.query[:, :, 0], given.key[:, :, 0], given.value[:, :, 0], store, AttentionParams(SCALING)
-        )
+        found = step(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        decode_step(given.query[:, :, 1], given.key[:, :, 1], given.value[:, :, 1], store, AttentionParams(SCALING))
+        step(1)
     monkeypatch.undo()
     assert found.equal(decode(other, given[:1])[:, :, 0])
 
@@ -280,7 +262,7 @@ def test_the_kernels_leave_a_residual_of_pages_to_pytorch_and_say_so(monkeypatch
 def test_a_static_store_without_room_refuses_and_stays_whole() -> None:
     store = KVStore()
     extend(store, tokens(1, PROMPT))
-    close_prompt(store, PLUS, AttentionParams(SCALING), decode_reserve=RESERVE, kernel_size=KERNEL, decode_capacity=3)
+    close_prompt(store, PLUS, PARAMS, decode_reserve=RESERVE, kernel_size=KERNEL, decode_capacity=3)
     decode(store, tokens(1, 3))
     before = copy.deepcopy(store)
     with pytest.raises(ValueError, match="decode_capacity=3"):
@@ -301,8 +283,7 @@ def test_tokens_written_one_by_one_are_those_of_the_buffer() -> None:
     expected = copy.deepcopy(store)
     late = tokens(2, 4)
     decode(store, late)
-    assert expected.keys is not None
     sketch = {name: tensor.clone() for name, tensor in expected.decoding.named_index().items()}
     write_tokens(Sketch(**sketch), late.key, expected.stored, rotation_matrix(D), 2)
     for name, tensor in sketch.items():
-        assert tensor.equal(getattr(store, name)), name
+        assert tensor.equal(store.tensors()[name]), name

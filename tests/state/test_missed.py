@@ -14,7 +14,8 @@ from torch import Tensor
 import rocketkv
 from close import assert_near
 from monitor_case import ALL_STORED, PLUS, SPLIT, errors, exact, layer, run
-from rocketkv.core.attention import AttentionParams
+from rocketkv.core import decode
+from rocketkv.core.decode import attend_selected
 from rocketkv.dispatch import decode_step
 from rocketkv.state.compress import close_prompt
 from rocketkv.state.missed import (
@@ -28,7 +29,7 @@ from rocketkv.state.missed import (
 from rocketkv.state.monitor import StepReport
 from rocketkv.state.store import KVStore
 from tiny import build, greedy, left_padded, prompt
-from turns import DV, HKV, KERNEL, PROMPT, RESERVE, SCALING, H, extend, left_padding, tokens
+from turns import DV, HKV, KERNEL, PARAMS, PROMPT, RESERVE, H, extend, left_padding, tokens
 
 
 @pytest.fixture(params=[None, [PROMPT, 33, 10]], ids=["uniform", "ragged"])
@@ -36,10 +37,10 @@ def stepped(request: pytest.FixtureRequest) -> tuple[KVStore, Tensor, Tensor, Te
     """Return a store after a step, its query, output and missed mass; rows may be short, even within the budget."""
     store, late = KVStore(), tokens(3, 3)
     extend(store, tokens(3, PROMPT), None if request.param is None else left_padding(request.param, PROMPT))
-    close_prompt(store, SPLIT, AttentionParams(SCALING), decode_reserve=RESERVE, kernel_size=KERNEL)
+    close_prompt(store, SPLIT, PARAMS, decode_reserve=RESERVE, kernel_size=KERNEL)
     for i in range(3):
-        out = decode_step(late.query[:, :, i], late.key[:, :, i], late.value[:, :, i], store, AttentionParams(SCALING))
-    missed = missed_mass(store, H)
+        out = decode_step(late.query[:, :, i], late.key[:, :, i], late.value[:, :, i], store, PARAMS)
+    missed = missed_mass(store)
     assert missed is not None
     return store, late.query[:, :, 2], out, missed
 
@@ -55,10 +56,11 @@ def test_some_heads_attend_to_everything(
 ) -> None:
     store, query, out, missed = stepped
     own = {"softcap": softcap, "sinks": torch.randn(H) if sinks else None}
+    params = PARAMS._replace(**own)
     expected = exact(store, query, **own)
-    assert_near(attend_stored(query, store, AttentionParams(SCALING), **own), expected)
+    assert_near(attend_stored(query, store, params), expected)
     before = out.clone(), missed.clone()
-    found, rest = attend_all_where(some_heads(), query, store, out, missed, AttentionParams(SCALING), **own)
+    found, rest = attend_all_where(some_heads(), query, store, out, missed, params)
     chosen = some_heads().repeat_interleave(H // HKV, dim=1)
     assert_near(found[chosen], expected[chosen])
     assert found[~chosen].equal(out[~chosen])
@@ -77,7 +79,7 @@ def test_wider_heads_miss_no_more_than_the_bound(
     own = {"sinks": torch.randn(H) if sinks else None}
     passed = some_heads() & beyond(missed, bound, HKV)
     chosen = passed.repeat_interleave(H // HKV, dim=1)
-    found, rest = attend_wider_where(passed, bound, query, store, out, missed, AttentionParams(SCALING), **own)
+    found, rest = attend_wider_where(passed, bound, query, store, out, missed, PARAMS._replace(**own))
     assert found[~chosen].equal(out[~chosen])
     assert chosen.any()
     assert (rest[chosen] <= bound).all()
@@ -109,8 +111,9 @@ def test_dense_gives_what_attention_to_all_that_is_stored_gives() -> None:
         assert_near(found, expected)
         lost = max(lost, float(errors(out, expected).max()))
     assert lost > 0.1
-    assert dense.store.decoding.buffers.missed is not None
-    assert not dense.store.decoding.buffers.missed.any()  # what the step gave in the end misses nothing
+    noted = dense.store.decoding.buffers.missed
+    assert noted is not None
+    assert not noted.any()  # what the step gave in the end misses nothing
 
 
 def test_wider_steps_err_less() -> None:
@@ -124,7 +127,7 @@ def test_wider_steps_err_less() -> None:
 
 
 def test_a_step_that_says_nothing_is_taken_to_miss_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(KVStore, "note_missed", lambda store, missed: None)
+    monkeypatch.setattr(decode, "attend_selected", lambda *args, **own: (attend_selected(*args, **own)[0], None))
     given = tokens(1, PROMPT + 1)
     made = layer(on_loss="dense", loss_bound=0.9)
     assert_near(run(made, given)[0], exact(made.store, given.query[:, :, -1]))
@@ -170,12 +173,12 @@ def test_the_estimate_is_as_defined() -> None:
     given = tokens(2, PROMPT + 5)
     out = run(made, given)[-1]
     store = made.store
-    assert store.values is not None
-    assert store.decoding.buffers.missed is not None
+    values, noted = store.decoding.values, store.decoding.buffers.missed
+    assert noted is not None
     for row in range(2):
         for head in range(H):
-            missed = float(store.decoding.buffers.missed[row, head])
-            mean = store.values[row, head // (H // HKV), : store.stored].double().mean(0)
+            missed = float(noted[row, head])
+            mean = values[row, head // (H // HKV), : store.stored].double().mean(0)
             distance = float((out[row, head] - mean).norm() / out[row, head].norm())
             expected = missed / (1 - missed) * distance
             assert float(reports[-1].estimated_error[0][row, head]) == pytest.approx(expected, rel=1e-4)
