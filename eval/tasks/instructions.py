@@ -1,9 +1,9 @@
 """Stacked instructions: six rules for the answer, spread through a long prompt, and a short request at its end.
 
-Ours, in the manner of IFEval (Zhou et al., 2023, arXiv:2311.07911): code alone says whether an answer keeps a rule. A
-needle is asked for by the question, so that its place is known when the question is read; nothing names a rule, and
-one that was lost from the cache shows as a rule that is broken. Rules that hardly any answer breaks, such as a word to
-avoid or a greatest number of words alone, are left out: to lose them would cost nothing.
+A task of this project after IFEval (Zhou et al., 2023, arXiv:2311.07911): code alone decides whether an answer follows
+a rule. The question names a needle, so the model can look for it; nothing names a rule, and a rule that the cache lost
+is broken. Rules that hardly any answer breaks, such as a forbidden word or a largest number of words alone, are left
+out: their loss would not show.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
-from .base import Preparation, Sample, Task, Turn
-from .fill import fill
-from .needle_text import prose
+from .base import Preparation, Sample, Task, Turn, generated
+from .length import fill
+from .text import prose_sentences, split_list
 
 RULES = 6
 _MAX_NEW_TOKENS = 256
@@ -28,33 +29,13 @@ _REQUEST = (
     "\n\nWrite a short letter about {topic}. Keep every standing rule that was given between the notes."
     " Write the letter alone, with nothing before or after it.\n\nLetter:\n"
 )
-_TOPICS = (
-    "a walk along the coast",
-    "the opening of a library",
-    "a lost umbrella",
-    "the first snow of the year",
-    "a visit from an old friend",
-    "the repair of a clock",
-    "a long journey by train",
-    "the choice of a new teacher",
+_TOPICS = split_list(
+    "a walk along the coast, the opening of a library, a lost umbrella, the first snow of the year,"
+    " a visit from an old friend, the repair of a clock, a long journey by train, the choice of a new teacher"
 )
-_WORDS = (
-    "anchor",
-    "canyon",
-    "compass",
-    "feather",
-    "lantern",
-    "magnet",
-    "marble",
-    "orchid",
-    "pepper",
-    "ribbon",
-    "saddle",
-    "thunder",
-    "velvet",
-    "violin",
-    "walnut",
-    "willow",
+_WORDS = split_list(
+    "anchor, canyon, compass, feather, lantern, magnet, marble, orchid, pepper, ribbon, saddle, thunder, velvet,"
+    " violin, walnut, willow"
 )
 
 
@@ -70,7 +51,7 @@ def _bullet_lines(text: str) -> int:
     return sum(line.lstrip(' "').startswith("- ") for line in text.splitlines())
 
 
-# What is asked, and whether a stripped answer with at least one word keeps it. Any of them go together.
+# The rules' texts, and checks of a stripped answer with at least one word. Any of the rules can be combined.
 _WORDING: Mapping[str, str] = {
     "lower_case": "write in lower case letters only.",
     "no_commas": "do not use a comma.",
@@ -98,7 +79,7 @@ _CHECKS: Mapping[str, Callable[[str, Mapping[str, Any]], bool]] = {
 
 
 def keeps(answer: str, rule: Mapping[str, Any]) -> bool:
-    """Say whether an answer keeps a rule, one of a turn's `extra["rules"]`; one without a word keeps none."""
+    """Return whether an answer keeps a rule of a turn's `extra["rules"]`; an answer without a word keeps none."""
     text = answer.strip()
     return bool(_words(text)) and _CHECKS[rule["rule"]](text, rule)
 
@@ -150,20 +131,11 @@ def _compose(index: int, topic: str, rules: list[dict[str, Any]], sentences: lis
 def _sample(prepared: Preparation, index: int) -> Sample:
     rng = random.Random(f"stacked_instructions {prepared.seed} {index}")
     topic, rules, seed = rng.choice(_TOPICS), _draw_rules(rng), rng.randrange(2**32)
-
-    def build(sentences: int) -> Sample:
-        return _compose(index, topic, rules, re.split(r"(?<=\.) ", prose(seed, sentences)))
-
-    return fill(prepared, build, least=RULES - 1)  # one between each rule and the next
-
-
-def samples(prepared: Preparation) -> list[Sample]:
-    """Make prompts that fill the length with their answer.
-
-    Raises:
-        ValueError: there is no length, or it leaves no room for a sentence between the rules.
-    """
-    return [_sample(prepared, index) for index in range(prepared.count)]
+    return fill(
+        prepared,
+        lambda count: _compose(index, topic, rules, list(islice(prose_sentences(seed), count))),
+        least=RULES - 1,  # one sentence between each rule and the next
+    )
 
 
 TASKS = (
@@ -171,9 +143,9 @@ TASKS = (
         name="stacked_instructions",
         group="instructions",
         version=1,
-        source="ours, in the manner of IFEval (arXiv:2311.07911)",
+        source="ours, after IFEval (arXiv:2311.07911)",
         metric="rules_kept",
-        samples=samples,
+        samples=generated(_sample),
         score=score,
     ),
 )
