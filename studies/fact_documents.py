@@ -9,7 +9,7 @@ import random
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rocketkv.eval.tasks.text import prose
+from rocketkv.eval.tasks.text import insert_at, prose
 
 # Text of a fact before its number and after it, and the question. No two facts begin alike, and an answer begins like
 # its fact, so the model only has to copy it: a small model does that from its full cache.
@@ -76,7 +76,7 @@ def document(seed: int, facts: int, sentences: int) -> Document:
     kinds = rng.sample(_STATEMENTS, facts)
     lines = prose(rng.getrandbits(32), sentences).removesuffix(".").split(". ")
     hidden = [Fact(*kind, "".join(rng.sample("123456789", 7))) for kind in kinds]
-    for place in reversed(range(facts)):  # from the end, so that the places of those before stay
-        lines.insert(round((place + 0.5) / facts * sentences), hidden[place].sentence)
+    places = [round((number + 0.5) / facts * sentences) for number in range(facts)]
+    lines = insert_at(lines, places, [fact.sentence for fact in hidden])
     rng.shuffle(hidden)
     return Document(". ".join(lines) + ".", tuple(hidden))

@@ -113,11 +113,8 @@ def generated(sample: Callable[[Preparation, int], Sample]) -> Callable[[Prepara
 @functools.cache
 def catalogue() -> Mapping[str, Task]:
     """Return every task of `MODULES` by name."""
-    tasks = [task for name in MODULES for task in importlib.import_module(f".{name}", __package__).TASKS]
-    by_name = {task.name: task for task in tasks}
-    if len(by_name) < len(tasks):
-        raise RuntimeError("two tasks have one name")
-    return MappingProxyType(by_name)
+    modules = (importlib.import_module(f".{name}", __package__) for name in MODULES)
+    return MappingProxyType({task.name: task for module in modules for task in module.TASKS})
 
 
 def find_tasks(names: Sequence[str]) -> list[Task]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from .base import Preparation, Sample, Task, Turn, generated
 from .length import fill
-from .text import prose_sentences, split_list
+from .text import insert_at, prose_sentences, split_list
 
 RULES = 6
 _MAX_NEW_TOKENS = 256
@@ -104,38 +104,25 @@ def _draw_rules(rng: random.Random) -> list[dict[str, Any]]:
     return [{"rule": name} | drawn.get(name, {}) for name in rng.sample(sorted(_WORDING), RULES)]
 
 
-def _compose(index: int, topic: str, rules: list[dict[str, Any]], sentences: list[str]) -> Sample:
-    """Put the rules between sentences: the first before them all, the last after them, the others evenly between."""
-    places = [round(number * len(sentences) / (RULES - 1)) for number in range(RULES)]
-    pieces: list[str] = []
-    for number, (rule, place) in enumerate(zip(rules, places, strict=True)):
-        pieces.append(f"Standing rule: {_WORDING[rule['rule']].format_map(rule)}")
-        pieces += sentences[place : places[number + 1]] if number + 1 < RULES else []
-    depths = [place / len(sentences) for place in places]
-    return Sample(
-        id=str(index),
-        context=_INTRODUCTION + " ".join(pieces),
-        turns=(
-            Turn(
-                question=_REQUEST.format(topic=topic),
-                answers=(),
-                max_new_tokens=_MAX_NEW_TOKENS,
-                extra={"rules": rules},
-            ),
-        ),
-        # depth: share of the sentences that lie before the rule
-        notes={"rules": [{"rule": r["rule"], "depth": round(d, 4)} for r, d in zip(rules, depths, strict=True)]},
-    )
-
-
 def _sample(prepared: Preparation, index: int) -> Sample:
+    """Make a prompt: the first rule before all sentences, the last after them, the others evenly between."""
     rng = random.Random(f"stacked_instructions {prepared.seed} {index}")
     topic, rules, seed = rng.choice(_TOPICS), _draw_rules(rng), rng.randrange(2**32)
-    return fill(
-        prepared,
-        lambda count: _compose(index, topic, rules, list(islice(prose_sentences(seed), count))),
-        least=RULES - 1,  # one sentence between each rule and the next
+    texts = [f"Standing rule: {_WORDING[rule['rule']].format_map(rule)}" for rule in rules]
+    turn = Turn(
+        question=_REQUEST.format(topic=topic), answers=(), max_new_tokens=_MAX_NEW_TOKENS, extra={"rules": rules}
     )
+
+    def build(count: int) -> Sample:
+        places = [round(number * count / (RULES - 1)) for number in range(RULES)]
+        pieces = insert_at(list(islice(prose_sentences(seed), count)), places, texts)
+        # depth: share of the sentences before the rule
+        notes = [
+            {"rule": rule["rule"], "depth": round(place / count, 4)} for rule, place in zip(rules, places, strict=True)
+        ]
+        return Sample(id=str(index), context=_INTRODUCTION + " ".join(pieces), turns=(turn,), notes={"rules": notes})
+
+    return fill(prepared, build, least=RULES - 1)  # one sentence between each rule and the next
 
 
 TASKS = (

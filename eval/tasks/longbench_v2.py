@@ -24,13 +24,7 @@ from .sources import check_fields, data_file, hub_file, read_json, templates
 _REPO = "zai-org/LongBench-v2"  # THUDM/LongBench-v2 before
 _MAX_NEW_TOKENS = 128
 _DOCUMENT = "$DOC$"
-_PLACEHOLDERS = {
-    "$Q$": "question",
-    "$C_A$": "choice_A",
-    "$C_B$": "choice_B",
-    "$C_C$": "choice_C",
-    "$C_D$": "choice_D",
-}
+_PLACEHOLDERS = {"$Q$": "question"} | {f"$C_{letter}$": f"choice_{letter}" for letter in "ABCD"}
 _CATEGORIES = ("difficulty", "length", "domain", "sub_domain")
 _FIELDS = ("_id", "context", *_PLACEHOLDERS.values(), "answer", *_CATEGORIES)
 

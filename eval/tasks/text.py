@@ -7,7 +7,7 @@ import importlib.resources
 import importlib.util
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -92,6 +92,14 @@ def _sentences(rng: random.Random) -> Iterator[str]:
             yield f"The {pick(_ANIMALS)} {pick(_RESTED)} {pick(_PLACES)}."
 
 
+def insert_at(pieces: Sequence[str], places: Sequence[int], texts: Sequence[str]) -> list[str]:
+    """Return the pieces with each text before the piece at its place; places refer to `pieces`, and rise."""
+    result = list(pieces)
+    for place, text in reversed(list(zip(places, texts, strict=True))):
+        result.insert(place, text)
+    return result
+
+
 class Haystack(NamedTuple):
     """A text, cut into sentences.
 
@@ -121,12 +129,10 @@ def haystack(data_dir: Path | None, seed: int) -> Haystack:
     Raises:
         ValueError: the file has no text, or is not of the form that RULER's program writes.
     """
-    user = [] if data_dir is None else [data_dir / ESSAYS, data_dir / TEXT]
-    package = ruler_package()
-    for path in [*user, *([] if package is None else [package / ESSAYS])]:
-        if path.is_file():
-            return _read_haystack(path)
-    return _generated(seed)
+    paths = [] if data_dir is None else [data_dir / ESSAYS, data_dir / TEXT]
+    paths += [] if (package := ruler_package()) is None else [package / ESSAYS]
+    path = next((path for path in paths if path.is_file()), None)
+    return _generated(seed) if path is None else _read_haystack(path)
 
 
 def ruler_package() -> Path | None:

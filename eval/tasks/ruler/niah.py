@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from ..base import Preparation, Sample, Turn
 from ..length import fill
-from ..text import english, haystack
+from ..text import english, haystack, insert_at
 from .wording import piece, wording
 
 NEW_TOKENS = 128
@@ -92,8 +92,7 @@ def niah_sample(task: str, prepared: Preparation, index: int) -> Sample:
         else:
             places = sorted(rng.sample(range(count), len(hidden)))
             pieces = [piece("noise")] * count if needles.filler == "noise" else _others(needles, keys, count, rng)
-        for place, (key, value) in reversed(list(zip(places, hidden, strict=True))):
-            pieces.insert(place, _sentence(needles, key, value))
+        pieces = insert_at(pieces, places, [_sentence(needles, *needle) for needle in hidden])
         depths = [place / count for place, (key, _) in zip(places, hidden, strict=True) if key in asked]
         return Sample(
             id=str(index),

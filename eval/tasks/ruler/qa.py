@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,13 +37,6 @@ class Question(NamedTuple):
     near: tuple[str, ...] = ()
 
 
-class Collection(NamedTuple):
-    """Questions that have an answer, and all documents in alphabetical order."""
-
-    questions: tuple[Question, ...]
-    documents: tuple[str, ...]
-
-
 def qa_samples(task: str, prepared: Preparation) -> list[Sample]:
     """Make the samples of a question task: the data's questions in their order, in RULER's form.
 
@@ -59,14 +52,13 @@ def qa_samples(task: str, prepared: Preparation) -> list[Sample]:
     """
     prompt_limit(prepared, NEW_TOKENS)
     path = _find(task, prepared.data_dir)
-    collection = _read(path, task)
-    if prepared.count > len(collection.questions):
-        raise ValueError(f"count must be at most {len(collection.questions)}, the questions of {path}; ask for fewer")
-    return [_sample(task, prepared, collection, index) for index in range(prepared.count)]
+    questions, documents = _read(path, task)
+    if prepared.count > len(questions):
+        raise ValueError(f"count must be at most {len(questions)}, the questions of {path}; ask for fewer")
+    return [_sample(task, prepared, index, questions[index], documents) for index in range(prepared.count)]
 
 
-def _sample(task: str, prepared: Preparation, collection: Collection, index: int) -> Sample:
-    question = collection.questions[index]
+def _sample(task: str, prepared: Preparation, index: int, question: Question, documents: Sequence[str]) -> Sample:
     before, after, prefix = wording("qa")
     name = f"{task}/{prepared.length}/{prepared.seed}/{index}"
     turn = Turn(
@@ -96,7 +88,7 @@ def _sample(task: str, prepared: Preparation, collection: Collection, index: int
             f" got {prepared.length}; ask for a longer one"
         )
     gap = limit - tokens
-    for text, size in _sizes(prepared, limit, _others(collection, question, random.Random(name))):
+    for text, size in _sizes(prepared, limit, _others(documents, question, random.Random(name))):
         if gap < 0.02 * limit:
             break
         if size <= gap:
@@ -104,7 +96,7 @@ def _sample(task: str, prepared: Preparation, collection: Collection, index: int
             gap -= size
     while (tokens := sample_tokens(prepared, sample := build(chosen))) > limit:  # tokenised apart they were shorter
         chosen.pop()
-    if tokens < 0.95 * limit and len(chosen) == len(collection.documents):
+    if tokens < 0.95 * limit and len(chosen) == len(documents):
         raise ValueError(
             f"the documents of {task} must fill {prepared.length} tokens, all of them make {tokens}; ask for a shorter"
             " length or give larger data"
@@ -112,11 +104,11 @@ def _sample(task: str, prepared: Preparation, collection: Collection, index: int
     return sample
 
 
-def _others(collection: Collection, question: Question, rng: random.Random) -> list[str]:
+def _others(documents: Sequence[str], question: Question, rng: random.Random) -> list[str]:
     """Return the documents that are not a question's, in random order, the near ones first."""
     near = rng.sample(question.near, len(question.near))
     taken = {*question.documents, *near}
-    rest = [text for text in collection.documents if text not in taken]
+    rest = [text for text in documents if text not in taken]
     rng.shuffle(rest)
     return near + rest
 
@@ -143,15 +135,18 @@ def _find(task: str, data_dir: Path | None) -> Path:
 
 
 @functools.lru_cache(maxsize=2)
-def _read(path: Path, task: str) -> Collection:
-    """Read a file of the form of SQuAD 2.0 or of HotpotQA's distractor setting."""
+def _read(path: Path, task: str) -> tuple[list[Question], list[str]]:
+    """Return the questions with an answer, and all documents in alphabetical order.
+
+    The file has the form of SQuAD 2.0 or of HotpotQA's distractor setting.
+    """
     data = read_json(path)
     try:
         questions = list((_squad if task == "qa_1" else _hotpotqa)(data))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not of the form expected ({error!r}); give the original file") from error
     documents = sorted({text for question in questions for text in (*question.documents, *question.near)})
-    return Collection(tuple(question for question in questions if question.answers), tuple(documents))
+    return [question for question in questions if question.answers], documents
 
 
 def _squad(data: Any) -> Iterator[Question]:

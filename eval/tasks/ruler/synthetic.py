@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ..base import Preparation, Sample, Turn
 from ..length import fill, prompt_limit
-from ..text import english
+from ..text import english, insert_at
 from .wording import piece, wording
 
 VT_NEW_TOKENS = 30
@@ -79,10 +79,7 @@ def _random_words(count: int, alphabet: str, letters: int, rng: random.Random) -
 def _hide_chain(chain: list[str], lines: list[str], rng: random.Random) -> tuple[str, list[int]]:
     """Return lines with a chain's statements inserted, and before which lines they stand."""
     places = sorted(rng.sample(range(len(lines)), len(chain)))
-    text = lines.copy()
-    for place, statement in reversed(list(zip(places, chain, strict=True))):
-        text.insert(place, statement)
-    return " ".join(text), places
+    return " ".join(insert_at(lines, places, chain)), places
 
 
 def _vt_example(lines: list[str], rng: random.Random) -> str:
