@@ -43,7 +43,7 @@ def vt_sample(prepared: Preparation, index: int) -> Sample:
         text, places = _hide_chain(chain, [noise] * count, random.Random(f"{name}/places"))
         return Sample(
             id=str(index),
-            context=f"{example}\n\n\n\n{wording('vt').before}{text}",
+            context=f"{example}\n\n\n\n{wording('vt')[0]}{text}",
             turns=(turn,),
             notes={"haystack": "noise", "depths": [place / count for place in places]},
         )
@@ -87,7 +87,7 @@ def _vt_example(lines: list[str], rng: random.Random) -> str:
     names, chain, value = _chain(3, rng)
     turn = _vt_turn(names, value)
     text, _ = _hide_chain(chain, lines, rng)
-    return f"{wording('vt').before}{text}{turn.question}{turn.answer_prefix} {' '.join(names)}"
+    return f"{wording('vt')[0]}{text}{turn.question}{turn.answer_prefix} {' '.join(names)}"
 
 
 def _example_lines(prepared: Preparation, noise: str) -> int:
