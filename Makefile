@@ -80,7 +80,7 @@ wheel: $(VENV)/.demo
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 	$(PIP_INSTALL) --no-deps --target $(WHEEL_CHECK) dist/*.whl
 	cd $(WHEEL_CHECK) && PYTHONPATH=$(CURDIR)/$(WHEEL_CHECK) $(abspath $(BIN))/python -c \
-		"import rocketkv, rocketkv.eval.tasks.needle_text; print('imported from', rocketkv.__file__)"
+		"import rocketkv, rocketkv.eval.tasks.needle; print('imported from', rocketkv.__file__)"
 	@ls -l dist
 
 evidence: $(VENV)/.demo

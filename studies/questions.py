@@ -27,7 +27,7 @@ from rocketkv.config import RocketKVConfig
 from rocketkv.eval.bench.command import machine
 from rocketkv.eval.progress import Progress
 from rocketkv.eval.records import write_atomically
-from rocketkv.eval.tasks.needle_text import prose
+from rocketkv.eval.tasks.text import prose
 from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.loading import SMOLLM2, load_model
 from rocketkv.hf.models import CACHE_ARGUMENT

@@ -26,7 +26,7 @@ from rocketkv.eval.journal import Journal
 from rocketkv.eval.methods import FULL, Method, find_method
 from rocketkv.eval.progress import Progress
 from rocketkv.eval.records import digest, write_atomically
-from rocketkv.eval.tasks.needle_text import found, needle_grid
+from rocketkv.eval.tasks.needle import found, needle_grid
 from rocketkv.hf.loading import SMOLLM2, load_model
 from rocketkv.hf.models import CACHE_ARGUMENT
 

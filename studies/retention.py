@@ -35,12 +35,13 @@ from rocketkv.eval.journal import Journal
 from rocketkv.eval.methods import FULL, Full, Method, find_method
 from rocketkv.eval.progress import Progress
 from rocketkv.eval.records import digest, write_atomically
-from rocketkv.eval.tasks.synthetic_documents import Document, document
 from rocketkv.hf.cache import begin_prompt
 from rocketkv.hf.layer import RocketKVLayer
 from rocketkv.hf.loading import SMOLLM2, load_model
 from rocketkv.hf.models import CACHE_ARGUMENT
 from rocketkv.hf.prompts import continued, encode, follow_up, render
+
+from .fact_documents import Document, document
 
 VERSION = 2
 ARMS = (FULL, "rocketkv", "rocketkv-mt", "rocketkv-mt+")

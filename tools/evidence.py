@@ -22,7 +22,7 @@ from rocketkv.config import RocketKVConfig
 from rocketkv.eval.bench.command import bench_attention, bench_decode, machine
 from rocketkv.eval.measure import measured_generate
 from rocketkv.eval.progress import Progress
-from rocketkv.eval.tasks.needle_text import found, needle_grid, needle_prompt
+from rocketkv.eval.tasks.needle import found, needle_grid, needle_prompt
 from rocketkv.hf.loading import load_model
 
 ROOT = Path(__file__).resolve().parents[1]

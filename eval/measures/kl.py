@@ -34,7 +34,7 @@ from ..methods import Full, Method
 from ..progress import Progress
 from ..records import SampleDict, digest, set_aside, write_atomically
 from ..tasks.base import Preparation
-from ..tasks.needle_text import prose
+from ..tasks.text import prose
 from .memory import cache_cost
 
 METRIC = "kl"  # in nats a token; lower is better

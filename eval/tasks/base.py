@@ -1,7 +1,6 @@
-"""What a benchmark is to the harness: samples to ask, and a rule that scores an answer.
+"""Benchmark tasks: samples to ask a model, and a score for its answers.
 
-A benchmark is one file, with a tuple `TASKS` of `Task`, that `MODULES` lists; `find_tasks` knows them by name and by
-group.
+A benchmark is a file with a tuple `TASKS` of `Task`, listed in `MODULES`; `find_tasks` finds tasks by name and group.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ MODULES = ("instructions", "longbench", "longbench_v2", "longproc", "needle", "r
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One question on a context, and what answers it.
+    """A question about a context, and its answers.
 
     Attributes:
-        question: what follows the context in the user's message.
-        answers: right answers; what several mean is the scorer's.
-        max_new_tokens: tokens to generate at most.
-        answer_prefix: how the answer begins; written for the model, and not part of what it generates.
-        extra: what the scorer needs besides, of JSON's types.
+        question: follows the context in the user's message.
+        answers: right answers; the scorer decides whether one or all are needed.
+        max_new_tokens: largest number of tokens to generate.
+        answer_prefix: start of the answer, put before the tokens that the model generates.
+        extra: further input of the scorer, of JSON's types.
     """
 
     question: str
@@ -41,14 +40,13 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A context and the questions on it: one, or several turns of a conversation.
+    """A context and the questions about it: one, or several turns of a conversation.
 
     Attributes:
         id: unique within its task and length.
-        context: the user's message up to the question; what a method compresses before it has seen the question, where
-            the evaluation is question-agnostic.
+        context: the user's message up to the question; query-agnostic evaluation compresses it before the question.
         turns: the questions, at least one.
-        notes: how it was made (depth of a needle, tokens cut, ...), of JSON's types, for the record.
+        notes: facts for the record (depth of a needle, tokens cut, ...), of JSON's types.
     """
 
     id: str
@@ -59,16 +57,16 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """What samples are made for.
+    """Settings that samples are made with.
 
     Attributes:
         tokenizer: the model's.
-        length: tokens that prompt and answer may fill together, or None for the data's own, cut at the model's.
-        count: samples to make; the first of a larger number are the same.
-        seed: of all that is drawn.
+        length: tokens of prompt and answer together, or None for the data's own length, cut at the model's.
+        count: number of samples; the first of a larger number are the same.
+        seed: of every random choice.
         data_dir: a folder with the benchmark's files in place of the hub, or None.
         chat: whether the prompt will be put into the model's chat template, whose tokens count too.
-        max_length: tokens that the model takes at most.
+        max_length: largest number of tokens of the model.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -91,7 +89,7 @@ class Task:
         source: the official definition that it follows, or that it is ours.
         metric: name of the score.
         samples: makes the samples.
-        score: the score of a generated text as the answer of a turn, from 0 to 100.
+        score: scores a generated text as the answer of a turn, from 0 to 100.
         sized: whether samples are made to a length; False where the data have their own.
         chat: whether the official rule applies the chat template; None leaves it to the user.
     """
@@ -107,30 +105,32 @@ class Task:
     chat: bool | None = None
 
 
+def generated(sample: Callable[[Preparation, int], Sample]) -> Callable[[Preparation], Sequence[Sample]]:
+    """Return the `samples` of a task whose samples are generated one by one, from their numbers."""
+    return lambda prepared: [sample(prepared, index) for index in range(prepared.count)]
+
+
 @functools.cache
 def catalogue() -> Mapping[str, Task]:
-    """Return every task by name: those of each module in `MODULES`."""
-    found = [task for name in MODULES for task in importlib.import_module(f".{name}", __package__).TASKS]
-    tasks = {task.name: task for task in found}
-    if len(tasks) < len(found):
-        raise RuntimeError("two tasks have one name")
-    return MappingProxyType(tasks)
+    """Return every task of `MODULES` by name."""
+    modules = (importlib.import_module(f".{name}", __package__) for name in MODULES)
+    return MappingProxyType({task.name: task for module in modules for task in module.TASKS})
 
 
 def find_tasks(names: Sequence[str]) -> list[Task]:
     """Return tasks by name or by group, in the order asked for, each once.
 
     Raises:
-        ValueError: there is no such task or group.
+        ValueError: a name is of no task or group.
     """
     tasks = catalogue()
     groups = sorted({task.group for task in tasks.values()})
-    found: dict[str, Task] = {}
+    result: dict[str, Task] = {}
     for name in names:
-        members = [task for task in tasks.values() if name in (task.name, task.group)]
+        members = {task.name: task for task in tasks.values() if name in (task.name, task.group)}
         if not members:
             near = difflib.get_close_matches(name, [*tasks, *groups], n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"there is no task or group {name!r}.{hint} Groups: {', '.join(groups)}")
-        found.update((task.name, task) for task in members)
-    return list(found.values())
+        result |= members
+    return list(result.values())

@@ -1,9 +1,9 @@
 """Stacked instructions: six rules for the answer, spread through a long prompt, and a short request at its end.
 
-Ours, in the manner of IFEval (Zhou et al., 2023, arXiv:2311.07911): code alone says whether an answer keeps a rule. A
-needle is asked for by the question, so that its place is known when the question is read; nothing names a rule, and
-one that was lost from the cache shows as a rule that is broken. Rules that hardly any answer breaks, such as a word to
-avoid or a greatest number of words alone, are left out: to lose them would cost nothing.
+A task of this project after IFEval (Zhou et al., 2023, arXiv:2311.07911): code alone decides whether an answer follows
+a rule. The question names a needle, so the model can look for it; nothing names a rule, and a rule that the cache lost
+is broken. Rules that hardly any answer breaks, such as a forbidden word or a largest number of words alone, are left
+out: their loss would not show.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
-from .base import Preparation, Sample, Task, Turn
-from .fill import fill
-from .needle_text import prose
+from .base import Preparation, Sample, Task, Turn, generated
+from .length import fill
+from .text import insert_at, prose_sentences, split_list
 
 RULES = 6
 _MAX_NEW_TOKENS = 256
@@ -28,33 +29,13 @@ _REQUEST = (
     "\n\nWrite a short letter about {topic}. Keep every standing rule that was given between the notes."
     " Write the letter alone, with nothing before or after it.\n\nLetter:\n"
 )
-_TOPICS = (
-    "a walk along the coast",
-    "the opening of a library",
-    "a lost umbrella",
-    "the first snow of the year",
-    "a visit from an old friend",
-    "the repair of a clock",
-    "a long journey by train",
-    "the choice of a new teacher",
+_TOPICS = split_list(
+    "a walk along the coast, the opening of a library, a lost umbrella, the first snow of the year,"
+    " a visit from an old friend, the repair of a clock, a long journey by train, the choice of a new teacher"
 )
-_WORDS = (
-    "anchor",
-    "canyon",
-    "compass",
-    "feather",
-    "lantern",
-    "magnet",
-    "marble",
-    "orchid",
-    "pepper",
-    "ribbon",
-    "saddle",
-    "thunder",
-    "velvet",
-    "violin",
-    "walnut",
-    "willow",
+_WORDS = split_list(
+    "anchor, canyon, compass, feather, lantern, magnet, marble, orchid, pepper, ribbon, saddle, thunder, velvet,"
+    " violin, walnut, willow"
 )
 
 
@@ -70,7 +51,7 @@ def _bullet_lines(text: str) -> int:
     return sum(line.lstrip(' "').startswith("- ") for line in text.splitlines())
 
 
-# What is asked, and whether a stripped answer with at least one word keeps it. Any of them go together.
+# The rules' texts, and checks of a stripped answer with at least one word. Any of the rules can be combined.
 _WORDING: Mapping[str, str] = {
     "lower_case": "write in lower case letters only.",
     "no_commas": "do not use a comma.",
@@ -98,7 +79,7 @@ _CHECKS: Mapping[str, Callable[[str, Mapping[str, Any]], bool]] = {
 
 
 def keeps(answer: str, rule: Mapping[str, Any]) -> bool:
-    """Say whether an answer keeps a rule, one of a turn's `extra["rules"]`; one without a word keeps none."""
+    """Return whether an answer keeps a rule of a turn's `extra["rules"]`; an answer without a word keeps none."""
     text = answer.strip()
     return bool(_words(text)) and _CHECKS[rule["rule"]](text, rule)
 
@@ -123,47 +104,25 @@ def _draw_rules(rng: random.Random) -> list[dict[str, Any]]:
     return [{"rule": name} | drawn.get(name, {}) for name in rng.sample(sorted(_WORDING), RULES)]
 
 
-def _compose(index: int, topic: str, rules: list[dict[str, Any]], sentences: list[str]) -> Sample:
-    """Put the rules between sentences: the first before them all, the last after them, the others evenly between."""
-    places = [round(number * len(sentences) / (RULES - 1)) for number in range(RULES)]
-    pieces: list[str] = []
-    for number, (rule, place) in enumerate(zip(rules, places, strict=True)):
-        pieces.append(f"Standing rule: {_WORDING[rule['rule']].format_map(rule)}")
-        pieces += sentences[place : places[number + 1]] if number + 1 < RULES else []
-    depths = [place / len(sentences) for place in places]
-    return Sample(
-        id=str(index),
-        context=_INTRODUCTION + " ".join(pieces),
-        turns=(
-            Turn(
-                question=_REQUEST.format(topic=topic),
-                answers=(),
-                max_new_tokens=_MAX_NEW_TOKENS,
-                extra={"rules": rules},
-            ),
-        ),
-        # depth: share of the sentences that lie before the rule
-        notes={"rules": [{"rule": r["rule"], "depth": round(d, 4)} for r, d in zip(rules, depths, strict=True)]},
-    )
-
-
 def _sample(prepared: Preparation, index: int) -> Sample:
+    """Make a prompt: the first rule before all sentences, the last after them, the others evenly between."""
     rng = random.Random(f"stacked_instructions {prepared.seed} {index}")
     topic, rules, seed = rng.choice(_TOPICS), _draw_rules(rng), rng.randrange(2**32)
+    texts = [f"Standing rule: {_WORDING[rule['rule']].format_map(rule)}" for rule in rules]
+    turn = Turn(
+        question=_REQUEST.format(topic=topic), answers=(), max_new_tokens=_MAX_NEW_TOKENS, extra={"rules": rules}
+    )
 
-    def build(sentences: int) -> Sample:
-        return _compose(index, topic, rules, re.split(r"(?<=\.) ", prose(seed, sentences)))
+    def build(count: int) -> Sample:
+        places = [round(number * count / (RULES - 1)) for number in range(RULES)]
+        pieces = insert_at(list(islice(prose_sentences(seed), count)), places, texts)
+        # depth: share of the sentences before the rule
+        notes = [
+            {"rule": rule["rule"], "depth": round(place / count, 4)} for rule, place in zip(rules, places, strict=True)
+        ]
+        return Sample(id=str(index), context=_INTRODUCTION + " ".join(pieces), turns=(turn,), notes={"rules": notes})
 
-    return fill(prepared, build, least=RULES - 1)  # one between each rule and the next
-
-
-def samples(prepared: Preparation) -> list[Sample]:
-    """Make prompts that fill the length with their answer.
-
-    Raises:
-        ValueError: there is no length, or it leaves no room for a sentence between the rules.
-    """
-    return [_sample(prepared, index) for index in range(prepared.count)]
+    return fill(prepared, build, least=RULES - 1)  # one sentence between each rule and the next
 
 
 TASKS = (
@@ -171,9 +130,9 @@ TASKS = (
         name="stacked_instructions",
         group="instructions",
         version=1,
-        source="ours, in the manner of IFEval (arXiv:2311.07911)",
+        source="ours, after IFEval (arXiv:2311.07911)",
         metric="rules_kept",
-        samples=samples,
+        samples=generated(_sample),
         score=score,
     ),
 )

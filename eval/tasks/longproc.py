@@ -1,39 +1,40 @@
 """Long procedures: a search and a route that the model must write out step by step.
 
-Ours, in the manner of two tasks of LongProc (Ye et al., 2025, arXiv:2501.05414), Countdown and Path Traversal, but made
-here. A needle is read out of the cache once; here each of many generated lines depends on the prompt or on the lines
-before it, so that a loss anywhere shows. The length sets the size of a problem: prompt and right answer fill it
-together.
+Tasks of this project after two of LongProc (Ye et al., 2025, arXiv:2501.05414), Countdown and Path Traversal. A needle
+is read from the cache once; here each of many generated lines depends on the prompt or on earlier lines, so a loss
+anywhere shows. The length sets the size of a problem: prompt and right answer fill it together.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
+import operator
 import random
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from itertools import combinations, islice, pairwise, product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..prompts import sample_tokens
-from .base import Preparation, Sample, Task, Turn
-from .fill import room
+from .base import Preparation, Sample, Task, Turn, generated
+from .length import prompt_limit
 
-_MARGIN = 8  # tokens that may be generated beside the right answer's, for its end
-_ENOUGH = 0.8  # of the length is full
+_MARGIN = 8  # tokens that may be generated in addition to the right answer's, for its end
+_ENOUGH = 0.8  # share of the length that counts as full
 
 _TRANSPORT = ("bus", "train", "ferry", "plane")
-_NAMES = (  # beginnings, middles and ends of towns' names
+_NAMES = (  # beginnings, middles and ends of the names of towns
     "Bal Bor Cal Cor Dan Dor Fal Fen Gar Gol Hal Har Jen Jor Kel Kor Lan Lor Mal Mar Nel Nor Pel Por Ran Ros Sel Sol",
     "a e i o u ado ami ani asu eda elo emi iko ila ino oka ori uda uli una",
     "burg by dale ford gate ham holm mouth port stad thorp ton wick worth",
 )
 _TOWNS = tuple(map("".join, product(*(parts.split() for parts in _NAMES))))
 _FEWEST_LEGS = 4
-_LEGS_A_DETOUR = 4  # so many legs of the route have one road beside them that leads onto it
+_LEGS_A_DETOUR = 4  # legs of the route for each road from another town onto it
 _MOST_LEGS = (len(_TOWNS) - 2) * _LEGS_A_DETOUR // (_LEGS_A_DETOUR + 1)
 
 _ROUTE_CONTEXT = """\
@@ -64,7 +65,7 @@ By these connections, write down the whole route from {start} to {end} in the fo
 The route from {start} to {end}:
 """
 
-_LARGEST = 1000  # result of a step
+_LARGEST = 1000  # largest result of a step
 _SEARCH_CONTEXT = """\
 Countdown: make the target out of the given numbers with + - * and /, using each number exactly once.
 
@@ -80,7 +81,13 @@ Example
 _SEARCH_QUESTION = "\n\nNow solve this problem in the same way. Write out the whole search, then the solution.\n\n"
 _SEARCH_PROBLEM = "Numbers: {numbers}\nTarget: {target}\n"
 _SEARCH_PREFIX = "Search:\n"
-_LONGEST_EXPRESSION = 100  # characters; ours have fewer than 40, and the evaluation is recursive
+_LONGEST_EXPRESSION = 100  # characters; right ones have fewer than 40, and the evaluation is recursive
+_OPERATIONS: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 
 
 def _fit(prepared: Preparation, task: str, build: Callable[[int], Sample], sizes: Sequence[int]) -> Sample:
@@ -90,19 +97,19 @@ def _fit(prepared: Preparation, task: str, build: Callable[[int], Sample], sizes
         prepared: with the length.
         task: its name, for the error.
         build: makes the sample of a size; the answer of its turn is the right one.
-        sizes: rising ones.
+        sizes: in rising order.
 
     Raises:
         ValueError: there is no length, or no size fits it.
     """
-    limit = room(prepared, _MARGIN)
-    largest = bisect_left(sizes, True, key=lambda size: _whole_tokens(prepared, build(size)) > limit)
-    if not largest:
+    limit = prompt_limit(prepared, _MARGIN)
+    fitting = bisect_left(sizes, True, key=lambda size: _whole_tokens(prepared, build(size)) > limit)
+    if not fitting:
         raise ValueError(
             f"length must leave room for the smallest problem of {task} and its answer, got {prepared.length};"
             " ask for a longer one"
         )
-    sample = build(sizes[largest - 1])
+    sample = build(sizes[fitting - 1])
     (turn,) = sample.turns
     return replace(sample, turns=(replace(turn, max_new_tokens=_answer_tokens(prepared, turn) + _MARGIN),))
 
@@ -119,7 +126,7 @@ def _route_sample(prepared: Preparation, index: int) -> Sample:
     name = f"path_finding {prepared.seed} {index}"
     rng = random.Random(name)
     # Each leg takes 14 words, seven to read and seven to write.
-    most = min(room(prepared, _MARGIN) // 14 + _FEWEST_LEGS, _MOST_LEGS)
+    most = min(prompt_limit(prepared, _MARGIN) // 14 + _FEWEST_LEGS, _MOST_LEGS)
     towns = rng.sample(_TOWNS, len(_TOWNS))
     route, beside = towns[: most + 2], towns[most + 2 :]
     rides = [(rng.choice(_TRANSPORT), *leg) for leg in pairwise(route)]
@@ -129,7 +136,7 @@ def _route_sample(prepared: Preparation, index: int) -> Sample:
     ]
 
     def build(legs: int) -> Sample:
-        # A way leads out of the destination too: the question alone says where to stop.
+        # A road leaves the destination too: only the question tells where to stop.
         links = rides[: legs + 1] + detours[: legs // _LEGS_A_DETOUR]
         random.Random(f"{name} {legs}").shuffle(links)
         lines = [f"From {start}, take the {ride} to {end}." for ride, start, end in rides[:legs]]
@@ -158,8 +165,8 @@ def _route_sample(prepared: Preparation, index: int) -> Sample:
 def score_route(prediction: str, turn: Turn) -> float:
     """Return the share of the route's legs that an answer has before its first wrong line, times 100.
 
-    LongProc calls this the partial accuracy, and counts the first wrong line too; what follows the last leg costs
-    nothing. The answer is what stands between the tags, or all of it where they are missing.
+    This is LongProc's partial accuracy, which counts the first wrong line too. Text after the last leg costs nothing.
+    The answer is the text between the tags, or all of it where they are missing.
     """
     written = prediction.partition("</Route>")[0].rpartition("<Route>")[2]
     lines = [" ".join(line.split()) for line in written.splitlines() if line.strip()]
@@ -174,10 +181,14 @@ class _Number(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A line of a search; `last` is what it ends with where nothing else is left."""
+    """A line of a search, and the numbers that are left after it; a single one ends a branch."""
 
     line: str
-    last: _Number | None
+    left: Sequence[_Number]
+
+    @property
+    def ends_branch(self) -> bool:
+        return len(self.left) == 1
 
 
 def _search(numbers: Sequence[_Number], indent: str = "") -> Iterator[_Step]:
@@ -195,11 +206,8 @@ def _search(numbers: Sequence[_Number], indent: str = "") -> Iterator[_Step]:
                 continue
             left = [_Number(value, f"({large.expression} {sign} {small.expression})"), *others]
             line = f"{indent}{large.value} {sign} {small.value} = {value}"
-            if others:
-                yield _Step(f"{line}, left {_listed(left)}", None)
-                yield from _search(left, indent + " ")
-            else:
-                yield _Step(line, left[0])
+            yield _Step(f"{line}, left {_listed(left)}" if others else line, left)
+            yield from _search(left, indent + " ")
 
 
 def _listed(numbers: Sequence[_Number]) -> str:
@@ -207,21 +215,19 @@ def _listed(numbers: Sequence[_Number]) -> str:
 
 
 def _solved(steps: Sequence[_Step]) -> tuple[int, str]:
-    """Return the target that a search reaches in its last step, and the search and solution as they are written."""
-    last = steps[-1].last
-    if last is None:
-        raise ValueError("a search must end with a step after which nothing else is left")
-    lines = [step.line if step.last is None else f"{step.line}, no" for step in steps[:-1]]
+    """Return the target that a search reaches in its last step, and the text of search and solution."""
+    (last,) = steps[-1].left
+    lines = [f"{step.line}, no" if step.ends_branch else step.line for step in steps[:-1]]
     solution = f"Solution: {last.expression[1:-1]} = {last.value}"
     return last.value, "\n".join([*lines, f"{steps[-1].line}, yes", solution])
 
 
 def _ends(steps: Sequence[_Step]) -> list[int]:
-    """Return how many steps lead to each target, the first time that the search comes to it."""
+    """Return the number of steps to the first occurrence of each target, in order."""
     first: dict[int, int] = {}
     for number, step in enumerate(steps, start=1):
-        if step.last is not None:
-            first.setdefault(step.last.value, number)
+        if step.ends_branch:
+            first.setdefault(step.left[0].value, number)
     return list(first.values())
 
 
@@ -240,14 +246,14 @@ def _worked_example() -> str:
 def _countdown_sample(prepared: Preparation, index: int) -> Sample:
     drawn = random.Random(f"countdown {prepared.seed} {index}").sample(range(2, 26), 5)
     sample = _search_sample(prepared, index, _numbers(drawn[:4]))
-    if _whole_tokens(prepared, sample) >= _ENOUGH * room(prepared, _MARGIN):
+    if _whole_tokens(prepared, sample) >= _ENOUGH * prompt_limit(prepared, _MARGIN):
         return sample
     # The whole search among four numbers has about a thousand steps.
     return _search_sample(prepared, index, _numbers(drawn))
 
 
 def _search_sample(prepared: Preparation, index: int, numbers: Sequence[_Number]) -> Sample:
-    steps = list(islice(_search(numbers), room(prepared, _MARGIN) // 5))  # a step has five words or more
+    steps = list(islice(_search(numbers), prompt_limit(prepared, _MARGIN) // 5))  # a step has five words or more
 
     def build(count: int) -> Sample:
         target, answer = _solved(steps[:count])
@@ -269,20 +275,20 @@ def _search_sample(prepared: Preparation, index: int, numbers: Sequence[_Number]
 
 
 def score_countdown(prediction: str, turn: Turn) -> float:
-    """Return 100 if the first solution that is written makes the target out of all the numbers, each once, else 0.
+    """Return 100 if the first solution makes the target out of all the numbers, each once, else 0.
 
-    As LongProc's accuracy: the search is what leads there, and is not scored by itself. LongProc wants the solution in
-    three equations; here it is one expression, with or without `= target` after it.
+    As in LongProc's accuracy, the search itself is not scored. LongProc requires the solution in three equations; here
+    it is one expression, with or without `= target` after it.
     """
-    found = re.search(r"Solution:([^\n]*)", prediction)
-    if found is None:
+    match = re.search(r"Solution:([^\n]*)", prediction)
+    if match is None:
         return 0.0
-    expression, *results = found[1].strip(" \t\r*`$.").split("=")
+    expression, *results = match[1].strip(" \t\r*`$.").split("=")
     if any(result.strip() != str(turn.extra["target"]) for result in results):
         return 0.0
     try:
         value = evaluate(expression, turn.extra["numbers"])
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, SyntaxError, ZeroDivisionError):
         return 0.0
     return 100.0 if value == turn.extra["target"] else 0.0
 
@@ -292,66 +298,39 @@ def evaluate(expression: str, numbers: Sequence[int]) -> Fraction:
 
     Args:
         expression: the text.
-        numbers: what it must be made of, each once.
+        numbers: the numbers that it must contain, each once.
 
     Raises:
-        ValueError: it is no such expression, is made of other numbers, or is very long.
+        ValueError: it is no such expression, has other numbers, or is too long.
         ZeroDivisionError: it divides by zero.
     """
     if len(expression) > _LONGEST_EXPRESSION:
         raise ValueError(f"an expression must have at most {_LONGEST_EXPRESSION} characters, got {len(expression)}")
-    tokens = re.findall(r"[0-9]+|\S", expression.translate(str.maketrans("\u00d7\u00f7\u2212", "*/-")))
-    if sorted(int(token) for token in tokens if token[0] in "0123456789") != sorted(numbers):
+    text = expression.translate(str.maketrans("\u00d7\u00f7\u2212", "*/-")).strip()
+    if not re.fullmatch(r"[0-9+\-*/() \t]+", text):
+        raise ValueError(f"an expression must consist of whole numbers, + - * / and parentheses, got {expression!r}")
+    used: list[int] = []
+
+    def value(node: ast.AST) -> Fraction:
+        match node:
+            case ast.Constant(value=int(number)):
+                used.append(number)
+                return Fraction(number)
+            case ast.BinOp(left=left, op=operation, right=right) if type(operation) in _OPERATIONS:
+                return _OPERATIONS[type(operation)](value(left), value(right))
+        raise ValueError(f"an expression must have an operator between each two numbers, got {expression!r}")
+
+    result = value(ast.parse(text, mode="eval").body)
+    if sorted(used) != sorted(numbers):
         raise ValueError(f"the expression must have each of the numbers {list(numbers)} once, got {expression!r}")
-    rest = tokens[::-1]
-    value = _sum(rest)
-    if rest:
-        raise ValueError(f"the expression ends before {rest[-1]!r}: {expression!r}")
-    return value
+    return result
 
 
-# Each of the following takes what it reads off the end of `rest`, the tokens in reverse.
-
-
-def _sum(rest: list[str]) -> Fraction:
-    value = _product(rest)
-    while rest and rest[-1] in ("+", "-"):
-        value += _product(rest) if rest.pop() == "+" else -_product(rest)
-    return value
-
-
-def _product(rest: list[str]) -> Fraction:
-    value = _operand(rest)
-    while rest and rest[-1] in ("*", "/"):
-        value = value * _operand(rest) if rest.pop() == "*" else value / _operand(rest)
-    return value
-
-
-def _operand(rest: list[str]) -> Fraction:
-    token = rest.pop() if rest else "its end"
-    if token == "(":
-        value = _sum(rest)
-        if not rest or rest.pop() != ")":
-            raise ValueError("a parenthesis is not closed")
-        return value
-    if token[0] not in "0123456789":
-        raise ValueError(f"a number or a parenthesis must stand where {token} is")
-    return Fraction(int(token))
-
-
-def _task(name: str, metric: str, sample: Callable[[Preparation, int], Sample], score: Callable[..., float]) -> Task:
-    return Task(
-        name=name,
-        group="longproc",
-        version=1,
-        source="ours, in the manner of LongProc (arXiv:2501.05414)",
-        metric=metric,
-        samples=lambda prepared: [sample(prepared, index) for index in range(prepared.count)],
-        score=score,
-    )
+def _task(name: str, **fields: Any) -> Task:
+    return Task(name=name, group="longproc", version=1, source="ours, after LongProc (arXiv:2501.05414)", **fields)
 
 
 TASKS = (
-    _task("countdown", "accuracy", _countdown_sample, score_countdown),
-    _task("path_finding", "partial_accuracy", _route_sample, score_route),
+    _task("countdown", metric="accuracy", samples=generated(_countdown_sample), score=score_countdown),
+    _task("path_finding", metric="partial_accuracy", samples=generated(_route_sample), score=score_route),
 )

@@ -1,9 +1,8 @@
-"""Where benchmarks' data and templates come from: the lm-eval package, the user's folder, or the Hugging Face hub."""
+"""Where benchmarks' templates and data come from: `templates.json`, the user's folder, or the Hugging Face hub."""
 
 from __future__ import annotations
 
-import ast
-import importlib.util
+import functools
 import io
 import json
 import zipfile
@@ -11,39 +10,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import yaml
-
 INSTALL = "pip install 'rocketkv[eval]'"
 
 
-def lm_eval_file(relative: str) -> Path:
-    """Return a file of the installed lm-eval package, which is found and not imported.
-
-    Args:
-        relative: path inside the package, such as `tasks/longbench/trec.yaml`.
-
-    Raises:
-        ImportError: lm-eval is not installed.
-        FileNotFoundError: it has no such file.
-    """
-    spec = importlib.util.find_spec("lm_eval")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"the templates are read from the lm-eval package, which is not installed; run: {INSTALL}")
-    path = Path(spec.submodule_search_locations[0], relative)
-    if not path.is_file():
-        raise FileNotFoundError(f"the installed lm-eval package has no {relative}; install lm-eval 0.4.13 or newer")
-    return path
+@functools.cache
+def templates(benchmark: str) -> Mapping[str, Any]:
+    """Return a benchmark's part of `templates.json`; the file NOTICE names sources and licences."""
+    content: dict[str, Mapping[str, Any]] = read_json(Path(__file__).with_name("templates.json"))
+    return content[benchmark]
 
 
 def data_file(data_dir: Path, *candidates: str) -> Path:
-    """Return the first of several files that the user's folder holds.
+    """Return the first of several files that exists in the user's folder.
 
     Args:
         data_dir: the folder.
-        candidates: paths inside it, the preferred first.
+        candidates: paths inside it, in order of preference.
 
     Raises:
-        FileNotFoundError: the folder does not exist, or holds none of them.
+        FileNotFoundError: the folder does not exist, or has none of them.
     """
     if not data_dir.is_dir():
         raise FileNotFoundError(f"--data-dir must name a folder that exists, got {data_dir}")
@@ -54,7 +39,7 @@ def data_file(data_dir: Path, *candidates: str) -> Path:
 
 
 def hub_file(repo_id: str, filename: str) -> Path:
-    """Return a file of a data set on the Hugging Face hub, downloaded once and then read from the hub's cache.
+    """Return a file of a data set on the Hugging Face hub, downloaded once into the hub's cache.
 
     Args:
         repo_id: the data set, such as `zai-org/LongBench`.
@@ -67,7 +52,7 @@ def hub_file(repo_id: str, filename: str) -> Path:
 
     try:
         return Path(hf_hub_download(repo_id, filename, repo_type="dataset"))
-    except OSError as error:  # every error of the hub's is one, those for want of a network too
+    except OSError as error:  # base of every error of the hub, a missing network included
         raise OSError(
             f"{filename} of the data set {repo_id} could not be downloaded ({type(error).__name__}). Without a network,"
             f" download https://huggingface.co/datasets/{repo_id}/resolve/main/{filename} elsewhere, put it into a"
@@ -76,16 +61,16 @@ def hub_file(repo_id: str, filename: str) -> Path:
 
 
 def read_jsonl(path: Path, member: str | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file with one JSON object a line; blank lines are passed over.
+    """Yield the objects of a file with one JSON object per line; blank lines are skipped.
 
     Args:
-        path: the file, or a zip archive that holds it.
+        path: the file, or a zip archive that contains it.
         member: its name inside the archive; None where `path` is the file itself.
 
     Raises:
-        ValueError: a line holds no JSON object, or the archive cannot be read or has no such member.
+        ValueError: a line is no JSON object, or the archive is damaged or has no such member.
     """
-    with _opened(path, member) as lines:
+    with _open(path, member) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -99,25 +84,20 @@ def read_jsonl(path: Path, member: str | None = None) -> Iterator[dict[str, Any]
             yield row
 
 
-def read_json(path: Path, member: str | None = None) -> Any:
-    """Return what a JSON file holds.
-
-    Args:
-        path: the file, or a zip archive that holds it.
-        member: its name inside the archive; None where `path` is the file itself.
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
 
     Raises:
-        ValueError: it is not JSON, or the archive cannot be read or has no such member.
+        ValueError: it is not JSON.
     """
-    with _opened(path, member) as file:
-        try:
-            return json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{member or path.name} is not JSON: {error}") from error
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON and of UTF-8
+        raise ValueError(f"{path.name} is not JSON: {error}") from error
 
 
 def check_fields(row: Mapping[str, Any], fields: Sequence[str], where: str) -> None:
-    """Check that a row of data has the fields that are needed.
+    """Check that a row of data has the required fields.
 
     Raises:
         ValueError: some are missing.
@@ -129,62 +109,15 @@ def check_fields(row: Mapping[str, Any], fields: Sequence[str], where: str) -> N
         )
 
 
-def _opened(path: Path, member: str | None) -> TextIO:
+def _open(path: Path, member: str | None) -> TextIO:
     """Open a text file, or one inside a zip archive; the caller closes it."""
     if member is None:
         return path.open(encoding="utf-8")
     try:
         with zipfile.ZipFile(path) as archive:
-            # A member outlives its archive: zipfile keeps the file open until the last of them is closed.
+            # zipfile keeps the archive open until its last member is closed.
             return io.TextIOWrapper(archive.open(member), encoding="utf-8")
     except KeyError:
         raise ValueError(f"{path} must hold {member}, and does not; download the archive again") from None
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is not a whole zip archive ({error}); download it again") from error
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML ships no types
-    """Reads tags it does not know, such as `!function`, as the text behind them."""
-
-
-_Loader.add_multi_constructor("", lambda loader, suffix, node: loader.construct_scalar(node))
-
-
-def yaml_field(path: Path, name: str) -> Any:
-    """Return one field of a YAML file of lm-eval's; `!function` and other tags are left as the text behind them.
-
-    Raises:
-        ValueError: the file is not YAML, or has no such field.
-    """
-    try:
-        # The loader is SafeLoader's: it makes plain values only.
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML that can be read: {error}") from error
-    if not isinstance(found, dict) or name not in found:
-        raise ValueError(f"{path} has no field {name!r}; install another release of lm-eval (0.4.13 has it)")
-    return found[name]
-
-
-def python_constant(path: Path, name: str) -> Any:
-    """Return a literal that a Python file assigns to a name at its top level, without running the file.
-
-    Raises:
-        ValueError: nothing is assigned to the name, or no literal is.
-    """
-    value: ast.expr | None = None
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign):
-            targets = node.targets
-        elif isinstance(node, ast.AnnAssign):
-            targets = [node.target]
-        else:
-            continue
-        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-            value = node.value
-    if value is None:
-        raise ValueError(f"{path} assigns nothing to {name!r}; install another release of lm-eval (0.4.13 does)")
-    try:
-        return ast.literal_eval(value)
-    except ValueError as error:
-        raise ValueError(f"{name!r} in {path} must be a literal: {error}") from error

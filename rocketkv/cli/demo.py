@@ -10,7 +10,7 @@ from ..budget import METHODS
 from ..config import RocketKVConfig
 from ..eval.measure import Generation, measured_generate
 from ..eval.progress import Progress
-from ..eval.tasks.needle_text import found, needle_prompt
+from ..eval.tasks.needle import found, needle_prompt
 from ..hf.loading import load_model
 
 MEBI = 2**20

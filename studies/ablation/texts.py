@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rocketkv.eval.measures.kl import Window, texts
 from rocketkv.eval.tasks.base import Preparation
-from rocketkv.eval.tasks.synthetic_documents import document
+
+from ..fact_documents import document
 
 KINDS = ("prose", "manual", "code", "facts")
 _FACTS = 12

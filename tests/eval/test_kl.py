@@ -25,7 +25,7 @@ from rocketkv.eval.measures.kl import (
 )
 from rocketkv.eval.methods import Compressed, Full
 from rocketkv.eval.tasks.base import Preparation
-from rocketkv.eval.tasks.needle_text import prose
+from rocketkv.eval.tasks.text import prose
 from rocketkv.hf.models import CACHE_ARGUMENT
 from tiny import LARGE, SETTINGS, SMALL, VOCABULARY, build, prompt
 

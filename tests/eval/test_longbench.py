@@ -1,10 +1,8 @@
 """LongBench v1 and v2: official templates and numbers, cuts in the middle, where a prompt is split, where data lie."""
 
 import hashlib
-import importlib.util
 import json
 import re
-import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rocketkv.eval.tasks import longbench, longbench_v2, sources
 from rocketkv.eval.tasks.base import Preparation, Sample, Task, Turn
+from rocketkv.eval.tasks.length import truncate
 from rocketkv.hf.prompts import encode, render, truncate_middle
 
 GOLDEN = json.loads(Path(__file__).parents[1].joinpath("golden", "longbench_prompts.json").read_text(encoding="utf-8"))
@@ -47,7 +46,6 @@ ROW_V2 = {
     "sub_domain": "words",
 }
 USERS = "Read $DOC$ and say: $Q$ A $C_A$ B $C_B$ C $C_C$ D $C_D$"
-needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs the extra `eval`")
 
 
 class Words:
@@ -133,21 +131,19 @@ def whole(sample: Sample) -> str:
 # Official definition
 
 
-@needs_lm_eval
 @pytest.mark.parametrize("name", GOLDEN["tasks"])
 def test_templates_are_the_official_ones_to_the_byte(name: str) -> None:
-    template = longbench.official_template(name)
+    template = sources.templates("longbench")[name]["template"]
     assert hashlib.sha256(template.encode()).hexdigest() == GOLDEN["tasks"][name]["template_sha256"]
     assert len(template) == GOLDEN["tasks"][name]["template_chars"]
     assert "{input}" not in template.split("{context}")[0]
 
 
-@needs_lm_eval
 @pytest.mark.parametrize("name", GOLDEN["tasks"])
 def test_samples_are_the_filled_in_template_split_after_the_document(name: str, tmp_path: Path) -> None:
     sample = made(tmp_path, TASKS[name])
     turn = sample.turns[0]
-    template = longbench.official_template(name)
+    template = sources.templates("longbench")[name]["template"]
     assert whole(sample) == template.format(context=DOCUMENT, input=QUESTION)
     assert sample.context.endswith("word399")
     assert (QUESTION in turn.question) == ("{input}" in template)
@@ -164,25 +160,9 @@ def test_the_16_english_tasks_and_their_chat_templates_are_the_official_ones() -
     assert {(task.group, task.sized) for task in longbench.TASKS} == {("longbench", False)}
 
 
-@needs_lm_eval
-def test_a_template_that_lm_eval_has_mended_is_taken_and_a_changed_one_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    official = longbench.official_template("trec")
-    mended = longbench.official_template("samsum")
-    monkeypatch.setattr(longbench, "lm_eval_file", lambda relative: tmp_path / Path(relative).name)
-    for name, template in (("samsum", mended), ("trec", official + " ")):
-        jinja = template.replace("{context}", "{{context}}").replace("{input}", "{{input}}")
-        (tmp_path / f"{name}.yaml").write_text(json.dumps({"doc_to_text": jinja}), encoding="utf-8")
-    assert longbench.official_template("samsum") == mended
-    with pytest.raises(ValueError, match=r"trec\.yaml must hold LongBench's official template"):
-        longbench.official_template("trec")
-
-
 # Truncation and split
 
 
-@needs_lm_eval
 @pytest.mark.parametrize("length", [100, 101])
 def test_truncation_keeps_the_first_half_and_the_last(length: int, tmp_path: Path) -> None:
     text = whole(made(tmp_path))
@@ -196,7 +176,6 @@ def test_truncation_keeps_the_first_half_and_the_last(length: int, tmp_path: Pat
     assert sample.turns[0].question == made(tmp_path).turns[0].question
 
 
-@needs_lm_eval
 def test_a_question_longer_than_the_last_half_begins_where_the_prompt_was_cut(tmp_path: Path) -> None:
     words = re.findall(r"\s*\S+", whole(made(tmp_path)))
     sample = made(tmp_path, length=20)
@@ -207,22 +186,22 @@ def test_a_question_longer_than_the_last_half_begins_where_the_prompt_was_cut(tm
 @pytest.mark.parametrize("length", [40, 41, 300])
 def test_the_split_is_found_where_decoding_changes_white_space(length: int) -> None:
     question = "\n\nNow,   answer  this:\n who was   it?"
-    fitted = longbench.fit(prepared(None, Tidying(), length=length), DOCUMENT, question, 8)
+    fitted = truncate(prepared(None, Tidying(), length=length), DOCUMENT, question, 8)
     assert fitted.tokens_cut == 401 + 6 - 2 * (length // 2)
     assert fitted.question == " Now, answer this: who was it?"
     assert fitted.context.endswith(" word399")
 
 
 def test_the_split_is_found_inside_a_token() -> None:
-    fitted = longbench.fit(prepared(None, length=100), DOCUMENT, "Next line of code:\n", 8)
+    fitted = truncate(prepared(None, length=100), DOCUMENT, "Next line of code:\n", 8)
     assert fitted.tokens_cut
     assert fitted.question == "Next line of code:\n"
     assert fitted.context.endswith(" word399")
 
 
 def test_without_a_length_the_answer_and_the_chat_template_are_given_room(tmp_path: Path) -> None:
-    plain = longbench.fit(prepared(None, max_length=100), DOCUMENT, QUESTION, 32)
-    chat = longbench.fit(prepared(None, max_length=100, chat=True), DOCUMENT, QUESTION, 32)
+    plain = truncate(prepared(None, max_length=100), DOCUMENT, QUESTION, 32)
+    chat = truncate(prepared(None, max_length=100, chat=True), DOCUMENT, QUESTION, 32)
     assert plain.tokens_kept == 100 - 32
     assert chat.tokens_kept == 100 - 32 - 4  # <s>, user, end, assistant
     tokenizer: Any = Words()
@@ -231,7 +210,7 @@ def test_without_a_length_the_answer_and_the_chat_template_are_given_room(tmp_pa
 
 
 def test_a_length_beyond_the_models_is_cut_at_the_models() -> None:
-    assert longbench.fit(prepared(None, length=5000, max_length=100), DOCUMENT, QUESTION, 32).tokens_kept == 68
+    assert truncate(prepared(None, length=5000, max_length=100), DOCUMENT, QUESTION, 32).tokens_kept == 68
 
 
 def test_a_prompt_fits_when_it_is_encoded_again_too() -> None:
@@ -239,14 +218,14 @@ def test_a_prompt_fits_when_it_is_encoded_again_too() -> None:
     room = 101 - 8
     cut_once, _ = truncate_middle(tokenizer, DOCUMENT + QUESTION, room)
     assert len(tokenizer(cut_once)["input_ids"]) > room  # the case is one
-    fitted = longbench.fit(prepared(None, tokenizer, max_length=101), DOCUMENT, QUESTION, 8)
+    fitted = truncate(prepared(None, tokenizer, max_length=101), DOCUMENT, QUESTION, 8)
     assert fitted.tokens_kept < room
     assert len(tokenizer(fitted.context + fitted.question)["input_ids"]) <= room
 
 
 def test_no_room_for_a_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="tokens must be at least 2"):
-        longbench.fit(prepared(None, max_length=32), DOCUMENT, QUESTION, 32)
+        truncate(prepared(None, max_length=32), DOCUMENT, QUESTION, 32)
 
 
 def test_with_a_byte_level_tokenizer_halves_question_and_length_are_kept() -> None:
@@ -256,7 +235,7 @@ def test_with_a_byte_level_tokenizer_halves_question_and_length_are_kept() -> No
     ids = tokenizer(document + question)["input_ids"]
     torn = 0
     for length in range(500, 510):
-        fitted = longbench.fit(prepared(None, tokenizer, length=length), document, question, 32)
+        fitted = truncate(prepared(None, tokenizer, length=length), document, question, 32)
         first, last = (tokenizer.decode(part) for part in (ids[: length // 2], ids[-(length // 2) :]))
         torn += "\ufffd" in first + last
         assert fitted.context + fitted.question == first + last
@@ -264,7 +243,7 @@ def test_with_a_byte_level_tokenizer_halves_question_and_length_are_kept() -> No
         assert fitted.tokens_cut == len(ids) - 2 * (length // 2)
     assert torn  # some cuts fall inside a character
     for most in range(600, 610):
-        fitted = longbench.fit(prepared(None, tokenizer, max_length=most, chat=True), document, question, 32)
+        fitted = truncate(prepared(None, tokenizer, max_length=most, chat=True), document, question, 32)
         prompt = render(tokenizer, fitted.context, fitted.question, chat=True)
         assert most - 32 - 8 < len(encode(tokenizer, prompt)[0]) <= most - 32
 
@@ -272,7 +251,6 @@ def test_with_a_byte_level_tokenizer_halves_question_and_length_are_kept() -> No
 # Data
 
 
-@needs_lm_eval
 def test_a_data_folder_may_have_three_forms(tmp_path: Path) -> None:
     rows = [ROW, ROW | {"_id": "a2", "input": "Where?"}]
     flat, nested, zipped = (tmp_path / name for name in ("flat", "nested", "zipped"))
@@ -297,7 +275,6 @@ def test_missing_data_are_named(task: Task, wanted: str, tmp_path: Path) -> None
         task.samples(prepared(tmp_path / "none"))
 
 
-@needs_lm_eval
 def test_a_row_without_its_fields_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "trec.jsonl", ROW, {"_id": "a2", "context": "x", "length": 1})
     with pytest.raises(ValueError, match=r"row 2 of trec .* input, answers, all_classes missing"):
@@ -358,12 +335,14 @@ def test_v2_fills_in_the_users_template(place: str, tmp_path: Path, monkeypatch:
     assert sample.turns[0].answers == ("B",)
     assert sample.turns[0].max_new_tokens == 128
     assert sample.notes["template"] == "user's"
-    monkeypatch.setattr(longbench_v2, "_OFFICIAL_SHA256", hashlib.sha256(USERS.encode()).hexdigest())
+    official = {"longbench_v2": {"official_sha256": hashlib.sha256(USERS.encode()).hexdigest()}}
+    monkeypatch.setattr(longbench_v2, "templates", official.get)
     assert made_v2(tmp_path).notes["template"] == "official"
 
 
 def test_v2_knows_the_official_template_by_its_hash() -> None:
-    assert GOLDEN["longbench_v2"]["zero_shot_template_sha256"] == longbench_v2._OFFICIAL_SHA256
+    official = sources.templates("longbench_v2")["official_sha256"]
+    assert GOLDEN["longbench_v2"]["zero_shot_template_sha256"] == official
 
 
 def test_v2_without_a_template_uses_words_that_the_score_understands(tmp_path: Path) -> None:
@@ -400,46 +379,6 @@ def test_v2_refuses_data_of_another_shape(tmp_path: Path) -> None:
 
 
 # Sources
-
-
-@needs_lm_eval
-def test_files_of_lm_eval_are_found_without_importing_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "lm_eval", raising=False)
-    assert sources.lm_eval_file("tasks/longbench/trec.yaml").is_file()
-    assert "lm_eval" not in sys.modules
-    with pytest.raises(FileNotFoundError, match=r"has no tasks/none\.yaml"):
-        sources.lm_eval_file("tasks/none.yaml")
-
-
-def test_the_extra_is_named_where_lm_eval_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"rocketkv\[eval\]"):
-        sources.lm_eval_file("tasks/longbench/trec.yaml")
-
-
-def test_yaml_is_read_without_its_tags(tmp_path: Path) -> None:
-    path = tmp_path / "task.yaml"
-    path.write_text('text: "a\\n{{b}}"\nscore: !function metrics.f1\nlist: [1, 2.5, yes]\n', encoding="utf-8")
-    assert sources.yaml_field(path, "text") == "a\n{{b}}"
-    assert sources.yaml_field(path, "score") == "metrics.f1"
-    assert sources.yaml_field(path, "list") == [1, 2.5, True]
-    with pytest.raises(ValueError, match="has no field 'none'"):
-        sources.yaml_field(path, "none")
-    path.write_text("a: [", encoding="utf-8")
-    with pytest.raises(ValueError, match="is not YAML"):
-        sources.yaml_field(path, "a")
-
-
-def test_constants_are_read_without_running_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "made.py"
-    path.write_text('A = "a" "b"\nB: dict = {"c": [1]}\nC = A + "d"\nE = 1\nE = 2\n1 / 0\n', encoding="utf-8")
-    assert sources.python_constant(path, "A") == "ab"
-    assert sources.python_constant(path, "B") == {"c": [1]}
-    assert sources.python_constant(path, "E") == 2
-    with pytest.raises(ValueError, match="must be a literal"):
-        sources.python_constant(path, "C")
-    with pytest.raises(ValueError, match="assigns nothing to 'D'"):
-        sources.python_constant(path, "D")
 
 
 @pytest.mark.parametrize(("text", "reason"), [('{"a": 1}\n\n{"a"', "line 3 of .* not JSON"), ("[1]", "JSON object")])

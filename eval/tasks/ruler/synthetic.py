@@ -9,155 +9,138 @@ import string
 from collections.abc import Sequence
 
 from ..base import Preparation, Sample, Turn
-from ..fill import fill, room
-from . import templates
-from .words import english
+from ..length import fill, prompt_limit
+from ..text import english, insert_at
+from .wording import piece, wording
 
 VT_NEW_TOKENS = 30
 CWE_NEW_TOKENS = 120
 FWE_NEW_TOKENS = 50
 
 _HOPS = 4  # assignments of one variable to the next: five variables have the value
-_EXAMPLE_TOKENS = 500  # of `vt`'s worked example and its answer, at most
+_EXAMPLE_TOKENS = 500  # most tokens of `vt`'s worked example with its answer
 _COMMON = 10  # words that `cwe` asks for
-_SHORT = 4096  # tokens: below, `cwe` repeats its words less often
+_SHORT = 4096  # tokens below which `cwe` repeats its words less often
 _CODED = 6  # letters of a coded word
-_ZETA_2 = math.pi**2 / 6  # what the numbers of `fwe` fall off with: a zeta distribution of exponent 2
-_FEWEST = 100  # coded words: with so many, the third of the answers is more frequent than what follows
+_ZETA_2 = math.pi**2 / 6  # norm of the zeta distribution of exponent 2, which the frequencies of `fwe` follow
+_FEWEST = 100  # coded words from which on the third answer is more frequent than all other words
 
 
-def vt_samples(prepared: Preparation) -> list[Sample]:
-    """Make samples of variable tracking: one chain of four hops, and a worked example before it.
+def vt_sample(prepared: Preparation, index: int) -> Sample:
+    """Make a sample of variable tracking: one chain of four hops, after a worked example.
 
     Raises:
         ValueError: the length is missing or too short.
     """
-    room(prepared, VT_NEW_TOKENS)
-    wording = templates.variable_tracking()
-    noise = templates.noise() + "\n"
-    example_noise = [noise] * _example_lines(prepared, wording, noise)
+    noise = piece("noise") + "\n"
+    name = f"vt/{prepared.length}/{prepared.seed}/{index}"
+    rng = random.Random(name)
+    example = _vt_example([noise] * _example_lines(prepared, noise), rng)
+    names, chain, value = _chain(5, rng)
+    turn = _vt_turn(names, value)
 
-    def sample(index: int) -> Sample:
-        name = f"vt/{prepared.length}/{prepared.seed}/{index}"
-        rng = random.Random(name)
-        example = _vt_example(wording, example_noise, rng)
-        names, chain, value = _chain(5, rng)
-        turn = _vt_turn(wording, names, value)
+    def build(count: int) -> Sample:
+        text, places = _hide_chain(chain, [noise] * count, random.Random(f"{name}/places"))
+        return Sample(
+            id=str(index),
+            context=f"{example}\n\n\n\n{wording('vt')[0]}{text}",
+            turns=(turn,),
+            notes={"haystack": "noise", "depths": [place / count for place in places]},
+        )
 
-        def build(count: int) -> Sample:
-            text, places = _hide_chain(chain, [noise] * count, random.Random(f"{name}/places"))
-            return Sample(
-                id=str(index),
-                context=f"{example}\n\n\n\n{wording.before}{text}",
-                turns=(turn,),
-                notes={"haystack": "noise", "depths": [place / count for place in places]},
-            )
-
-        return fill(prepared, build, least=_HOPS + 2)
-
-    return [sample(index) for index in range(prepared.count)]
+    return fill(prepared, build, least=_HOPS + 2)
 
 
-def _vt_turn(wording: templates.Wording, names: list[str], value: str) -> Turn:
+def _vt_turn(names: list[str], value: str) -> Turn:
+    _, after, prefix = wording("vt")
     return Turn(
-        question=wording.after.format(query=value),
+        question=after.format(query=value),
         answers=tuple(names),
         max_new_tokens=VT_NEW_TOKENS,
-        answer_prefix=wording.prefix.format(query=value, num_v=len(names)),
+        answer_prefix=prefix.format(query=value, num_v=len(names)),
     )
 
 
 def _chain(letters: int, rng: random.Random) -> tuple[list[str], list[str], str]:
-    """Return a chain's variables, its statements in their order, and the value."""
-    drawn: dict[str, None] = {}
-    while len(drawn) < _HOPS + 1:
-        drawn["".join(rng.choices(string.ascii_uppercase, k=letters))] = None
-    names = list(drawn)
+    """Return a chain's variables, its statements in order, and the value."""
+    names = _random_words(_HOPS + 1, string.ascii_uppercase, letters, rng)
     value = str(rng.randrange(10_000, 99_999))
-    hops = [f"VAR {to} = VAR {source} " for source, to in itertools.pairwise(names)]
+    hops = [f"VAR {target} = VAR {source} " for source, target in itertools.pairwise(names)]
     return names, [f"VAR {names[0]} = {value}", *hops], value
 
 
+def _random_words(count: int, alphabet: str, letters: int, rng: random.Random) -> list[str]:
+    drawn: dict[str, None] = {}
+    while len(drawn) < count:
+        drawn["".join(rng.choices(alphabet, k=letters))] = None
+    return list(drawn)
+
+
 def _hide_chain(chain: list[str], lines: list[str], rng: random.Random) -> tuple[str, list[int]]:
-    """Return lines with a chain's statements before some of them, and before which."""
+    """Return lines with a chain's statements inserted, and before which lines they stand."""
     places = sorted(rng.sample(range(len(lines)), len(chain)))
-    text = lines.copy()
-    for place, statement in reversed(list(zip(places, chain, strict=True))):
-        text.insert(place, statement)
-    return " ".join(text), places
+    return " ".join(insert_at(lines, places, chain)), places
 
 
-def _vt_example(wording: templates.Wording, lines: list[str], rng: random.Random) -> str:
+def _vt_example(lines: list[str], rng: random.Random) -> str:
     """Return a worked example: a chain of variables of three letters, and the answer."""
     names, chain, value = _chain(3, rng)
-    turn = _vt_turn(wording, names, value)
+    turn = _vt_turn(names, value)
     text, _ = _hide_chain(chain, lines, rng)
-    return f"{wording.before}{text}{turn.question}{turn.answer_prefix} {' '.join(names)}"
+    return f"{wording('vt')[0]}{text}{turn.question}{turn.answer_prefix} {' '.join(names)}"
 
 
-def _example_lines(prepared: Preparation, wording: templates.Wording, noise: str) -> int:
-    """Return the lines of noise in the worked example: the fives of them that RULER's 500 tokens take, ten at least."""
-    fives = 2
+def _example_lines(prepared: Preparation, noise: str) -> int:
+    """Return the lines of noise in the worked example: the most that fit 500 tokens in steps of five, at least ten."""
+    lines = 10
     while True:
-        example = _vt_example(wording, [noise] * (5 * fives + 5), random.Random("vt/example"))
+        example = _vt_example([noise] * (lines + 5), random.Random("vt/example"))
         if len(prepared.tokenizer(example)["input_ids"]) + VT_NEW_TOKENS > _EXAMPLE_TOKENS:
-            return 5 * fives
-        fives += 1
+            return lines
+        lines += 5
 
 
-def cwe_samples(prepared: Preparation) -> list[Sample]:
-    """Make samples of common words extraction: a numbered list in which ten words are common, with a worked example.
+def cwe_sample(prepared: Preparation, index: int) -> Sample:
+    """Make a sample of common words extraction: a numbered list with ten common words, after a worked example.
 
     Raises:
-        ValueError: the length is missing, too short, or too long for the words that there are.
+        ValueError: the length is missing, too short, or too long for the number of words.
         ImportError: `wonderwords` is not installed.
     """
-    short = room(prepared, CWE_NEW_TOKENS) + CWE_NEW_TOKENS < _SHORT
+    short = prompt_limit(prepared, CWE_NEW_TOKENS) + CWE_NEW_TOKENS < _SHORT
     example_words, example_repeats, repeats = (20, (3, 1), (6, 1)) if short else (40, (10, 3), (30, 3))
-    wording = templates.word_extraction("cwe")
+    before, after, prefix = wording("cwe")
     words = english().all
+    name = f"cwe/{prepared.length}/{prepared.seed}/{index}"
+    rng = random.Random(name)
+    drawn = rng.sample(words, example_words)
+    listed = _numbered(drawn[:_COMMON], drawn[_COMMON:], *example_repeats, rng)
+    example = before + listed + after + prefix + _enumerate(drawn[:_COMMON])
+    drawn = rng.sample(words, len(words))
+    common, uncommon = drawn[:_COMMON], drawn[_COMMON:]
+    turn = Turn(question=after, answers=tuple(common), max_new_tokens=CWE_NEW_TOKENS, answer_prefix=prefix)
 
-    def sample(index: int) -> Sample:
-        name = f"cwe/{prepared.length}/{prepared.seed}/{index}"
-        rng = random.Random(name)
-        common, uncommon = _split(rng.sample(words, example_words))
-        listed = _numbered(common, uncommon, *example_repeats, rng)
-        example = wording.before + listed + wording.after + wording.prefix + _enumerate(common)
-        common, uncommon = _split(rng.sample(words, len(words)))
-        turn = Turn(
-            question=wording.after,
-            answers=tuple(common),
-            max_new_tokens=CWE_NEW_TOKENS,
-            answer_prefix=wording.prefix,
+    def build(count: int) -> Sample:
+        # Where the words run out they repeat, still less often than the common ones.
+        if math.ceil(count / len(uncommon)) * repeats[1] >= repeats[0]:
+            raise ValueError(
+                f"length must be shorter for cwe: with {prepared.length} tokens the {len(uncommon)} uncommon words"
+                " would be as common as the answers; ask for a shorter one"
+            )
+        filler = list(itertools.islice(itertools.cycle(uncommon), count))
+        listed = _numbered(common, filler, *repeats, random.Random(f"{name}/order"))
+        return Sample(
+            id=str(index),
+            context=f"{example}\n{before}{listed}",
+            turns=(turn,),
+            notes={"words": _COMMON + min(count, len(uncommon))},
         )
 
-        def build(count: int) -> Sample:
-            # Where there are too few words they are listed again, still less often than the common ones.
-            if math.ceil(count / len(uncommon)) * repeats[1] >= repeats[0]:
-                raise ValueError(
-                    f"length must be shorter for cwe: with {prepared.length} tokens the {len(uncommon)} uncommon words"
-                    " would be as common as the answers; ask for a shorter one"
-                )
-            filler = list(itertools.islice(itertools.cycle(uncommon), count))
-            listed = _numbered(common, filler, *repeats, random.Random(f"{name}/order"))
-            return Sample(
-                id=str(index),
-                context=f"{example}\n{wording.before}{listed}",
-                turns=(turn,),
-                notes={"words": _COMMON + min(count, len(uncommon))},
-            )
-
-        return fill(prepared, build, least=_COMMON)
-
-    return [sample(index) for index in range(prepared.count)]
-
-
-def _split(words: list[str]) -> tuple[list[str], list[str]]:
-    return words[:_COMMON], words[_COMMON:]
+    return fill(prepared, build, least=_COMMON)
 
 
 def _numbered(common: list[str], uncommon: list[str], often: int, seldom: int, rng: random.Random) -> str:
-    """Return a numbered list of words, the common ones repeated often, in random order."""
+    """Return a numbered list of words in random order, each repeated `often` or `seldom` times."""
     words = common * often + uncommon * seldom
     rng.shuffle(words)
     return _enumerate(words)
@@ -167,38 +150,24 @@ def _enumerate(words: Sequence[str]) -> str:
     return " ".join(f"{number}. {word}" for number, word in enumerate(words, 1))
 
 
-def fwe_samples(prepared: Preparation) -> list[Sample]:
-    """Make samples of frequent words extraction: coded words whose numbers fall off as a zeta distribution.
+def fwe_sample(prepared: Preparation, index: int) -> Sample:
+    """Make a sample of frequent words extraction: coded words whose frequencies follow a zeta distribution.
 
     Raises:
         ValueError: the length is missing or too short.
     """
-    length = room(prepared, FWE_NEW_TOKENS) + FWE_NEW_TOKENS
-    wording = templates.word_extraction("fwe")
+    length = prompt_limit(prepared, FWE_NEW_TOKENS) + FWE_NEW_TOKENS
+    before, after, prefix = wording("fwe")
     ranks = range(1, max(length // 50, 5) + 1)
-    shares = [rank**-2.0 / _ZETA_2 for rank in ranks]
+    name = f"fwe/{length}/{prepared.seed}/{index}"
+    coded = _random_words(len(ranks) - 1, string.ascii_lowercase, _CODED, random.Random(name))
+    words = ["...", *coded]  # the most frequent is noise; the question says to ignore it
+    turn = Turn(question=after, answers=tuple(words[1:4]), max_new_tokens=FWE_NEW_TOKENS, answer_prefix=prefix)
 
-    def sample(index: int) -> Sample:
-        name = f"fwe/{length}/{prepared.seed}/{index}"
-        rng = random.Random(name)
-        coded: dict[str, None] = {}
-        while len(coded) < len(ranks) - 1:
-            coded["".join(rng.choices(string.ascii_lowercase, k=_CODED))] = None
-        words = ["...", *coded]  # the most frequent is noise, which the question says to ignore
-        turn = Turn(
-            question=wording.after,
-            answers=tuple(words[1:4]),
-            max_new_tokens=FWE_NEW_TOKENS,
-            answer_prefix=wording.prefix,
-        )
+    def build(count: int) -> Sample:
+        shares = (rank**-2.0 / _ZETA_2 for rank in ranks)
+        text = [word for word, share in zip(words, shares, strict=True) for _ in range(int(count * share))]
+        random.Random(f"{name}/order").shuffle(text)
+        return Sample(id=str(index), context=before + " ".join(text), turns=(turn,), notes={"words": len(text)})
 
-        def build(count: int) -> Sample:
-            text = [word for word, share in zip(words, shares, strict=True) for _ in range(int(count * share))]
-            random.Random(f"{name}/order").shuffle(text)
-            return Sample(
-                id=str(index), context=wording.before + " ".join(text), turns=(turn,), notes={"words": len(text)}
-            )
-
-        return fill(prepared, build, least=_FEWEST)
-
-    return [sample(index) for index in range(prepared.count)]
+    return fill(prepared, build, least=_FEWEST)

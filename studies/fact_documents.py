@@ -1,6 +1,6 @@
-"""Documents with facts in them: numbers, each in a sentence of its own among prose, with the question that asks for it.
+"""Documents with facts: numbers, each in a sentence among generated prose, and a question for each.
 
-The prose is that of `needle`, so a document needs no download and is the same on every machine.
+The prose is generated, so a document needs no download and is the same on every machine.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import random
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .needle_text import prose
+from rocketkv.eval.tasks.text import insert_at, prose
 
-# What a fact says, up to its number and after it, and the question. No two begin alike, as facts of a text do not, and
-# an answer begins as its fact does: copying is then all it takes, which a small model does from its full cache.
+# Text of a fact before its number and after it, and the question. No two facts begin alike, and an answer begins like
+# its fact, so the model only has to copy it: a small model does that from its full cache.
 _STATEMENTS = (
     ("The library owns exactly", "books", "How many books does the library own?"),
     ("The bell tower was built with", "bricks", "With how many bricks was the bell tower built?"),
@@ -33,9 +33,9 @@ class Fact(NamedTuple):
     """A number hidden in a document.
 
     Attributes:
-        begin: what its sentence says before the number, and its answer.
-        end: what the sentence says after it.
-        question: what asks for it.
+        begin: text of its sentence before the number, and start of the answer.
+        end: text of the sentence after the number.
+        question: the question for it.
         number: seven different digits, none of them zero.
     """
 
@@ -46,25 +46,25 @@ class Fact(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """What the document says, without its full stop."""
+        """The sentence without its full stop."""
         return f"{self.begin} {self.number} {self.end}"
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text, and the facts in it in the order in which they are asked for."""
+    """A text, and its facts in the order of the questions."""
 
     text: str
     facts: tuple[Fact, ...]
 
 
 def document(seed: int, facts: int, sentences: int) -> Document:
-    """Hide facts in prose, spread evenly, and ask for them in an order of its own.
+    """Hide facts in prose, spread evenly, and ask for them in random order.
 
     Args:
         seed: of prose, numbers and order.
-        facts: how many.
-        sentences: of the prose.
+        facts: number of facts.
+        sentences: number of sentences of prose.
 
     Raises:
         ValueError: there are more facts than kinds of them or sentences, or none.
@@ -76,7 +76,7 @@ def document(seed: int, facts: int, sentences: int) -> Document:
     kinds = rng.sample(_STATEMENTS, facts)
     lines = prose(rng.getrandbits(32), sentences).removesuffix(".").split(". ")
     hidden = [Fact(*kind, "".join(rng.sample("123456789", 7))) for kind in kinds]
-    for place in reversed(range(facts)):  # from the end, so that the places of those before stay
-        lines.insert(round((place + 0.5) / facts * sentences), hidden[place].sentence)
+    places = [round((number + 0.5) / facts * sentences) for number in range(facts)]
+    lines = insert_at(lines, places, [fact.sentence for fact in hidden])
     rng.shuffle(hidden)
     return Document(". ".join(lines) + ".", tuple(hidden))

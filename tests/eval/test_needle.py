@@ -1,6 +1,7 @@
-"""Needle prompts: the length, the place of the number, and that nothing but the seed decides them."""
+"""Needle prompts and the task `needle_grid`: lengths, depths, and that nothing but the seed decides them."""
 
 import os
+import random
 import re
 import subprocess
 import sys
@@ -10,9 +11,12 @@ from typing import Any
 
 import pytest
 
-from rocketkv.eval.tasks.needle_text import NeedlePrompt, found, needle_grid, needle_prompt, prose
+from rocketkv.eval.tasks.base import Preparation, Sample
+from rocketkv.eval.tasks.needle import TASKS, NeedlePrompt, found, needle_grid, needle_prompt
+from rocketkv.eval.tasks.text import prose
 
 LONGEST_SENTENCE = 16  # words
+(TASK,) = TASKS
 
 
 class Words:
@@ -44,31 +48,8 @@ def words_before_the_needle(prompt: NeedlePrompt) -> int:
     return len(prompt.text[: prompt.text.index("One special magic number")].split())
 
 
-def test_prose_is_sentences_without_digits() -> None:
-    text = prose(seed=3, sentences=500)
-    assert re.fullmatch(r"(?:[A-Z][a-z ]+\.(?: |$))+", text)
-    assert text.count(".") == 500
-    assert max(len(sentence.split()) for sentence in text.split(". ")) <= LONGEST_SENTENCE
-
-
-def test_prose_varies() -> None:
-    sentences = prose(seed=3, sentences=500).split(". ")
-    assert len(set(sentences)) > 450
-
-
-def test_prose_is_decided_by_its_seed() -> None:
-    assert prose(seed=5, sentences=40) == prose(seed=5, sentences=40)
-    assert prose(seed=5, sentences=40) != prose(seed=6, sentences=40)
-    assert prose(seed=5, sentences=40).startswith(prose(seed=5, sentences=39))
-    assert prose(seed=5, sentences=0) == ""
-
-
-def test_prose_is_the_same_on_every_machine() -> None:
+def test_answers_are_the_same_on_every_machine() -> None:
     # Measured figures belong to prompts: should these change, so do the figures.
-    assert prose(seed=1, sentences=3) == (
-        "On market day the teacher moved the old lamp. The donkey played outside the school."
-        " After lunch the musician carried the garden tools."
-    )
     assert [prompt.answer for prompt in needle_grid(Words(), tokens=100, count=3, seed=1)] == [
         "7245913",
         "9178345",
@@ -130,7 +111,7 @@ def test_prompt_is_decided_by_its_seed() -> None:
 
 def test_prompt_does_not_depend_on_hash_randomisation() -> None:
     program = """
-from rocketkv.eval.tasks.needle_text import needle_prompt
+from rocketkv.eval.tasks.needle import needle_prompt
 def cut(text, **_):
     return {"input_ids": [t.split() for t in text] if isinstance(text, list) else text.split()}
 print(needle_prompt(cut, tokens=300, depth=0.5, seed=2).text)
@@ -216,8 +197,78 @@ def test_grid_refuses_an_empty_one() -> None:
         needle_grid(Words(), tokens=100, count=2, seed=-1)
 
 
-def test_prose_refuses() -> None:
-    with pytest.raises(ValueError, match="sentences must be 0 or more, got -1"):
-        prose(seed=1, sentences=-1)
-    with pytest.raises(ValueError, match="seed must be 0 or more, got -2"):
-        prose(seed=-2, sentences=1)
+class ChatWords:
+    """A tokenizer that cuts at white space; its chat template adds nine words."""
+
+    chat_template: str | None = "yes"
+
+    def __call__(self, text: Any, *, add_special_tokens: bool = True) -> Mapping[str, Any]:
+        if isinstance(text, list):
+            return {"input_ids": [self(one)["input_ids"] for one in text]}
+        return {"input_ids": [len(word) for word in text.split()]}
+
+    def apply_chat_template(self, talk: list[dict[str, str]], **options: Any) -> str:
+        return f"you are one of us . user {talk[0]['content']} end assistant"
+
+
+def make(length: int | None = 500, count: int = 1, **others: Any) -> list[Sample]:
+    prepared = Preparation(**{"tokenizer": ChatWords(), "length": length, "count": count} | others)
+    return list(TASK.samples(prepared))
+
+
+def test_eleven_samples_have_eleven_depths_and_few_are_spread() -> None:
+    depths = [sample.notes["depth"] for sample in make(300, 23)]
+    assert sorted(depths[:11]) == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    assert depths[11:22] == depths[:11]
+    assert depths[22] == depths[0]
+    for count in range(3, 11):  # the widest gap, the ends included
+        few = sorted([0.0, *depths[:count], 1.0])
+        assert max(high - low for low, high in pairwise(few)) < 0.45
+
+
+def test_the_needle_lies_at_its_depth() -> None:
+    for sample in make(2000, 11):
+        (turn,) = sample.turns
+        words = sample.context.split()
+        (at,) = (at for at, word in enumerate(words) if word.startswith(turn.answers[0]))
+        assert at / len(words) == pytest.approx(sample.notes["depth"], abs=0.02)
+        assert sample.notes["placed"] == pytest.approx(sample.notes["depth"], abs=0.02)
+        assert re.findall(r"\d+", sample.context) == list(turn.answers)
+        assert re.fullmatch(r"\n\n[^?]+\?", turn.question)
+        assert turn.answer_prefix.endswith(" the special magic number is:")
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+@pytest.mark.parametrize("length", [150, 500, 4096])
+def test_prompt_and_answer_fill_their_length(length: int, chat: bool) -> None:
+    for sample in make(length, 3, chat=chat):
+        (turn,) = sample.turns
+        whole = len((sample.context + turn.question + turn.answer_prefix).split()) + (9 if chat else 0)
+        assert length - 16 <= whole + turn.max_new_tokens <= length  # a sentence has 16 words at most
+
+
+def test_a_sample_depends_on_its_seed_and_place_alone() -> None:
+    state = random.getstate()
+    four = make(count=4)
+    assert random.getstate() == state
+    random.seed(7)
+    assert make(count=2) == four[:2]
+    assert make(count=1, seed=1)[0].context != four[0].context
+    assert make(600)[0].turns[0].answers != four[0].turns[0].answers
+    assert len({sample.turns[0].answers for sample in four}) == 4
+
+
+def test_scores() -> None:
+    (turn,) = make()[0].turns
+    (answer,) = turn.answers
+    assert TASK.score(f" {answer}. The baker", turn) == 100.0
+    assert TASK.score(f" {answer}1", turn) == 0.0
+    assert TASK.score("", turn) == 0.0
+
+
+def test_lengths_that_cannot_be_filled_are_refused() -> None:
+    with pytest.raises(ValueError, match="got None"):
+        make(None)
+    for length in (16, 40):
+        with pytest.raises(ValueError, match="ask for a longer"):
+            make(length)

@@ -1,4 +1,4 @@
-"""What prompts are filled with: the text there is, the words there are, and as much of it as the length takes."""
+"""Text that prompts are filled with: prose, haystacks, words, and as much of them as the length takes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from rocketkv.eval.tasks.base import Preparation, Sample, Turn
-from rocketkv.eval.tasks.fill import fill
-from rocketkv.eval.tasks.haystack import haystack, split_sentences
-from rocketkv.eval.tasks.ruler import words
+from rocketkv.eval.tasks.length import fill
+from rocketkv.eval.tasks.text import english, haystack, prose, split_sentences
 
 
 class Fours:
@@ -22,6 +21,40 @@ class Fours:
 
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, Any]:
         return {"input_ids": re.findall(r"\S{1,4}", text)}
+
+
+def test_prose_is_sentences_without_digits() -> None:
+    text = prose(seed=3, sentences=500)
+    assert re.fullmatch(r"(?:[A-Z][a-z ]+\.(?: |$))+", text)
+    assert text.count(".") == 500
+    assert max(len(sentence.split()) for sentence in text.split(". ")) <= 16
+
+
+def test_prose_varies() -> None:
+    sentences = prose(seed=3, sentences=500).split(". ")
+    assert len(set(sentences)) > 450
+
+
+def test_prose_is_decided_by_its_seed() -> None:
+    assert prose(seed=5, sentences=40) == prose(seed=5, sentences=40)
+    assert prose(seed=5, sentences=40) != prose(seed=6, sentences=40)
+    assert prose(seed=5, sentences=40).startswith(prose(seed=5, sentences=39))
+    assert prose(seed=5, sentences=0) == ""
+
+
+def test_prose_is_the_same_on_every_machine() -> None:
+    # Measured figures belong to prompts: should these change, so do the figures.
+    assert prose(seed=1, sentences=3) == (
+        "On market day the teacher moved the old lamp. The donkey played outside the school."
+        " After lunch the musician carried the garden tools."
+    )
+
+
+def test_prose_refuses() -> None:
+    with pytest.raises(ValueError, match="sentences must be 0 or more, got -1"):
+        prose(seed=1, sentences=-1)
+    with pytest.raises(ValueError, match="seed must be 0 or more, got -2"):
+        prose(seed=-2, sentences=1)
 
 
 @pytest.mark.parametrize("pieces", [[1], [7], [30], [1, 40, 3], [5] * 90 + [60] * 40, [50] * 9 + [2] * 400])
@@ -40,15 +73,15 @@ def test_filler_fills_whatever_its_pieces(pieces: list[int]) -> None:
 
 def test_words_want_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    words.english.cache_clear()
+    english.cache_clear()
     with pytest.raises(ImportError, match=r"rocketkv\[eval\]"):
-        words.english()
+        english()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wonderwords") is None, reason="needs wonderwords")
 def test_words_are_wonderwords_lists() -> None:
-    words.english.cache_clear()
-    lists = words.english()
+    english.cache_clear()
+    lists = english()
     assert {"compass", "river"} <= set(lists.nouns)
     assert "bright" in lists.adjectives
     assert "arrive" in lists.verbs
@@ -64,7 +97,7 @@ def test_sentences_lose_no_word() -> None:
 
 
 def test_the_haystack_is_the_best_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rocketkv.eval.tasks.haystack.ruler_package", lambda: None)
+    monkeypatch.setattr("rocketkv.eval.tasks.text.ruler_package", lambda: None)
     assert haystack(tmp_path, 0).kind == haystack(None, 0).kind == "generated"
     assert haystack(None, 0) != haystack(None, 1)
     (tmp_path / "haystack.txt").write_text("A text. It is short.")

