@@ -83,7 +83,7 @@ wheel: $(VENV)/.demo
 		"import rocketkv, rocketkv.eval.tasks.needle; print('imported from', rocketkv.__file__)"
 	@ls -l dist
 
-evidence: $(VENV)/.demo
+evidence: $(VENV)/.dev
 	$(BIN)/python tools/evidence.py
 
 kernels-report: $(VENV)/.dev

@@ -1,38 +1,36 @@
-"""95 % intervals of mean scores, of one arm and of the difference of two arms on the same samples.
+"""95 % confidence intervals of proportions, means, and differences and ratios of means over the same samples.
 
-Right-or-wrong scores of one arm have Wilson's interval (Wilson 1927, the score interval); everything else the
-percentile bootstrap over samples (Efron and Tibshirani 1993, section 13.3), with fixed draws: the same values always
-give the same interval.
+Proportions use the Wilson score interval, all others the percentile bootstrap over samples (Efron and Tibshirani 1993,
+section 13.3) with a fixed seed, so the same values always give the same interval.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 Interval = tuple[float, float]
 
-Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
-RESAMPLES = 10_000
+BATCH = 1000  # resamples that are held in memory at a time
 
 
 def mean_interval(values: Sequence[float], *, percent: bool = True) -> Interval | None:
-    """Return the interval of the mean of values, one per sample.
+    """Return the interval of a mean.
 
     Args:
         values: one per sample.
-        percent: they are scores from 0 to 100, so that values of 0 and 100 alone are right-or-wrong answers; False for
-            a metric with another unit, where 0 is a measured value as any other.
+        percent: whether they are scores from 0 to 100. If so, values that are all 0 or 100 are treated as a proportion
+            of right answers.
 
     Returns:
-        Lower and upper end, or None where a single value shows no spread.
+        Lower and upper end, or None for a single value that is not a proportion.
 
     Raises:
         ValueError: there are no values, or one is not finite.
+        ImportError: scipy is not installed.
     """
     _check(values)
     if percent and all(value in (0, 100) for value in values):
@@ -42,36 +40,44 @@ def mean_interval(values: Sequence[float], *, percent: bool = True) -> Interval 
 
 
 def paired_interval(values: Sequence[float], reference: Sequence[float]) -> Interval | None:
-    """Return the interval of the mean difference `values - reference`, sample by sample.
+    """Return the interval of the mean difference `values - reference`.
 
     Args:
         values: one per sample.
-        reference: those of the same samples in the same order.
+        reference: one per sample, of the same samples in the same order.
 
     Returns:
-        Lower and upper end, or None where a single pair shows no spread.
+        Lower and upper end, or None for a single pair.
 
     Raises:
         ValueError: the two differ in length, are empty, or a value is not finite.
+        ImportError: scipy is not installed.
     """
-    if len(values) != len(reference):
-        raise ValueError(
-            f"values and reference must be of the same samples, got {len(values)} and {len(reference)}; pair them first"
-        )
+    _check_pairs(values, reference)
     return mean_of_means_interval([[a - b for a, b in zip(values, reference, strict=True)]])
 
 
+def ratio_interval(values: Sequence[float], reference: Sequence[float]) -> Interval | None:
+    """Return the interval of `mean(values) / mean(reference)`; arguments, result and errors as `paired_interval`."""
+    _check_pairs(values, reference)
+    _check(values)
+    if len(values) < 2:
+        return None
+    return _bootstrap([values, reference], lambda a, b, axis: a.mean(axis) / b.mean(axis), paired=True)
+
+
 def mean_of_means_interval(groups: Sequence[Sequence[float]]) -> Interval | None:
-    """Return the interval of the mean over groups of their means: each group is resampled by itself.
+    """Return the interval of the mean over groups of their means; each group is resampled independently.
 
     Args:
-        groups: values per sample, of each task; all tasks count the same.
+        groups: values per sample of each task; all tasks have the same weight.
 
     Returns:
-        Lower and upper end, or None where a group has a single value, which shows no spread.
+        Lower and upper end, or None if a group has a single value.
 
     Raises:
         ValueError: there is no group, one is empty, or a value is not finite.
+        ImportError: scipy is not installed.
     """
     if not groups:
         raise ValueError("groups must hold at least one, got none; pass the values of each task")
@@ -79,41 +85,50 @@ def mean_of_means_interval(groups: Sequence[Sequence[float]]) -> Interval | None
         _check(group)
     if min(map(len, groups)) < 2:
         return None
-    means = np.zeros(RESAMPLES)
-    for place, group in enumerate(groups):
-        # einsum: BLAS sums in an order that depends on its threads. Resamples are independent of each other: moved by
-        # a place, those of one group serve the next.
-        resampled = np.einsum("ij,j->i", _draws(len(group)), np.asarray(group, np.float64))
-        means += np.roll(resampled, place)
-    low, high = np.quantile(means / len(groups), (0.025, 0.975))
-    return float(low), float(high)
+    return _bootstrap(groups, lambda *resampled, axis: sum(group.mean(axis) for group in resampled) / len(resampled))
 
 
 def wilson(right: int, count: int) -> Interval:
-    """Return Wilson's interval of a share, from 0 to 1.
+    """Return the Wilson score interval of a proportion, from 0 to 1.
 
     Raises:
         ValueError: `count` is below 1, or `right` is not from 0 to `count`.
+        ImportError: scipy is not installed.
     """
-    if count < 1 or not 0 <= right <= count:
-        raise ValueError(f"right must be from 0 to count and count at least 1, got {right} of {count}")
-    share, spread = right / count, Z * Z / count
-    centre = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
-    # At the ends the interval reaches 0 and 1 exactly; floats may miss them.
-    return (0.0 if right == 0 else centre - half), (1.0 if right == count else centre + half)
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}; leave out a proportion of nothing")
+    low, high = scipy_stats().binomtest(right, count).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
-@functools.lru_cache(maxsize=4)
-def _draws(count: int) -> NDArray[np.float64]:
-    """Return the weights of `count` values in each resample, [RESAMPLES, count]: how often each is drawn."""
-    drawn = np.random.default_rng(count).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    weights: NDArray[np.float64] = drawn / count
-    return weights
+def scipy_stats() -> Any:
+    """Return the module `scipy.stats`.
+
+    Raises:
+        ImportError: scipy is not installed; the message names the extra.
+    """
+    try:
+        from scipy import stats  # here: records are read and written without it
+    except ImportError as error:
+        raise ImportError("statistics need scipy: pip install 'rocketkv[eval]'") from error
+    return stats
+
+
+def _bootstrap(data: Sequence[Sequence[float]], statistic: Callable[..., Any], *, paired: bool = False) -> Interval:
+    rng = np.random.default_rng(0)
+    result = scipy_stats().bootstrap(data, statistic, paired=paired, method="percentile", batch=BATCH, rng=rng)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def _check(values: Sequence[float]) -> None:
     if not values:
-        raise ValueError("values must hold at least one, got none; leave out what has no sample")
+        raise ValueError("values must hold at least one, got none; leave out tasks without samples")
     if not all(map(math.isfinite, values)):
         raise ValueError("values must be finite numbers; leave out samples without a score")
+
+
+def _check_pairs(values: Sequence[float], reference: Sequence[float]) -> None:
+    if len(values) != len(reference):
+        raise ValueError(
+            f"values and reference must be of the same samples, got {len(values)} and {len(reference)}; pair them first"
+        )

@@ -30,6 +30,7 @@ from rocketkv.config import RocketKVConfig
 from rocketkv.core.attention import attend
 from rocketkv.core.masks import LazyMask
 from rocketkv.eval.bench.command import machine
+from rocketkv.eval.intervals import scipy_stats
 from rocketkv.eval.measures.kl import Window, teacher_forced, texts
 from rocketkv.eval.progress import Progress
 from rocketkv.eval.records import write_atomically
@@ -120,27 +121,11 @@ def errors(
     }
 
 
-def ranks(values: Tensor) -> Tensor:
-    """Return the ranks of values [n], from 1, float64; equal ones share the mean of theirs."""
-    ordered = values.sort().values
-    place = torch.searchsorted(ordered, values)
-    after = torch.searchsorted(ordered, values, right=True)
-    return (place + after + 1).double() / 2
-
-
 def spearman(first: Tensor, second: Tensor) -> float:
-    """Return Spearman's rank correlation of values [n]; 0 where one of the two does not vary.
-
-    Raises:
-        ValueError: they are not as many, fewer than two, or not all finite.
-    """
-    if first.shape != second.shape or first.dim() != 1 or len(first) < 2:
-        raise ValueError(f"two equally long rows of at least 2 values are needed, got {first.shape}, {second.shape}")
-    if not (first.isfinite().all() and second.isfinite().all()):
-        raise ValueError("values must be finite to have ranks")
-    one, other = (ranks(values) - (len(values) + 1) / 2 for values in (first, second))
-    size = one.norm() * other.norm()
-    return float(one @ other / size) if size > 0 else 0.0
+    """Return Spearman's rank correlation of values [n]; 0 if one of the two is constant."""
+    if bool((first == first[0]).all() or (second == second[0]).all()):
+        return 0.0
+    return float(scipy_stats().spearmanr(first, second).statistic)
 
 
 def figures(found: dict[str, Tensor]) -> dict[str, Any]:

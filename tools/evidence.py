@@ -8,8 +8,6 @@ the code has changed or `--fresh` is given.
 import argparse
 import hashlib
 import json
-import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,8 +18,10 @@ import torch
 
 from rocketkv.config import RocketKVConfig
 from rocketkv.eval.bench.command import bench_attention, bench_decode, machine
+from rocketkv.eval.intervals import wilson
 from rocketkv.eval.measure import measured_generate
 from rocketkv.eval.progress import Progress
+from rocketkv.eval.records import write_atomically
 from rocketkv.eval.tasks.needle import found, needle_grid, needle_prompt
 from rocketkv.hf.loading import load_model
 
@@ -63,7 +63,7 @@ def measure_needle(partial: Partial) -> dict[str, Any]:
         "prompts": len(prompts),
         "seed": NEEDLE_SEED,
         "right": {name: sum(right) for name, right in answers.items()},
-        "interval": {name: wilson_interval(sum(right), len(right)) for name, right in answers.items()},
+        "interval": {name: wilson(sum(right), len(right)) for name, right in answers.items()},
         "memory_ratio": ratios,
         "answers": answers,
     }
@@ -103,14 +103,6 @@ PARTS: dict[str, Callable[[Partial], dict[str, Any]]] = {
     "memory": measure_memory,
     "needle": measure_needle,
 }
-
-
-def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a share."""
-    share = right / total
-    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
-    reach = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
 def tables(evidence: dict[str, Any]) -> dict[str, str]:
@@ -159,11 +151,7 @@ def _revision() -> str:
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:
-    """Write JSON so that an interruption leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    write_atomically(path, json.dumps(document, indent=1) + "\n")
 
 
 def main() -> int:

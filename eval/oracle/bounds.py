@@ -1,15 +1,15 @@
-"""Oracle bounds of one layer: how few tokens attention needs for a given error, and where a method's own error is from.
+"""Oracle bounds of one layer: the fewest tokens that attention needs for an error, and the parts of a method's error.
 
-The tokens of a decode step are ranked by true weight: a softmax a query head, averaged over the group, ties by the rule
-of `eviction.select_top`. A step needs the smallest prefix of that ranking to which exact attention is within a relative
-L2 error of attention to all tokens, over the group's outputs together. Two bounds follow (the questions are those of
-EMPIRIC, Behnam et al., SIGOPS Operating Systems Review 2025):
+The tokens of a decode step are ranked by true weight: softmax per query head, mean over the group, ties by the rule of
+`select_top`. A step needs the smallest prefix of that ranking for which exact attention is within a relative L2 error
+of attention to all tokens, over the group's outputs together. Two bounds follow (as in EMPIRIC, Behnam et al., SIGOPS
+Operating Systems Review 2025):
 
-- *compute*: the size of each step's own prefix, what a step must read where everything is stored;
-- *storage*: the size of their union over steps, what must be stored for all steps to have their prefixes.
+- *compute*: the size of each step's prefix, the tokens that a step must read if all are stored;
+- *storage*: the size of the prefixes' union over steps, the tokens that must be stored for all steps.
 
-Errors are not monotone in a prefix's size, and a union of prefixes is not the smallest set that does: both are bounds
-for methods that rank by weight, as all here do.
+Errors are not monotone in a prefix's size, and the union of prefixes is not the smallest sufficient set: both are
+bounds for methods that rank tokens by weight, as all methods of this library do.
 
 Letters: G query heads of a group, H query heads, Hkv KV heads, D and Dv head dims, S tokens, m steps.
 """
@@ -17,7 +17,6 @@ Letters: G query heads of a group, H query heads, Hkv KV heads, D and Dv head di
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,7 +33,7 @@ PARTS = ("eviction", "k", "index", "residual")
 
 
 class Prefixes(NamedTuple):
-    """What the steps of one KV head need.
+    """The tokens that the steps of one KV head need.
 
     Attributes:
         sizes: [m] int64, tokens of each step's prefix.
@@ -48,7 +47,7 @@ class Prefixes(NamedTuple):
 def group_weights(
     query: Tensor, keys: Tensor, *, scaling: float, softcap: float | None = None, sinks: Tensor | None = None
 ) -> Tensor:
-    """Return the attention weights of the steps that read the last m of S tokens, each of which sees itself.
+    """Return the attention weights of decode steps for the last m of S tokens; each token attends to itself.
 
     Args:
         query: [G, m, D], one group's queries.
@@ -58,14 +57,14 @@ def group_weights(
         sinks: [G], one learned logit a head that joins the softmax's denominator, or None.
 
     Returns:
-        [G, m, S] float64, 0 at tokens that a step does not see; with `sinks` they add up to less than 1.
+        [G, m, S] float64, 0 at later tokens; with `sinks` they add up to less than 1.
 
     Raises:
         ValueError: there are more steps than tokens.
     """
     steps, size = query.shape[1], keys.shape[0]
     if steps > size:
-        raise ValueError(f"every step reads one of the tokens, so there can be at most {size} steps, got {steps}")
+        raise ValueError(f"query must have one step per token, at most {size} steps, got {steps}")
     logits = torch.matmul(query.double() * scaling, keys.double().t())
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
@@ -78,14 +77,14 @@ def group_weights(
 
 
 def smallest_prefixes(weights: Tensor, values: Tensor, error: float) -> Prefixes:
-    """Return the smallest prefix of each step's ranking to which attention is within an error of attention to all.
+    """Return the smallest prefix of each step's ranking for which attention is within an error of attention to all.
 
-    Attention to a prefix is renormalised, as `attention.attend` does it: weights over their sum and the sinks' share.
+    Attention to a prefix is renormalised as in `attention.attend`: weights over their sum and the sinks' share.
 
     Args:
         weights: [G, m, S] float64, of `group_weights`.
         values: [S, Dv].
-        error: the largest relative L2 error, of the group's outputs together.
+        error: the largest relative L2 error over the group's outputs together.
 
     Raises:
         ValueError: the error is not between 0 and 1, or weights or values are not finite.
@@ -94,17 +93,19 @@ def smallest_prefixes(weights: Tensor, values: Tensor, error: float) -> Prefixes
         raise ValueError(f"error must be between 0 and 1, a share of the output's norm; got {error}")
     values = values.double()
     if not bool(weights.isfinite().all() and values.isfinite().all()):
-        raise ValueError("weights and values must be finite: the model gave keys, queries or values that are not")
+        raise ValueError(
+            "weights and values must be finite, got NaN or inf; check the model's queries, keys and values"
+        )
     group, steps, size = weights.shape
     ranking = weights.sum(0).sort(dim=-1, descending=True, stable=True).indices
     full = torch.matmul(weights, values).transpose(0, 1)  # [m, G, Dv]
     bound = error * full.square().sum((1, 2)).sqrt()
-    beside = (1 - weights.sum(-1)).clamp(min=0).t() if size else weights.new_zeros(steps, group)  # the sinks' share
-    # Rounding leaves a share of 1e-16 where there are no sinks.
-    beside = torch.where(beside < 1e-12, 0.0, beside)[..., None]
+    sink_share = (1 - weights.sum(-1)).clamp(min=0).t() if size else weights.new_zeros(steps, group)
+    # Without sinks, rounding leaves a share of 1e-16.
+    sink_share = torch.where(sink_share < 1e-12, 0.0, sink_share)[..., None]
     sizes = torch.full((steps,), size, device=weights.device)
     open_steps = torch.arange(steps, device=weights.device)
-    total, mass = torch.zeros_like(full), beside
+    total, mass = torch.zeros_like(full), sink_share
     start = 0
     while start < size and len(open_steps):
         block = max(1, BLOCK_BYTES // (8 * len(open_steps) * group * values.shape[1]))
@@ -121,7 +122,7 @@ def smallest_prefixes(weights: Tensor, values: Tensor, error: float) -> Prefixes
         left = ~found
         open_steps, total, mass = open_steps[left], sums[left][:, :, -1], masses[left][..., -1:]
         start += tokens.shape[1]
-    # What a step does not see it does not need, even where rounding let no prefix through.
+    # No step needs later tokens, even if rounding rejected every prefix.
     seen = torch.arange(size - steps + 1, size + 1, device=weights.device)
     return Prefixes(torch.minimum(sizes, seen), ranking)
 
@@ -135,10 +136,10 @@ def union(prefixes: Prefixes) -> Tensor:
 
 
 class Parts(NamedTuple):
-    """An error vector and the parts that it is the sum of, over the steps of one KV head.
+    """The parts of an error vector, over the steps of one KV head.
 
     Attributes:
-        errors: of each stage after the first, which is full attention: relative L2, mean over steps.
+        errors: of each stage after the first (full attention): relative L2, mean over steps.
         square: the total's squared relative norm, summed over steps.
         products: of each part with the total, summed over steps: they add up to `square`.
         gap: largest relative distance of the total from the sum of its parts, of any step.
@@ -153,17 +154,17 @@ class Parts(NamedTuple):
 def decompose(outputs: Sequence[Tensor], total: Tensor) -> Parts:
     """Split the error of the last stage into the difference vectors between consecutive stages.
 
-    All vectors are divided by the norm of the first stage's output in their step, so that steps count alike.
+    All vectors are divided by the norm of the first stage's output of their step, so all steps have the same weight.
 
     Args:
-        outputs: of each stage, [m, n], the first the full attention, the last the method's own.
-        total: [m, n], the last less the first, by whichever way it was come by.
+        outputs: of each stage, [m, n]; the first is full attention, the last the method.
+        total: [m, n], the last less the first, computed independently of `outputs`.
 
     Raises:
         ValueError: there are fewer than two stages.
     """
     if len(outputs) < 2:
-        raise ValueError(f"there must be the full attention and one stage more, got {len(outputs)}")
+        raise ValueError(f"outputs must hold full attention and at least one stage more, got {len(outputs)}")
     full = outputs[0].double()
     norm = full.square().sum(-1, keepdim=True).sqrt()
     norm = torch.where(norm > 0, norm, 1.0)
@@ -177,18 +178,13 @@ def decompose(outputs: Sequence[Tensor], total: Tensor) -> Parts:
 
 
 def shares(square: float, products: Sequence[float], steps: int) -> list[float] | None:
-    """Return the projection share of each part, which add up to 1, or None where the error is but rounding.
+    """Return the projection share of each part, which add up to 1, or None if the error is only rounding.
 
     Args:
-        square: see `Parts`, summed over what is to be taken together.
-        products: likewise.
-        steps: how many it is the sum over.
+        square: see `Parts`, summed over heads or texts.
+        products: see `Parts`, summed likewise.
+        steps: number of steps in the sums.
     """
     if square <= steps * EXACT**2:
         return None
     return [product / square for product in products]
-
-
-def percentile(values: Sequence[int], share: float) -> int:
-    """Return the smallest of the values that at least that share of them do not exceed (nearest rank)."""
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]

@@ -1,4 +1,4 @@
-"""`rocketkv oracle`: how few tokens attention needs on a model's texts, and where a method's error comes from."""
+"""`rocketkv oracle`: the fewest tokens that attention needs on texts, and the parts of a method's error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from ..measures.kl import Window, texts
 from ..progress import Progress
 from ..records import write_atomically
 from ..tasks.base import Preparation
-from .report import document, page, pictures, table
+from .document import document, markdown
+from .heatmaps import heat_maps
 from .run import Settings, layer_numbers, measure
 
 JOURNAL = "journal.jsonl"
@@ -33,25 +34,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--texts", type=Path, nargs="+", metavar="FILE", help="in UTF-8 (default: the prose of task kl)"
     )
     parser.add_argument("--samples", type=int, default=2, help="windows of each file, or texts of prose (default 2)")
-    parser.add_argument("--context", type=int, default=4096, metavar="TOKENS", help="of a prompt (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=64, help="teacher-forced after it (default %(default)s)")
-    parser.add_argument("--method", default="rocketkv", choices=sorted(METHODS), help="whose error to split (rocketkv)")
-    parser.add_argument("--budget", type=int, default=256, metavar="T", help="its tokens a step (default %(default)s)")
-    parser.add_argument("--error", type=float, default=0.1, help="relative L2, of the oracles (default %(default)s)")
-    parser.add_argument("--bandwidth", type=float, default=2000, help="GB/s of the latency bound (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the texts (default %(default)s)")
-    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
+    parser.add_argument("--context", type=int, default=4096, metavar="TOKENS", help="prompt length (%(default)s)")
+    parser.add_argument("--steps", type=int, default=64, help="teacher-forced decode steps (%(default)s)")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="of all files; also to go on"
+        "--method", default="rocketkv", choices=sorted(METHODS), help="whose error is split (%(default)s)"
+    )
+    parser.add_argument("--budget", type=int, default=256, metavar="T", help="its token budget (%(default)s)")
+    parser.add_argument("--error", type=float, default=0.1, help="relative L2 error of the oracles (%(default)s)")
+    parser.add_argument("--bandwidth", type=float, default=2000, help="of memory in GB/s, for latency (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the texts (%(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads of PyTorch")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="of all files; an interrupted run resumes"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what the folder's journal does not have, and write document, pictures and page; returns the exit code.
+    """Measure what the folder's journal lacks, and write document, tables and heat maps; returns the exit code.
 
     Raises:
         OSError: a text cannot be read, or a file not written.
         ValueError: a setting is impossible, or a text too short.
+        ImportError: matplotlib, for the heat maps, is not installed.
     """
     settings = Settings(
         model=args.model or SMOLLM2,
@@ -77,19 +81,20 @@ def run(args: argparse.Namespace) -> int:
         windows += texts(preparation, path)
     total = len(windows) * len(layer_numbers(model))
     with Progress("beginning", total=total) as progress:
-        found = measure(model, windows, settings, Journal(args.output / JOURNAL), progress)
-    result = document(settings, windows, found)
+        results = measure(model, windows, settings, Journal(args.output / JOURNAL), progress)
+    result = document(settings, windows, results)
+    tables = markdown(result)
     write_atomically(args.output / "oracle.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-    write_atomically(args.output / "oracle.html", page(result))
-    for name, picture in pictures(result).items():
+    write_atomically(args.output / "oracle.md", tables)
+    for name, picture in heat_maps(result).items():
         write_atomically(args.output / name, picture)
-    sys.stdout.write(f"{table(result)}\n{args.output}: oracle.json, oracle.html and the heat maps\n")
+    sys.stdout.write(f"{tables}\n{args.output}: oracle.json, oracle.md and the heat maps\n")
     return 0
 
 
 @contextlib.contextmanager
 def _quiet_where_piped() -> Iterator[None]:
-    """Keep the bars of transformers to itself, inside the block, where output is piped."""
+    """Disable the progress bars of transformers inside the block if stderr is piped."""
     shown = transformers_logging.is_progress_bar_enabled()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()

@@ -1,12 +1,10 @@
-"""Run the oracles over a model and texts: true queries, keys and values of every layer, one layer at a time.
+"""Run the oracles over a model and texts, one layer at a time.
 
-A text is one forward of the model as it is, which is what teacher forcing comes to: the token after the prompt's last
-is read after the prompt, and so on, whatever the model would have written. What each full-attention layer is given is
-taken down on the way, in float32: bounds come from it directly, and the method's outputs from a cache layer of the
-library's own that reads the same tokens, the prompt and then a token at a time. So a method needs nothing to be known
-here but its settings.
+A text is read by one forward of the unpatched model, which equals teacher forcing. The queries, keys and values of each
+full-attention layer are recorded in float32. Bounds are computed from them directly; the method's outputs come from a
+cache layer of the library that reads the same tokens: the prompt, then one token at a time.
 
-Sliding-window layers and others that no method compresses have no part in it.
+Sliding-window layers and others that no method compresses are skipped.
 """
 
 from __future__ import annotations
@@ -39,19 +37,19 @@ from ..records import digest
 from .bounds import decompose, group_weights, smallest_prefixes, union
 
 VERSION = 2
-NOMINAL_ITEMSIZE = 2  # bytes of an element, as budgets count
+NOMINAL_ITEMSIZE = 2  # bytes of a 16-bit element
 
 
-class Taken(NamedTuple):
-    """What one layer is given in a forward over a text, and what it makes of it.
+class LayerTensors(NamedTuple):
+    """The tensors of one layer in a forward over a text.
 
     Attributes:
-        number: the layer's, in the model.
+        number: of the layer in the model.
         query: [1, H, S, D] float32, after rotary embedding.
-        key: [1, Hkv, S, D] float32, likewise.
+        key: [1, Hkv, S, D] float32, after rotary embedding.
         value: [1, Hkv, S, Dv] float32.
-        out: [1, S, H, Dv] float32, the model's own attention.
-        exact: scaling, softcap and sinks.
+        out: [1, S, H, Dv] float32, the model's attention output.
+        exact: scaling, softcap and learned sinks.
     """
 
     number: int
@@ -68,11 +66,11 @@ class HeadDict(TypedDict):
     stored: int  # storage oracle: union of the steps' prefixes
     stored_prompt: int  # those of the prompt among them
     needed: list[int]  # compute oracle: each step's prefix
-    evicted_error: float  # dense attention over what stage 1 keeps
-    selected_error: float  # exact top-k of what is stored, at the method's k: the selection oracle
-    indexed_error: float  # the method without its residual; the method itself where it has none
+    evicted_error: float  # dense attention over the tokens that stage 1 keeps
+    selected_error: float  # exact top-k of the stored tokens, at the method's k: the selection oracle
+    indexed_error: float  # the method without its residual; the method itself if it has none
     method_error: float
-    square: float  # see `oracle.Parts`
+    square: float  # see `bounds.Parts`
     products: list[float]
     gap: float
 
@@ -83,16 +81,16 @@ class LayerDict(TypedDict):
     layer: int
     heads: list[HeadDict]
     token_bytes: int  # K and V of one token and KV head, in 16 bits
-    method_bytes: float  # that the method reads a step, all KV heads, as budgets count, mean over steps
-    dense_bytes: float  # that dense attention reads
+    method_bytes: float  # read per step by the method (16-bit), all KV heads, mean over steps
+    dense_bytes: float  # read per step by dense attention
     method_stored: int  # tokens the longest KV head of the method stores at the end
-    capture_gap: float  # relative distance of the attention computed here from the model's own
+    capture_gap: float  # relative distance between attention recomputed here and the model's output
 
 
-class _Tap(RocketKVLayer):
-    """A layer that keeps everything, shows what it is given, and forgets it again."""
+class _Recorder(RocketKVLayer):
+    """A layer that attends densely, passes its tensors to `visit`, and drops them."""
 
-    def __init__(self, config: RocketKVConfig, number: int, visit: Callable[[Taken], None]) -> None:
+    def __init__(self, config: RocketKVConfig, number: int, visit: Callable[[LayerTensors], None]) -> None:
         super().__init__(config)
         self._number, self._visit = number, visit
 
@@ -106,64 +104,64 @@ class _Tap(RocketKVLayer):
         sinks: Tensor | None,
         fast: FastAttention,
     ) -> Tensor:
-        """Attend as any layer, and show it."""
+        """Attend densely and pass the tensors on."""
         if self.pending is None:
-            raise ValueError("attend follows update, which hands the keys and values over")
+            raise ValueError("attend must follow update, which passes the keys and values")
         key, value = (tensor.detach().float() for tensor in self.pending)
         exact: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
         out = super().attend(query, mask, fast=fast, **exact)
-        self._visit(Taken(self._number, query.detach().float(), key, value, out.detach().float(), exact))
+        self._visit(LayerTensors(self._number, query.detach().float(), key, value, out.detach().float(), exact))
         self.reset()
         return out
 
 
 @torch.inference_mode()
-def each_layer(model: PreTrainedModel, ids: Sequence[int], visit: Callable[[Taken], None]) -> None:
-    """Run a model over a text and show every full-attention layer, in their order.
+def each_layer(model: PreTrainedModel, ids: Sequence[int], visit: Callable[[LayerTensors], None]) -> None:
+    """Run a model over a text and pass on the tensors of every full-attention layer, in order.
 
     Args:
-        model: a model to which no method is attached; none is afterwards.
+        model: an unpatched model; it is unpatched afterwards.
         ids: the text.
-        visit: called with what a layer was given, before the next one is run.
+        visit: called with a layer's tensors before the next layer runs.
     """
     config = RocketKVConfig(method="full", token_budget=len(ids))
     decoder = find_decoder(model)[0]
     cache = RocketKVCache(decoder.config, config)
     for number, layer in enumerate(cache.layers):
         if isinstance(layer, RocketKVLayer):
-            cache.layers[number] = _Tap(config, number, visit)
+            cache.layers[number] = _Recorder(config, number, visit)
     with patch(model, config):
         decoder(torch.tensor([list(ids)], device=model.device), **{CACHE_ARGUMENT: cache}, use_cache=True)
 
 
 def layer_numbers(model: PreTrainedModel) -> list[int]:
-    """Return the numbers of the layers that `each_layer` shows."""
+    """Return the numbers of the layers that `each_layer` visits."""
     config = RocketKVConfig(method="full", token_budget=1)
     layers = RocketKVCache(find_decoder(model)[0].config, config).layers
     return [number for number, layer in enumerate(layers) if isinstance(layer, RocketKVLayer)]
 
 
-def _feed(layer: RocketKVLayer, taken: Taken, start: int, stop: int) -> Tensor:
-    """Give a layer some tokens as a model does; return [1, n, H, Dv]. Nobody reads what it makes of a prompt."""
+def _feed(layer: RocketKVLayer, tensors: LayerTensors, start: int, stop: int) -> Tensor:
+    """Pass some tokens to a layer as a model does; return [1, n, H, Dv]. A prompt's output is zeros."""
 
     def unread(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
-    key = taken.key[:, :, start:stop]
+    key = tensors.key[:, :, start:stop]
     layer.armed = True
-    layer.update(key, taken.value[:, :, start:stop])
+    layer.update(key, tensors.value[:, :, start:stop])
     claim(key)
-    return layer.attend(taken.query[:, :, start:stop], None, fast=unread, **taken.exact)
+    return layer.attend(tensors.query[:, :, start:stop], None, fast=unread, **tensors.exact)
 
 
 class Stages(NamedTuple):
-    """The outputs of the steps, [m, H, Dv] each, and what the method read and stored.
+    """The outputs of the steps, and the method's bytes and tokens.
 
     Attributes:
-        outputs: full attention, dense over what is stored, exact top-k of it, the method without its residual, and the
-            method.
-        step_bytes: the method's, of all KV heads, as budgets count; mean over steps.
-        dense_bytes: of dense attention.
+        outputs: [m, H, Dv] each, of: full attention, dense attention over the stored tokens, exact top-k of these, the
+            method without its residual, and the method.
+        step_bytes: read per step by the method (16-bit), all KV heads, mean over steps.
+        dense_bytes: read per step by dense attention.
         stored: tokens of the method's longest KV head at the end.
     """
 
@@ -174,18 +172,18 @@ class Stages(NamedTuple):
 
 
 @torch.inference_mode()
-def stages(taken: Taken, config: RocketKVConfig, prompt: int) -> Stages:
-    """Run a method over what a layer was given, with its parts put in one after the other.
+def stages(tensors: LayerTensors, config: RocketKVConfig, prompt: int) -> Stages:
+    """Run a method over a layer's tensors, adding its parts one after the other.
 
     Args:
-        taken: a layer's text.
+        tensors: of the layer.
         config: the method.
         prompt: tokens of the prompt; the others are decoded.
     """
-    size = taken.key.shape[2]
+    size = tensors.key.shape[2]
     layer = RocketKVLayer(config)
     layer.prompt_end = prompt
-    _feed(layer, taken, 0, prompt)
+    _feed(layer, tensors, 0, prompt)
     split = layer.store.split
     if split is None:
         raise ValueError("the prompt is not closed")
@@ -193,20 +191,20 @@ def stages(taken: Taken, config: RocketKVConfig, prompt: int) -> Stages:
     if split.residual:
         bare = RocketKVLayer(replace(config, split=replace(split, residual=False, calibrated=False)))
         bare.prompt_end = prompt
-        _feed(bare, taken, 0, prompt)
+        _feed(bare, tensors, 0, prompt)
     found: list[list[Tensor]] = [[], [], [], [], []]
     read: list[int] = []
     dense: list[int] = []
     for token in range(prompt, size):
-        stats = layer.stats()  # of the step that comes
+        stats = layer.stats()  # of the next step
         read.append(stats.nominal_step_bytes)
         dense.append(stats.nominal_dense_step_bytes)
-        query = taken.query[:, :, token]
-        own = _feed(layer, taken, token, token + 1)[:, 0]
+        query = tensors.query[:, :, token]
+        own = _feed(layer, tensors, token, token + 1)[:, 0]
         # Without a residual these are one stage.
-        without = own if bare is None else _feed(bare, taken, token, token + 1)[:, 0]
-        keys, values = taken.key[:, :, : token + 1], taken.value[:, :, : token + 1]
-        steps = (attend(query, keys, values, **taken.exact), *_stored_attention(layer, query, split, taken.exact))
+        without = own if bare is None else _feed(bare, tensors, token, token + 1)[:, 0]
+        keys, values = tensors.key[:, :, : token + 1], tensors.value[:, :, : token + 1]
+        steps = (attend(query, keys, values, **tensors.exact), *_stored_attention(layer, query, split, tensors.exact))
         for place, out in enumerate((*steps, without, own)):
             found[place].append(out[0])
     return Stages([torch.stack(outputs) for outputs in found], fmean(read), fmean(dense), layer.store.stored)
@@ -215,7 +213,7 @@ def stages(taken: Taken, config: RocketKVConfig, prompt: int) -> Stages:
 def _stored_attention(
     layer: RocketKVLayer, query: Tensor, split: BudgetSplit, exact: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Return attention [1, H, Dv] to all that a layer stores, and to the k tokens of largest true weight of that."""
+    """Return attention [1, H, Dv] to all stored tokens, and to the k of them with the largest true weight."""
     store = layer.store
     if store.keys is None or store.values is None:
         raise ValueError("there are no tokens")
@@ -224,7 +222,7 @@ def _stored_attention(
     lengths = None if store.uniform else store.lengths
     mask = None if lengths is None else torch.arange(stored, device=keys.device) < lengths[..., None]
     dense = attend(query, keys, values, mask=mask, **exact)
-    if split.top_k is None or stored <= split.token_budget:  # a step attends to all
+    if split.top_k is None or stored <= split.token_budget:  # every step attends to all tokens
         return dense, dense
     grouped = query.view(1, keys.shape[1], -1, query.shape[-1])
     logits = torch.matmul(grouped * exact["scaling"], keys.transpose(-1, -2)).flatten(1, 2)
@@ -246,36 +244,31 @@ def _stored_attention(
 
 
 @torch.inference_mode()
-def layer_figures(taken: Taken, config: RocketKVConfig, prompt: int, error: float) -> LayerDict:
+def layer_figures(tensors: LayerTensors, config: RocketKVConfig, prompt: int, error: float) -> LayerDict:
     """Return all figures of a layer on a text.
 
     Args:
-        taken: what the layer was given.
+        tensors: of the layer.
         config: the method.
         prompt: tokens of the prompt; the others are the steps.
-        error: the oracles', relative L2.
+        error: of the oracles, relative L2.
 
     Raises:
-        ValueError: the model gave what is not finite.
+        ValueError: weights or values are not finite.
     """
-    kv_heads, size = taken.key.shape[1], taken.key.shape[2]
-    group = taken.query.shape[1] // kv_heads
+    kv_heads, size = tensors.key.shape[1], tensors.key.shape[2]
+    group = tensors.query.shape[1] // kv_heads
     steps = size - prompt
-    run = stages(taken, config, prompt)
+    run = stages(tensors, config, prompt)
     by_head = [output.view(steps, kv_heads, -1) for output in run.outputs]
-    own = taken.out[0, prompt:].reshape(steps, kv_heads, -1)
-    sinks = taken.exact["sinks"]
+    own = tensors.out[0, prompt:].reshape(steps, kv_heads, -1)
+    sinks = tensors.exact["sinks"]
     heads: list[HeadDict] = []
     for head in range(kv_heads):
         heads_of_group = slice(head * group, (head + 1) * group)
-        weights = group_weights(
-            taken.query[0, heads_of_group, prompt:],
-            taken.key[0, head],
-            scaling=taken.exact["scaling"],
-            softcap=taken.exact["softcap"],
-            sinks=None if sinks is None else sinks[heads_of_group],
-        )
-        prefixes = smallest_prefixes(weights, taken.value[0, head], error)
+        exact = tensors.exact | {"sinks": None if sinks is None else sinks[heads_of_group]}
+        weights = group_weights(tensors.query[0, heads_of_group, prompt:], tensors.key[0, head], **exact)
+        prefixes = smallest_prefixes(weights, tensors.value[0, head], error)
         chosen = union(prefixes)
         outputs = [output[:, head] for output in by_head]
         parts = decompose(outputs, outputs[-1].double() - outputs[0].double())
@@ -294,9 +287,9 @@ def layer_figures(taken: Taken, config: RocketKVConfig, prompt: int, error: floa
             }
         )
     return {
-        "layer": taken.number,
+        "layer": tensors.number,
         "heads": heads,
-        "token_bytes": NOMINAL_ITEMSIZE * (taken.key.shape[3] + taken.value.shape[3]),
+        "token_bytes": NOMINAL_ITEMSIZE * (tensors.key.shape[3] + tensors.value.shape[3]),
         "method_bytes": run.step_bytes,
         "dense_bytes": run.dense_bytes,
         "method_stored": run.stored,
@@ -306,17 +299,17 @@ def layer_figures(taken: Taken, config: RocketKVConfig, prompt: int, error: floa
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured.
+    """Settings of a measurement.
 
     Attributes:
-        model: its name, which tells it from others in the journal.
+        model: its name; part of the journal's keys.
         dtype: of the weights.
-        method: whose error is split.
+        method: the method whose error is split.
         token_budget: its budget.
         context: tokens of a prompt.
         steps: tokens decoded after it.
         error: of the oracles, relative L2.
-        bandwidth: GB/s of the memory that the latency bound is for.
+        bandwidth: of memory, in GB/s, for the latency bound.
     """
 
     model: str
@@ -341,17 +334,17 @@ class Settings:
 def measure(
     model: PreTrainedModel, windows: Sequence[Window], settings: Settings, journal: Journal, progress: Progress
 ) -> list[list[LayerDict]]:
-    """Return the figures of every text and layer: those of the journal, and the others made now and put there.
+    """Return the figures of every text and layer; those in the journal are not measured again.
 
     Args:
-        model: a model to which no method is attached.
+        model: an unpatched model.
         windows: the texts, of `context + steps` tokens each.
-        settings: what is measured.
-        journal: of earlier runs of the same folder.
-        progress: with a step for each text and layer.
+        settings: of the measurement.
+        journal: of earlier runs in the same folder.
+        progress: advances by one for each text and layer.
 
     Raises:
-        ValueError: a text has another length, or the model takes no text of that length or has no layer to compress.
+        ValueError: a text has another length, is too long for the model, or the model has no layer to compress.
     """
     size = settings.context + settings.steps
     numbers = layer_numbers(model)
@@ -370,10 +363,10 @@ def measure(
         keys = {number: digest([*base, number]) for number in numbers}
         name = f"text {place + 1} of {len(windows)}"
 
-        def visit(taken: Taken, keys: Mapping[int, str] = keys, name: str = name) -> None:
-            if journal.get(keys[taken.number]) is None:
-                progress.say(f"{name}: layer {taken.number}")
-                journal.put(keys[taken.number], layer_figures(taken, config, settings.context, settings.error))
+        def visit(tensors: LayerTensors, keys: Mapping[int, str] = keys, name: str = name) -> None:
+            if journal.get(keys[tensors.number]) is None:
+                progress.say(f"{name}: layer {tensors.number}")
+                journal.put(keys[tensors.number], layer_figures(tensors, config, settings.context, settings.error))
                 progress.step()
 
         missing = [number for number in numbers if journal.get(keys[number]) is None]

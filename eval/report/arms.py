@@ -1,4 +1,4 @@
-"""The arms and the tasks that a report compares, and what they are called."""
+"""The arms (a method at a budget) and the task columns that a report compares, and their names."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from ...config import RocketKVConfig
 from ..records import CellDict, Record, canonical, label
 
 FULL = "full"
+ADAPTER = "†"
+MODES = {"aware": "query-aware", "agnostic": "query-agnostic"}
 
-ColumnKey = tuple[str, tuple[tuple[str, Any], ...], str, bool]  # task, what tells its versions apart, metric, direction
+ColumnKey = tuple[str, tuple[tuple[str, Any], ...], str, bool]  # task, version and prompt settings, metric, direction
 _CONFIG_FIELDS = {field.name for field in dataclasses.fields(RocketKVConfig)}
 _Key = TypeVar("_Key")
 
@@ -23,9 +25,9 @@ class Arm:
     """A method at a budget.
 
     Attributes:
-        method: its name.
+        method: the method's name.
         token_budget: in tokens; None for `full`.
-        settings: those that tell it from other arms of this method and budget, as text.
+        settings: as text, those that differ from other arms of this method and budget.
     """
 
     method: str
@@ -34,24 +36,30 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """How it is called in tables."""
+        """The arm's name in tables; a dagger marks an adapter."""
         name = label({"method": self.method, "token_budget": self.token_budget})
-        return f"{name} ({self.settings})" if self.settings else name
+        name = f"{name} ({self.settings})" if self.settings else name
+        return f"{name} {ADAPTER}" if self.adapter else name
 
     @property
     def adapter(self) -> bool:
-        """Whether another program does the work, and not this library's parts."""
+        """Whether another program runs the method, not this library."""
         return self.method not in METHODS
 
     @property
     def order(self) -> tuple[int, str, int, str]:
-        """Library's methods first, in their order, then adapters; budgets rising."""
+        """Sort key: the library's methods first, in their order, then adapters; budgets ascending."""
         place = list(METHODS).index(self.method) if self.method in METHODS else len(METHODS)
         return place, self.method, self.token_budget or 0, self.settings
 
 
+def length_text(length: int | None) -> str:
+    """Return the name of a length."""
+    return "the data's own lengths" if length is None else f"{length} tokens"
+
+
 def grouped(records: Iterable[Record], key: Callable[[Record], _Key]) -> dict[_Key, list[Record]]:
-    """Return records by a key, in the order of their coming."""
+    """Group records by a key; groups and members keep the order of the records."""
     groups: dict[_Key, list[Record]] = {}
     for record in records:
         groups.setdefault(key(record), []).append(record)
@@ -59,38 +67,38 @@ def grouped(records: Iterable[Record], key: Callable[[Record], _Key]) -> dict[_K
 
 
 def arms_of(records: Sequence[Record]) -> list[Arm]:
-    """Return each record's arm.
+    """Return the arm of each record.
 
-    Settings are part of an arm's name only where one task has several of its method and budget: some differ from task
-    to task, as the reserve for generated tokens does.
+    Settings become part of a name only if one task has several arms of the same method and budget: some settings, such
+    as the decode reserve, differ between tasks.
     """
     differing: dict[tuple[str, int | None], set[str]] = {}
-    for (_, _, method, budget), members in grouped(records, _twin_key).items():
-        found = [_settings(record["cell"]) for record in members]
-        names = {name for settings in found for name in settings}
-        apart = {name for name in names if len({canonical(settings.get(name)) for settings in found}) > 1}
-        differing.setdefault((method, budget), set()).update(apart)
+    for (_, _, method, budget), members in grouped(records, _same_name_key).items():
+        every = [_settings(record["cell"]) for record in members]
+        names = {name for settings in every for name in settings}
+        several = {name for name in names if len({canonical(settings.get(name)) for settings in every}) > 1}
+        differing.setdefault((method, budget), set()).update(several)
     arms = []
     for record in records:
         cell = record["cell"]
-        shown = sorted(differing[cell["method"], cell["token_budget"]])
         settings = _settings(cell)
+        shown = sorted(differing[cell["method"], cell["token_budget"]])
         text = ", ".join(f"{name}={settings.get(name, 'default')}" for name in shown)
         arms.append(Arm(cell["method"], cell["token_budget"], text))
     return arms
 
 
 def with_metrics(records: Sequence[Record]) -> list[Record]:
-    """Return records, those out of memory with the metric of their task, which they do not know themselves."""
+    """Copy metric and direction from complete records of a task to those that ran out of memory, which lack them."""
     known = {_task(record): record for record in reversed(records) if record["status"] == "complete"}
-    found: list[Record] = []
+    result: list[Record] = []
     for record in records:
         other = known.get(_task(record), record)
         metric, direction = other["metric"], other["higher_is_better"]
-        found.append(
+        result.append(
             record if record["status"] == "complete" else record | {"metric": metric, "higher_is_better": direction}
         )
-    return found
+    return result
 
 
 def _task(record: Record) -> tuple[str, int]:
@@ -98,7 +106,7 @@ def _task(record: Record) -> tuple[str, int]:
 
 
 def column_key(record: Record) -> ColumnKey:
-    """Return what records must share to be compared: task, version, prompt and metric."""
+    """Return the task, version, prompt settings and metric, which comparable records share."""
     cell = record["cell"]
     kind = (
         ("version", cell["task_version"]),
@@ -109,24 +117,24 @@ def column_key(record: Record) -> ColumnKey:
     return cell["task"], kind, record["metric"], record["higher_is_better"]
 
 
-def _twin_key(record: Record) -> tuple[ColumnKey, int | None, str, int | None]:
+def _same_name_key(record: Record) -> tuple[ColumnKey, int | None, str, int | None]:
     cell = record["cell"]
     return column_key(record), cell["length"], cell["method"], cell["token_budget"]
 
 
 def column_names(keys: Sequence[ColumnKey]) -> list[str]:
-    """Return the tasks' names, with what tells those of one name apart."""
+    """Return the names of the tasks; tasks of one name get their differences in parentheses."""
     names = []
     for task, kind, metric, _ in keys:
-        alike = [key for key in keys if key[0] == task]
-        apart = [f"{name} {value}" for name, value in kind if len({dict(other[1])[name] for other in alike}) > 1]
-        if len({other[2] for other in alike}) > 1:
-            apart.append(metric)
-        names.append(f"{task} ({', '.join(apart)})" if apart else task)
+        same = [key for key in keys if key[0] == task]
+        differences = [f"{name} {value}" for name, value in kind if len({dict(other[1])[name] for other in same}) > 1]
+        if len({other[2] for other in same}) > 1:
+            differences.append(metric)
+        names.append(f"{task} ({', '.join(differences)})" if differences else task)
     return names
 
 
 def _settings(cell: CellDict) -> dict[str, Any]:
-    """Return a cell's settings; those of compression mean nothing to a full cache."""
+    """Return a cell's settings, for `full` without those of compression."""
     full = cell["method"] == FULL
     return {name: value for name, value in cell["settings"].items() if not (full and name in _CONFIG_FIELDS)}

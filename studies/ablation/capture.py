@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rocketkv.eval.measures.kl import Window
-from rocketkv.eval.oracle.run import Taken, each_layer, layer_numbers
+from rocketkv.eval.oracle.run import LayerTensors, each_layer, layer_numbers
 from rocketkv.eval.progress import Progress
 from rocketkv.hf.models import find_decoder
 
@@ -87,7 +87,7 @@ def capture(model: PreTrainedModel, windows: Sequence[Window], settings: Setting
         raise ValueError(f"every layer must attend to everything; {type(model).__name__} has others")
     found: list[Layer] = []
 
-    def visit(taken: Taken, row: int) -> None:
+    def visit(taken: LayerTensors, row: int) -> None:
         if row == 0:
             shapes = (taken.query[:, :, first:], taken.key, taken.value, taken.out[:, settings.prompt :])
             empty = [part.new_empty(len(windows), *part.shape[1:]) for part in shapes]

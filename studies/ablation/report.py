@@ -7,9 +7,7 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
-from rocketkv.eval.intervals import RESAMPLES
+from rocketkv.eval.intervals import ratio_interval
 from rocketkv.eval.measures.kl import Window
 from rocketkv.eval.records import digest
 
@@ -22,25 +20,13 @@ BASELINE = "rocketkv"
 
 
 def ratio(values: Sequence[float], reference: Sequence[float]) -> tuple[float, list[float] | None]:
-    """Return the ratio of two means over the same texts, and its 95 % interval, or None where one text shows no spread.
-
-    The interval is the percentile bootstrap over texts, both means of a resample from the same texts; with fixed draws.
+    """Return the ratio of two means over the same texts, and its 95 % interval, or None for a single text.
 
     Raises:
-        ValueError: the two are not of the same texts.
+        ValueError: the two differ in length or are empty.
     """
-    if len(values) != len(reference) or not values:
-        raise ValueError(f"values and reference must be of the same texts, got {len(values)} and {len(reference)}")
-    found = fmean(values) / fmean(reference)
-    count = len(values)
-    if count < 2:
-        return found, None
-    drawn = (
-        np.random.default_rng(count).multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.float64)
-    )
-    means = [np.einsum("ij,j->i", drawn, np.asarray(column, np.float64)) for column in (values, reference)]
-    low, high = np.quantile(means[0] / means[1], (0.025, 0.975))
-    return found, [float(low), float(high)]
+    interval = ratio_interval(values, reference)
+    return fmean(values) / fmean(reference), None if interval is None else list(interval)
 
 
 def text_errors(record: RecordDict) -> list[float]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from rocketkv.cli.main import main
 from rocketkv.eval.journal import Journal
 from rocketkv.eval.measures.kl import Window
 from rocketkv.eval.oracle import run as oracle_run
-from rocketkv.eval.oracle.report import PARTS, document, page, pictures, table
-from rocketkv.eval.oracle.run import Settings, Taken, each_layer, layer_figures, layer_numbers, measure, stages
+from rocketkv.eval.oracle.bounds import PARTS
+from rocketkv.eval.oracle.document import document, markdown
+from rocketkv.eval.oracle.heatmaps import heat_maps
+from rocketkv.eval.oracle.run import LayerTensors, Settings, each_layer, layer_figures, layer_numbers, measure, stages
 from rocketkv.eval.progress import Progress
 from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.models import CACHE_ARGUMENT
@@ -46,8 +48,8 @@ def text(seed: int = 0) -> list[int]:
     return found
 
 
-def taken(model: Any, ids: list[int]) -> list[Taken]:
-    found: list[Taken] = []
+def taken(model: Any, ids: list[int]) -> list[LayerTensors]:
+    found: list[LayerTensors] = []
     each_layer(model, ids, found.append)
     return found
 
@@ -164,7 +166,7 @@ class Stopping:
         self.left = most
         self.seen: list[int] = []
 
-    def __call__(self, layer: Taken, *args: Any) -> Any:
+    def __call__(self, layer: LayerTensors, *args: Any) -> Any:
         if not self.left:
             raise KeyboardInterrupt
         self.left -= 1
@@ -216,55 +218,33 @@ def test_the_document_adds_up(tmp_path: Path) -> None:
         document(SETTINGS, [], [])
 
 
-class Tables(HTMLParser):
-    """The cells of a page's tables, row by row."""
-
-    def __init__(self, content: str) -> None:
-        super().__init__()
-        self.rows: list[list[str]] = []
-        self.tags: set[str] = set()
-        self._cell = False
-        self.feed(content)
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.add(tag)
-        if tag == "tr":
-            self.rows.append([])
-        self._cell = tag in ("td", "th")
-        if self._cell:
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._cell = False if tag in ("td", "th") else self._cell
-
-    def handle_data(self, data: str) -> None:
-        if self._cell:
-            self.rows[-1][-1] += data
-
-
-def test_page_table_and_pictures_say_the_same(tmp_path: Path) -> None:
+def test_tables_and_heat_maps_show_the_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = measured(tmp_path)
-    result["settings"]["model"] = "<script>alert(1)</script>"
-    content = page(result)
-    read = Tables(content)
-    assert "script" not in read.tags
-    assert "&lt;script&gt;" in content
-    lines = [line.split() for line in table(result).splitlines()]
-    [last] = [line for line in lines if line[:1] == ["all"]]
-    assert read.rows[-1] == last
-    assert [f"{layer['heads'][1]['stored']:.0f}" for layer in result["layers"]] == [row[2] for row in read.rows[6:8]]
-    # No method here has a residual: no map of nothing.
-    names = ["stored", "needed", "evicted-error", "selected-error", "method-error"]
+    result["settings"]["model"] = "<script>|"
+    lines = markdown(result).splitlines()
+    assert lines[0].startswith(r"\<script\>\|, 2 texts of 300 tokens and 6 steps; rocketkv 64")
+    by_layer, by_method = ([line.strip("| ").split(" | ") for line in lines if line.startswith(f"| {name} |")]
+                           for name in ("all", "compute oracle"))  # fmt: skip
+    total, read = result["total"], result["bytes"]["compute oracle"]
+    assert by_layer[0][:3] == ["all", f"{total['stored']:.0f}", f"{total['needed_mean']:.0f}"]
+    assert by_layer[0][8:10] == [f"{total['method_error']:.3f}", f"{100 * total['shares']['eviction']:.0f}"]
+    assert by_method[0][3:] == [f"{read['of_dense']:.3f}", f"{read['microseconds']:.1f}"]
+    # No method here has a residual: its map would be empty.
+    names = ["stored", "needed-mean", "evicted-error", "selected-error", "method-error"]
     names += [f"share-{part}" for part in PARTS[:-1]]
-    assert sorted(pictures(result)) == sorted(f"{name}.png" for name in names)
+    pictures = heat_maps(result)
+    assert sorted(pictures) == sorted(f"{name}.png" for name in names)
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"rocketkv\[eval\]"):
+        heat_maps(result)
 
 
 def test_a_method_without_error_has_no_shares(tmp_path: Path) -> None:
     result = measured(tmp_path, Settings(**{**vars(SETTINGS), "method": "full"}))
     assert result["total"]["shares"] is None
-    assert table(result).count(" - ") >= 3
-    page(result)
-    assert "share-k.png" not in pictures(result)
+    assert markdown(result).count(" - ") >= 3
+    assert "share-k.png" not in heat_maps(result)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +293,7 @@ def test_the_command_writes_the_same_files_every_time(
         assert "2 texts of 200 tokens and 4 steps; snapkv 64" in said.out
     first = files("one")
     assert first == files("two")
-    assert {"oracle.json", "oracle.html", "stored.png", "journal.jsonl"} <= set(first)
+    assert {"oracle.json", "oracle.md", "stored.png", "journal.jsonl"} <= set(first)
     assert len(first["journal.jsonl"].splitlines()) == 4
     (tmp_path / "words.txt").write_text(eval_case.words(3, 400), encoding="utf-8")
     assert run(folder, tmp_path / "own", "--texts", str(tmp_path / "words.txt"), "--samples", "1") == 0

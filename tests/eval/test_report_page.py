@@ -19,8 +19,9 @@ from made_records import made_record, made_sweep
 from made_report import cells, made_arms
 from rocketkv.eval.report import write as report
 from rocketkv.eval.report.arms import Arm
-from rocketkv.eval.report.page import page
+from rocketkv.eval.report.page import PLOTLY, page
 from rocketkv.eval.report.plots import log_ticks, styles
+from rocketkv.eval.report.tables import figure_cell
 
 HOSTILE = "</script><script>window.hit=1</script><img src=x onerror=window.hit=1>\"'><a href='http://h/'>%{x}"
 
@@ -80,13 +81,13 @@ def plots_of(text: str) -> list[dict[str, Any]]:
 
 def test_tables_have_the_figures_by_hand() -> None:
     tables = Page(page(report.gather(made_arms()))).tables
-    rows = rows_of(tables["Scores, 4096 tokens, question-agnostic"])
+    rows = rows_of(tables["Scores, 4096 tokens, query-agnostic"])
     assert rows["Method"] == ["mean of 1 task", "a", "b"]
     assert rows["full"][1:] == ["75.0, (30.1 to 95.4)", "75.0"]
     assert rows["rocketkv 512"] == ["50.0, -25.0 (-75.0 to 0.0)"] * 2 + ["60.0, -15.0 (-20.0 to -10.0)"]
     assert rows["snapkv 512"][1:] == ["33.3, -33.3 (-100.0 to 0.0)", "-"]
     assert rows["quest 512"] == ["OOM", "75.0, 0.0 (0.0 to 0.0)", "OOM"]
-    costs = rows_of(tables["Cost, 4096 tokens, question-agnostic"])
+    costs = rows_of(tables["Cost, 4096 tokens, query-agnostic"])
     assert costs["full"][-3:] == ["1.00", "800", "-"]
     assert costs["rocketkv 512"][-3:] == ["0.250, 0.25\u00d7", "80.0, 0.10\u00d7", "-"]
     assert costs["rocketkv 512"][0] == "-"
@@ -104,38 +105,33 @@ def test_every_table_equals_that_of_the_markdown() -> None:
                 continue
             compared += 1
             for method, texts in cells(text, name).items():
-                if method != "Method" and title != "Cost":
-                    assert rows_of(tables[name])[method] == texts
-                elif method != "Method":
-                    bare = [re.sub(r" \(([\d.]+)x\)", ", \\1\u00d7", cell) for cell in texts]
-                    full = [cell.split(",")[0] for cell in bare]  # without the ratio to itself
-                    assert rows_of(tables[name])[method] == (full if method == "full" else bare)
+                assert rows_of(tables[name])[method] == [re.sub(r"(\d)x$", "\\1\u00d7", cell) for cell in texts]
     assert compared == 5
     for arm in made.maps[0].arms:
-        body = text.split("## Scores by depth")[1].split(f"### {report.arm_text(arm)}\n")[1].strip().split("\n\n")[0]
+        body = text.split("## Scores by depth")[1].split(f"### {arm.name}\n")[1].strip().split("\n\n")[0]
         expected = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in body.splitlines()[2:]]
-        assert tables[report.arm_text(arm)][1:] == expected
+        assert tables[arm.name][1:] == expected
 
 
 def test_plots_have_the_figures_by_hand() -> None:
     records = [record for record in made_arms() if record["cell"]["method"] not in ("snapkv", "quest")]
     memory, time, read, distance = plots_of(page(report.gather(records)))
-    assert [(trace["name"], trace["x"], trace["y"]) for trace in memory["data"]] == [
+    assert [(line["name"], line["x"], line["y"]) for line in memory["lines"]] == [
         ("m0", [1.0], [75.0]),
         ("m1", [0.25], [55.0]),
     ]
-    assert [trace["x"] for trace in time["data"]] == [[10.0], [5.0]]
-    assert [trace["x"] for trace in read["data"]] == [[800.0], [80.0]]
-    assert [trace["y"] for trace in distance["data"]] == [[0.0], [0.5]]
-    assert memory["layout"]["shapes"][0]["y0"] == 75.0
-    assert memory["data"][1]["hovertext"][0].startswith("<b>rocketkv 512</b><br>55.0, -20.0 (-")
+    assert [line["x"] for line in time["lines"]] == [[10.0], [5.0]]
+    assert [line["x"] for line in read["lines"]] == [[800.0], [80.0]]
+    assert [line["y"] for line in distance["lines"]] == [[0.0], [0.5]]
+    assert (memory["ticks"][-1], time["ticks"]) == ([1.0, "100 %"], None)
+    assert memory["lines"][1]["text"][0].startswith("<b>rocketkv 512</b><br>55.0, -20.0 (-")
 
 
 def test_a_method_has_one_look_everywhere() -> None:
     looks: dict[str, set[tuple[str, str]]] = {}
     for plot in plots_of(page(report.gather(made_sweep(samples=4, lengths=(8192,))))):
-        for trace in plot["data"]:
-            looks.setdefault(trace["name"], set()).add((trace["line"]["color"], trace["marker"]["symbol"]))
+        for line in plot["lines"]:
+            looks.setdefault(line["name"], set()).add((line["color"], line["symbol"]))
     assert len(looks) == 7
     assert all(len(look) == 1 for look in looks.values())
     many = styles(Arm(f"adapter-{n}", 8) for n in range(40))
@@ -187,8 +183,8 @@ def test_what_comes_from_records_is_text() -> None:
     assert all(value is None or value.startswith("#") for name, value in found.attributes if name == "href")
     assert not [name for name, _ in found.attributes if name.startswith("on") or name == "src"]
     assert any(HOSTILE in row[0] for table in found.tables.values() for row in table)
-    labels = [label for plot in plots_of(text) for trace in plot["data"] for label in trace["hovertext"]]
-    titles = [plot["layout"]["yaxis"]["title"]["text"] for plot in plots_of(text)]
+    labels = [label for plot in plots_of(text) for line in plot["lines"] for label in line["text"]]
+    titles = [plot["y"] for plot in plots_of(text)]
     assert len(labels) > 2
     assert any("window.hit" in label for label in labels)
     assert "<" not in found.scripts[0]
@@ -204,6 +200,14 @@ def test_the_policy_allows_the_own_scripts_alone() -> None:
     assert all(f"'sha256-{digest}'" in policy for digest in hashes)
     assert policy.startswith("default-src 'none'")
     assert "http" not in policy
+
+
+def test_plotly_is_the_released_file() -> None:
+    # `npm pack plotly.js-basic-dist-min@4.1.1`; update version, hash and licence together.
+    content = PLOTLY.read_bytes()
+    assert content[:100].split(b"\n")[1] == b"* plotly.js (basic - minified) v4.1.1"
+    assert hashlib.sha256(content).hexdigest() == "99784e3abfb07b142a15e521a439e6d9addceadb3f79553fd24c72774f0649ba"
+    assert "MIT License" in PLOTLY.with_name("plotly-basic.LICENSE").read_text(encoding="utf-8")
 
 
 def unavailable(reason: str) -> None:
@@ -275,6 +279,8 @@ def test_page_draws_its_plots_and_asks_no_host(browser: Any, sweep: report.Repor
     distances = [len(section.arms) for section in sweep.sections if section.distances]
     assert sorted(plots) == sorted([*marks, *distances])
     assert min(plots) > 10
+    full = "p => p.layout.shapes.map(shape => shape.y0).join() === p.data.find(line => line.name === 'm0').y.join()"
+    assert visit.page.evaluate(f"[...document.querySelectorAll('.plot')].every({full})")
     assert visit.page.locator(".plot a").count() == 0  # no link to plotly's makers
     assert visit.said == []
     assert visit.asked == [sweep_file.as_uri()]
@@ -288,12 +294,12 @@ def test_table_is_sorted_by_click_and_by_key(browser: Any, sweep: report.Report,
     table = visit.page.get_by_role("region", name=f"Scores, {section.title}")
     names = "rows => rows.map(row => row.cells[0].textContent)"
     before = table.locator("tbody tr").evaluate_all(names)
-    assert before == [report.arm_text(arm) for arm in section.arms]
+    assert before == [arm.name for arm in section.arms]
 
     head = table.locator("thead th").nth(1)
     head.locator("button").click()
     assert head.get_attribute("aria-sort") == "descending"
-    scores = {report.arm_text(arm): section.mean[arm].score for arm in section.arms}
+    scores = {arm.name: section.mean[arm].score for arm in section.arms}
     after = table.locator("tbody tr").evaluate_all(names)
     falling = [scores[name] for name in after]
     known = [score for score in falling if score is not None]
@@ -322,7 +328,7 @@ def test_figures_on_the_screen_are_those_of_the_report(browser: Any, sweep: repo
             "rows => rows.map(row => [...row.cells].map(cell => cell.querySelector('b')?.innerText ?? cell.innerText))"
         )
         expected = [
-            [report.arm_text(arm), *(report.score_text(f) for f in
+            [arm.name, *(figure_cell(f).text for f in
              [section.mean[arm], *(column.figures[arm] for column in section.scores)])]
             for arm in section.arms
         ]  # fmt: skip

@@ -286,7 +286,7 @@ def test_ratios_are_of_the_same_texts() -> None:
     value, interval = ratio([1.0, 1.0], [1.0, 3.0])
     assert value == 0.5
     assert interval == pytest.approx([1 / 3, 1])
-    with pytest.raises(ValueError, match="same texts"):
+    with pytest.raises(ValueError, match="same samples"):
         ratio([1.0], [1.0, 2.0])
 
 

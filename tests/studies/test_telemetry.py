@@ -16,14 +16,10 @@ from rocketkv.eval.measures.kl import Window
 from rocketkv.hf.models import CACHE_ARGUMENT
 from rocketkv.state.monitor import StepReport
 from studies import telemetry
-from studies.telemetry import errors, figures, main, ranks, spearman
+from studies.telemetry import errors, figures, main, spearman
 from tiny import SETTINGS, SKETCH_SPLIT, build, prompt
 
 PLUS = RocketKVConfig(method="rocketkv+", token_budget=24, split=SKETCH_SPLIT, **SETTINGS)
-
-
-def test_ranks_share_ties() -> None:
-    assert ranks(torch.tensor([3.0, 1.0, 3.0, 2.0, 3.0])).tolist() == [4, 1, 4, 2, 4]
 
 
 @pytest.mark.parametrize(
@@ -32,19 +28,13 @@ def test_ranks_share_ties() -> None:
         ([1, 2, 3, 4], [1, 4, 9, 100], 1.0),
         ([1, 2, 3, 4], [4, 3, 2, 1], -1.0),
         ([1, 2, 3, 4, 5], [2, 1, 4, 3, 5], 0.8),  # 1 - 6 * 4 / (5 * 24)
-        ([1, 2, 2, 3], [1, 2, 3, 4], 0.9486832980505138),  # as scipy.stats.spearmanr has it
+        ([1, 2, 2, 3], [1, 2, 3, 4], 0.9486832980505138),  # sqrt(0.9)
         ([1, 1, 1], [1, 2, 3], 0.0),
     ],
 )
 def test_rank_correlation(first: list[float], second: list[float], expected: float) -> None:
     found = spearman(*(torch.tensor(values, dtype=torch.float64) for values in (first, second)))
     assert found == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize("values", [[1.0, float("nan")], [1.0]])
-def test_what_has_no_ranks_is_refused(values: list[float]) -> None:
-    with pytest.raises(ValueError, match=r"finite|at least 2"):
-        spearman(torch.tensor(values), torch.tensor(values))
 
 
 def test_errors_are_those_of_the_steps() -> None:

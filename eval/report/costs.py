@@ -1,0 +1,120 @@
+"""Time, memory and bytes read of each arm, as means over tasks and as ratios to the full cache's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Literal, NamedTuple
+
+from .arms import Arm
+from .columns import Column, Figure, reference
+
+# Key of CostDict, title, kind of unit.
+COSTS: tuple[tuple[str, str, Literal["seconds", "bytes"]], ...] = (
+    ("first_token_seconds", "Time to first token", "seconds"),
+    ("compression_seconds", "Compression", "seconds"),
+    ("step_seconds", "Time per output token, median", "seconds"),
+    ("step_seconds_p95", "Time per output token, p95", "seconds"),
+    ("peak_prefill_bytes", "Peak memory, prefill", "bytes"),
+    ("peak_decode_bytes", "Peak memory, decode", "bytes"),
+    ("kv_bytes", "KV cache with index", "bytes"),
+    ("step_bytes", "Bytes read per step", "bytes"),
+    ("nominal_step_bytes", "Bytes read per step (16-bit)", "bytes"),
+)
+
+
+class Cost(NamedTuple):
+    """A cost and its ratio to the full cache's on the same tasks; None if it was not measured."""
+
+    value: float | None
+    ratio: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """The costs of a section's arms.
+
+    Attributes:
+        source: names of the tasks that costs are means over: `latency` alone if it was run.
+        rows: by arm, then by the key of `COSTS`; an arm that lacks one of the tasks has no row.
+        out_of_memory: arms without a row because memory did not suffice.
+    """
+
+    source: tuple[str, ...]
+    rows: Mapping[Arm, Mapping[str, Cost]]
+    out_of_memory: tuple[Arm, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A mark in the plots: an arm's mean over the common tasks, and its costs there.
+
+    Attributes:
+        arm: the arm.
+        figure: its mean score.
+        memory_share: bytes of its cache, index included, as a share of the full cache's.
+        step_seconds: per output token.
+        step_bytes: read per decode step in the model's dtype, including index, scales and an oracle's scores.
+    """
+
+    arm: Arm
+    figure: Figure
+    memory_share: float | None
+    step_seconds: float | None
+    step_bytes: float | None
+
+
+def costs_of(columns: Sequence[Column], arms: Sequence[Arm]) -> Costs:
+    """Return the costs of the arms as means over tasks."""
+    status = {arm: {column.figures[arm].status for column in columns} for arm in arms}
+    measured = [arm for arm in arms if status[arm] == {"complete"}]
+    return Costs(
+        source=tuple(column.name for column in columns),
+        rows={arm: cost_row(columns, arm, reference(arm, measured)) for arm in measured},
+        out_of_memory=tuple(arm for arm in arms if "out_of_memory" in status[arm]),
+    )
+
+
+def cost_row(columns: Sequence[Column], arm: Arm, full: Arm | None) -> dict[str, Cost]:
+    """Return every cost of an arm, with its ratio to that of `full`."""
+    row = {}
+    for key, _, _ in COSTS:
+        value = _mean_cost(columns, arm, key)
+        row[key] = Cost(value, _ratio(value, None if full is None else _mean_cost(columns, full, key)))
+    return row
+
+
+def make_point(arm: Arm, figure: Figure, columns: Sequence[Column], costs: Costs) -> Point:
+    """Return an arm's mark in the plots."""
+    shares = [_memory_share(column, arm) for column in columns]
+    known = [share for share in shares if share is not None]
+    return Point(
+        arm=arm,
+        figure=figure,
+        memory_share=fmean(known) if len(known) == len(shares) else None,
+        step_seconds=costs.rows[arm]["step_seconds"].value if arm in costs.rows else None,
+        step_bytes=_mean_cost(columns, arm, "step_bytes"),
+    )
+
+
+def _mean_cost(columns: Sequence[Column], arm: Arm, key: str) -> float | None:
+    """Return the mean over tasks, None if one of them lacks it."""
+    costs: list[Mapping[str, Any]] = [column.cells[arm]["cost"] for column in columns]
+    values = [cost.get(key) for cost in costs]
+    known = [value for value in values if value is not None]
+    return fmean(known) if values and len(known) == len(values) else None
+
+
+def _memory_share(column: Column, arm: Arm) -> float | None:
+    """Return the bytes of an arm's cache over those of the full arm on the same task.
+
+    A kvpress press reports only the bytes that it kept, so its own `full_kv_bytes` serves only without a full arm.
+    """
+    cost, full = column.cells[arm]["cost"], reference(arm, column.cells)
+    whole = cost.get("full_kv_bytes") if full is None else column.cells[full]["cost"].get("kv_bytes")
+    return _ratio(cost.get("kv_bytes"), whole)
+
+
+def _ratio(value: float | None, other: float | None) -> float | None:
+    return None if value is None or not other else value / other

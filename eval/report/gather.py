@@ -1,0 +1,56 @@
+"""All content of a report, computed once for every output format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..records import Record
+from .arms import MODES, length_text
+from .depths import DepthMap, depth_maps
+from .provenance import Provenance, provenance
+from .sections import LATENCY, Section, sections
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The content of a report.
+
+    Attributes:
+        facts: name and text, for its head.
+        sections: the comparisons.
+        maps: needle scores by depth and length.
+        provenance: the origin of the records.
+    """
+
+    facts: tuple[tuple[str, str], ...]
+    sections: tuple[Section, ...]
+    maps: tuple[DepthMap, ...]
+    provenance: Provenance
+
+
+def gather(records: Sequence[Record]) -> Report:
+    """Compute the content of a report.
+
+    Raises:
+        ImportError: scipy is not installed.
+    """
+    cells = [record["cell"] for record in records]
+    asked = [record for record in records if record["cell"]["task"] != LATENCY]
+    counts = sorted({len(record["samples"]) for record in asked if record["samples"]}) or [0]
+    lengths = sorted({cell["length"] for cell in cells if cell["length"]})
+    own = [length_text(None)] if any(cell["length"] is None for cell in cells) else []
+    facts = (
+        ("Model", ", ".join(sorted({f"{cell['model']} ({cell['dtype']})" for cell in cells}))),
+        ("Mode", ", ".join(MODES[mode] for mode in sorted({cell["mode"] for cell in cells}))),
+        ("Tasks", ", ".join(sorted({record["cell"]["task"] for record in asked})) or LATENCY),
+        ("Lengths", ", ".join([*map(length_text, lengths), *own])),
+        ("Samples", " to ".join(map(str, sorted({counts[0], counts[-1]}))) + " per task and method"),
+        ("Date", max(record["provenance"]["created"] for record in records)[:10]),
+    )
+    return Report(
+        facts=facts,
+        sections=tuple(sections(records)),
+        maps=tuple(depth_maps(records)),
+        provenance=provenance(records),
+    )

@@ -1,0 +1,51 @@
+"""The report's tables as Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from .arms import MODES
+from .gather import Report
+from .tables import DISTANCES_NOTE, METHODS_NOTE, SCORES_NOTE, Table, costs_note, costs_table, scores_table
+
+
+def markdown(report: Report) -> str:
+    """Return the report as Markdown."""
+    lines = ["# Evaluation of KV-cache compression", ""]
+    lines += [f"- {name}: {escaped(text)}" for name, text in report.facts]
+    lines += ["", METHODS_NOTE]
+    lines += [f"\n**{escaped(warning)}**" for warning in report.provenance.warnings]
+    for section in report.sections:
+        lines += ["", f"## {escaped(section.model)}, {section.title}"]
+        tables: list[tuple[str, Table, str]] = []
+        if section.scores:
+            tables.append(("Scores", scores_table(section, section.scores), SCORES_NOTE))
+        if section.distances:
+            tables.append(("Distances", scores_table(section, section.distances), DISTANCES_NOTE))
+        if section.costs.source:
+            tables.append(("Cost", costs_table(section), escaped(costs_note(section))))
+        for title, table, note in tables:
+            rows = [[arm.name, *map(str, cells)] for arm, cells in table.rows]
+            lines += ["", f"### {title}, {section.title}", "", markdown_table(table.header, rows), "", note]
+        lines += ["", *(f"- {escaped(note)}" for note in section.notes)] if section.notes else []
+    for depths in report.maps:
+        lines += ["", f"## Scores by depth: {escaped(depths.task)}, {escaped(depths.model)}, {MODES[depths.mode]}"]
+        for arm in depths.arms:
+            header = ["Depth", *(f"{length} tokens" for length in depths.lengths)]
+            rows = [[depth, *(depths.text(arm, depth, n) for n in depths.lengths)] for depth in depths.depths]
+            lines += ["", f"### {escaped(arm.name)}", "", markdown_table(header, rows)]
+    facts = [(name, "; ".join(values)) for name, values in report.provenance.facts]
+    lines += ["", "## Provenance", "", markdown_table(("Fact", "Value"), facts)]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; its cells are shown as they are."""
+    head, *body = ["| " + " | ".join(map(escaped, row)) + " |" for row in (header, *rows)]
+    return "\n".join([head, "|--" * len(header) + "|", *body])
+
+
+def escaped(text: str) -> str:
+    """Return a text that Markdown shows as it is: no image, link, emphasis, HTML or further column comes of it."""
+    return re.sub(r"([\\`*~\[\]<>|&]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
