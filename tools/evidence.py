@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from rocketkv.config import RocketKVConfig
-from rocketkv.eval.bench.command import bench_attention, bench_decode, machine
+from rocketkv.environment import machine
+from rocketkv.eval.bench.cpu import bench_attention, bench_decode
 from rocketkv.eval.measure import measured_generate
 from rocketkv.eval.progress import Progress
 from rocketkv.eval.tasks.needle_text import found, needle_grid, needle_prompt

@@ -1,4 +1,4 @@
-"""`rocketkv oracle`: how few tokens attention needs on a model's texts, and where a method's error comes from."""
+"""`rocketkv oracle`: the fewest tokens that attention needs on texts, and the parts of a method's error."""
 
 from __future__ import annotations
 
@@ -6,43 +6,34 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-from transformers.utils import logging as transformers_logging
-
-from ...budget import METHODS
-from ...cli.compress import add_model_arguments
-from ...hf.loading import SMOLLM2, load_model
-from ..journal import Journal
-from ..measures.kl import Window, texts
-from ..progress import Progress
-from ..records import write_atomically
-from ..tasks.base import Preparation
-from .report import document, page, pictures, table
-from .run import Settings, layer_numbers, measure
+from ...options import add_method_options, add_model_options, positive
 
 JOURNAL = "journal.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    add_model_arguments(parser)
+    add_model_options(parser)
+    add_method_options(parser, budget=256)
     parser.add_argument(
         "--texts", type=Path, nargs="+", metavar="FILE", help="in UTF-8 (default: the prose of task kl)"
     )
-    parser.add_argument("--samples", type=int, default=2, help="windows of each file, or texts of prose (default 2)")
-    parser.add_argument("--context", type=int, default=4096, metavar="TOKENS", help="of a prompt (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=64, help="teacher-forced after it (default %(default)s)")
-    parser.add_argument("--method", default="rocketkv", choices=sorted(METHODS), help="whose error to split (rocketkv)")
-    parser.add_argument("--budget", type=int, default=256, metavar="T", help="its tokens a step (default %(default)s)")
-    parser.add_argument("--error", type=float, default=0.1, help="relative L2, of the oracles (default %(default)s)")
-    parser.add_argument("--bandwidth", type=float, default=2000, help="GB/s of the latency bound (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the texts (default %(default)s)")
-    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
+    numbers: tuple[tuple[str, Callable[[str], float], float, str], ...] = (
+        ("samples", positive, 2, "windows of each file, or texts of prose"),
+        ("context", positive, 4096, "tokens of a prompt"),
+        ("steps", positive, 64, "teacher-forced decode steps after it"),
+        ("error", float, 0.1, "relative L2 error of the oracles"),
+        ("bandwidth", float, 2000, "GB/s of the latency bound"),
+        ("seed", int, 0, "of the texts"),
+    )
+    for name, kind, default, text in numbers:
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{text} (default %(default)s)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="of PyTorch on the CPU")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="of all files; also to go on"
+        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="of all files; resumes there"
     )
 
 
@@ -53,6 +44,17 @@ def run(args: argparse.Namespace) -> int:
         OSError: a text cannot be read, or a file not written.
         ValueError: a setting is impossible, or a text too short.
     """
+    import torch
+
+    from ...hf.loading import SMOLLM2, load_model
+    from ..journal import Journal
+    from ..measures.kl import Window, texts
+    from ..progress import Progress
+    from ..records import write_atomically
+    from ..tasks.base import Preparation
+    from .report import document, page, pictures, table
+    from .run import Settings, layer_numbers, measure
+
     settings = Settings(
         model=args.model or SMOLLM2,
         dtype=args.dtype,
@@ -63,12 +65,10 @@ def run(args: argparse.Namespace) -> int:
         error=args.error,
         bandwidth=args.bandwidth,
     )
-    if args.samples < 1:
-        raise ValueError(f"samples must be at least 1, got {args.samples}")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     with Progress("loading the model", total=1) as progress, _quiet_where_piped():
-        model, tokenizer = load_model(args.model, getattr(torch, args.dtype))
+        model, tokenizer = load_model(args.model, args.dtype, args.device)
     preparation = Preparation(
         tokenizer=tokenizer, length=settings.context + settings.steps, count=args.samples, seed=args.seed
     )
@@ -90,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _quiet_where_piped() -> Iterator[None]:
     """Keep the bars of transformers to itself, inside the block, where output is piped."""
+    from transformers.utils import logging as transformers_logging
+
     shown = transformers_logging.is_progress_bar_enabled()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
