@@ -73,7 +73,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         *(["plam"], ["plan"], ["plan", "--context", "many"], ["demo", "--budgets", "many"], ["ask", "file"]),
         *(["compress", "text", "--method", "rocketvk"], ["compress", "text", "--device", "gpu"]),
         *(["eval", "run", "--methods", "rocketvk"], ["eval", "run", "--samples", "0"], ["eval", "merge"]),
-        *(["bench", "decode", "--cases", "1x8/8"], ["oracle", "--steps", "0"], ["env", "--verbose"]),
+        *(["bench", "decode", "--cases", "1x8/8"], ["oracle", "--samples", "0"], ["env", "--verbose"]),
     ],
     ids=" ".join,
 )
