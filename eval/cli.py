@@ -6,16 +6,16 @@ import argparse
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import yaml
+from ..options import DTYPES, comma_separated, device_name, method_name, positive
 
-from ..hf.loading import load_model
-from .sweep.plan import DTYPES, Plan, cells, plan_from, shard
+if TYPE_CHECKING:
+    import torch
+
+    from .sweep.plan import Plan
 
 _REQUIRED = ("lm_eval", "datasets")
 
@@ -23,48 +23,84 @@ _REQUIRED = ("lm_eval", "datasets")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands."""
     commands = parser.add_subparsers(dest="eval_command", metavar="run | report | merge", required=True)
-    _add_run(commands.add_parser("run", help="run a sweep, or go on with it"))
-    report = commands.add_parser("report", help="make a page, or tables, of a folder of results")
-    report.add_argument("results", type=Path, help="the folder of the results")
-    report.add_argument(
-        "-o", "--output", type=Path, required=True, help="report.html, or a name that ends in .md or .csv"
-    )
-    merge = commands.add_parser("merge", help="bring the records of several folders together")
+    _add_run(commands.add_parser("run", help="run a sweep, or resume it"))
+    report = commands.add_parser("report", help="write a page, or tables, of a folder of results")
+    report.add_argument("results", type=Path, help="folder of the results")
+    report.add_argument("-o", "--output", type=Path, required=True, help="a file: .html, .md or .csv")
+    merge = commands.add_parser("merge", help="merge the records of several folders into one")
     merge.add_argument("sources", type=Path, nargs="+", help="folders of results")
-    merge.add_argument("-o", "--output", type=Path, required=True, help="the folder that takes them all")
+    merge.add_argument("-o", "--output", type=Path, required=True, help="folder of all the records")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    """Add what a sweep is made of; a flag that is not given leaves the field to the YAML file, and that to `Plan`."""
-    parser.add_argument("--sweep", type=Path, help="a YAML file with the fields below, under the names of the flags")
-    parser.add_argument("--model", help="a hub name, a local folder, or smollm2 (the default)")
+    """Add the fields of a sweep; they default to None, since flags override the YAML file, which overrides `Plan`."""
+    parser.add_argument("--sweep", type=Path, help="YAML file with the fields below, under the names of the flags")
+    parser.add_argument("--model", help="hub name, local folder, or smollm2 (the default)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default float32)")
-    parser.add_argument("--tasks", help="tasks or groups, by commas; kl; latency; lm-eval:NAME for a stock task")
-    parser.add_argument("--methods", help="full, the library's, kvpress:PRESS, module:function; by commas")
-    parser.add_argument("--budgets", help="tokens a decode step, by commas")
-    parser.add_argument("--lengths", help="tokens of prompt and answer, by commas")
-    parser.add_argument("--samples", type=int, help="of each task (default 50)")
-    parser.add_argument("--max-new-tokens", type=int, help="for every question at most so many")
-    parser.add_argument("--seed", type=int, help="of the samples (default 0)")
+    names, numbers = comma_separated(str), comma_separated(positive)
     parser.add_argument(
-        "--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: where there is one)"
+        "--tasks", type=names, help="tasks or groups, comma-separated; kl; latency; lm-eval:NAME for a stock task"
     )
     parser.add_argument(
-        "--agnostic", action=argparse.BooleanOptionalAction, help="compress the context before the question is seen"
+        "--methods",
+        type=comma_separated(_method),
+        help="methods of the library, kvpress:PRESS, module:function; comma-separated",
     )
-    parser.add_argument("--data-dir", help="a folder with the benchmarks' files, in place of the hub")
+    parser.add_argument("--budgets", type=numbers, help="token budgets of a decode step, comma-separated")
+    parser.add_argument("--lengths", type=numbers, help="tokens of prompt and answer, comma-separated")
+    parser.add_argument("--samples", type=positive, metavar="N", help="of each task (default 50)")
+    parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="upper bound for every answer")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the samples (default 0)")
     parser.add_argument(
-        "--set", action="append", metavar="FIELD=VALUE", help="a field of RocketKVConfig, as window_size=64; repeatable"
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="use the chat template (default: if there is one)",
+    )
+    parser.add_argument(
+        "--agnostic",
+        action=argparse.BooleanOptionalAction,
+        help="compress before the question is seen",
+    )
+    parser.add_argument("--data-dir", metavar="FOLDER", help="folder with the benchmarks' files, instead of the hub")
+    parser.add_argument(
+        "--set",
+        action="append",
+        type=_setting,
+        metavar="FIELD=VALUE",
+        help="a field of RocketKVConfig, such as window_size=64; repeatable",
     )
     run = parser.add_argument_group("this run")
-    run.add_argument("-o", "--output", type=Path, default=Path("results"), help="folder of the results (results)")
-    run.add_argument("--shard", metavar="I/N", help="run the I-th of N parts of the cells")
-    run.add_argument("--retry-oom", action="store_true", help="run cells again that ran out of memory")
-    run.add_argument("--dry-run", action="store_true", help="print the cells and what they may take")
-    run.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)")
-    run.add_argument("--threads", type=int, help="of PyTorch on the CPU")
-    run.add_argument("--kvpress-python", help="the Python of an environment with rocketkv[eval] and kvpress")
-    run.add_argument("--only-presses", action="store_true", help=argparse.SUPPRESS)  # what that Python is told
+    run.add_argument(
+        "-o", "--output", type=Path, default=Path("results"), help="folder of the results (default %(default)s)"
+    )
+    run.add_argument("--shard", type=_shard, metavar="I/N", help="run the I-th of N parts of the cells")
+    run.add_argument("--retry-oom", action="store_true", help="rerun cells that ran out of memory")
+    run.add_argument("--dry-run", action="store_true", help="print the cells with estimates of time and memory")
+    run.add_argument("--device", type=device_name, help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
+    run.add_argument("--threads", type=positive, metavar="N", help="of PyTorch on the CPU")
+    run.add_argument("--kvpress-python", metavar="PATH", help="Python with rocketkv[eval] and kvpress installed")
+    run.add_argument("--only-presses", action="store_true", help=argparse.SUPPRESS)  # for that Python
+
+
+def _method(text: str) -> str:
+    """Return the name of a method; one with a colon is looked up when it runs."""
+    return text if ":" in text else method_name(text)
+
+
+def _setting(text: str) -> tuple[str, str]:
+    """Return name and value of FIELD=VALUE."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"must be FIELD=VALUE, got {text!r}")
+    return name, value
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """Return I and N of I/N."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be I/N, such as 1/4, got {text!r}")
+    return int(number), int(count)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,12 +121,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def given_plan(args: argparse.Namespace) -> Plan:
-    """Return the plan of a command line: its flags over its YAML file over the defaults.
+    """Return the plan of a command line: flags override the YAML file, which overrides the defaults.
 
     Raises:
         ValueError: the file is no mapping, or a field is unknown or has an impossible value.
         OSError: the file cannot be read.
     """
+    import yaml
+
+    from .sweep.plan import Plan, plan_from
+
     found: dict[str, Any] = {}
     if args.sweep is not None:
         found = yaml.safe_load(args.sweep.read_text(encoding="utf-8")) or {}
@@ -100,48 +140,21 @@ def given_plan(args: argparse.Namespace) -> Plan:
     for field in fields(Plan):
         value = getattr(args, field.name, None)
         if value is not None:
-            found[field.name] = _listed(field.name, value)
+            found[field.name] = value
     if args.set:
-        found["settings"] = dict(found.get("settings") or {}) | _settings(args.set)
+        found["settings"] = dict(found.get("settings") or {}) | {n: yaml.safe_load(value) for n, value in args.set}
     return plan_from(found)
 
 
-def _listed(name: str, value: Any) -> Any:
-    """Return a flag's value, where it names several things by commas as a list of them."""
-    if name not in ("tasks", "methods", "budgets", "lengths"):
-        return value
-    parts = [part for part in value.split(",") if part]
-    if name in ("tasks", "methods"):
-        return parts
-    if not all(part.isdigit() for part in parts):
-        raise ValueError(f"--{name} must be whole numbers separated by commas, got {value!r}")
-    return [int(part) for part in parts]
-
-
-def _settings(given: Sequence[str]) -> dict[str, Any]:
-    """Return FIELD=VALUE pairs as a dict, with YAML's reading of the values."""
-    wrong = [pair for pair in given if "=" not in pair]
-    if wrong:
-        raise ValueError(f"--set must be FIELD=VALUE, got {wrong[0]!r}")
-    return {name: yaml.safe_load(value) for name, value in (pair.split("=", 1) for pair in given)}
-
-
-def part_of(text: str | None) -> tuple[int, int]:
-    """Return which part of the cells this process runs: as it is told, or by its rank under torchrun.
-
-    Raises:
-        ValueError: the text is not I/N.
-    """
-    if text is None:
-        return int(os.environ.get("RANK", "0")) + 1, int(os.environ.get("WORLD_SIZE", "1"))
-    first, _, second = text.partition("/")
-    if not (first.isdigit() and second.isdigit()):
-        raise ValueError(f"--shard must be I/N, such as 1/4, got {text!r}")
-    return int(first), int(second)
+def part_of(shard: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the number of this process's shard and their count: --shard, or without it the rank under torchrun."""
+    return shard or (int(os.environ.get("RANK", "0")) + 1, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _device(given: str | None) -> torch.device:
-    """Return where to run: under torchrun each process has a GPU of its own."""
+    """Return the device to run on; under torchrun each process gets a different GPU."""
+    import torch
+
     if given is not None:
         return torch.device(given)
     if torch.cuda.is_available():
@@ -153,7 +166,10 @@ def _run(args: argparse.Namespace) -> int:
     missing = [name for name in _REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"rocketkv eval run needs {', '.join(missing)}: pip install 'rocketkv[eval]'")
+    import torch
+
     from .methods import find_method
+    from .sweep.plan import cells, shard
     from .sweep.run import is_press, run_cells, run_presses
 
     plan = given_plan(args)
@@ -190,13 +206,14 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def make_bench(plan: Plan, results: Path, device: torch.device, *, retry_out_of_memory: bool = False) -> Any:
-    """Load a plan's model and make what its cells run on."""
+    """Load a plan's model for its cells."""
+    from ..hf.loading import load_model
     from .engine import quiet
     from .lm import RocketKVLM
     from .methods import Full
     from .sweep.cells import Bench
 
-    model, tokenizer = load_model(plan.model, getattr(torch, plan.dtype))
+    model, tokenizer = load_model(plan.model, plan.dtype, str(device))
     with quiet():
-        lm = RocketKVLM(model.to(device), method=Full(), tokenizer=tokenizer)  # type: ignore[arg-type]  # torch types `to`
+        lm = RocketKVLM(model, method=Full(), tokenizer=tokenizer)
     return Bench(lm, results, plan.data_dir, retry_out_of_memory)

@@ -1,4 +1,4 @@
-"""`rocketkv lm-eval`: lm-eval's own command line, with the model `rocketkv` in it."""
+"""`rocketkv lm-eval`: the command line of lm-eval with the model `rocketkv`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
-from .records import digest
-
 _CACHE, _SHORT_CACHE = "--use_cache", "-c"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Take everything as it is: the options are lm-eval's."""
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="lm-eval's arguments; the model is rocketkv")
-    parser.prefix_chars = "\0"  # none of them is ours
+    """Pass all options to lm-eval, except a leading --help."""
+    parser.add_argument(
+        "arguments",
+        nargs=argparse.REMAINDER,
+        help="arguments of lm-eval, with --model_args of rocketkv; `rocketkv lm-eval run --help` lists them",
+    )
+    parser.prefix_chars = "\0"  # so that none of them is read here
+    parser.set_defaults(print_help=parser.print_help)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,13 +28,17 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         ImportError: lm-eval is not installed.
-        ValueError: a cache of answers would be shared by several methods.
+        ValueError: the arguments name another model, or several methods would share a cache of answers.
     """
+    if args.arguments[:1] in (["--help"], ["-h"]):
+        args.print_help()
+        return 0
     if importlib.util.find_spec("lm_eval") is None:
         raise ImportError("rocketkv lm-eval needs lm-eval: pip install 'rocketkv[eval]'")
-    importlib.import_module(".lm", __package__)  # which registers the model
+    arguments = with_model(args.arguments)
+    importlib.import_module(".lm", __package__)  # registers the model
     command = importlib.import_module("lm_eval.__main__")
-    before, sys.argv = sys.argv, ["lm_eval", *with_model(args.arguments)]
+    before, sys.argv = sys.argv, ["lm_eval", *arguments]
     try:
         command.cli_evaluate()
     finally:
@@ -42,17 +47,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def with_model(arguments: Sequence[str]) -> list[str]:
-    """Return lm-eval's arguments with our model, and with a cache of answers for these model arguments alone.
+    """Return lm-eval's arguments with the model `rocketkv`, and with a cache of answers per model arguments.
 
-    lm-eval's cache knows an answer by its prompt: two methods would share it.
+    lm-eval's cache finds an answer by its prompt, so two methods would share it.
 
     Raises:
-        ValueError: another model is asked for, or a file names the cache.
-        OSError: the file cannot be read.
+        ValueError: the arguments name another model, or a --config file sets the cache.
+        OSError: the --config file cannot be read.
     """
     found = list(arguments)
     if found[:1] in (["ls"], ["validate"]):
-        return found  # these run no model
+        return found  # without a model
     models = _values(found, "--model", "-M")
     if any(model != "rocketkv" for model in models):
         raise ValueError(f"rocketkv lm-eval runs the model 'rocketkv', got --model {models[0]}; use lm_eval for others")
@@ -69,11 +74,15 @@ def with_model(arguments: Sequence[str]) -> list[str]:
 
 
 def _own(model_args: Sequence[str], files: Sequence[str]) -> str:
-    """Return what the cache of a method is called: method and budget where they are given, and a hash of all."""
+    """Return the name of a method's cache: method and budget if given, and a digest of all arguments."""
+    import yaml
+
+    from .records import digest
+
     texts = [Path(file).read_text(encoding="utf-8") for file in files]
     for file, text in zip(files, texts, strict=True):
         if (yaml.safe_load(text) or {}).get("use_cache"):
-            raise ValueError(f"{file} must not set use_cache, which methods would share; give {_CACHE} instead")
+            raise ValueError(f"{file} must not set use_cache, which methods would share; use {_CACHE} instead")
     pairs = dict(pair.split("=", 1) for value in model_args for pair in value.split(",") if "=" in pair)
     names = [pairs[name].replace("/", "_") for name in ("method", "token_budget") if name in pairs]
     return "-".join([*names, digest([list(model_args), texts])[:12]])

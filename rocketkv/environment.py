@@ -109,3 +109,16 @@ def _xpu() -> list[dict[str, Any]]:
         properties = torch.xpu.get_device_properties(i)
         found.append(_device(f"xpu:{i}", properties.name, properties.total_memory, capability=None))
     return found
+
+
+def machine() -> dict[str, Any]:
+    """Return the machine and the versions that a figure depends on, as plain values for JSON."""
+    name, cores = processor()
+    return {
+        "processor": name,
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "backend": backend_name(torch.device("cpu")),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rocketkv._version import __version__
 from rocketkv.config import RocketKVConfig
-from rocketkv.eval.bench.command import machine
+from rocketkv.environment import machine
 from rocketkv.eval.progress import Progress
 from rocketkv.eval.records import write_atomically
 from rocketkv.eval.tasks.text import prose

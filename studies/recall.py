@@ -20,7 +20,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from rocketkv._version import __version__
-from rocketkv.eval.bench.command import machine
+from rocketkv.environment import machine
 from rocketkv.eval.intervals import wilson
 from rocketkv.eval.journal import Journal
 from rocketkv.eval.methods import FULL, Method, find_method

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from rocketkv._version import __version__
-from rocketkv.eval.bench.command import machine
+from rocketkv.environment import machine
 from rocketkv.eval.intervals import Interval, paired_interval, wilson
 from rocketkv.eval.journal import Journal
 from rocketkv.eval.methods import FULL, Full, Method, find_method

@@ -29,7 +29,7 @@ from rocketkv._version import __version__
 from rocketkv.config import RocketKVConfig
 from rocketkv.core.attention import attend
 from rocketkv.core.masks import LazyMask
-from rocketkv.eval.bench.command import machine
+from rocketkv.environment import machine
 from rocketkv.eval.intervals import scipy_stats
 from rocketkv.eval.measures.kl import Window, teacher_forced, texts
 from rocketkv.eval.progress import Progress

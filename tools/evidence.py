@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from rocketkv.config import RocketKVConfig
-from rocketkv.eval.bench.command import bench_attention, bench_decode, machine
+from rocketkv.environment import machine
+from rocketkv.eval.bench.cpu import bench_attention, bench_decode
 from rocketkv.eval.intervals import wilson
 from rocketkv.eval.measure import measured_generate
 from rocketkv.eval.progress import Progress

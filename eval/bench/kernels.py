@@ -59,7 +59,6 @@ CASES = (
     Case(1, 32768, 1024, ties=True),
 )
 QUICK = (Case(1, 8192, 512), Case(1, 32768, 1024), Case(1, 32768, 1024, ties=True))
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 SPEEDUP_GOALS = {Case(1, 32768, 1024): 4.0, Case(1, 131072, 1024): 14.0, Case(8, 32768, 1024): 10.0}
 LATENCY_GOAL = 12.0  # microseconds of a layer's step, batch 1
@@ -84,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stderr.write(f"rocketkv bench kernels: {reason}\n")
         return 2
     cases = [Case.parse(text) for text in args.cases.split(",")] if args.cases else list(QUICK if args.quick else CASES)
-    dtype = DTYPES[args.dtype or "bfloat16"]
+    dtype = getattr(torch, args.dtype)
     try:
         with torch.inference_mode():
             if args.check:

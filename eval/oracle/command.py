@@ -6,46 +6,34 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-from transformers.utils import logging as transformers_logging
-
-from ...budget import METHODS
-from ...cli.compress import add_model_arguments
-from ...hf.loading import SMOLLM2, load_model
-from ..journal import Journal
-from ..measures.kl import Window, texts
-from ..progress import Progress
-from ..records import write_atomically
-from ..tasks.base import Preparation
-from .document import document, markdown
-from .heatmaps import heat_maps
-from .run import Settings, layer_numbers, measure
+from ...options import add_method_options, add_model_options, positive
 
 JOURNAL = "journal.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    add_model_arguments(parser)
+    add_model_options(parser)
+    add_method_options(parser, budget=256)
     parser.add_argument(
         "--texts", type=Path, nargs="+", metavar="FILE", help="in UTF-8 (default: the prose of task kl)"
     )
-    parser.add_argument("--samples", type=int, default=2, help="windows of each file, or texts of prose (default 2)")
-    parser.add_argument("--context", type=int, default=4096, metavar="TOKENS", help="prompt length (%(default)s)")
-    parser.add_argument("--steps", type=int, default=64, help="teacher-forced decode steps (%(default)s)")
-    parser.add_argument(
-        "--method", default="rocketkv", choices=sorted(METHODS), help="whose error is split (%(default)s)"
+    numbers: tuple[tuple[str, Callable[[str], float], float, str], ...] = (
+        ("samples", positive, 2, "windows of each file, or texts of prose"),
+        ("context", positive, 4096, "tokens of a prompt"),
+        ("steps", positive, 64, "teacher-forced decode steps after it"),
+        ("error", float, 0.1, "relative L2 error of the oracles"),
+        ("bandwidth", float, 2000, "GB/s of the latency bound"),
+        ("seed", int, 0, "of the texts"),
     )
-    parser.add_argument("--budget", type=int, default=256, metavar="T", help="its token budget (%(default)s)")
-    parser.add_argument("--error", type=float, default=0.1, help="relative L2 error of the oracles (%(default)s)")
-    parser.add_argument("--bandwidth", type=float, default=2000, help="of memory in GB/s, for latency (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the texts (%(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads of PyTorch")
+    for name, kind, default, text in numbers:
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{text} (default %(default)s)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="of PyTorch on the CPU")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="of all files; an interrupted run resumes"
+        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="of all files; resumes there"
     )
 
 
@@ -57,6 +45,18 @@ def run(args: argparse.Namespace) -> int:
         ValueError: a setting is impossible, or a text too short.
         ImportError: matplotlib, for the heat maps, is not installed.
     """
+    import torch
+
+    from ...hf.loading import SMOLLM2, load_model
+    from ..journal import Journal
+    from ..measures.kl import Window, texts
+    from ..progress import Progress
+    from ..records import write_atomically
+    from ..tasks.base import Preparation
+    from .document import document, markdown
+    from .heatmaps import heat_maps
+    from .run import Settings, layer_numbers, measure
+
     settings = Settings(
         model=args.model or SMOLLM2,
         dtype=args.dtype,
@@ -67,12 +67,10 @@ def run(args: argparse.Namespace) -> int:
         error=args.error,
         bandwidth=args.bandwidth,
     )
-    if args.samples < 1:
-        raise ValueError(f"samples must be at least 1, got {args.samples}")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     with Progress("loading the model", total=1) as progress, _quiet_where_piped():
-        model, tokenizer = load_model(args.model, getattr(torch, args.dtype))
+        model, tokenizer = load_model(args.model, args.dtype, args.device)
     preparation = Preparation(
         tokenizer=tokenizer, length=settings.context + settings.steps, count=args.samples, seed=args.seed
     )
@@ -95,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _quiet_where_piped() -> Iterator[None]:
     """Disable the progress bars of transformers inside the block if stderr is piped."""
+    from transformers.utils import logging as transformers_logging
+
     shown = transformers_logging.is_progress_bar_enabled()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...hf.loading import SMOLLM2
+from ...options import DTYPES
 from ..measures.kl import METRIC as KL
 from ..measures.kl import VERSION as KL_VERSION
 from ..methods import KVPRESS, SETTINGS, find_method, takes_budget
@@ -18,7 +19,6 @@ LATENCY = "latency"
 LATENCY_VERSION = 1
 LM_EVAL = "lm-eval:"  # before the name of a stock task
 MEASURED = {KL: KL_VERSION, LATENCY: LATENCY_VERSION}  # benchmarks that ask nothing
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)

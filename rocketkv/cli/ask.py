@@ -1,50 +1,49 @@
-"""`rocketkv ask`: a question about a text that `rocketkv compress` has read; the text itself is not read again."""
-
-from __future__ import annotations
+"""`rocketkv ask`: answer a question about a text that `rocketkv compress` has read, without reading the text again."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..hf.cache import rocketkv_layers
-from ..hf.files import load_cache, load_inputs
-from ..hf.loading import load_model
-from ..hf.models import CACHE_ARGUMENT
-from ..hf.patch import patch
-from ..hf.prompts import continued
-from .compress import add_model_arguments, question_prompt
+from ..options import add_model_options, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    add_model_arguments(parser)
-    parser.add_argument("--cache", type=Path, required=True, metavar="FILE", help="what compress wrote; it stays as is")
-    parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="of the answer at most (default 128)")
-    parser.add_argument("question", help="about the text")
+    parser.add_argument("file", type=Path, metavar="FILE", help="file of `rocketkv compress`; it is only read")
+    parser.add_argument("question", metavar="QUESTION", help="question about the text, in quotes")
+    add_model_options(parser)
+    parser.add_argument(
+        "--new-tokens", type=positive, default=128, metavar="N", help="longest answer, in tokens (default %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the model's greedy answer; returns the exit code.
+    """Print the model's greedy answer while it is generated; returns the exit code.
 
     Raises:
         OSError: there is no such file.
-        ValueError: it is damaged, or of another model, dtype or version.
+        ValueError: the file is damaged, or is for another model, dtype or version.
     """
-    model, tokenizer = load_model(args.model, getattr(torch, args.dtype))
-    read = load_inputs(args.cache)["input_ids"]
-    cache = load_cache(args.cache, model)
+    import torch
+    from transformers import TextStreamer
+
+    from ..hf.cache import rocketkv_layers
+    from ..hf.files import load_cache, load_inputs
+    from ..hf.loading import load_model
+    from ..hf.models import CACHE_ARGUMENT
+    from ..hf.patch import patch
+    from ..hf.prompts import continued, question_prompt
+
+    read = load_inputs(args.file)["input_ids"]
+    model, tokenizer = load_model(args.model, args.dtype, args.device)
+    cache = load_cache(args.file, model)
     # As `compress` encoded the text: apart from any question.
     tail = continued(tokenizer, question_prompt(tokenizer, "", args.question).tail)
     ids = torch.cat((read, torch.tensor([tail])), dim=1).to(model.device)
-    settings: dict[str, Any] = {"max_new_tokens": args.new_tokens, "do_sample": False}
+    settings: dict[str, Any] = {"max_new_tokens": args.new_tokens, "do_sample": False, CACHE_ARGUMENT: cache}
     if tokenizer.pad_token_id is not None:
         settings["pad_token_id"] = tokenizer.pad_token_id
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with patch(model, rocketkv_layers(cache)[0].config), torch.inference_mode():
-        output = model.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=torch.ones_like(ids), **{CACHE_ARGUMENT: cache}, **settings
-        )
-    sys.stdout.write(f"{tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)}\n")
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer, **settings)  # type: ignore[operator]
     return 0

@@ -1,63 +1,64 @@
 """`rocketkv demo`: a real model finds a number in a long text, with its full KV cache and with a compressed one."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..budget import METHODS
 from ..config import RocketKVConfig
-from ..eval.measure import Generation, measured_generate
-from ..eval.progress import Progress
-from ..eval.tasks.needle import found, needle_prompt
-from ..hf.loading import load_model
+from ..options import add_model_options, comma_separated, method_name, positive
+
+if TYPE_CHECKING:
+    from ..eval.measure import Generation
 
 MEBI = 2**20
 SEED = 1
 DEPTH = 0.4
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One row of the demo: a name and how to compress, None for the stock model."""
-
-    name: str
-    config: RocketKVConfig | None
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the demo's options."""
-    parser.add_argument("--model", help="a hub name or local folder; default SmolLM2-135M-Instruct from PyPI")
-    parser.add_argument("--context", type=int, default=7500, metavar="TOKENS", help="prompt length (default 7500)")
-    parser.add_argument("--budgets", default="256,512", metavar="T,T", help="token budgets (default 256,512)")
-    parser.add_argument("--method", default="rocketkv", choices=sorted(METHODS), help="default rocketkv")
-    parser.add_argument("--new-tokens", type=int, default=16, metavar="N", help="tokens to generate (default 16)")
+    """Add the command's options."""
+    add_model_options(parser)
+    parser.add_argument(
+        "--context", type=positive, default=7500, metavar="TOKENS", help="prompt length (default %(default)s)"
+    )
+    parser.add_argument(
+        "--budgets",
+        type=comma_separated(positive),
+        default="256,512",
+        metavar="T,T",
+        help="token budgets (default %(default)s)",
+    )
+    parser.add_argument("--method", type=method_name, default="rocketkv", metavar="NAME", help="(default %(default)s)")
+    parser.add_argument(
+        "--new-tokens", type=positive, default=16, metavar="N", help="tokens to generate (default %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo and print its table; returns the exit code."""
-    try:
-        budgets = [int(budget) for budget in args.budgets.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--budgets must be whole numbers with commas between, got {args.budgets!r}") from error
-    arms = [Arm("full cache", None)]
-    arms += [Arm(f"{args.method} {t}", RocketKVConfig(method=args.method, token_budget=t)) for t in budgets]
-    control = max(budgets)
-    arms.append(Arm(f"streaming {control}", RocketKVConfig(method="streaming", token_budget=control)))
+    arms: dict[str, RocketKVConfig | None] = {"full cache": None}
+    arms |= {f"{args.method} {t}": RocketKVConfig(method=args.method, token_budget=t) for t in args.budgets}
+    control = max(args.budgets)
+    arms[f"streaming {control}"] = RocketKVConfig(method="streaming", token_budget=control)
+    from ..eval.measure import measured_generate
+    from ..eval.progress import Progress
+    from ..eval.tasks.needle import found, needle_prompt
+    from ..hf.loading import load_model
+
     with Progress("loading the model", total=len(arms)) as progress:
-        model, tokenizer = load_model(args.model)
+        model, tokenizer = load_model(args.model, args.dtype, args.device)
         prompt = needle_prompt(tokenizer, tokens=args.context, depth=DEPTH, seed=SEED)
-        results: list[tuple[Arm, Generation]] = []
-        for arm in arms:
-            progress.say(f"{arm.name}: reading {prompt.tokens} tokens, writing {args.new_tokens}")
-            results.append(
-                (arm, measured_generate(model, tokenizer, prompt.text, arm.config, new_tokens=args.new_tokens))
-            )
+        results: dict[str, Generation] = {}
+        for name, config in arms.items():
+            progress.say(f"{name}: reading {prompt.tokens} tokens, writing {args.new_tokens}")
+            results[name] = measured_generate(model, tokenizer, prompt.text, config, new_tokens=args.new_tokens)
             progress.step()
-    full = results[0][1]
-    rows = [_row(arm.name, generation, full, found(prompt.answer, generation.text)) for arm, generation in results]
+    full = results["full cache"]
+    rows = [_row(name, generation, full, found(prompt.answer, generation.text)) for name, generation in results.items()]
     if args.json:
         document = {"prompt_tokens": prompt.tokens, "needle": prompt.answer, "depth": prompt.depth, "arms": rows}
         sys.stdout.write(json.dumps(document, indent=2) + "\n")

@@ -1,7 +1,7 @@
 """The command line: `rocketkv demo | compress | ask | plan | env | bench | eval | oracle | lm-eval`.
 
-A command is a module with `add_arguments(parser)` and `run(args)`, which returns the exit code. Only the module that is
-asked for is imported.
+A command is a module with `add_arguments(parser)` and `run(args)`, which returns the exit code. Only the module of the
+given command is imported, and it imports torch in `run`, so that help and wrong arguments are answered at once.
 """
 
 import argparse
@@ -10,18 +10,19 @@ import sys
 from collections.abc import Sequence
 
 from .._version import __version__
+from ..options import did_you_mean
 
 # Name: module, one line of help.
 COMMANDS = {
-    "demo": (".demo", "a real model finds a number in a long text, with and without compression"),
-    "compress": (".compress", "read a long text once, and keep its compressed cache in a file"),
-    "ask": (".ask", "a question about a text that `compress` has read"),
-    "plan": (".plan", "what a budget means for a model: split, memory, ceilings on speed"),
+    "demo": (".demo", "find a number in a long text with a real model, with and without compression"),
+    "compress": (".compress", "read a long text once and save its compressed cache in a file"),
+    "ask": (".ask", "answer a question about a text that `compress` has read"),
+    "plan": (".plan", "memory, bytes read per step and ceilings on speed of a model at a token budget"),
     "env": (".env", "versions, devices and backends, for bug reports"),
-    "bench": ("..eval.bench.command", "decode speed against dense attention"),
+    "bench": ("..eval.bench.cli", "decode speed against dense attention"),
     "eval": ("..eval.cli", "accuracy against memory and latency, over methods, budgets, tasks and lengths"),
-    "oracle": ("..eval.oracle.command", "how few tokens attention needs, and where a method's error comes from"),
-    "lm-eval": ("..eval.lm_eval_cli", "lm-eval's command line with the model rocketkv in it"),
+    "oracle": ("..eval.oracle.command", "the fewest tokens that attention needs, and the parts of a method's error"),
+    "lm-eval": ("..eval.lm_eval_cli", "the command line of lm-eval with the model rocketkv"),
 }
 
 
@@ -29,13 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: the arguments, without the program's name; None takes them from the process.
+        argv: the arguments without the program's name; None for those of the process.
 
     Returns:
-        The exit code: the command's own, 2 for input that it refuses, 130 where it was interrupted.
+        The exit code: the command's, 2 for invalid input, 130 after an interrupt.
 
     Raises:
-        SystemExit: argparse refuses the arguments (2), or has shown help or the version (0).
+        SystemExit: argparse refuses the arguments (2), or has printed help or the version (0).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="rocketkv", description="KV-cache compression for Hugging Face models.")
@@ -50,12 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 module = importlib.import_module(module_name, __package__)
                 module.add_arguments(command)
                 run = module.run
+        if asked is not None and run is None:
+            parser.error(f"no command {asked!r}.{did_you_mean(asked, COMMANDS)} Commands: {', '.join(COMMANDS)}")
         parsed = parser.parse_args(arguments, argparse.Namespace(given=arguments))
         return int(run(parsed)) if run is not None else 2
     except KeyboardInterrupt:
         return 130
     except (ValueError, TypeError, OSError, ImportError) as error:
-        if sys.flags.dev_mode:  # python -X dev: show where
+        if sys.flags.dev_mode:  # python -X dev: show the traceback
             raise
         sys.stderr.write(f"rocketkv {asked}: error: {error}\n")
         return 2

@@ -387,12 +387,12 @@ class RocketKVLayer(CacheLayerMixin):
         if store.lens.longest + count <= capacity and not store.lens.uncounted:
             return
         kept, ring, tensor = self._kept_when_full(decoding.split), decoding.ring, decoding.buffers.query_ring
-        if kept is not None and ring is not None and self.params is not None and store.stored + count > capacity:
-            if store.generated > kept and tensor is not None and ring.count(tensor, store.lens.seen) > 0:
-                if self.history is not None:
-                    self.history.absorb(store)
-                sizes: dict[str, Any] = {"kernel_size": self.config.pool_size, "backend": self.backend}
-                evict_generated(store, kept, self.params, workspaces=self.workspaces, **sizes)
+        ranks = ring is not None and tensor is not None and ring.count(tensor, store.seen) > 0
+        if kept is not None and ranks and store.stored + count > capacity and store.generated > kept and self.params:
+            if self.history is not None:
+                self.history.absorb(store)
+            sizes: dict[str, Any] = {"kernel_size": self.config.pool_size, "backend": self.backend}
+            evict_generated(store, kept, self.params, workspaces=self.workspaces, **sizes)
         store.next_fill()
 
     @property

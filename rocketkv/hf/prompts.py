@@ -58,6 +58,11 @@ def render(
     return Prompt(head, tail + answer_prefix, special=False)
 
 
+def question_prompt(tokenizer: PreTrainedTokenizerBase, text: str, question: str) -> Prompt:
+    """Return a prompt of a text and a question about it, in the model's chat template if it has one."""
+    return render(tokenizer, text, f"\n\n{question}", chat=tokenizer.chat_template is not None)
+
+
 def follow_up(tokenizer: PreTrainedTokenizerBase, question: str, answer_prefix: str = "", *, chat: bool = False) -> str:
     """Return the text between an answer and the next answer: the next question, in the chat template if `chat`.
 

@@ -1,4 +1,4 @@
-"""`rocketkv compress` and `rocketkv ask`: one text, read once, and questions about it."""
+"""`rocketkv compress` and `rocketkv ask`: a text that is read once, and questions about it."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def expected(folder: Path, question: str, new_tokens: int) -> str:
 
 
 def test_a_text_is_read_once_and_asked_twice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cache = folder / "text.safetensors"
-    out = run(capsys, "compress", "--model", folder / "model", "--text", folder / "text.txt", "-o", cache, *BUDGET)
+    cache = folder / "text.txt.safetensors"  # the default output
+    out = run(capsys, "compress", folder / "text.txt", "--model", folder / "model", *BUDGET)
     seen = 300 + (folder / "model" / "chat_template.jinja").exists()
     assert out.startswith(f"{seen} tokens seen, ")
     assert str(cache) in out
@@ -73,14 +73,14 @@ def test_a_text_is_read_once_and_asked_twice(folder: Path, capsys: pytest.Captur
     digest = hashlib.sha256(cache.read_bytes()).digest()
     (folder / "text.txt").unlink()
     for question in ("w5 w17 w3", "w80", "w5 w17 w3"):
-        arguments = ["ask", "--model", folder / "model", "--cache", cache, "--new-tokens", 12, question]
+        arguments = ["ask", cache, question, "--model", folder / "model", "--new-tokens", 12]
         assert run(capsys, *arguments) == f"{expected(folder, question, 12)}\n"
     assert hashlib.sha256(cache.read_bytes()).digest() == digest
 
 
 def test_errors_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache, model = folder / "text.safetensors", folder / "model"
-    run(capsys, "compress", "--model", model, "--text", folder / "text.txt", "-o", cache, *BUDGET)
+    run(capsys, "compress", folder / "text.txt", "--model", model, "-o", cache, *BUDGET)
     (folder / "empty.txt").write_text("\n", encoding="utf-8")
     build("llama", seed=1).save_pretrained(folder / "other")
     AutoTokenizer.from_pretrained(model).save_pretrained(folder / "other")
@@ -88,13 +88,14 @@ def test_errors_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -
     damaged.write_bytes(cache.read_bytes()[:-1])
     compress = ["compress", "--model", model, "-o", folder / "new"]
     for arguments, message in (
-        ([*compress, "--text", folder / "none.txt"], "No such file"),
-        ([*compress, "--text", folder / "empty.txt"], "is empty"),
-        ([*compress, "--text", folder / "text.txt", "--budget", "0"], "token_budget must be at least"),
-        (["ask", "--model", model, "--cache", folder / "none", "w1"], "no file"),
-        (["ask", "--model", model, "--cache", damaged, "w1"], "damaged or cut short"),
-        (["ask", "--model", model, "--dtype", "bfloat16", "--cache", cache, "w1"], "model.dtype is 'torch.float32'"),
-        (["ask", "--model", folder / "other", "--cache", cache, "w1"], "model.weights_sha256"),
+        ([*compress, folder / "none.txt"], "No such file"),
+        ([*compress, folder / "text.txt", "--device", "cuda:99"], "device 'cuda:99' cannot be used on this machine"),
+        ([*compress, folder / "empty.txt"], "is empty"),
+        ([*compress, folder / "text.txt", "--budget", "1"], "token_budget must be at least"),
+        (["ask", folder / "none", "w1", "--model", model], "no file"),
+        (["ask", damaged, "w1", "--model", model], "damaged or cut short"),
+        (["ask", cache, "w1", "--model", model, "--dtype", "bfloat16"], "model.dtype is 'torch.float32'"),
+        (["ask", cache, "w1", "--model", folder / "other"], "model.weights_sha256"),
     ):
         assert main([str(argument) for argument in arguments]) == 2
         [line] = capsys.readouterr().err.splitlines()[-1:]

@@ -15,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
 from rocketkv.cli.main import main
-from rocketkv.eval.bench import dense_arms, gpu_timing, kernel_arms, kernel_checks, model_arms
+from rocketkv.eval.bench import cli, dense_arms, gpu_timing, kernel_arms, kernel_checks, model_arms
 from rocketkv.eval.bench import kernels as bench_kernels
 from rocketkv.eval.bench import model as bench_model
 from rocketkv.eval.bench.kernel_cases import (
@@ -412,6 +412,7 @@ def test_a_nan_is_not_near() -> None:
 @pytest.mark.integration
 @pytest.mark.parametrize("shape", list(model_arms.SHAPES))
 def test_the_steps_of_a_tiny_model_agree(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shape in cli.SHAPES
     assert main(["bench", "model", "--check", "--json", "--shape", shape]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [one["arms"] for one in result["checked"]] == [["static", "full", "rocketkv"]] * 3

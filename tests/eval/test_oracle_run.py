@@ -307,7 +307,6 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for more, message in (
         (["--texts", str(tmp_path / "none.txt")], "No such file"),
         (["--texts", str(tmp_path / "short.txt")], "must have at least 204 tokens"),
-        (["--samples", "0"], "samples must be at least 1"),
         (["--error", "2"], "error must be between 0 and 1"),
         (["--budget", "8"], "token_budget must be at least 33"),
     ):

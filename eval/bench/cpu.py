@@ -1,15 +1,7 @@
-"""`rocketkv bench`: decode speed against dense attention, in one run, correctness first.
-
-`attention` times one layer's decode step against that of `rocketkv+` and PyTorch's attention over the full cache, with
-the query heads as they are (`enable_gqa`) and with the heads of a group as rows, which is the strongest dense form on a
-CPU. `decode` times whole decode steps of a model against `rocketkv+`, the stock model, whose cache copies itself each
-step, and dense attention over a preallocated cache (method `full`).
-"""
+"""The benchmarks on a CPU: one attention layer, and whole decode steps of a model (see `cli`)."""
 
 import argparse
-import importlib
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -24,91 +16,39 @@ from transformers.cache_utils import DynamicCache
 
 from ...config import RocketKVConfig
 from ...core.sketch import Sketch, decode, rotation
-from ...dispatch import backend_name, decode_step
-from ...environment import processor
+from ...dispatch import decode_step
+from ...environment import machine
 from ...hf.cache import RocketKVCache, cache_stats
 from ...hf.loading import load_model
 from ...hf.models import CACHE_ARGUMENT
 from ...hf.patch import patch, unpatch
 from ...state.store import KVStore
 from ..progress import Progress
+from .cli import ROUNDS, STEPS
 
-ROUNDS = 7
-STEPS = 8
-# What each benchmark takes beside --rounds and --json.
-_OPTIONS = {
-    "attention": {"context", "budget", "steps", "threads"},
-    "decode": {"context", "budget", "steps", "threads", "model"},
-    "kernels": {"cases", "quick", "check", "dtype"},
-    "model": {"cases", "quick", "check", "shape"},
-}
-
-# Of Gaussian keys sketched in 1 bit, whose error is the largest, about 0.75 (2 bits: 0.36); of keys that are not theirs
-# it is more than 1.
+# Bound on the relative error of a sketch: about 0.75 for Gaussian keys in 1 bit, the largest (2 bits: 0.36), and more
+# than 1 for keys that are not the sketched ones.
 SKETCH_ERROR = 0.9
 
 
 class Arm(NamedTuple):
-    """What is timed, and what is done before each round, untimed."""
+    """A call that is timed, and a preparation before each round that is not."""
 
     call: Callable[[], Any]
     prepare: Callable[[], None] = lambda: None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the benchmark's options."""
-    parser.add_argument(
-        "what",
-        choices=("attention", "decode", "kernels", "model"),
-        help="on a CPU, one attention layer or a model's decode step; on a GPU, a layer's kernels or a model of 8B",
-    )
-    parser.add_argument("--context", type=int, help="prompt tokens (default 32768, or 8192 less the steps for decode)")
-    parser.add_argument("--budget", type=int, help="token budget (default 1024, or 256 for decode)")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"alternating rounds (default {ROUNDS})")
-    parser.add_argument("--steps", type=int, help=f"decode steps a round (default {STEPS})")
-    parser.add_argument("--threads", type=int, help="CPU threads (default 2)")
-    parser.add_argument("--model", help="for decode: a hub name or local folder; default SmolLM2-135M-Instruct")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document and no table (kernels and model: beside it else)"
-    )
-    on_gpu = parser.add_argument_group("kernels and model")
-    on_gpu.add_argument("--cases", help="BATCHxCONTEXT/BUDGET, separated by commas, as 1x8192/512,8x32768/1024")
-    on_gpu.add_argument("--quick", action="store_true", help="the small cases only")
-    on_gpu.add_argument("--check", action="store_true", help="the checks of every case at tiny sizes, without timing")
-    on_gpu.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="for kernels (default bfloat16)")
-    on_gpu.add_argument("--shape", help="for model: llama-3.1-8b (the default) or qwen3-8b")
-
-
 def run(args: argparse.Namespace) -> int:
-    """Run a benchmark and print it; returns the exit code.
-
-    Raises:
-        ValueError: an option is given that the benchmark does not take, or a number is less than 1.
-    """
-    _check_options(args)
-    if args.what in ("kernels", "model"):  # which need what is not everywhere
-        return int(importlib.import_module(f".{args.what}", __package__).run(args))
-    torch.set_num_threads(args.threads or 2)
-    options = {"rounds": args.rounds, "steps": args.steps or STEPS}
-    if args.what == "attention":
-        result = bench_attention(context=args.context or 32768, token_budget=args.budget or 1024, **options)
+    """Run a benchmark and print it; returns the exit code."""
+    torch.set_num_threads(args.threads)
+    if args.benchmark == "attention":
+        result = bench_attention(context=args.context, token_budget=args.budget, rounds=args.rounds, steps=args.steps)
     else:
-        result = bench_decode(args.model, context=args.context, token_budget=args.budget or 256, **options)
+        result = bench_decode(
+            args.model, context=args.context, token_budget=args.budget, rounds=args.rounds, steps=args.steps
+        )
     sys.stdout.write((json.dumps(result, indent=2) if args.json else _table(result)) + "\n")
     return 0
-
-
-def _check_options(args: argparse.Namespace) -> None:
-    """Refuse what would be ignored, and numbers that would stand for the default."""
-    known = {name for names in _OPTIONS.values() for name in names}
-    others = [f"--{name}" for name in sorted(known - _OPTIONS[args.what]) if getattr(args, name) not in (None, False)]
-    if others:
-        taken = ", ".join(f"--{name}" for name in sorted(_OPTIONS[args.what]))
-        raise ValueError(f"{args.what} takes no {', '.join(others)}; beside --rounds and --json it takes {taken}")
-    for name in ("context", "budget", "rounds", "steps", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
 
 
 def bench_attention(
@@ -377,18 +317,6 @@ def _result(
             if name != "rocketkv"
         },
         "machine": machine(),
-    }
-
-
-def machine() -> dict[str, Any]:
-    """Describe the machine that a figure was measured on."""
-    return {
-        "processor": processor()[0],
-        "cores": processor()[1],
-        "threads": torch.get_num_threads(),
-        "backend": backend_name(torch.device("cpu")),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
     }
 
 
