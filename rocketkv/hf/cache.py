@@ -144,27 +144,46 @@ def _writes(layer: Any) -> bool:
 
 
 def compress_layers(cache: DynamicCache, config: RocketKVConfig, model_config: PretrainedConfig | None = None) -> None:
-    """Replace the empty full-attention layers of a DynamicCache by layers of ours, in place; leave all others.
+    """Replace the empty full-attention layers of a DynamicCache by compressed ones, in place; leave all others.
 
     Args:
         cache: the cache.
-        config: the compression's settings.
-        model_config: from which a cache that makes its layers lazily learns what they are; such a one keeps all tokens
-            of sliding-window layers too.
+        config: the compression's settings, with their exceptions by layer.
+        model_config: the model's, for a cache that makes its layers lazily; such a cache keeps all tokens of
+            sliding-window layers too.
+
+    Raises:
+        ValueError: the settings name a layer that the model does not have or that cannot be compressed, or leave no
+            layer to compress.
     """
     if rocketkv_layers(cache):
         return  # done before; what is a plain layer now is to stay one
     lazy = not cache.layers and model_config is not None
     if lazy:
         cache.layers.extend(DynamicCache(config=model_config).layers)
-    workspaces: dict[Any, Any] = {}
-    for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and not layer.is_initialized:
-            cache.layers[i] = RocketKVLayer(config, workspaces, number=i)
+    settings = config.by_layer(len(cache.layers))
+    workspaces: dict[RocketKVConfig, dict[Any, Any]] = {}  # layers with the same settings share one
+    empty = [i for i, layer in enumerate(cache.layers) if type(layer) is DynamicLayer and not layer.is_initialized]
+    for i in empty:
+        own = settings[i]
+        if own is not None:
+            cache.layers[i] = RocketKVLayer(own, workspaces.setdefault(own, {}), number=i)
+    if empty:
+        _check_exceptions(cache, config)
     if config.watched:
         _monitor(rocketkv_layers(cache))
     if lazy:
         keep_whole(cache)
+
+
+def _check_exceptions(cache: DynamicCache, config: RocketKVConfig) -> None:
+    """Refuse budgets of layers that are not compressed, and exceptions that leave no layer to compress."""
+    for layer, _ in config.layer_budgets:  # type: ignore[misc]  # stored as pairs
+        if not isinstance(cache.layers[layer], RocketKVLayer):
+            kind = type(cache.layers[layer]).__name__
+            raise ValueError(f"layer_budgets names layer {layer}, a {kind} that is not compressed: leave it out")
+    if config.skip_layers and not rocketkv_layers(cache):
+        raise ValueError("skip_layers leaves no layer to compress: name fewer, or do not patch the model")
 
 
 def _monitor(layers: list[RocketKVLayer]) -> None:

@@ -75,14 +75,13 @@ def save_cache(
         raise TypeError(f"cache must be a RocketKVCache, got {type(cache).__name__}")
     outer, decoder = _models(model)
     _refuse_unfinished(cache)
-    settings = rocketkv_layers(cache)[0].config
     tensors = dict(_inputs(cache, ids, attention_mask))
     layers = []
     for i, layer in enumerate(cache.layers):
         held, entry = _packed(layer)
         tensors |= {f"layers.{i}.{name}": tensor for name, tensor in held.items()}
         layers.append(entry)
-    document = {"model": _model_mark(outer, decoder), "settings": asdict(settings), "layers": layers}
+    document = {"model": _model_mark(outer, decoder), "settings": asdict(cache.config), "layers": layers}
     write_tensors(Path(path), tensors, document)
 
 
@@ -109,7 +108,7 @@ def load_cache(path: str | os.PathLike[str], model: nn.Module) -> RocketKVCache:
     if state is not None:
         # As JSON holds them: a tuple of ranges to protect is a list there.
         here = json.loads(json.dumps(asdict(state.config)))
-        refuse_difference(path, "settings", _with_defaults(document.get("settings")), here)
+        refuse_difference(path, "settings", document.get("settings"), here)
     tensors = read(lambda name: True)
     try:
         with torch.inference_mode(False):  # buffers may be written in a later call that is not in inference mode
@@ -143,8 +142,7 @@ def _models(model: nn.Module) -> tuple[PreTrainedModel, PreTrainedModel]:
 
 def _refuse_unfinished(cache: RocketKVCache) -> None:
     """Refuse a cache that a file cannot hold."""
-    ours = rocketkv_layers(cache)
-    if not ours:
+    if not rocketkv_layers(cache):
         raise ValueError("this cache has no compressed layer: there is nothing that save_cache is needed for")
     layer: Any
     for i, layer in enumerate(cache.layers):
@@ -172,8 +170,6 @@ def _refuse_unfinished(cache: RocketKVCache) -> None:
             )
         if layer.speculative:
             raise ValueError("drafts are being verified: save the cache after generate has returned")
-        if layer.config != ours[0].config:
-            raise ValueError("the layers of this cache have different settings, which a file does not hold")
 
 
 def _inputs(cache: RocketKVCache, ids: Tensor | None, mask: Tensor | None) -> Iterator[tuple[str, Tensor]]:
@@ -233,23 +229,11 @@ def _packed(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
 
 
-def _with_defaults(settings: Any) -> Any:
-    """Return saved settings with what their split does not say, for it is older than a field, as if it had said so."""
-    split = settings.get("split") if isinstance(settings, dict) else None
-    if not isinstance(split, dict):
-        return settings
-    return {**settings, "split": {**asdict(BudgetSplit(token_budget=1)), **split}}
-
-
 def _cache(decoder: PreTrainedModel, document: dict[str, Any], tensors: dict[str, Tensor]) -> RocketKVCache:
     """Make the cache that a document describes."""
     settings = document["settings"]
-    split = settings["split"]
-    protect = settings["protect"]
-    if isinstance(protect, list):
-        protect = tuple((start, stop) for start, stop in protect)
-    split = None if split is None else BudgetSplit(**split)
-    config = RocketKVConfig(**{**settings, "split": split, "protect": protect})
+    split = None if settings["split"] is None else BudgetSplit(**settings["split"])
+    config = RocketKVConfig(**{**settings, "split": split})
     cache = RocketKVCache(decoder.config, config)
     entries = document["layers"]
     if len(entries) != len(cache.layers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,12 @@ def test_patching_again_changes_the_settings() -> None:
 def test_a_config_and_fields_together() -> None:
     model = build()
     settings = rocketkv.RocketKVConfig(**SMALL)
+    with rocketkv.patch(model, config=settings) as handle:
+        assert handle.config == settings
+    with rocketkv.patch(model, config=settings, method="snapkv") as handle:
+        assert handle.config == dataclasses.replace(settings, method="snapkv")
     with rocketkv.patch(model, settings, method="snapkv") as handle:
-        assert handle.config.method == "snapkv"
-        assert handle.config.window_size == settings.window_size
+        assert handle.config == dataclasses.replace(settings, method="snapkv")
     with pytest.raises(TypeError, match="config must be a RocketKVConfig or None, got dict"):
         rocketkv.patch(model, {"token_budget": 64})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="budget"):
