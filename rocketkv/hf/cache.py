@@ -1,4 +1,4 @@
-"""The cache that transformers sees: compressed where a layer attends to everything, stock elsewhere.
+"""The cache that transformers sees: full-attention layers are compressed, all others are stock.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim, n tokens of a forward, W observation window.
 """
@@ -40,20 +40,40 @@ class Snapshot:
 
 
 class RocketKVCache(DynamicCache):
-    """A cache for one batch of sequences: compressed where a layer attends to everything, stock elsewhere.
+    """A cache for one batch of sequences: full-attention layers are compressed, all others are stock.
 
-    `rocketkv.patch` makes one for every generation; pass your own as `cache` to keep it over turns, or to
-    tell it the prompt's length in a hand-written loop, so that stage 1 runs inside the prefill.
+    A patched model's `generate` makes one for every generation. Pass your own as `cache` to keep it over turns, or to
+    give it the prompt's length in a hand-written loop, so that stage 1 runs inside the prefill.
 
     Args:
         model_config: the model's configuration (`model.config`).
-        config: the compression's settings, or None for `RocketKVConfig(**fields)`.
+        config: the compression's settings, or None for the defaults.
         prompt_length: tokens of the first prompt, padding included; None runs stage 1 at the first decoded token.
-        **fields: fields of `RocketKVConfig`.
+        **fields: fields of `RocketKVConfig` that replace those of `config`.
+
+    Attributes:
+        config: the compression's settings.
 
     Raises:
-        TypeError: `config` is no RocketKVConfig, or given beside fields, or `prompt_length` is no int.
-        ValueError: a field, or `prompt_length`, has an impossible value.
+        TypeError: `config` is not a RocketKVConfig, there is no such field, or `prompt_length` is not an int.
+        ValueError: a field, or `prompt_length`, has an impossible value, or the settings name a layer that the model
+            does not have.
+
+    Example:
+        >>> import rocketkv, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2))
+        >>> context, question = torch.randint(3, 1000, (1, 900)), torch.randint(3, 1000, (1, 20))
+        >>> with rocketkv.patch(model), torch.inference_mode():
+        ...     cache = rocketkv.RocketKVCache(model.config, token_budget=128, prompt_length=900)
+        ...     _ = model(context, cache=cache)
+        ...     after_context = cache.snapshot()
+        ...     answer = model(question, cache=cache).logits[:, -1].argmax(-1)
+        ...     cache.rollback(after_context)  # ask something else
+        >>> cache.get_seq_length()
+        900
+        >>> cache.stats().layers[0].tokens_stored < 900
+        True
     """
 
     def __init__(
