@@ -32,7 +32,7 @@ FULL = "full"
 KVPRESS = "kvpress:"
 # Settings of the library's methods that a sweep may set. Method and budget are the sweep's own axes; splits and ranges
 # are no text, and to find messages `patch` would need the tokenizer.
-_NOT_SET = ("method", "token_budget", "split", "protect", "fair_shares")
+_NOT_SET = ("method", "token_budget", "split", "protect", "fair_shares", "skip_layers", "layer_budgets")
 SETTINGS = tuple(field.name for field in fields(RocketKVConfig) if field.name not in _NOT_SET)
 
 

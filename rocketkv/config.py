@@ -54,7 +54,7 @@ class RocketKVConfig:
             tokens in stage 1.
 
     Exceptions by layer (negative numbers count from the last layer):
-        skip_layers: layers that keep a full, stock cache.
+        skip_layers: layers that keep a full, stock cache; not with `decode_capacity`.
         layer_budgets: token budgets that replace `token_budget`, as a mapping {layer: budget}; stored as a tuple of
             pairs.
 
@@ -192,6 +192,11 @@ class RocketKVConfig:
             if self.on_loss is None:
                 raise ValueError(f"loss_bound={bound} has no effect without on_loss: set both or neither")
             self._set("loss_bound", float(bound))
+        if self.skip_layers and self.decode_capacity is not None:
+            raise ValueError(
+                f"skip_layers is for caches that grow: a full cache next to a static one (decode_capacity="
+                f"{self.decode_capacity}) changes its shape with every step. Leave one of the two out"
+            )
         if self.watched and self.decode_capacity is not None:
             name = "audit_every" if self.on_loss is None else "on_loss"
             raise ValueError(

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
 from typing import Any
 
+import numpy as np
 import pytest
 
-from rocketkv.budget import METHODS, BudgetSplit
+from rocketkv import budget
+from rocketkv.budget import METHODS, BudgetSplit, Method, register_method
 from rocketkv.config import RocketKVConfig
 
 NUMBERS = ["token_budget", "decode_reserve", "window_size", "kernel_size"]
@@ -128,3 +133,91 @@ def test_a_split_of_ones_own_must_keep_the_window() -> None:
 def test_a_split_must_be_a_split() -> None:
     with pytest.raises(TypeError, match="split must be a BudgetSplit or None, got dict"):
         RocketKVConfig(split={"token_budget": 64})  # type: ignore[arg-type]
+
+
+def test_integers_of_numpy_and_lists_are_stored_as_pythons_own() -> None:
+    config = RocketKVConfig(
+        token_budget=np.int64(256),
+        kernel_size=np.int32(5),
+        decode_capacity=np.uint8(64),
+        protect=[[np.int64(0), 4], (7, 9)],
+        layer_budgets={np.int64(3): np.int32(1024), 1: 300},
+    )
+    same = RocketKVConfig(
+        token_budget=256,
+        kernel_size=5,
+        decode_capacity=64,
+        protect=((0, 4), (7, 9)),
+        layer_budgets=((1, 300), (3, 1024)),
+    )
+    assert config == same
+    assert RocketKVConfig(skip_layers=[np.int64(0), -1]).skip_layers == (0, -1)
+    assert hash(config) == hash(same)
+    assert "int64" not in repr(config)
+    assert json.loads(json.dumps(dataclasses.asdict(config)))["layer_budgets"] == [[1, 300], [3, 1024]]
+    assert dataclasses.replace(config, token_budget=300).layer_budgets == ((1, 300), (3, 1024))
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "message"),
+    [
+        ({"protect": [(0, 1.5)]}, TypeError, "protect must be an int, got 1.5 of type float"),
+        ({"protect": [3]}, TypeError, "protect must be a list or tuple, got 3"),
+        ({"protect": [(1, 2, 3)]}, TypeError, "protect must hold pairs of integers"),
+        ({"protect": [(5, 5)]}, ValueError, "0 <= start < stop; got \\(5, 5\\)"),
+        ({"protect": "user"}, ValueError, "protect must be 'system', ranges .* got 'user'"),
+        ({"protect": "system", "method": "streaming"}, ValueError, "rank tokens by attention; 'streaming' does not"),
+        ({"skip_layers": 0}, TypeError, "skip_layers must be a list or tuple, got 0"),
+        ({"skip_layers": [True]}, TypeError, "skip_layers must be an int, got True"),
+        ({"layer_budgets": {0: 1}}, ValueError, r"layer_budgets\[0\] must be at least 2 .*got 1"),
+        ({"skip_layers": [0], "decode_capacity": 64}, ValueError, "skip_layers is for caches that grow.*=64"),
+        ({"layer_budgets": {0: "8"}}, TypeError, "layer_budgets must be an int, got '8'"),
+        (
+            {"layer_budgets": {0: 256}, "split": BudgetSplit(token_budget=64)},
+            ValueError,
+            "layer_budgets has no effect with a custom split",
+        ),
+    ],
+)
+def test_what_no_setting_can_be_is_refused(fields: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        RocketKVConfig(**fields)
+
+
+def test_settings_by_layer() -> None:
+    config = RocketKVConfig(token_budget=512, skip_layers=(0, -1), layer_budgets={1: 1024, -2: 256})
+    found = config.by_layer(6)
+    assert [None if each is None else each.token_budget for each in found] == [None, 1024, 512, 512, 256, None]
+    assert found[2] == RocketKVConfig(token_budget=512)
+    assert RocketKVConfig().by_layer(2) == [RocketKVConfig()] * 2
+    for fields, message in (
+        ({"skip_layers": (6,)}, "skip_layers names layer 6, but the model has layers 0 to 5"),
+        ({"layer_budgets": {-7: 512}}, "layer_budgets names layer -7, but the model has layers 0 to 5"),
+        ({"skip_layers": (5,), "layer_budgets": {-1: 512}}, "name layer 5 twice"),
+        ({"layer_budgets": [(0, 512), (0, 600)]}, "name layer 0 twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RocketKVConfig(**fields).by_layer(6)  # type: ignore[arg-type]
+
+
+def test_settings_are_made_without_torch() -> None:
+    code = "import sys; from rocketkv import RocketKVConfig; RocketKVConfig(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_a_registered_method_is_a_setting_like_any_other(request: pytest.FixtureRequest) -> None:
+    def split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
+        return BudgetSplit(token_budget=token_budget, kept_tokens=token_budget, pool_offset=1)
+
+    name = "a-registered-method"
+    request.addfinalizer(lambda: budget._METHODS.pop(name))
+    register_method(Method(name, split, least_budget=lambda window, reserve: window + 7, pool_width=7, multi_turn=True))
+    config = RocketKVConfig(method=name, token_budget=39)
+    assert config.pool_size == 7
+    assert config.keeps_history
+    assert config.split_for(1000, 64) == split(1000, 39, 64, 128)
+    with pytest.raises(ValueError, match=f"token_budget must be at least 39 for method '{name}'"):
+        RocketKVConfig(method=name, token_budget=38)
+    with pytest.raises(ValueError, match="such as 'rocketkv\\+'"):
+        RocketKVConfig(method=name, on_loss="warn")

@@ -1,4 +1,4 @@
-"""The cache that transformers sees: compressed where a layer attends to everything, stock elsewhere.
+"""The cache that transformers sees: full-attention layers are compressed, all others are stock.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim, n tokens of a forward, W observation window.
 """
@@ -41,20 +41,40 @@ class Snapshot:
 
 
 class RocketKVCache(DynamicCache):
-    """A cache for one batch of sequences: compressed where a layer attends to everything, stock elsewhere.
+    """A cache for one batch of sequences: full-attention layers are compressed, all others are stock.
 
-    `rocketkv.patch` makes one for every generation; pass your own as `cache` to keep it over turns, or to
-    tell it the prompt's length in a hand-written loop, so that stage 1 runs inside the prefill.
+    A patched model's `generate` makes one for every generation. Pass your own as `cache` to keep it over turns, or to
+    give it the prompt's length in a hand-written loop, so that stage 1 runs inside the prefill.
 
     Args:
         model_config: the model's configuration (`model.config`).
-        config: the compression's settings, or None for `RocketKVConfig(**fields)`.
+        config: the compression's settings, or None for the defaults.
         prompt_length: tokens of the first prompt, padding included; None runs stage 1 at the first decoded token.
-        **fields: fields of `RocketKVConfig`.
+        **fields: fields of `RocketKVConfig` that replace those of `config`.
+
+    Attributes:
+        config: the compression's settings.
 
     Raises:
-        TypeError: `config` is no RocketKVConfig, or given beside fields, or `prompt_length` is no int.
-        ValueError: a field, or `prompt_length`, has an impossible value.
+        TypeError: `config` is not a RocketKVConfig, there is no such field, or `prompt_length` is not an int.
+        ValueError: a field, or `prompt_length`, has an impossible value, or the settings name a layer that the model
+            does not have.
+
+    Example:
+        >>> import rocketkv, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2))
+        >>> context, question = torch.randint(3, 1000, (1, 900)), torch.randint(3, 1000, (1, 20))
+        >>> with rocketkv.patch(model), torch.inference_mode():
+        ...     cache = rocketkv.RocketKVCache(model.config, token_budget=128, prompt_length=900)
+        ...     _ = model(context, cache=cache)
+        ...     after_context = cache.snapshot()
+        ...     answer = model(question, cache=cache).logits[:, -1].argmax(-1)
+        ...     cache.rollback(after_context)  # ask something else
+        >>> cache.get_seq_length()
+        900
+        >>> cache.stats().layers[0].tokens_stored < 900
+        True
     """
 
     def __init__(
@@ -145,27 +165,46 @@ def _writes(layer: Any) -> bool:
 
 
 def compress_layers(cache: DynamicCache, config: RocketKVConfig, model_config: PretrainedConfig | None = None) -> None:
-    """Replace the empty full-attention layers of a DynamicCache by layers of ours, in place; leave all others.
+    """Replace the empty full-attention layers of a DynamicCache by compressed ones, in place; leave all others.
 
     Args:
         cache: the cache.
-        config: the compression's settings.
-        model_config: from which a cache that makes its layers lazily learns what they are; such a one keeps all tokens
-            of sliding-window layers too.
+        config: the compression's settings, with their exceptions by layer.
+        model_config: the model's, for a cache that makes its layers lazily; such a cache keeps all tokens of
+            sliding-window layers too.
+
+    Raises:
+        ValueError: the settings name a layer that the model does not have or that cannot be compressed, or leave no
+            layer to compress.
     """
     if rocketkv_layers(cache):
         return  # done before; what is a plain layer now is to stay one
     lazy = not cache.layers and model_config is not None
     if lazy:
         cache.layers.extend(DynamicCache(config=model_config).layers)
-    workspaces = Workspaces()
-    for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and not layer.is_initialized:
-            cache.layers[i] = RocketKVLayer(config, workspaces, number=i)
+    settings = config.by_layer(len(cache.layers))
+    workspaces: dict[RocketKVConfig, Workspaces] = {}  # layers with the same settings share one
+    empty = [i for i, layer in enumerate(cache.layers) if type(layer) is DynamicLayer and not layer.is_initialized]
+    for i in empty:
+        own = settings[i]
+        if own is not None:
+            cache.layers[i] = RocketKVLayer(own, workspaces.setdefault(own, Workspaces()), number=i)
+    if empty:
+        _check_exceptions(cache, config)
     if config.watched:
         _monitor(rocketkv_layers(cache))
     if lazy:
         keep_whole(cache)
+
+
+def _check_exceptions(cache: DynamicCache, config: RocketKVConfig) -> None:
+    """Refuse budgets of layers that are not compressed, and exceptions that leave no layer to compress."""
+    for layer, _ in config.layer_budgets:  # type: ignore[misc]  # stored as pairs
+        if not isinstance(cache.layers[layer], RocketKVLayer):
+            kind = type(cache.layers[layer]).__name__
+            raise ValueError(f"layer_budgets names layer {layer}, a {kind} that is not compressed: leave it out")
+    if config.skip_layers and not rocketkv_layers(cache):
+        raise ValueError("skip_layers leaves no layer to compress: name fewer, or do not patch the model")
 
 
 def _monitor(layers: list[RocketKVLayer]) -> None:

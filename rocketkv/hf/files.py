@@ -1,7 +1,7 @@
-"""A cache in a file: a long context is read once, and asked again another day.
+"""Save a cache to a file and load it: a long context is read once and used again later.
 
-A file holds the tensors in use, and a document that says what they are of (the model, the settings, the version) and
-what a cache knows beside them. What does not fit, or was damaged, is refused; nothing in a file is ever executed.
+A file holds the tensors in use, and a JSON document with the model, the settings, the version and the cache's other
+state. A file that is damaged or does not fit is refused; nothing in a file is ever executed.
 
 Letters: B batch, Hkv KV heads, N slots in use.
 """
@@ -58,15 +58,15 @@ def save_cache(
     ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
 ) -> None:
-    """Write a cache to a file, from which `load_cache` goes on as if it had never been away.
+    """Write a cache to a file; the cache that `load_cache` returns continues exactly where this one is.
 
-    The file appears under its name when it is complete. `model.generate` goes on from all the sequence's token ids, so
-    save those too; `load_inputs` returns them.
+    The file appears under its name when it is complete. `model.generate` continues from all token ids of the sequence,
+    so save those too; `load_inputs` returns them.
 
     Args:
         cache: after a prompt's end; it stays as it is.
         path: the file, which is replaced if there is one; `.safetensors` is the usual ending.
-        model: the model that filled the cache, patched or not: the file says which one it is of.
+        model: the model that filled the cache, patched or not; the file identifies it.
         ids: [B, n] token ids of the sequence, padding included: all that the cache has seen, or more.
         attention_mask: [B, n], 0 at padding, for rows of different lengths.
 
@@ -74,30 +74,40 @@ def save_cache(
         TypeError: `cache` is no RocketKVCache, `model` no transformers model, or `ids` are no integers.
         ValueError: the cache is in a state that a file cannot hold, or `ids` are not its tokens; the message says why.
         FileNotFoundError: there is no such folder.
+
+    Example:
+        >>> import rocketkv, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2))
+        >>> handle = rocketkv.patch(model, token_budget=128)
+        >>> ids = model.generate(torch.randint(3, 1000, (1, 900)), max_new_tokens=10)
+        >>> rocketkv.save_cache(handle.cache, "context.safetensors", model=model, ids=ids)
+        >>> cache = rocketkv.load_cache("context.safetensors", model)
+        >>> ids = rocketkv.load_inputs("context.safetensors")["input_ids"]
+        >>> longer = model.generate(ids, cache=cache, max_new_tokens=10)
     """
     if not isinstance(cache, RocketKVCache):
         raise TypeError(f"cache must be a RocketKVCache, got {type(cache).__name__}")
     outer, decoder = _models(model)
     _refuse_unfinished(cache)
-    settings = rocketkv_layers(cache)[0].config
     tensors = dict(_inputs(cache, ids, attention_mask))
     layers = []
     for i, layer in enumerate(cache.layers):
         held, entry = _packed(layer)
         tensors |= {f"layers.{i}.{name}": tensor for name, tensor in held.items()}
         layers.append(entry)
-    document = {"model": _model_mark(outer, decoder), "settings": asdict(settings), "layers": layers}
+    document = {"model": _model_mark(outer, decoder), "settings": asdict(cache.config), "layers": layers}
     write_tensors(Path(path), tensors, document)
 
 
 def load_cache(path: str | os.PathLike[str], model: nn.Module) -> RocketKVCache:
-    """Return the cache that `save_cache` wrote to a file, on the devices of the model that it is for.
+    """Return the cache that `save_cache` wrote to a file, on the model's devices.
 
-    It has the settings that it was saved with; a model that is patched must have the same.
+    It has the settings that it was saved with; a patched model must have the same.
 
     Args:
         path: the file, which is only read.
-        model: the model that goes on with it.
+        model: the model that continues with it.
 
     Raises:
         TypeError: `model` is no transformers model.
@@ -147,8 +157,7 @@ def _models(model: nn.Module) -> tuple[PreTrainedModel, PreTrainedModel]:
 
 def _refuse_unfinished(cache: RocketKVCache) -> None:
     """Refuse a cache that a file cannot hold."""
-    ours = rocketkv_layers(cache)
-    if not ours:
+    if not rocketkv_layers(cache):
         raise ValueError("this cache has no compressed layer: there is nothing that save_cache is needed for")
     layer: Any
     for i, layer in enumerate(cache.layers):
@@ -176,8 +185,6 @@ def _refuse_unfinished(cache: RocketKVCache) -> None:
             )
         if layer.speculative:
             raise ValueError("drafts are being verified: save the cache after generate has returned")
-        if layer.config != ours[0].config:
-            raise ValueError("the layers of this cache have different settings, which a file does not hold")
 
 
 def _inputs(cache: RocketKVCache, ids: Tensor | None, mask: Tensor | None) -> Iterator[tuple[str, Tensor]]:
@@ -239,12 +246,8 @@ def _packed(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _cache(decoder: PreTrainedModel, document: dict[str, Any], tensors: dict[str, Tensor]) -> RocketKVCache:
     """Make the cache that a document describes."""
     settings = document["settings"]
-    split = settings["split"]
-    protect = settings["protect"]
-    if isinstance(protect, list):
-        protect = tuple((start, stop) for start, stop in protect)
-    split = None if split is None else BudgetSplit(**split)
-    config = RocketKVConfig(**{**settings, "split": split, "protect": protect})
+    split = None if settings["split"] is None else BudgetSplit(**settings["split"])
+    config = RocketKVConfig(**{**settings, "split": split})
     cache = RocketKVCache(decoder.config, config)
     entries = document["layers"]
     if len(entries) != len(cache.layers):

@@ -1,11 +1,11 @@
-"""What happens while a patched model generates: its `generate`, told where the prompt ends, and what a call records.
+"""`generate` of a patched model: it tells the cache where the prompt ends, and records the finished generation.
 
-Nothing here keeps state of a model, a sequence or a call: a patch lives on the model it patches.
+All state of a patch lives on the model that it patches.
 """
 
-import functools
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..config import RocketKVConfig
 from ..state.monitor import OnStep
+from ..state.stats import CacheStats
 from .cache import RocketKVCache, begin_prompt, cache_stats, compress_layers, make_croppable, rocketkv_layers
 from .chat import ChatMarks
 from .compiled import RoomCheck, many_forwards, say_uncompiled, uncompiled_reason
@@ -25,32 +26,75 @@ from .models import CACHE_ARGUMENT, find_decoder, given_cache
 STATE = "_rocketkv"  # on the patched model: its PatchState
 
 
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A generation that has ended.
+
+    Attributes:
+        stats: of its cache, or None if it had none.
+        cache: returns the cache, or None once it is gone.
+        held: whether `cache` keeps it alive.
+    """
+
+    stats: CacheStats | None
+    cache: Callable[[], Any]
+    held: bool
+
+
 @dataclass(eq=False)
 class PatchState:
-    """What `patch` left on a model: enough to run it and to undo it. Copies and pickles with the model."""
+    """The patch of a model: enough to run it and to undo it. It is copied and pickled with the model.
+
+    Attributes:
+        config: the settings in force.
+        chat: the chat template's marks, or None where no tokenizer was given.
+        former_configs: modules and the configurations that they had.
+        former: methods that the model had in its own `__dict__`, by name.
+        installed: methods that the patch put there, by name.
+        former_forward: the decoder's own `forward` in its `__dict__`, or None.
+        hook: the decoder's forward pre-hook.
+        warned: warnings that were given.
+        on_step: callback for reports of decode steps, or None.
+        finished: the last generation that ended, in any thread.
+        thread: the running generation of each thread.
+        lock: of `finished`, which threads replace.
+    """
 
     config: RocketKVConfig
     chat: ChatMarks | None = None
     former_configs: list[tuple[nn.Module, PretrainedConfig]] = field(default_factory=list)
-    former_generate: Callable[..., Any] | None = None
+    former: dict[str, Any] = field(default_factory=dict)
+    installed: dict[str, Any] = field(default_factory=dict)
     former_forward: Callable[..., Any] | None = None
     hook: RemovableHandle | None = None
     warned: set[str] = field(default_factory=set)
     on_step: OnStep | None = None
-    recorded: threading.local = field(default_factory=threading.local)
+    finished: Finished | None = None
+    thread: threading.local = field(default_factory=threading.local)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process and its threads."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("recorded", "on_step")}
+        return self.__dict__ | {"thread": None, "lock": None, "on_step": None, "finished": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Start with nothing recorded, and report to nobody."""
-        self.__dict__.update(state, recorded=threading.local(), on_step=None)
+        """Start with no generation and no callback."""
+        self.__dict__.update(state, thread=threading.local(), lock=threading.Lock())
 
     @property
     def running(self) -> "Generation | None":
         """The generation that runs in this thread."""
-        return getattr(self.recorded, "running", None)
+        return getattr(self.thread, "running", None)
+
+    def release(self) -> None:
+        """Drop the reference to the last generation's cache; its stats stay."""
+        with self.lock:
+            if self.finished is not None and self.finished.held:
+                self.finished = Finished(self.finished.stats, _gone, held=False)
+
+
+def _gone() -> None:
+    return None
 
 
 def state_of(model: nn.Module) -> PatchState | None:
@@ -114,22 +158,24 @@ class Generation:
             layer.prompt_end = None
 
 
-def generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """Run the model's own `generate`, told where the prompt ends; stands in its place on a patched model.
+def generate(model: PreTrainedModel, state: PatchState, /, *args: Any, **kwargs: Any) -> Any:
+    """Run the model's own `generate` with a compressed cache; installed in its place on a patched model.
 
-    The cache is made here, so that every layer evicts inside its own prefill call, and counted at the end.
+    It makes the cache, so that every layer evicts inside its own prefill call, and counts it at the end. After
+    `unpatch`, a wrapper around it may still call it: then it is the model's own `generate` alone.
     """
-    state = state_of(model)
     own: Any = type(model)
-    stock: Callable[..., Any] = functools.partial(own.generate, model)
-    if state is None:
+    stock: Callable[..., Any] = state.former.get("generate") or own.generate.__get__(model)
+    if state_of(model) is not state:
         return stock(*args, **kwargs)
-    stock = state.former_generate or stock
     decoder, _ = find_decoder(model)
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         refuse_empty_rows(mask)
     kwargs, cache = given_cache(kwargs)
+    held = cache is None or _held(state, cache)
+    if state.running is None:
+        state.release()
     if cache is None and _uses_dynamic_cache(model, args, kwargs):
         cache = kwargs[CACHE_ARGUMENT] = RocketKVCache(decoder.config, state.config)
     elif cache is not None and convertible(cache):
@@ -141,16 +187,34 @@ def generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         running.begin(cache)
         args, kwargs = _watched(model, args, kwargs, running, state.warned)
     # An assistant that is the model itself generates within this call.
-    outer, state.recorded.running = state.running, running
-    state.recorded.stats = None
+    outer, state.thread.running = state.running, running
     try:
         with many_forwards() if running.compiles else nullcontext():
             output = stock(*args, **kwargs)
     finally:
-        state.recorded.running = outer
+        state.thread.running = outer
         running.end_prompt()
-    state.recorded.stats = None if running.cache is None else cache_stats(running.cache)
+    finished = _finished(running.cache, held and not _returned(output, running.cache))
+    with state.lock:
+        state.finished = finished
     return output
+
+
+def _finished(cache: Any, held: bool) -> Finished:
+    """Return the record of a generation; `held` keeps its cache alive."""
+    if cache is None:
+        return Finished(None, _gone, held=False)
+    return Finished(cache_stats(cache), (lambda: cache) if held else weakref.ref(cache), held)
+
+
+def _held(state: PatchState, cache: Any) -> bool:
+    """Whether the patch keeps this cache alive, as the last generation's."""
+    return state.finished is not None and state.finished.held and state.finished.cache() is cache
+
+
+def _returned(output: Any, cache: Any) -> bool:
+    """Whether the caller of `generate` gets the cache with the output."""
+    return isinstance(output, Mapping) and any(value is cache for value in output.values())
 
 
 def _watched(

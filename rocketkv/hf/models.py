@@ -1,4 +1,4 @@
-"""Which models can be compressed, and where their attention is."""
+"""Find a model's decoder and attention layers, and refuse models that cannot be compressed."""
 
 import warnings
 from typing import Any
@@ -109,6 +109,8 @@ def refuse_unsupported(model: PreTrainedModel, decoder: PreTrainedModel, attenti
         reason = "its layers share keys and values"
     elif not decoder._can_set_attn_implementation():
         reason = "it does not use transformers' attention interface"
+    else:
+        reason = reason or _uneven_heads(model, attentions)
     if reason is not None:
         raise ValueError(f"{type(model).__name__} cannot be patched: {reason}")
     layers = DynamicCache(config=config).layers
@@ -125,3 +127,22 @@ def refuse_unsupported(model: PreTrainedModel, decoder: PreTrainedModel, attenti
             f"{type(model).__name__} has no layer of full attention alone: there is nothing to compress",
             stacklevel=3,
         )
+
+
+def _uneven_heads(model: PreTrainedModel, attentions: list[nn.Module]) -> str | None:
+    """Return why tensor parallel cannot divide a model's KV heads among its ranks, or None where it can.
+
+    transformers shards the rows of `k_proj` and replicates no KV heads, so an uneven share fails within the model.
+    """
+    ranks = getattr(model, "tp_size", None) or 1
+    for module in attentions if ranks > 1 else ():
+        weight: Any = getattr(getattr(module, "k_proj", None), "weight", None)
+        head_dim = getattr(module, "head_dim", None)
+        if head_dim and any(placement.is_shard(0) for placement in getattr(weight, "placements", ())):
+            kv_heads = weight.shape[0] // head_dim  # a DTensor has the shape of the whole weight
+            if kv_heads % ranks:
+                return (
+                    f"tensor parallel cannot divide its {kv_heads} KV heads among {ranks} ranks; choose a number of "
+                    f"ranks that divides {kv_heads}"
+                )
+    return None

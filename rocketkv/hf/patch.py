@@ -1,6 +1,6 @@
-"""The way into transformers: `patch` and `unpatch`, and one hook before each forward of a patched decoder.
+"""`patch` and `unpatch` of a transformers model, and the hook before each forward of a patched decoder.
 
-Nothing here keeps state of a model, a sequence or a call: a patch lives on the model it patches.
+All state of a patch lives on the model that it patches.
 """
 
 import copy
@@ -36,7 +36,7 @@ _CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
 
 
 class PatchHandle:
-    """A patched model: what it was patched with, what its last generation saved, and a context manager that undoes it.
+    """A patched model: its settings, its last generation, and a context manager that undoes the patch.
 
     Attributes:
         model: the patched model.
@@ -58,24 +58,49 @@ class PatchHandle:
         return self._state.config
 
     def stats(self) -> CacheStats:
-        """Return tokens and bytes of the last `generate` that ended in this thread; its cache may be gone.
+        """Return tokens and bytes of the last `generate` that ended, in any thread; its cache may be gone.
+
+        Where several threads generate at once, ask each one's own cache: `cache.stats()`.
 
         Raises:
-            ValueError: none has.
+            ValueError: no `generate` has ended, or the last one had no cache.
         """
-        stats: CacheStats | None = getattr(self._state.recorded, "stats", None)
-        if stats is None:
+        if self._state.finished is None:
+            raise ValueError("no generate of this model has ended; in a custom loop ask cache.stats()")
+        if self._state.finished.stats is None:
+            raise ValueError("the last generate of this model had no cache (use_cache=False)")
+        return self._state.finished.stats
+
+    @property
+    def cache(self) -> Any:
+        """The cache of the last `generate` that ended, in any thread: to continue from, or to snapshot.
+
+        It holds the sequence but for the last generated token. The patch keeps it alive until the next `generate`
+        begins, `release()` or `unpatch`. It does not keep alive a cache that you have a reference to: one that you
+        passed to `generate`, or got back with `return_dict_in_generate=True`.
+
+        Raises:
+            ValueError: no `generate` has ended, or its cache is gone.
+        """
+        finished = self._state.finished
+        cache = None if finished is None else finished.cache()
+        if cache is None:
             raise ValueError(
-                "no generate of this model has ended in this thread; in a loop of your own ask cache.stats()"
+                "there is no cache: no generate of this model has ended, it had none, it was released, or it was "
+                "yours and you have dropped it"
             )
-        return stats
+        return cache
+
+    def release(self) -> None:
+        """Free the cache that the last `generate` left behind, unless somebody else has a reference to it."""
+        self._state.release()
 
     def compile_step(self, **options: Any) -> CompiledStep:
-        """Return the model's forward, compiled for the decode steps of a loop of your own with a static cache.
+        """Return the model's forward, compiled for the decode steps of a custom loop with a static cache.
 
-        Call it in the place of the model, from the prompt on: what is no decode step of a static cache runs eagerly.
-        The cache is a `RocketKVCache` with a `decode_capacity` and, best, its `prompt_length`; rows of different
-        lengths need their `position_ids`. With CUDA graphs, what a step returns is overwritten by the next one.
+        Call it in place of the model, from the prompt on: forwards that are no decode step of a static cache run
+        eagerly. The cache is a `RocketKVCache` with a `decode_capacity` and, best, its `prompt_length`; rows of
+        different lengths need their `position_ids`. With CUDA graphs, a step overwrites the previous step's output.
 
         Args:
             **options: of `torch.compile`; by default `mode="reduce-overhead"` (CUDA graphs) and `fullgraph=True`.
@@ -109,25 +134,47 @@ def patch(
 
     Patching again changes the settings. Only full-attention layers are compressed; sliding-window and linear layers of
     hybrid models stay as they are. Caches that are not dynamic run exactly as without the patch, with a warning. Under
-    `torch.compile` of one's own, decode steps with `decode_capacity` are compiled, but do not see the end of its room
+    your own `torch.compile`, decode steps with `decode_capacity` are compiled, but do not notice a full buffer
     (`handle.compile_step()` does); a cache that grows runs eagerly.
 
     Args:
         model: a causal language model of transformers, bare or wrapped (PEFT).
-        config: the settings; None for `RocketKVConfig(**fields)`.
-        tokenizer: the model's, by whose chat template `protect="system"` and `fair_shares` find messages.
-        on_step: called with a `rocketkv.state.monitor.StepReport` after each decode step, within the forward: what
-            every head is estimated to miss. It waits for no device unless the callback does. Copies of the model have
-            none.
-        **fields: fields of `RocketKVConfig`; with `config`, they replace its own.
+        config: the settings, or None for the defaults.
+        tokenizer: the model's tokenizer; its chat template finds messages for `protect="system"` and `fair_shares`.
+        on_step: called with a `rocketkv.state.monitor.StepReport` after each decode step, within the forward: the
+            estimated missed mass of every head. It waits for no device unless the callback does. Copies of the model
+            have none.
+        **fields: fields of `RocketKVConfig` that replace those of `config`.
 
     Returns:
-        A handle; `with rocketkv.patch(model, ...):` ends with what was before: no patch, or the earlier settings.
+        A handle; the end of `with rocketkv.patch(model, ...):` restores the state before: no patch, or the earlier
+        settings.
 
     Raises:
-        TypeError: `model` is not a transformers model, `on_step` cannot be called, or a field has the wrong type.
-        ValueError: a field has an impossible value, or the model cannot be compressed, or messages cannot be found in
-            its prompts, or `on_step` is for a static cache; the message says why.
+        TypeError: `model` is not a transformers model, `on_step` cannot be called, there is no such field, or a field
+            has the wrong type.
+        ValueError: a field has an impossible value, the model cannot be compressed, messages cannot be found in its
+            prompts, or `on_step` is for a static cache; the message says why.
+
+    Example:
+        >>> import rocketkv, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> _ = torch.manual_seed(0)
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2))
+        >>> prompt = torch.randint(3, 1000, (1, 2000))
+        >>> handle = rocketkv.patch(model, token_budget=256)
+        >>> model.generate(prompt, max_new_tokens=5).shape
+        torch.Size([1, 2005])
+        >>> handle.stats().layers[0].tokens_seen
+        2004
+        >>> handle.stats().layers[0].tokens_stored < 1000
+        True
+        >>> rocketkv.unpatch(model)
+
+        For a while, with other settings:
+
+        >>> with rocketkv.patch(model, method="rocketkv+", token_budget=128) as handle:
+        ...     tokens = model.generate(prompt, max_new_tokens=5)
     """
     settings = make_config(config, fields)
     if on_step is not None:
@@ -151,7 +198,7 @@ def patch(
     AttentionInterface.register(NAME, rocketkv_attention)
     AttentionMaskInterface.register(NAME, rocketkv_mask)
     before = decoder.config._attn_implementation
-    state = PatchState(settings, chat, _take_configs(outer), outer.__dict__.get("generate"), on_step=on_step)
+    state = PatchState(settings, chat, _take_configs(outer), on_step=on_step)
     try:
         decoder.set_attn_implementation(NAME)
         if decoder.config._attn_implementation != NAME:
@@ -167,11 +214,11 @@ def patch(
     state.hook = decoder.register_forward_pre_hook(_ForwardHook(state), with_kwargs=True)
     state.former_forward = decoder.__dict__.get("forward")
     decoder.__dict__["forward"] = DecoderForward(decoder, state.former_forward, state.warned)
-    if hasattr(outer, "generate"):
-        outer.__dict__["generate"] = functools.partial(generate, outer)
-    for name in _CONTINUOUS_BATCHING:
-        if hasattr(outer, name):
-            outer.__dict__[name] = refuse_continuous_batching
+    replaced = {"generate": functools.partial(generate, outer, state)}
+    replaced |= dict.fromkeys(_CONTINUOUS_BATCHING, refuse_continuous_batching)
+    state.installed = {name: method for name, method in replaced.items() if hasattr(outer, name)}
+    state.former = {name: outer.__dict__[name] for name in state.installed if name in outer.__dict__}
+    outer.__dict__.update(state.installed)
     outer.__dict__[STATE] = state
     return PatchHandle(model, state)
 
@@ -187,7 +234,10 @@ def _chat_marks(config: RocketKVConfig, tokenizer: Any) -> ChatMarks | None:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undo `patch`: the model is as it was, bit for bit. Does nothing to a model that is not patched."""
+    """Undo `patch`: the model is as it was, bit for bit. Does nothing to a model that is not patched.
+
+    A wrapper that somebody put on `generate` or on the decoder's `forward` since stays, and calls the model's own.
+    """
     outer = _outermost(model)
     state = state_of(outer)
     if state is None:
@@ -203,11 +253,12 @@ def unpatch(model: nn.Module) -> None:
         del decoder.__dict__["forward"]
         if state.former_forward is not None:
             decoder.__dict__["forward"] = state.former_forward
-    for name in ("generate", *_CONTINUOUS_BATCHING):
-        outer.__dict__.pop(name, None)
-    if state.former_generate is not None:
-        outer.__dict__["generate"] = state.former_generate
+    for name, method in state.installed.items():
+        if outer.__dict__.get(name) is method:  # or somebody has wrapped or replaced it since
+            del outer.__dict__[name]
+            outer.__dict__.update({name: state.former[name]} if name in state.former else {})
     del outer.__dict__[STATE]
+    state.release()
 
 
 def _take_configs(model: PreTrainedModel) -> list[tuple[nn.Module, PretrainedConfig]]:

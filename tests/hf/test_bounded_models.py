@@ -141,7 +141,7 @@ def test_nothing_grows_over_two_thousand_tokens() -> None:
 @pytest.mark.integration
 @pytest.mark.parametrize("rows", ["padded", "one"])
 def test_compiled_steps_evict_between_them(rows: str) -> None:
-    fields = BOUNDED
+    fields = {**BOUNDED, "when_full": "evict"}
     model = build()
     handle = rocketkv.patch(model, **fields)
     torch._dynamo.reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -240,10 +241,15 @@ def test_a_cache_of_ours_without_a_patched_model() -> None:
 
 def test_fields_of_a_cache() -> None:
     settings = rocketkv.RocketKVConfig(**SMALL)
-    with pytest.raises(TypeError, match="either config or fields, got both"):
-        rocketkv.RocketKVCache(config("llama"), settings, token_budget=64)
-    with pytest.raises(TypeError, match="budget"):
+    replaced = rocketkv.RocketKVCache(config("llama"), settings, token_budget=64)
+    assert replaced.config == dataclasses.replace(settings, token_budget=64)
+    message = r"there is no setting 'budget'\. Did you mean 'token_budget'\?"
+    with pytest.raises(TypeError, match=message):
         rocketkv.RocketKVCache(config("llama"), budget=64)
+    with pytest.raises(TypeError, match=message):
+        rocketkv.patch(build(), settings, budget=64)
+    with pytest.raises(TypeError, match=r"there is no setting 'zzz'\. RocketKVConfig lists them"):
+        rocketkv.patch(build(), zzz=64)
     with pytest.raises(ValueError, match="kernel_size must be odd"):
         rocketkv.RocketKVCache(config("llama"), kernel_size=4)
     split = rocketkv.BudgetSplit(token_budget=24, channels=32, top_k=12)

@@ -406,23 +406,6 @@ def test_other_settings(fields: dict[str, Any], message: str, saved: tuple[Any, 
         refused(path, model, message)
 
 
-def test_settings_of_before_a_field_came(saved: tuple[Any, Path], tmp_path: Path) -> None:
-    """What a file does not say of its split is what that was before there was anything to say."""
-    model, path = saved
-    header, to = parts(path)[0], tmp_path / "older.safetensors"
-
-    def written(change: Callable[[dict[str, Any]], Any]) -> Path:
-        text = edited(header["__metadata__"]["rocketkv"], change)
-        with_header(path, {**header, "__metadata__": {"rocketkv": text, "checksum": checksum(text)}}, to)
-        return to
-
-    with rocketkv.patch(model, **SMALL):
-        older = written(lambda document: document["settings"]["split"].pop("pool_offset"))
-        assert rocketkv.load_cache(older, model).get_seq_length() == rocketkv.load_cache(path, model).get_seq_length()
-        other = written(lambda document: document["settings"]["split"].update(pool_offset=1))
-        refused(other, model, "settings.split.pool_offset is 1 in the file, 0 here")
-
-
 def test_another_version(saved: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     model, path = saved
     monkeypatch.setattr("rocketkv.hf.tensorfile.__version__", "9.0")

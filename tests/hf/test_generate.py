@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 import rocketkv
 from rocketkv import dispatch
@@ -18,6 +22,7 @@ from tiny import LARGE, SMALL, build, greedy, left_padded, prompt
 pytestmark = pytest.mark.integration
 
 PROMPT = prompt(90)
+GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
 # The same few tokens again and again, so that prompt lookup finds drafts, right ones among them.
 REPEATING = torch.cat([prompt(12, seed=5)] * 8, dim=1)
 
@@ -139,3 +144,71 @@ def test_verify_steps_give_plain_tokens_and_evict_nothing(
             found.store.phase.positions[..., : found.store.stored].flatten() for found in (layer, other)
         )
         assert method == "streaming" or kept[kept < 96].equal(expected_kept[expected_kept < 96])
+
+
+def test_the_handle_has_the_last_cache_to_continue_from() -> None:
+    model, new = build(), prompt(12, seed=3)
+    with rocketkv.patch(model, **SMALL) as handle:
+        with pytest.raises(ValueError, match="there is no cache: no generate of this model has ended"):
+            handle.cache  # noqa: B018  # asking is the test
+        out = model.generate(PROMPT, **GREEDY, return_dict_in_generate=True)
+        expected = out.sequences
+        second = torch.cat((expected, new), dim=1)
+        wanted = model.generate(second, **{CACHE_ARGUMENT: out[CACHE_ARGUMENT]}, **GREEDY)
+        del out
+
+        ids = model.generate(PROMPT, **GREEDY)
+        assert ids.equal(expected)
+        assert isinstance(handle.cache, rocketkv.RocketKVCache)
+        taken, first = handle.cache.snapshot(), handle.cache
+        assert model.generate(second, **{CACHE_ARGUMENT: handle.cache}, max_new_tokens=12, do_sample=False).equal(
+            wanted
+        )
+        assert handle.cache is first, "the patch keeps what it kept, also when it is passed in"
+        handle.cache.rollback(taken)
+        assert model.generate(second, **{CACHE_ARGUMENT: handle.cache}, max_new_tokens=12, do_sample=False).equal(
+            wanted
+        )
+
+
+def test_the_patch_keeps_one_cache_until_the_next_generation() -> None:
+    def living() -> Any:
+        gc.collect()
+        return None if cache() is None else "alive"
+
+    model, states = build(), list[Any]()
+
+    class Watching(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            states.append(living())
+            return scores
+
+    with rocketkv.patch(model, **SMALL) as handle:
+        model.generate(PROMPT, max_new_tokens=3)
+        cache = weakref.ref(handle.cache)
+        assert living() == "alive"
+        model.generate(PROMPT, max_new_tokens=3, logits_processor=LogitsProcessorList([Watching()]))
+        assert states == [None] * 3, "it is freed before the next prompt is read"
+        cache, stats = weakref.ref(handle.cache), handle.stats()
+        handle.release()
+        assert living() is None
+        assert handle.stats() == stats
+        # A cache of the caller's, or one that the caller gets back, is not kept.
+        mine = rocketkv.RocketKVCache(model.config, **SMALL)
+        model.generate(PROMPT, max_new_tokens=3, **{CACHE_ARGUMENT: mine})
+        assert handle.cache is mine
+        cache = weakref.ref(mine)
+        del mine
+        assert living() is None
+        cache = weakref.ref(greedy(model, PROMPT)[2])
+        assert living() is None
+        with pytest.raises(ValueError, match="it was yours and you have dropped it"):
+            handle.cache  # noqa: B018  # asking is the test
+        model.generate(PROMPT, max_new_tokens=3)
+        cache = weakref.ref(handle.cache)
+        copied = copy.deepcopy(model)  # a copy has ended no generation
+    assert living() is None, "unpatch lets go of it"
+    with pytest.raises(ValueError, match="there is no cache"):
+        handle.cache  # noqa: B018  # asking is the test
+    with rocketkv.patch(copied) as handle, pytest.raises(ValueError, match="no generate of this model has ended"):
+        handle.stats()

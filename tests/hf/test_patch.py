@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -95,9 +97,12 @@ def test_patching_again_changes_the_settings() -> None:
 def test_a_config_and_fields_together() -> None:
     model = build()
     settings = rocketkv.RocketKVConfig(**SMALL)
+    with rocketkv.patch(model, config=settings) as handle:
+        assert handle.config == settings
+    with rocketkv.patch(model, config=settings, method="snapkv") as handle:
+        assert handle.config == dataclasses.replace(settings, method="snapkv")
     with rocketkv.patch(model, settings, method="snapkv") as handle:
-        assert handle.config.method == "snapkv"
-        assert handle.config.window_size == settings.window_size
+        assert handle.config == dataclasses.replace(settings, method="snapkv")
     with pytest.raises(TypeError, match="config must be a RocketKVConfig or None, got dict"):
         rocketkv.patch(model, {"token_budget": 64})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="budget"):
@@ -221,6 +226,69 @@ def test_a_generate_of_ones_own_stays() -> None:
         greedy(model, PROMPT)
     assert model.generate is mine
     assert calls == [2]
+
+
+def test_a_wrapper_put_on_generate_since_stays_and_runs_the_models_own() -> None:
+    model, calls = build(), list[int]()
+    stock = greedy(model, PROMPT)[1]
+    handle = rocketkv.patch(model, **SMALL)
+    compressed, patched = greedy(model, PROMPT)[1], model.generate
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return patched(*args, **kwargs)
+
+    model.generate = wrapper
+    assert greedy(model, PROMPT)[1].equal(compressed)
+    rocketkv.unpatch(model)
+    assert model.generate is wrapper
+    assert greedy(model, PROMPT)[1].equal(stock)
+    with rocketkv.patch(model, **SMALL) as again:
+        assert greedy(model, PROMPT)[1].equal(compressed)
+        assert again.stats().tokens_seen == 90 + 11
+    assert model.generate is wrapper
+    assert greedy(model, PROMPT)[1].equal(stock)
+    assert calls == [1] * 4
+    assert handle.stats().tokens_seen == 90 + 11
+
+
+def test_a_wrapper_round_a_generate_of_ones_own_ends_there() -> None:
+    model, calls = build(), list[str]()
+
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        calls.append("mine")
+        return LlamaForCausalLM.generate(model, *args, **kwargs)
+
+    model.generate = mine
+    rocketkv.patch(model, **SMALL)
+    patched = model.generate
+    model.generate = lambda *args, **kwargs: (calls.append("wrapper"), patched(*args, **kwargs))[1]
+    rocketkv.unpatch(model)
+    greedy(model, PROMPT)
+    assert calls == ["wrapper", "mine"]
+
+
+@pytest.mark.parametrize("name", ["generate_batch", "init_continuous_batching"])
+def test_continuous_batching_of_ones_own_comes_back(name: str) -> None:
+    model = build()
+    if not hasattr(model, name):
+        pytest.skip(f"this transformers has no {name}")
+
+    def mine(*args: Any, **kwargs: Any) -> str:
+        return "mine"
+
+    setattr(model, name, mine)
+    before = snapshot(model)
+    with rocketkv.patch(model, **SMALL), pytest.raises(ValueError, match="continuous batching"):
+        getattr(model, name)()
+    assert_as_before(model, before)
+    assert getattr(model, name)() == "mine"
+    # One that came since stays.
+    rocketkv.patch(model, **SMALL)
+    later = functools.partial(mine)
+    setattr(model, name, later)
+    rocketkv.unpatch(model)
+    assert getattr(model, name) is later
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
