@@ -21,11 +21,12 @@ from torch import Tensor
 from .budget import BudgetSplit
 from .config import BACKENDS
 from .core import decode
-from .core.attention import AttentionParams
 from .core.decode import DecodeBuffers, Fill
 from .core.eviction import TORCH_OPS, EvictionOps
-from .core.index import TokenIndex, index_of
+from .core.index import index_of
+from .core.params import AttentionParams
 from .core.sketch import encoding, rotation_matrix
+from .core.token_index import TokenIndex
 from .state import compress
 from .state.decoding import DecodeTokens
 from .state.store import KVStore
@@ -385,6 +386,7 @@ class StaticStep:
         decoding: the store's tokens.
         workspace: the kernels' scratch buffers, empty where PyTorch runs.
         out: [B, H, Dv], the last step's output; the next step overwrites it.
+        capacity: slots of the buffers.
         clock: [1] int32, tokens of the sequence.
         tensors: the buffers, as the operator takes them.
         names: their names.
@@ -394,6 +396,7 @@ class StaticStep:
     decoding: DecodeTokens
     workspace: list[Tensor]
     out: Tensor
+    capacity: int
     clock: Tensor
     tensors: list[Tensor]
     names: str
@@ -441,4 +444,5 @@ def static_step(
     for tensor in (*named.values(), *scratch, out):
         # Without it a CUDA graph of torch.compile copies what a step writes, or is not made at all.
         torch._dynamo.mark_static_address(tensor, guard=False)
-    return StaticStep(decoding, scratch, out, clock, list(named.values()), ",".join(named), rule)
+    capacity = decoding.keys.shape[2]
+    return StaticStep(decoding, scratch, out, capacity, clock, list(named.values()), ",".join(named), rule)

@@ -33,7 +33,8 @@ from rocketkv.environment import machine
 from rocketkv.eval.progress import Progress
 from rocketkv.eval.records import write_atomically
 from rocketkv.eval.tasks.text import haystack
-from rocketkv.hf.cache import RocketKVCache, rocketkv_layers
+from rocketkv.hf.cache import RocketKVCache
+from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.loading import SMOLLM2, load_model
 from rocketkv.hf.models import CACHE_ARGUMENT
 from rocketkv.hf.patch import patch

@@ -35,7 +35,8 @@ from rocketkv.eval.measures.kl import Window, teacher_forced, texts
 from rocketkv.eval.progress import Progress
 from rocketkv.eval.records import write_atomically
 from rocketkv.eval.tasks.base import Preparation
-from rocketkv.hf.cache import RocketKVCache, rocketkv_layers
+from rocketkv.hf.cache import RocketKVCache
+from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.layer import RocketKVLayer
 from rocketkv.hf.loading import SMOLLM2, load_model
 from rocketkv.hf.models import CACHE_ARGUMENT, find_decoder

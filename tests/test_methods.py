@@ -15,7 +15,7 @@ from close import assert_near
 from naive_methods import BUDGET, HKV, KERNEL, PROMPT, SCALING, STEPS, WINDOW, D, H, Head, best, snap, sparse
 from rocketkv.budget import METHODS
 from rocketkv.config import RocketKVConfig
-from rocketkv.core.attention import AttentionParams
+from rocketkv.core.params import AttentionParams
 from rocketkv.dispatch import decode_step
 from rocketkv.state.compress import close_prompt
 from rocketkv.state.store import KVStore

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ...budget import PAPER_POOL, READ_ON, SKETCH_POOL
+from ...core.decode import DecodeBuffers
+from ...core.params import AttentionParams
 from ...kernels.append_sketch import SketchRule
 from ...kernels.decode import TILE_PAGES, DecodeShape, DecodeWorkspace, decode_step
 from ...kernels.dense_decode import DenseWorkspace, dense_decode
@@ -87,31 +89,32 @@ def decode(
             sketch=rule, residual=rule is not None, by_largest=rule is not None,
         )  # fmt: skip
         rows = head_dim if page_size == 1 else 2 * head_dim
-        tiles = (batch, kv_heads, shape.tiles)
-        sketch: tuple[Tensor, ...] = ()
+        index: tuple[Tensor, ...] = ()
+        if channels is not None:
+            index = (meta(batch, kv_heads, shape.tiles, rows, TILE_PAGES, dtype=index_dtype or dtype),)
         if rule is not None:
-            sketch = (
+            index = (
                 meta(batch, kv_heads, capacity, sum(-(-head_dim * n // 8) for n in rule.widths), dtype=torch.uint8),
                 meta(batch, kv_heads, capacity, dtype=torch.bfloat16),
                 meta(batch, kv_heads, head_dim, dtype=torch.float32),
             )
+        buffers = DecodeBuffers(
+            keys=meta(batch, kv_heads, capacity, head_dim, dtype=dtype),
+            values=meta(batch, kv_heads, capacity, head_dim, dtype=dtype),
+            positions=meta(batch, kv_heads, capacity, dtype=torch.int32),
+            seq_lens=meta(batch, kv_heads, dtype=torch.int32),
+            index_tensors=index,
+            value_sum=None if rule is None else meta(batch, kv_heads, head_dim, dtype=torch.float64),
+            residual_bias=None if rule is None else meta(batch, query_heads, dtype=torch.float32),
+            clock=meta(1, dtype=torch.int32),
+        )
         return decode_step(
             meta(batch, query_heads, head_dim, dtype=dtype),
             meta(batch, kv_heads, head_dim, dtype=dtype),
             meta(batch, kv_heads, head_dim, dtype=dtype),
-            keys=meta(batch, kv_heads, capacity, head_dim, dtype=dtype),
-            values=meta(batch, kv_heads, capacity, head_dim, dtype=dtype),
-            positions=meta(batch, kv_heads, capacity, dtype=torch.int32),
-            index=meta(*tiles, rows, TILE_PAGES, dtype=index_dtype or dtype) if channels is not None else None,
-            sketch=sketch,
-            value_sum=None if rule is None else meta(batch, kv_heads, head_dim, dtype=torch.float64),
-            residual_bias=None if rule is None else meta(batch, query_heads, dtype=torch.float32),
-            lengths=meta(batch, kv_heads, dtype=torch.int32),
-            seen=meta(1, dtype=torch.int32),
-            workspace=DecodeWorkspace(shape, META, programs, rotation=meta(head_dim, head_dim, dtype=dtype)),
-            scaling=head_dim**-0.5,
-            softcap=softcap,
-            sinks=meta(query_heads, dtype=dtype) if sinks else None,
+            buffers,
+            DecodeWorkspace(shape, META, programs, rotation=meta(head_dim, head_dim, dtype=dtype)),
+            AttentionParams(head_dim**-0.5, softcap, meta(query_heads, dtype=dtype) if sinks else None),
         )
 
     return launch
@@ -154,9 +157,7 @@ def evict(
         scores = window_scores(
             meta(batch, query_heads, WINDOW, head_dim, dtype=dtype),
             keys,
-            scaling=head_dim**-0.5,
-            softcap=softcap,
-            sinks=meta(query_heads, dtype=dtype) if sinks else None,
+            AttentionParams(head_dim**-0.5, softcap, meta(query_heads, dtype=dtype) if sinks else None),
             valid=valid,
         )
         # Without pages as the methods with a sketch pool.

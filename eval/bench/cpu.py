@@ -15,13 +15,15 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ...config import RocketKVConfig
-from ...core.sketch import Sketch, decode, rotation
+from ...core.params import AttentionParams
+from ...core.sketch import Sketch, decode, rotation_matrix
 from ...dispatch import decode_step
 from ...environment import machine
 from ...hf.cache import RocketKVCache, cache_stats
 from ...hf.loading import load_model
 from ...hf.models import CACHE_ARGUMENT
 from ...hf.patch import patch, unpatch
+from ...state.compress import close_prompt
 from ...state.store import KVStore
 from ..progress import Progress
 from .cli import ROUNDS, STEPS
@@ -78,6 +80,7 @@ def bench_attention(
     """
     generator = torch.Generator().manual_seed(0)
     scaling = head_dim**-0.5
+    params = AttentionParams(scaling)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
@@ -90,9 +93,9 @@ def bench_attention(
     def closed(settings: RocketKVConfig) -> KVStore:
         store = KVStore()
         store.extend(key, value)
-        store.remember_queries(window, settings.window_size)
+        store.prompt.remember(window, settings.window_size)
         split = settings.split_for(context, head_dim)
-        store.close_prompt(split, decode_reserve=128, kernel_size=settings.pool_size, scaling=scaling)
+        close_prompt(store, split, params, decode_reserve=128, kernel_size=settings.pool_size)
         return store
 
     grouped = query.view(1, kv_heads, heads // kv_heads, head_dim)
@@ -103,10 +106,10 @@ def bench_attention(
         _check_sketched_step(sketched, query, new_key, new_value, scaling)
 
         def sparse() -> Tensor:
-            return decode_step(query, new_key, new_value, store, scaling=scaling)
+            return decode_step(query, new_key, new_value, store, params)
 
         def plus() -> Tensor:
-            return decode_step(query, new_key, new_value, sketched, scaling=scaling)
+            return decode_step(query, new_key, new_value, sketched, params)
 
         def gqa() -> Tensor:
             return F.scaled_dot_product_attention(query[:, :, None], key, value, enable_gqa=True, scale=scaling)
@@ -124,7 +127,7 @@ def _check_full(
     store: KVStore, key: Tensor, value: Tensor, query: Tensor, new_key: Tensor, new_value: Tensor, scaling: float
 ) -> None:
     """Check that a step that reads everything is dense attention."""
-    out = decode_step(query, new_key, new_value, store, scaling=scaling)
+    out = decode_step(query, new_key, new_value, store, AttentionParams(scaling))
     all_keys, all_values = (torch.cat(pair, 2) for pair in ((key, new_key[:, :, None]), (value, new_value[:, :, None])))
     dense = F.scaled_dot_product_attention(query[:, :, None], all_keys, all_values, enable_gqa=True, scale=scaling)
     _require_close("a step over all tokens", out, dense[:, :, 0])
@@ -132,16 +135,16 @@ def _check_full(
 
 def _check_step(store: KVStore, query: Tensor, new_key: Tensor, new_value: Tensor, scaling: float) -> None:
     """Check a sparse step against its definition, in plain loops over heads in float64 (paper, hybrid attention)."""
-    out = decode_step(query, new_key, new_value, store, scaling=scaling)
-    split, stored = store.split, store.stored
-    if split is None or split.channels is None or split.top_k is None or store.keys is None or store.values is None:
+    out = decode_step(query, new_key, new_value, store, AttentionParams(scaling))
+    (keys, values), split, stored = store.decoding.buffers[:2], store.decoding.split, store.stored
+    if split.channels is None or split.top_k is None:
         raise RuntimeError("this method selects nothing")
     if stored <= split.token_budget:
         raise ValueError(
             f"token_budget must be below the {stored} stored tokens, or a step reads them all and selects nothing; got "
             f"{split.token_budget}"
         )
-    keys, values = store.keys[0, :, :stored].double(), store.values[0, :, :stored].double()
+    keys, values = keys[0, :, :stored].double(), values[0, :, :stored].double()
     queries = query[0].double().view(keys.shape[0], -1, keys.shape[2])
     expected = []
     for head, group in enumerate(queries):
@@ -161,18 +164,19 @@ def _check_step(store: KVStore, query: Tensor, new_key: Tensor, new_value: Tenso
 
 def _check_sketched_step(store: KVStore, query: Tensor, new_key: Tensor, new_value: Tensor, scaling: float) -> None:
     """Check a step of `rocketkv+` against its definition, on its own sketch's keys, in loops over heads in float64."""
-    out = decode_step(query, new_key, new_value, store, scaling=scaling)
-    split, stored, bias = store.split, store.stored, store.residual_bias
-    if split is None or split.sketch_bits is None or split.top_k is None or bias is None:
+    out = decode_step(query, new_key, new_value, store, AttentionParams(scaling))
+    buffers, split, stored = store.decoding.buffers, store.decoding.split, store.stored
+    keys, values, bias = buffers.keys, buffers.values, buffers.residual_bias
+    if split.sketch_bits is None or split.top_k is None or bias is None:
         raise RuntimeError("this method has no sketch, or no calibrated residual")
-    if store.keys is None or store.values is None or stored <= split.token_budget:
+    if stored <= split.token_budget:
         raise ValueError(
             f"token_budget must be below the {stored} stored tokens, or a step reads them all and selects nothing; got "
             f"{split.token_budget}"
         )
-    turn = rotation(query.shape[2], query.device)
-    sketched = decode(Sketch(**store.index_parts()), stored, turn, split.sketch_bits)[0].double()
-    keys, values = store.keys[0, :, :stored].double(), store.values[0, :, :stored].double()
+    rotation = rotation_matrix(query.shape[2], query.device)
+    sketched = decode(Sketch(*buffers.index_tensors), stored, rotation, split.sketch_bits)[0].double()
+    keys, values = keys[0, :, :stored].double(), values[0, :, :stored].double()
     if not (sketched - keys).norm() < SKETCH_ERROR * keys.norm():
         raise RuntimeError("the sketch is not one of the stored keys; nothing is timed")
     queries = query[0].double().view(keys.shape[0], -1, keys.shape[2])

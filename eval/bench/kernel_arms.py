@@ -45,7 +45,7 @@ def case_arms(buffers: CaseBuffers) -> CaseArms:
 
 
 def _dense_arms(buffers: CaseBuffers) -> tuple[list[Arm], dict[str, str], dict[str, int]]:
-    given = (buffers.query, buffers.keys, buffers.values, buffers.scaling)
+    given = (buffers.query, buffers.keys, buffers.values, buffers.params.scaling)
     calls, absent = dense_calls(*given)
     calls[SPLIT_KV], tiling = split_kv(*given)
 
@@ -101,22 +101,8 @@ class _Step:
     def run(self, number: int) -> Tensor:
         """Run a whole step on one set."""
         store, buffers = self.buffers.stores[number], self.buffers
-        if store.keys is None or store.values is None or store.positions is None or store.lengths is None:
-            raise ValueError("the store is not closed")
-        return decode.decode_step(
-            buffers.query[number],
-            buffers.key[number],
-            buffers.value[number],
-            keys=store.keys,
-            values=store.values,
-            positions=store.positions,
-            index=store.index,
-            lengths=store.lengths,
-            seen=store.clock(),
-            workspace=self.workspace,
-            scaling=buffers.scaling,
-            out=self.outs[number],
-        )
+        new = buffers.query[number], buffers.key[number], buffers.value[number]
+        return decode.decode_step(*new, store.decoding.buffers, self.workspace, buffers.params, self.outs[number])
 
     def check(self) -> None:
         """Check as many steps as fill a page, and one more, on the first set."""
@@ -157,10 +143,9 @@ class _Step:
         def prepare() -> None:
             # Scores of every page that a step may reach, since `select_attend` alone raises the lengths.
             self.buffers.rewind()
-            lengths = self.buffers.stores[-1].lengths
-            if lengths is not None:
-                lengths += self.buffers.layer.reserve - 1
-                every[-1]["append_score"]()
+            seq_lens = self.buffers.stores[-1].decoding.buffers.seq_lens
+            seq_lens += self.buffers.layer.reserve - 1
+            every[-1]["append_score"]()
             self.buffers.rewind()
 
         def run(name: str, number: int) -> Any:
@@ -182,12 +167,12 @@ class _Step:
 
 def _eviction_arms(buffers: CaseBuffers) -> list[Arm]:
     """Return stage 1's kernels; the least that each moves is its inputs once and its outputs once."""
-    layer, split, scaling = buffers.layer, buffers.split, buffers.scaling
+    layer, split = buffers.layer, buffers.split
     kept = split.kept_tokens or 0
     sets = buffers.dense_sets
 
     def window_scores(number: int) -> Tensor:
-        return evict.window_scores(buffers.window[number], buffers.keys[number], scaling=scaling)
+        return evict.window_scores(buffers.window[number], buffers.keys[number], buffers.params)
 
     def pool_scores(number: int) -> Tensor:
         return evict.pool_scores(scores[number], layer.window, kernel_size=layer.kernel_size)

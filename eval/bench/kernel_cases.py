@@ -13,6 +13,8 @@ from torch import Tensor
 from ...budget import BudgetSplit
 from ...config import RocketKVConfig
 from ...core.pages import TILE_PAGES, index_rows, tile_count
+from ...core.params import AttentionParams
+from ...state.compress import close_prompt
 from ...state.stats import step_bytes
 from ...state.store import KVStore
 from .gpu_timing import COPY_BYTES, sets_for
@@ -136,7 +138,7 @@ class CaseBuffers:
     ) -> None:
         self.case, self.layer, self.dtype, self.device = case, layer, dtype, device
         self.split = split_of(case, layer)
-        self.scaling = layer.head_dim**-0.5
+        self.params = AttentionParams(layer.head_dim**-0.5)
         self.moved = moved_bytes(case, layer, dtype.itemsize)
         self.dense_sets = self.sets = 1
         if cache_bytes is not None:
@@ -171,19 +173,13 @@ class CaseBuffers:
             self._keys(batch, layer.kv_heads, kept, layer.head_dim),
             self._normal(batch, layer.kv_heads, kept, layer.head_dim),
         )
-        store.remember_queries(self.window[0], layer.window)
-        store.close_prompt(
-            self.split,
-            decode_reserve=layer.reserve,
-            kernel_size=layer.kernel_size,
-            scaling=self.scaling,
-            decode_capacity=layer.reserve,
-        )
+        store.prompt.remember(self.window[0], layer.window)
+        sizes = {"decode_reserve": layer.reserve, "kernel_size": layer.kernel_size, "decode_capacity": layer.reserve}
+        close_prompt(store, self.split, self.params, **sizes)
         return store
 
     def rewind(self) -> None:
         """Take back what steps appended to every store, without telling the host: the next round starts alike."""
         for store in self.stores:
-            if store.lengths is not None and self.split.kept_tokens is not None:
-                store.lengths.fill_(self.split.kept_tokens)
-                store.clock().fill_(self.split.kept_tokens)
+            store.decoding.buffers.seq_lens.fill_(self.split.kept_tokens or 0)
+            store.clock().fill_(self.split.kept_tokens or 0)

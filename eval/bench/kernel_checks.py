@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...core import eviction
-from ...core.attention import score, select
+from ...core.compact import compact
+from ...core.topk import select, select_top
 from ...kernels import decode, evict
 from ...state.store import KVStore
 from .gpu_timing import WrongResultError
@@ -20,6 +21,7 @@ LOW_PRECISION_UNITS = 2.0
 FLOAT32_UNITS = 128.0
 SCORE_TOLERANCE = 1e-4  # of the largest score
 WEIGHT_TOLERANCE = 1e-3  # of a weight, within which two tokens may change places
+ROWS = ("keys", "values", "positions")  # of one slot a token; those behind the last one hold anything
 
 
 def require_near(what: str, found: Tensor, expected: Tensor) -> None:
@@ -67,7 +69,7 @@ def exact_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float)
 
 def check_dense(name: str, buffers: CaseBuffers, out: Tensor) -> None:
     """Check dense attention over the first set."""
-    expected = exact_attention(buffers.query[0], buffers.keys[0], buffers.values[0], buffers.scaling)
+    expected = exact_attention(buffers.query[0], buffers.keys[0], buffers.values[0], buffers.params.scaling)
     require_near(name, out, expected)
 
 
@@ -86,34 +88,24 @@ def check_step(
     query, split = buffers.query[0], buffers.split
     expected = copy.deepcopy(buffers.stores[0])
     kept = split.kept_tokens or 0
-    if expected.lengths is None or store.lengths is None or store.keys is None or store.values is None:
-        raise ValueError("the store is not closed")
-    expected.lengths.fill_(kept)
+    expected.decoding.buffers.seq_lens.fill_(kept)
     for _ in range(steps):
         expected.append(buffers.key[0], buffers.value[0])
-    stored = expected.stored
-    for name in ("keys", "values", "positions", "lengths"):
-        found, known = getattr(store, name), getattr(expected, name)
-        shown = (found, known) if name == "lengths" else (found[:, :, :stored], known[:, :, :stored])
+    stored, index = expected.stored, expected.decoding.index
+    for name, known in expected.tensors().items():
+        found = store.tensors()[name]
+        shown = (found[:, :, :stored], known[:, :, :stored]) if name in ROWS else (found, known)
         require_equal(f"{name} after {steps} steps", *shown)
-    require_equal(f"index after {steps} steps", store.index, expected.index)
     require_equal(f"clock after {steps} steps", store.clock(), torch.full_like(store.clock(), expected.seen))
-    if expected.index is None or expected.keys is None or split.channels is None or split.top_k is None:
+    if index is None or split.top_k is None:
         raise ValueError("nothing is selected")
-    logits = score(
-        query,
-        expected.index,
-        expected.keys,
-        stored=stored,
-        lengths=None,
-        page_size=split.page_size,
-        channels=split.channels,
-        scaling=buffers.scaling,
-    )
+    keys, values, _, seq_lens = store.decoding.buffers[:4]
+    given = query, expected.decoding.buffers.index_tensors, expected.decoding.keys, buffers.params
+    logits = index.score(*given, stored=stored, lengths=None)
     pages = logits.shape[2]
     found_logits = workspace.scores.view(*query.shape[:2], -1)[..., :pages]
     _require("a step's scores", found_logits, logits, SCORE_TOLERANCE)
-    batch, kv_heads = store.lengths.shape
+    batch, kv_heads = seq_lens.shape
     listed = workspace.chosen.view(batch, kv_heads, -1)
     known, weight = select(
         logits,
@@ -131,7 +123,7 @@ def check_step(
         shared = by_head.amax(2) if split.by_largest else by_head.mean(2)
         _require_best(listed, known, shared.repeat_interleave(split.page_size, dim=2)[..., :stored])
     place = listed.long()[..., None].expand(-1, -1, -1, query.shape[2])
-    exact = exact_attention(query, store.keys.gather(2, place), store.values.gather(2, place), buffers.scaling)
+    exact = exact_attention(query, keys.gather(2, place), values.gather(2, place), buffers.params.scaling)
     require_near("a step's output", out, exact)
 
 
@@ -155,24 +147,14 @@ def check_eviction(buffers: CaseBuffers) -> None:
     layer, split = buffers.layer, buffers.split
     query, keys, values = buffers.window[0], buffers.keys[0], buffers.values[0]
     kept = split.kept_tokens or 0
-    scores = evict.window_scores(query, keys, scaling=buffers.scaling)
-    _require("window_scores", scores, eviction.window_scores(query, keys, scaling=buffers.scaling), WEIGHT_TOLERANCE)
+    scores = evict.window_scores(query, keys, buffers.params)
+    _require("window_scores", scores, eviction.window_scores(query, keys, buffers.params), WEIGHT_TOLERANCE)
     pooled = evict.pool_scores(scores, layer.window, kernel_size=layer.kernel_size)
     around = torch.nn.functional.max_pool1d(scores, layer.kernel_size, stride=1, padding=layer.kernel_size // 2)
     require_equal("pool_scores", pooled, torch.nn.functional.pad(around, (0, layer.window), value=torch.inf))
     slots = evict.select_top(pooled, kept)
-    require_equal("select_top", slots, eviction.select_top(pooled, kept))
-    expected = KVStore()
-    place = slots.long()[..., None].expand(-1, -1, -1, layer.head_dim)
-    expected.extend(keys.gather(2, place), values.gather(2, place))
-    expected.remember_queries(query, layer.window)
-    expected.close_prompt(  # which keeps them all
-        split, decode_reserve=layer.reserve, kernel_size=layer.kernel_size, scaling=buffers.scaling
-    )
-    found = evict.compact(keys, values, slots, None, None, kept, kept + layer.reserve, split.page_size)
-    names = ("keys", "values", "positions", "lengths", "index")
-    for name, tensor in zip(names, found, strict=True):
-        known = getattr(expected, name)
-        if name == "positions":  # those of the prompt, not of the survivors
-            known = torch.nn.functional.pad(slots, (0, layer.reserve), value=-1)
-        require_equal(f"compact's {name}", tensor, known)
+    require_equal("select_top", slots, select_top(pooled, kept))
+    arguments = (keys, values, slots, None, None, kept, kept + layer.reserve, split.page_size)
+    names = ("keys", "values", "positions", "seq_lens", "bounds")
+    for name, found, known in zip(names, evict.compact(*arguments), compact(*arguments), strict=True):
+        require_equal(f"compact's {name}", found, known)

@@ -14,9 +14,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 from transformers.cache_utils import StaticCache
 
 from ...config import RocketKVConfig
-from ...hf.cache import RocketKVCache, rocketkv_layers
+from ...core.params import AttentionParams
+from ...hf.cache import RocketKVCache
+from ...hf.layer import rocketkv_layers
 from ...hf.models import CACHE_ARGUMENT
 from ...hf.patch import patch, unpatch
+from ...state.compress import close_prompt
 from .gpu_timing import WrongResultError
 from .kernel_cases import Case
 
@@ -136,12 +139,14 @@ def model_arms(model: PreTrainedModel, case: Case, *, kernel: str = "auto") -> d
             layer = caches[name].layers[number]
             split = settings.split_for(case.context, config.head_dim)
             layer.store.extend(key, value)
-            layer.store.remember_queries(normal(config.num_attention_heads, settings.window_size), settings.window_size)
-            layer.store.close_prompt(
+            window = normal(config.num_attention_heads, settings.window_size)
+            layer.store.prompt.remember(window, settings.window_size)
+            close_prompt(
+                layer.store,
                 split,
+                AttentionParams(config.head_dim**-0.5),
                 decode_reserve=settings.decode_reserve,
                 kernel_size=settings.pool_size,
-                scaling=config.head_dim**-0.5,
                 decode_capacity=DECODE_CAPACITY,
             )
             layer.prompt_tokens = case.context

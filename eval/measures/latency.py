@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...hf.cache import cache_stats, rocketkv_layers
+from ...hf.cache import cache_stats
+from ...hf.layer import rocketkv_layers
 from ...hf.layer import RocketKVLayer
 from ...hf.loading import load_model
 from ...hf.models import CACHE_ARGUMENT

@@ -27,8 +27,8 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from transformers import TextStreamer
 
-    from ..hf.cache import rocketkv_layers
     from ..hf.files import load_cache, load_inputs
+    from ..hf.layer import rocketkv_layers
     from ..hf.loading import load_model
     from ..hf.models import CACHE_ARGUMENT
     from ..hf.patch import patch

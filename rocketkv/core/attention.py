@@ -3,27 +3,12 @@
 Letters: B batch, H query heads, Hkv KV heads, D head dim of keys, Dv of values, N stored tokens, k selected tokens.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .params import AttentionParams
 from .topk import full_precision, gather_tokens
-
-
-class AttentionParams(NamedTuple):
-    """How a model's attention turns products of queries and keys into weights.
-
-    Attributes:
-        scaling: factor of the logits, 1/sqrt(D) in most models.
-        softcap: c of `c * tanh(logit / c)` (Gemma 2), or None.
-        sinks: [H], one learned logit a head that joins the softmax's denominator (GPT-OSS), or None.
-    """
-
-    scaling: float
-    softcap: float | None = None
-    sinks: Tensor | None = None
 
 
 def attend(

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..budget import BudgetSplit
-from .attention import AttentionParams
 from .decode import DecodeBuffers
-from .index import TokenIndex
+from .params import AttentionParams
+from .token_index import TokenIndex
 from .topk import full_precision, select
 
 # The logits of some queries, [B, H, queries, N] in float32, and each of their few copies, stay under this; those of one

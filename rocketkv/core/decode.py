@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..budget import BudgetSplit
-from .attention import AttentionParams, attend
-from .index import TokenIndex
+from .attention import attend
+from .params import AttentionParams
 from .residual import residual_attend, summable
+from .token_index import TokenIndex
 from .topk import full_precision, select
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attention import AttentionParams, softmax_attention
+from .attention import softmax_attention
+from .params import AttentionParams
 
 # A block's mask, one byte for each query row and key, stays under this; so do, where a soft-cap or sinks need our own
 # softmax, its logits and their copies, 16 bytes together for each query row and key.

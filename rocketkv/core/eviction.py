@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attention import AttentionParams
 from .compact import compact
+from .params import AttentionParams
 from .topk import full_precision, select_top
 
 # Scores of one block of keys, [B, H, W, block] in float32, stay under this: 128K tokens need no score matrix.

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attention import AttentionParams
+from .params import AttentionParams
 from .topk import gather_tokens, multiples, scalar
 
 TILE_PAGES = 128

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .attention import AttentionParams
+from .params import AttentionParams
 from .topk import gather_tokens, scalar
 
 # A float64 this large has 2^-32 as its last bit: adding it and taking it away rounds what it is added to.

@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..budget import sketch_bytes
-from .attention import AttentionParams
+from .params import AttentionParams
 from .topk import full_precision, scalar
 
 # Distance of equally spaced levels that fit a normal distribution best, by bits (Max 1960, table II).

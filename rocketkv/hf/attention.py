@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..core.attention import AttentionParams
 from ..core.dense import VisibleBlock, causal_block, dense_attention
+from ..core.params import AttentionParams
 from .layer import RocketKVLayer, layer_of
 from .masks import LazyMask, MaskFunction
 from .prefill import FastAttention

@@ -14,13 +14,12 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from ..config import RocketKVConfig, make_config
 from ..dispatch import Workspaces
-from ..state.history import History
 from ..state.missed import last_missed
-from ..state.monitor import Monitor, OnStep, refuse_static
+from ..state.monitor import Monitor
 from ..state.snapshot import object_state, set_object_state
 from ..state.stats import CacheStats, LayerStats, live_bytes
 from .chat import ChatMarks, row_marks
-from .layer import RocketKVLayer
+from .layer import RocketKVLayer, rocketkv_layers
 from .masks import LazyMask
 from .turns import check_prompt_length
 
@@ -164,6 +163,11 @@ def _writes(layer: Any) -> bool:
     return type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
 
 
+def convertible(cache: Any) -> bool:
+    """Whether a cache's empty layers can be replaced by ours."""
+    return type(cache) is DynamicCache and not getattr(cache, "offloading", False)
+
+
 def compress_layers(cache: DynamicCache, config: RocketKVConfig, model_config: PretrainedConfig | None = None) -> None:
     """Replace the empty full-attention layers of a DynamicCache by compressed ones, in place; leave all others.
 
@@ -192,7 +196,7 @@ def compress_layers(cache: DynamicCache, config: RocketKVConfig, model_config: P
     if empty:
         _check_exceptions(cache, config)
     if config.watched:
-        _monitor(rocketkv_layers(cache))
+        add_monitor(rocketkv_layers(cache))
     if lazy:
         keep_whole(cache)
 
@@ -207,36 +211,12 @@ def _check_exceptions(cache: DynamicCache, config: RocketKVConfig) -> None:
         raise ValueError("skip_layers leaves no layer to compress: name fewer, or do not patch the model")
 
 
-def _monitor(layers: list[RocketKVLayer]) -> None:
+def add_monitor(layers: list[RocketKVLayer]) -> None:
     """Give the layers of a cache a monitor."""
     if layers:
         monitor = Monitor(layers[0].config, [layer.number for layer in layers])
         for layer in layers:
             layer.monitor = monitor
-
-
-def arm(layers: list[RocketKVLayer], on_step: OnStep | None = None) -> None:
-    """Make the layers of a cache ready for a patched model's forward, whose decode steps are reported to `on_step`.
-
-    Raises:
-        ValueError: there are reports to make of a static cache.
-    """
-    if on_step is not None and layers:
-        refuse_static(layers[0].config)
-        if layers[0].monitor is None:
-            _monitor(layers)
-    if layers and layers[0].monitor is not None:
-        layers[0].monitor.on_step = on_step
-    following: History | None = None
-    for layer in reversed(layers):
-        layer.armed = True
-        if layer.history is not None:
-            layer.history.following, following = following, layer.history
-
-
-def rocketkv_layers(cache: Any) -> list[RocketKVLayer]:
-    """Return the layers of ours in a cache of any kind."""
-    return [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, RocketKVLayer)]
 
 
 def begin_prompt(cache: Any, end: int, *, speculative: bool = False, drafts: bool = False) -> None:

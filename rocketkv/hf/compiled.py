@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
-from .cache import rocketkv_layers
-from .layer import RocketKVLayer
+from .layer import RocketKVLayer, rocketkv_layers
 from .models import given_cache
 
 # A forward is compiled for each budget split, and prompts of many lengths have as many: more than dynamo's own eight.

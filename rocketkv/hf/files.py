@@ -30,10 +30,10 @@ from ..state.history import NAMES
 from ..state.protection import RowMarks
 from ..state.queries import QueryRing
 from ..state.store import KVStore
-from .cache import RocketKVCache, rocketkv_layers
-from .generate import state_of
-from .layer import RocketKVLayer
+from .cache import RocketKVCache
+from .layer import RocketKVLayer, rocketkv_layers
 from .models import find_decoder
+from .patch_state import state_of
 from .tensorfile import open_tensors, raw_bytes, refuse_difference, write_tensors
 
 _STOCK = {kind.__name__: kind for kind in (DynamicLayer, DynamicSlidingWindowLayer)}

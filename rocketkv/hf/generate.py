@@ -3,124 +3,19 @@
 All state of a patch lives on the model that it patches.
 """
 
-import threading
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from transformers import LogitsProcessorList, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel
 
-from ..config import RocketKVConfig
-from ..state.monitor import OnStep
-from ..state.stats import CacheStats
-from .cache import RocketKVCache, begin_prompt, cache_stats, compress_layers, make_croppable, rocketkv_layers
-from .chat import ChatMarks
+from .cache import RocketKVCache, begin_prompt, cache_stats, compress_layers, convertible, make_croppable
 from .compiled import RoomCheck, many_forwards, say_uncompiled, uncompiled_reason
-from .models import CACHE_ARGUMENT, find_decoder, given_cache
-
-STATE = "_rocketkv"  # on the patched model: its PatchState
-
-
-@dataclass(frozen=True, eq=False)
-class Finished:
-    """A generation that has ended.
-
-    Attributes:
-        stats: of its cache, or None if it had none.
-        cache: returns the cache, or None once it is gone.
-        held: whether `cache` keeps it alive.
-    """
-
-    stats: CacheStats | None
-    cache: Callable[[], Any]
-    held: bool
-
-
-@dataclass(eq=False)
-class PatchState:
-    """The patch of a model: enough to run it and to undo it. It is copied and pickled with the model.
-
-    Attributes:
-        config: the settings in force.
-        chat: the chat template's marks, or None where no tokenizer was given.
-        former_configs: modules and the configurations that they had.
-        former: methods that the model had in its own `__dict__`, by name.
-        installed: methods that the patch put there, by name.
-        former_forward: the decoder's own `forward` in its `__dict__`, or None.
-        hook: the decoder's forward pre-hook.
-        warned: warnings that were given.
-        on_step: callback for reports of decode steps, or None.
-        finished: the last generation that ended, in any thread.
-        thread: the running generation of each thread.
-        lock: of `finished`, which threads replace.
-    """
-
-    config: RocketKVConfig
-    chat: ChatMarks | None = None
-    former_configs: list[tuple[nn.Module, PretrainedConfig]] = field(default_factory=list)
-    former: dict[str, Any] = field(default_factory=dict)
-    installed: dict[str, Any] = field(default_factory=dict)
-    former_forward: Callable[..., Any] | None = None
-    hook: RemovableHandle | None = None
-    warned: set[str] = field(default_factory=set)
-    on_step: OnStep | None = None
-    finished: Finished | None = None
-    thread: threading.local = field(default_factory=threading.local)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to this process and its threads."""
-        return self.__dict__ | {"thread": None, "lock": None, "on_step": None, "finished": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Start with no generation and no callback."""
-        self.__dict__.update(state, thread=threading.local(), lock=threading.Lock())
-
-    @property
-    def running(self) -> "Generation | None":
-        """The generation that runs in this thread."""
-        return getattr(self.thread, "running", None)
-
-    def release(self) -> None:
-        """Drop the reference to the last generation's cache; its stats stay."""
-        with self.lock:
-            if self.finished is not None and self.finished.held:
-                self.finished = Finished(self.finished.stats, _gone, held=False)
-
-
-def _gone() -> None:
-    return None
-
-
-def state_of(model: nn.Module) -> PatchState | None:
-    """Return what `patch` left on a model, or None where it is not patched."""
-    return model.__dict__.get(STATE)
-
-
-def convertible(cache: Any) -> bool:
-    """Whether a cache's empty layers can be replaced by ours."""
-    return type(cache) is DynamicCache and not getattr(cache, "offloading", False)
-
-
-def refuse_empty_rows(mask: Tensor) -> None:
-    """Refuse a 2D attention mask with a row that has no token.
-
-    Raises:
-        ValueError: it has one.
-    """
-    empty = (mask == 0).all(-1)
-    if bool(empty.any()):
-        rows = empty.nonzero().flatten().tolist()
-        raise ValueError(
-            f"attention_mask must leave every row at least one token, but row {', '.join(map(str, rows))} is only "
-            "padding; drop it from the batch or give it a token. If this is the first chunk of a longer prompt, pass a "
-            "RocketKVCache with its prompt_length"
-        )
+from .layer import rocketkv_layers
+from .models import CACHE_ARGUMENT, find_decoder, given_cache, refuse_empty_rows
+from .patch_state import Finished, PatchState, no_cache, state_of
 
 
 class Generation:
@@ -203,7 +98,7 @@ def generate(model: PreTrainedModel, state: PatchState, /, *args: Any, **kwargs:
 def _finished(cache: Any, held: bool) -> Finished:
     """Return the record of a generation; `held` keeps its cache alive."""
     if cache is None:
-        return Finished(None, _gone, held=False)
+        return Finished(None, no_cache, held=False)
     return Finished(cache_stats(cache), (lambda: cache) if held else weakref.ref(cache), held)
 
 

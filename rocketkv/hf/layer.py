@@ -17,8 +17,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..budget import BudgetSplit
 from ..config import RocketKVConfig
-from ..core.attention import AttentionParams
 from ..core.pages import index_dtype_of
+from ..core.params import AttentionParams
 from ..dispatch import (
     StaticStep,
     Workspaces,
@@ -283,7 +283,8 @@ class RocketKVLayer(CacheLayerMixin):
         if self.step is not None:
             if torch.compiler.is_dynamo_compiling() or (query.is_cuda and torch.cuda.is_current_stream_capturing()):
                 return self._step_statically(self.step, query, key, value, params)
-            self.make_room()
+            if self.store.lens.uncounted or self.store.lens.longest >= self.step.capacity:
+                self.make_room()
         store, monitor = self.store, self.monitor
         watched = monitor is not None and monitor.asks(self.number, store)
         new, backend, workspaces = query[:, :, 0], self.backend, self.workspaces
@@ -426,8 +427,7 @@ class RocketKVLayer(CacheLayerMixin):
 
     def _captured(self) -> bool:
         """Whether a CUDA graph of this forward is being captured."""
-        keys = self.store.keys
-        return keys is not None and keys.is_cuda and torch.cuda.is_current_stream_capturing()
+        return self.step is not None and self.step.out.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Return (keys of the sequence, 0) for a forward of that many tokens (a tensor of positions before 5.4).
@@ -436,7 +436,7 @@ class RocketKVLayer(CacheLayerMixin):
         """
         given = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
         if self.step is not None and self.steps_statically(given):
-            return self.store.capacity, 0
+            return self.step.capacity, 0
         return self.tokens_seen + given, 0
 
     def get_max_length(self) -> int:
@@ -548,3 +548,8 @@ class RocketKVLayer(CacheLayerMixin):
             size = sum(live_bytes(tensor) for tensor in held.values())
             stats = replace(stats, history_bytes=size, history_device=str(held["keys"].device))
         return stats
+
+
+def rocketkv_layers(cache: Any) -> list[RocketKVLayer]:
+    """Return the layers of ours in a cache of any kind."""
+    return [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, RocketKVLayer)]

@@ -146,3 +146,19 @@ def _uneven_heads(model: PreTrainedModel, attentions: list[nn.Module]) -> str | 
                     f"ranks that divides {kv_heads}"
                 )
     return None
+
+
+def refuse_empty_rows(mask: Tensor) -> None:
+    """Refuse a 2D attention mask with a row that has no token.
+
+    Raises:
+        ValueError: it has one.
+    """
+    empty = (mask == 0).all(-1)
+    if bool(empty.any()):
+        rows = empty.nonzero().flatten().tolist()
+        raise ValueError(
+            f"attention_mask must leave every row at least one token, but row {', '.join(map(str, rows))} is only "
+            "padding; drop it from the batch or give it a token. If this is the first chunk of a longer prompt, pass a "
+            "RocketKVCache with its prompt_length"
+        )

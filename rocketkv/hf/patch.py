@@ -5,32 +5,22 @@ All state of a patch lives on the model that it patches.
 
 import copy
 import functools
-import warnings
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
 from ..config import RocketKVConfig, make_config
 from ..state.monitor import OnStep, refuse_static
 from ..state.stats import CacheStats
 from .attention import IMPLEMENTATION, NAME, rocketkv_attention, rocketkv_mask
-from .cache import RocketKVCache, arm, compress_layers, mark_prompt, rocketkv_layers
 from .chat import ChatMarks, chat_marks
 from .compiled import CompiledStep
-from .forward import DecoderForward, eagerly, step_statically
-from .generate import (
-    STATE,
-    PatchState,
-    convertible,
-    generate,
-    refuse_continuous_batching,
-    refuse_empty_rows,
-    state_of,
-)
-from .models import CACHE_ARGUMENT, find_decoder, given_cache, given_inputs, refuse_unsupported
+from .forward import DecoderForward, ForwardHook
+from .generate import generate, refuse_continuous_batching
+from .models import find_decoder, refuse_unsupported
+from .patch_state import STATE, PatchState, state_of
 
 _CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
 
@@ -211,7 +201,7 @@ def patch(
         raise
     for module in attentions:
         setattr(module, IMPLEMENTATION, before)
-    state.hook = decoder.register_forward_pre_hook(_ForwardHook(state), with_kwargs=True)
+    state.hook = decoder.register_forward_pre_hook(ForwardHook(state), with_kwargs=True)
     state.former_forward = decoder.__dict__.get("forward")
     decoder.__dict__["forward"] = DecoderForward(decoder, state.former_forward, state.warned)
     replaced = {"generate": functools.partial(generate, outer, state)}
@@ -289,102 +279,3 @@ def _outermost(model: Any) -> PreTrainedModel:
             if isinstance(module, PreTrainedModel):
                 return module
     raise TypeError(f"model must be a transformers model or hold one, got {type(model).__name__}")
-
-
-class _ForwardHook:
-    """Runs before each forward of a patched decoder and sees to it that its cache is one that compresses."""
-
-    def __init__(self, state: PatchState) -> None:
-        self.state = state
-
-    def __call__(
-        self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        forward = decoder.__dict__.get("forward")
-        if isinstance(forward, DecoderForward) and forward.decoder is not decoder:
-            raise ValueError(
-                f"this {type(decoder).__name__} is a shallow copy (as nn.DataParallel makes) of a patched model, and "
-                f"would run that one's weights: copy the model before rocketkv.patch, or use copy.deepcopy"
-            )
-        if decoder.config._attn_implementation != NAME:
-            raise ValueError(
-                f"the attention implementation of this patched {type(decoder).__name__} was set to "
-                f"{decoder.config._attn_implementation!r}; call rocketkv.unpatch(model) before changing it"
-            )
-        kwargs, cache = given_cache(kwargs)
-        if torch.compiler.is_dynamo_compiling():
-            if _arm_static_step(cache, given_inputs(args, kwargs)):
-                return args, kwargs  # what follows is for prompts and for caches yet to be made
-            if not (_makes_cache(decoder, cache, kwargs) or convertible(cache) or rocketkv_layers(cache)):
-                return self._begin(decoder, cache, args, kwargs)
-        return eagerly(self._begin, decoder, cache, args, kwargs)  # type: ignore[no-any-return]
-
-    def _begin(
-        self, decoder: PreTrainedModel, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Make a cache ready for the forward, or the forward a cache; return the forward's arguments."""
-        inputs = given_inputs(args, kwargs)
-        _refuse_inputs(decoder, cache, inputs, kwargs)
-        if _makes_cache(decoder, cache, kwargs):
-            cache = RocketKVCache(decoder.config, self.state.config)
-            kwargs[CACHE_ARGUMENT] = cache
-            if self.state.running is not None and inputs is not None:
-                self.state.running.begin_anew(cache, inputs.shape[1])
-        if cache is not None:
-            self._prepare(decoder, cache)
-            mark_prompt(cache, inputs, kwargs.get("attention_mask"), self.state.chat)
-            running = self.state.running
-            if running is not None and running.cache is None and rocketkv_layers(cache):
-                running.begin(cache)
-        return args, kwargs
-
-    def _prepare(self, decoder: PreTrainedModel, cache: Any) -> None:
-        """Compress an empty dynamic cache in place, warn of caches that stay as they are, and arm our layers."""
-        if convertible(cache) and not decoder.training:
-            compress_layers(cache, self.state.config, decoder.config)
-        layers = rocketkv_layers(cache)
-        arm(layers, self.state.on_step)
-        kind = type(cache).__name__
-        unwarned = not layers and not isinstance(cache, RocketKVCache) and kind not in self.state.warned
-        if unwarned and _holds_full_attention(decoder):
-            self.state.warned.add(kind)
-            warnings.warn(
-                f"RocketKV leaves a {kind} as it is: it was filled before, or is static, quantized or "
-                "offloaded. This forward runs exactly, without compression. Pass no cache, or an empty DynamicCache.",
-                stacklevel=2,
-            )
-
-
-def _makes_cache(decoder: PreTrainedModel, cache: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a forward without a cache would have one made."""
-    use_cache = kwargs.get("use_cache")
-    return cache is None and not decoder.training and bool(decoder.config.use_cache if use_cache is None else use_cache)
-
-
-def _arm_static_step(cache: Any, inputs: Tensor | None) -> bool:
-    """Arm the layers of a cache whose next forward is a static step; return whether it is."""
-    layers = rocketkv_layers(cache)
-    if not step_statically(layers, inputs):
-        return False
-    for layer in layers:
-        layer.armed = True
-    return True
-
-
-def _holds_full_attention(decoder: PreTrainedModel) -> bool:
-    return bool(rocketkv_layers(RocketKVCache(decoder.config)))
-
-
-def _refuse_inputs(decoder: PreTrainedModel, cache: Any, inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
-    """Refuse what a compressed forward cannot give, before anything is computed."""
-    if kwargs.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
-        raise ValueError(
-            "output_attentions=True asks for attention weights over all tokens, and RocketKV evicts tokens and forms "
-            "no weight matrix; call rocketkv.unpatch(model) first"
-        )
-    mask = kwargs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or inputs is None or inputs.shape[1] < 2:
-        return
-    if any(layer.prompt_end is not None and layer.prompt_end > mask.shape[1] for layer in rocketkv_layers(cache)):
-        return  # a chunk of a prompt, whose rows may begin later
-    refuse_empty_rows(mask)

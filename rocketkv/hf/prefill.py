@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..core.attention import AttentionParams
 from ..core.dense import VisibleBlock, causal_block, dense_attention
+from ..core.params import AttentionParams
 from ..state.store import KVStore
 from .masks import LazyMask
 

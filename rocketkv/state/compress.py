@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..budget import BudgetSplit, with_protected
-from ..core.attention import AttentionParams
 from ..core.calibration import fitted_bias
 from ..core.decode import DecodeBuffers
 from ..core.eviction import TORCH_OPS, EvictionOps, pooled, prompt_scores
 from ..core.index import index_of
+from ..core.params import AttentionParams
 from ..core.residual import sum_values
 from ..core.topk import full_precision, gather_tokens, recent_positions, select_top
 from .decoding import DecodeTokens
@@ -94,7 +94,8 @@ def close_prompt(
     kept_keys, kept_values, positions, seq_lens, bounds = ops.compact(
         keys, values, slots, valid, prompt.positions, longest, longest + room, page_size, index_dtype
     )
-    lens.longest, lens.shortest, lens.captured = longest, shortest, False
+    lens.longest, lens.shortest = longest, shortest
+    lens.captured = lens.uncounted = False  # no graph writes into the new buffers
     ring_tensor, ring = None, None
     if ring_size:
         ring_tensor, ring = make_ring(queries, ring_size, lens.seen)

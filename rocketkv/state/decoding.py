@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..budget import BudgetSplit
 from ..core.decode import DecodeBuffers
-from ..core.index import TokenIndex
 from ..core.residual import sum_values
+from ..core.token_index import TokenIndex
 from ..core.topk import gather_tokens, recent_positions
 from .lens import SeqLens
 from .prompt import larger

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from ..budget import BudgetSplit
-from ..core.attention import AttentionParams, attend
+from ..core.attention import attend
 from ..core.decode import DecodeBuffers, attend_selected
 from ..core.pages import movable, restored
+from ..core.params import AttentionParams
 from .store import KVStore
 
 # The chosen tokens are taken to have at least this share of the weight: dividing by less would only magnify noise.

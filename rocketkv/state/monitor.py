@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config import LOSS_BOUND, RocketKVConfig
-from ..core.attention import AttentionParams
+from ..core.params import AttentionParams
 from .history import History
 from .missed import Audit, attend_all_where, attend_wider_where, audit_head, beyond, estimated_error, missed_mass
 from .store import KVStore

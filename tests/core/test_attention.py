@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from close import assert_as_precise, assert_near
 from naive import attention, top
-from rocketkv.core.attention import AttentionParams, attend, softmax_attention
+from rocketkv.core.attention import attend, softmax_attention
 from rocketkv.core.pages import build_pages, page_count, score_pages
+from rocketkv.core.params import AttentionParams
 from rocketkv.core.topk import ranked_even, select, select_top, select_units
 
 SHAPES = [  # B, H, Hkv, D, N

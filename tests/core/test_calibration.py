@@ -15,9 +15,9 @@ from close import assert_near
 from naive import softmax_weights, top
 from rocketkv.budget import BudgetSplit
 from rocketkv.core import calibration
-from rocketkv.core.attention import AttentionParams
 from rocketkv.core.decode import DecodeBuffers
 from rocketkv.core.index import index_of
+from rocketkv.core.params import AttentionParams
 from rocketkv.core.residual import residual_attend
 from rocketkv.core.sketch import build_sketch, rotation_matrix
 from rocketkv.state.compress import close_prompt

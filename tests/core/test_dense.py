@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from close import assert_as_precise, assert_near
 from naive import attention
 from rocketkv.core import dense
-from rocketkv.core.attention import AttentionParams
 from rocketkv.core.dense import VisibleBlock, causal_block, dense_attention
+from rocketkv.core.params import AttentionParams
 from rocketkv.hf.masks import LazyMask
 from tracking import Tracker
 

@@ -11,8 +11,8 @@ from close import assert_near
 from naive import softmax_weights, top
 from rocketkv.budget import BudgetSplit
 from rocketkv.core import eviction
-from rocketkv.core.attention import AttentionParams
 from rocketkv.core.eviction import prompt_scores, value_aware, window_scores
+from rocketkv.core.params import AttentionParams
 from rocketkv.core.topk import recent_positions, select_top
 from rocketkv.state.compress import close_prompt
 from rocketkv.state.store import KVStore

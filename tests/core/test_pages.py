@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from rocketkv.budget import BudgetSplit
-from rocketkv.core.attention import AttentionParams
 from rocketkv.core.pages import (
     TILE_PAGES,
     build_pages,
@@ -20,6 +19,7 @@ from rocketkv.core.pages import (
     page_count,
     tile_count,
 )
+from rocketkv.core.params import AttentionParams
 from rocketkv.core.topk import gather_tokens
 from rocketkv.state.compress import close_prompt
 from rocketkv.state.store import KVStore

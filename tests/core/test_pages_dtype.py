@@ -18,10 +18,10 @@ from close import assert_near
 from rocketkv import RocketKVConfig
 from rocketkv.budget import BudgetSplit
 from rocketkv.cli.main import main as cli
-from rocketkv.core.attention import AttentionParams
 from rocketkv.core.compact import compact
 from rocketkv.core.pages import FLOAT8, build_pages, grow_pages, index_dtype_of, rounded, score_pages
-from rocketkv.hf.cache import rocketkv_layers
+from rocketkv.core.params import AttentionParams
+from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.state.compress import close_prompt
 from rocketkv.state.stats import store_stats
 from rocketkv.state.store import KVStore

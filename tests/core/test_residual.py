@@ -10,7 +10,7 @@ from torch import Tensor
 
 from close import assert_as_precise, assert_near
 from naive import attention
-from rocketkv.core.attention import AttentionParams
+from rocketkv.core.params import AttentionParams
 from rocketkv.core.residual import residual_attend
 from sketch_case import SHAPES
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from close import assert_near
 from rocketkv.core import sketch as sketch_module
-from rocketkv.core.attention import AttentionParams
+from rocketkv.core.params import AttentionParams
 from rocketkv.core.sketch import (
     LEVEL_STEP,
     Sketch,

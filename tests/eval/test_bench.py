@@ -19,14 +19,14 @@ def test_attention_reports_every_arm() -> None:
 
 @pytest.mark.parametrize(
     ("index", "what"),
-    [("index", "a sparse step"), ("codes", r"a step of rocketkv\+"), (None, "a step over all tokens")],
+    [("bounds", "a sparse step"), ("codes", r"a step of rocketkv\+"), (None, "a step over all tokens")],
 )
 def test_nothing_is_timed_when_a_step_is_wrong(index: str | None, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = bench.decode_step
 
-    def wrong(query: Tensor, key: Tensor, value: Tensor, store: bench.KVStore, *, scaling: float) -> Tensor:
-        spoilt = index is None or getattr(store, index) is not None
-        return real(query, key, value, store, scaling=scaling) + 1e-2 * spoilt
+    def wrong(query: Tensor, key: Tensor, value: Tensor, store: bench.KVStore, params: bench.AttentionParams) -> Tensor:
+        spoilt = index is None or index in store.tensors()
+        return real(query, key, value, store, params) + 1e-2 * spoilt
 
     monkeypatch.setattr(bench, "decode_step", wrong)
     monkeypatch.setattr(bench, "_alternate", lambda *args: pytest.fail("timed a wrong result"))

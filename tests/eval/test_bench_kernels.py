@@ -64,7 +64,7 @@ def test_counted_bytes_are_what_a_store_says_of_its_own() -> None:
     assert buffers.moved["rocketkv"] == store_stats(buffers.stores[0]).step_bytes
     size = sum(t.nbytes for t in (buffers.keys[0], buffers.values[0]))
     assert buffers.moved["dense"] == size
-    held = sum(t.nbytes for name, t in buffers.stores[0].tensors().items() if name in ("keys", "values", "index"))
+    held = sum(t.nbytes for name, t in buffers.stores[0].tensors().items() if name in ("keys", "values", "bounds"))
     assert needed_bytes(SMALL, TINY_LAYER, 4, 1) > 3 * (size + held)
 
 
@@ -116,14 +116,14 @@ def broken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong_output(*args: Any, **kwargs: Any) -> Tensor:
         return step(*args, **kwargs) * 1.02
 
-    def wrong_selection(*args: Any, workspace: decode.DecodeWorkspace, **kwargs: Any) -> Tensor:
-        out = step(*args, workspace=workspace, **kwargs)
-        workspace.chosen[0, -1] = int(kwargs["lengths"][0, 0]) + 1
+    def wrong_selection(*args: Any) -> Tensor:
+        out, buffers, workspace = step(*args), args[3], args[4]
+        workspace.chosen[0, -1] = int(buffers.seq_lens[0, 0]) + 1
         return out
 
-    def wrong_count(*args: Any, **kwargs: Any) -> Tensor:
-        out = step(*args, **kwargs)
-        kwargs["lengths"][-1, -1] += 1
+    def wrong_count(*args: Any) -> Tensor:
+        out, buffers = step(*args), args[3]
+        buffers.seq_lens[-1, -1] += 1
         return out
 
     def not_a_number(*args: Any, **kwargs: Any) -> Tensor:
@@ -147,7 +147,7 @@ def broken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elif name == "dense":
         monkeypatch.setattr(dense_arms, "dense_decode", not_a_number)
     else:
-        made = {"output": wrong_output, "selection": wrong_selection, "lengths": wrong_count}[name]
+        made = {"output": wrong_output, "selection": wrong_selection, "seq_lens": wrong_count}[name]
         monkeypatch.setattr(decode, "decode_step", made)
 
 
@@ -157,7 +157,7 @@ def broken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("output", "output is wrong"),
         ("selection", "selection"),
-        ("lengths", "lengths after 1 steps"),
+        ("seq_lens", "seq_lens after 1 steps"),
         ("dense", r"split-KV \(Triton\) is wrong"),
         ("stage 1", "select_top"),
         ("copies", "compact's values"),

@@ -42,7 +42,8 @@ from rocketkv.eval.measures.memory import (
 )
 from rocketkv.eval.methods import Compressed, Full
 from rocketkv.hf import layer
-from rocketkv.hf.cache import cache_stats, rocketkv_layers
+from rocketkv.hf.cache import cache_stats
+from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from tiny import SMALL, VOCABULARY, build
 

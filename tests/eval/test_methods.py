@@ -21,7 +21,8 @@ from rocketkv.cli.main import main
 from rocketkv.eval.conversation import ask
 from rocketkv.eval.methods import SETTINGS, Compressed, Full, find_method, takes_budget
 from rocketkv.eval.records import records
-from rocketkv.hf.cache import RocketKVCache, rocketkv_layers
+from rocketkv.hf.cache import RocketKVCache
+from rocketkv.hf.layer import rocketkv_layers
 
 OWN = "rocketkv_test_method"
 

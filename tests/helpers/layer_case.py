@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rocketkv import dispatch as backend
 from rocketkv.budget import BudgetSplit
-from rocketkv.core.attention import AttentionParams
 from rocketkv.core.index import index_of
+from rocketkv.core.params import AttentionParams
 from rocketkv.core.sketch import rotation_matrix
 from rocketkv.core.topk import select
 from rocketkv.state.compress import close_prompt

@@ -12,7 +12,7 @@ from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.models import CACHE_ARGUMENT
 from tiny import SKETCH_SPLIT, SMALL, TRANSFORMERS, left_padded, prompt
 
-# What older releases give a cache is tested over all of them in test_hf_models.py and test_hf_turns.py.
+# What older releases give a cache is tested over all of them in hf/test_models.py and hf/test_turns.py.
 OLDER = TRANSFORMERS < (5, 0)
 FAMILIES = ["llama", "gemma3"] if OLDER else ["llama", "gemma2", "gemma3", "gpt-oss"]
 PADDED_FAMILIES = ["llama"] if OLDER else ["llama", "gemma3", "gpt-oss", "qwen3"]

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rocketkv.core.attention import AttentionParams
 from rocketkv.core.eviction import TORCH_OPS, EvictionOps, prompt_scores
+from rocketkv.core.params import AttentionParams
 
 
 def prompt_positions(

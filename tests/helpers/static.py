@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig
 
-from rocketkv.core.attention import AttentionParams
+from rocketkv.core.params import AttentionParams
 from rocketkv.dispatch import StaticStep
-from rocketkv.hf.cache import RocketKVCache, rocketkv_layers
+from rocketkv.hf.cache import RocketKVCache
+from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from rocketkv.state.compress import close_prompt
 from rocketkv.state.store import KVStore
@@ -89,7 +90,8 @@ def own_loop(
 
 def places(cache: RocketKVCache) -> list[dict[str, tuple[int, torch.Size]]]:
     """Return where each layer's tensors lie, and their shapes."""
-    tensors = [{**layer.store.tensors(), "clock": layer.store.clock()} for layer in rocketkv_layers(cache)]
+    stores = [layer.store for layer in rocketkv_layers(cache)]
+    tensors = [store.tensors() | ({"clock": store.clock()} if store.closed else {}) for store in stores]
     return [{name: (tensor.data_ptr(), tensor.shape) for name, tensor in layer.items()} for layer in tensors]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rocketkv.budget import METHODS, BudgetSplit
-from rocketkv.core.attention import AttentionParams
+from rocketkv.core.params import AttentionParams
 from rocketkv.dispatch import decode_step
 from rocketkv.state.compress import close_prompt
 from rocketkv.state.store import KVStore

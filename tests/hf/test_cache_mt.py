@@ -32,7 +32,8 @@ from mt_case import (
     talked,
     turn_of,
 )
-from rocketkv.hf.cache import RocketKVCache, rocketkv_layers
+from rocketkv.hf.cache import RocketKVCache
+from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from storages import walked
 from tiny import SMALL, TRANSFORMERS, build, left_padded, prompt

@@ -18,7 +18,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, MinNewTokensLengt
 import rocketkv
 from close import assert_near
 from rocketkv.budget import BudgetSplit
-from rocketkv.hf.cache import RocketKVCache, cache_stats, rocketkv_layers
+from rocketkv.hf.cache import RocketKVCache, cache_stats
+from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.compiled import TORCH
 from rocketkv.hf.layer import RocketKVLayer, layer_of
 from rocketkv.hf.models import CACHE_ARGUMENT

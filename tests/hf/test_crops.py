@@ -15,7 +15,7 @@ from torch import Tensor
 import rocketkv
 from rocketkv import RocketKVCache
 from rocketkv.core.sketch import rotation_matrix
-from rocketkv.hf.cache import rocketkv_layers
+from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from rocketkv.state.stats import live_bytes
 from tiny import SETTINGS, SKETCH_SPLIT, SPLIT, build, greedy, left_padded, prompt

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import rocketkv
 from hybrids import linear
-from rocketkv.hf.cache import RocketKVCache, rocketkv_layers
+from rocketkv.hf.cache import RocketKVCache
+from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from static import STATIC, inputs_of, own_loop
 from tiny import LARGE, SMALL, TRANSFORMERS, build, greedy, hand_written, left_padded, prompt
@@ -423,8 +424,8 @@ def test_another_version(saved: tuple[Any, Path], monkeypatch: pytest.MonkeyPatc
         lambda document: document["layers"][1].update(stored=39),
         lambda document: document["layers"][1].update(seen="many"),
         lambda document: document["layers"][1].update(capacity=3),
-        lambda document: document["layers"][1]["fields"].pop("aligned"),
-        lambda document: document["layers"][1]["fields"].update(split=None),
+        lambda document: document["layers"][1].pop("aligned"),
+        lambda document: document["layers"][1].update(split=None),
         lambda document: document["layers"][0].update(kind="QuantizedLayer"),
         lambda document: document["settings"].update(token_budget=-1),
     ],

@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import rocketkv
 from rocketkv import dispatch
-from rocketkv.hf.cache import rocketkv_layers
+from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from rocketkv.state.store import KVStore
 from tiny import LARGE, SMALL, build, greedy, left_padded, prompt

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import rocketkv
 from hybrids import LINEAR, linear
-from rocketkv.hf.cache import rocketkv_layers
+from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.layer import RocketKVLayer
 from tiny import COMMON, LARGE, SMALL, TRANSFORMERS, build, greedy, left_padded, prompt, sharpened
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import rocketkv
-from rocketkv.hf.cache import RocketKVCache, rocketkv_layers
+from rocketkv.hf.cache import RocketKVCache
+from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from static import compiling, inputs_of, own_loop
 from tiny import LARGE, SETTINGS, build, greedy, hand_written, left_padded, prompt

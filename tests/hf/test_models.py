@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import rocketkv
-from rocketkv.hf.cache import rocketkv_layers
+from rocketkv.hf.layer import rocketkv_layers
 from tiny import FAMILIES, LARGE, SMALL, TRANSFORMERS, WINDOW, build, greedy, hand_written, left_padded, prompt
 
 pytestmark = pytest.mark.integration

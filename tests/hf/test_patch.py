@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, T5Config, T5ForConditionalGeneration
 
 import rocketkv
-from rocketkv.hf.cache import rocketkv_layers
+from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from tiny import LARGE, SMALL, TRANSFORMERS, build, config, greedy, left_padded, prompt, sharpened
 

@@ -16,7 +16,7 @@ from chat import WAYS, chat
 from rocketkv.core import decode as core_decode
 from rocketkv.eval.tasks.needle import found, needle_grid
 from rocketkv.eval.tasks.text import prose
-from rocketkv.hf.cache import rocketkv_layers
+from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.loading import load_smollm2
 from rocketkv.hf.models import CACHE_ARGUMENT
 from tiny import greedy, left_padded

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import rocketkv
 from hybrids import LINEAR, linear
-from rocketkv.hf.cache import rocketkv_layers
+from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.compiled import TORCH
 from rocketkv.hf.models import CACHE_ARGUMENT
 from static import ROOM, STATIC, inputs_of, own_loop, places

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 import rocketkv
 from chat import WAYS, turn
-from rocketkv.hf.cache import rocketkv_layers
+from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from tiny import FAMILIES, LARGE, SMALL, TRANSFORMERS, build, greedy, hand_written, left_padded, prompt
 

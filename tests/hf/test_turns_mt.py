@@ -33,7 +33,7 @@ from mt_case import (
     talked,
     turn_of,
 )
-from rocketkv.hf.cache import rocketkv_layers
+from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from tiny import LARGE, PAD, SMALL, build, greedy, left_padded, prompt
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 import rocketkv
-from rocketkv.hf.cache import rocketkv_layers
+from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from tiny import LARGE, SMALL, VOCABULARY, build, greedy, left_padded, prompt
 

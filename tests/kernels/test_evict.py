@@ -22,9 +22,9 @@ from torch.nn import functional as F
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
 from rocketkv.core import eviction
-from rocketkv.core.attention import AttentionParams
 from rocketkv.core.compact import compact
 from rocketkv.core.eviction import EvictionOps
+from rocketkv.core.params import AttentionParams
 from rocketkv.core.topk import select_top
 from rocketkv.kernels import evict
 from stage1 import prompt_positions

@@ -13,8 +13,8 @@ from close import assert_near
 from naive import softmax_weights, top
 from protection_case import kept_by
 from rocketkv.budget import BudgetSplit
-from rocketkv.core.attention import AttentionParams
 from rocketkv.core.pages import TILE_PAGES, build_pages
+from rocketkv.core.params import AttentionParams
 from rocketkv.dispatch import close_prompt, decode_step, evict_generated
 from rocketkv.state.compress import kept_of
 from rocketkv.state.store import KVStore

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import rocketkv
-from rocketkv.hf.cache import RocketKVCache, rocketkv_layers
+from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.chat import ChatMarks
+from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from rocketkv.hf.patch import state_of
 from rocketkv.state import history

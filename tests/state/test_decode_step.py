@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rocketkv.budget import METHODS, BudgetSplit
-from rocketkv.core.attention import AttentionParams
 from rocketkv.core.decode import recent_slots
+from rocketkv.core.params import AttentionParams
 from rocketkv.core.topk import MOST_CACHED, _multiples, multiples, scalar
 from rocketkv.dispatch import decode_step
 from rocketkv.state.store import KVStore

@@ -18,7 +18,7 @@ from close import assert_near
 from rocketkv.budget import BudgetSplit
 from rocketkv.config import RocketKVConfig
 from rocketkv.core import decode
-from rocketkv.core.attention import AttentionParams
+from rocketkv.core.params import AttentionParams
 from rocketkv.core.topk import select
 from rocketkv.dispatch import Workspaces, close_prompt, decode_step
 from rocketkv.hf.layer import RocketKVLayer, layer_of

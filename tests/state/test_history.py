@@ -14,7 +14,7 @@ from close import assert_near
 from naive_methods import HKV, KERNEL, SCALING, WINDOW, D, H, Head, snap, sparse
 from rocketkv.budget import BudgetSplit
 from rocketkv.config import RocketKVConfig
-from rocketkv.core.attention import AttentionParams
+from rocketkv.core.params import AttentionParams
 from rocketkv.hf.layer import RocketKVLayer, layer_of
 from rocketkv.hf.turns import prompt_part
 from rocketkv.state.history import History

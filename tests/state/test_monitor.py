@@ -18,7 +18,8 @@ from monitor_case import ALL_STORED, PLUS, SPLIT, errors, exact, forward, layer,
 from naive import attention
 from rocketkv.config import RocketKVConfig
 from rocketkv.dispatch import decode_step
-from rocketkv.hf.cache import RocketKVCache, cache_stats, rocketkv_layers
+from rocketkv.hf.cache import RocketKVCache, cache_stats
+from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from rocketkv.state.monitor import StepReport
 from tiny import SMALL, build, greedy, left_padded, prompt

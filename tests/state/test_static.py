@@ -11,8 +11,7 @@ from torch import Tensor
 import rocketkv
 from close import assert_near
 from rocketkv.budget import BudgetSplit
-from rocketkv.hf.cache import rocketkv_layers
-from rocketkv.hf.layer import RocketKVLayer
+from rocketkv.hf.layer import RocketKVLayer, rocketkv_layers
 from rocketkv.hf.masks import LazyMask
 from rocketkv.hf.models import CACHE_ARGUMENT
 from static import PADDED, PROMPT, ROOM, STATIC, inputs_of, later, own_loop, places
