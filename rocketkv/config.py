@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 from .budget import METHODS, BudgetSplit
@@ -181,11 +181,11 @@ class RocketKVConfig:
             )
 
     def _check_diagnostics(self) -> None:
-        bound = self.loss_bound
+        bound: Any = self.loss_bound
         if self.on_loss not in (None, *_ON_LOSS):
             raise ValueError(f"on_loss must be one of {', '.join(_ON_LOSS)} or None; got {self.on_loss!r}")
         if bound is not None:
-            if not isinstance(bound, Real) or isinstance(bound, bool):
+            if isinstance(bound, bool) or not isinstance(bound, (int, float)):
                 raise TypeError(f"loss_bound must be a float or None, got {bound!r} of type {type(bound).__name__}")
             if not 0 <= bound < 1:
                 raise ValueError(f"loss_bound must be from 0 to less than 1, a share of the weight; got {bound}")
@@ -305,7 +305,7 @@ def did_you_mean(given: object, known: Iterable[str]) -> str:
 
 def _whole(name: str, value: object) -> int:
     """Return an integer of any kind as an int."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
     return int(value)
 

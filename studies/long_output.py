@@ -112,7 +112,7 @@ def divergence(
         reference, *_ = [forward(model, cache, prompts) for cache in caches]
         for (_, kind), cache in zip(arms, caches[1:], strict=True):
             for layer in rocketkv_layers(cache) if kind == "evict-random" else ():
-                layer.bounded["at_random"] = True  # no setting of the library: only this control needs it
+                layer.bounded = {**(layer.bounded or {}), "at_random": True}  # the library has no such setting
         for step in range(settings.new_tokens):
             progress.say(f"{method}: {len(caches)} caches side by side")
             given = sampled(reference, end, generator)

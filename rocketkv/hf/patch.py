@@ -204,7 +204,7 @@ def patch(
     state.hook = decoder.register_forward_pre_hook(ForwardHook(state), with_kwargs=True)
     state.former_forward = decoder.__dict__.get("forward")
     decoder.__dict__["forward"] = DecoderForward(decoder, state.former_forward, state.warned)
-    replaced = {"generate": functools.partial(generate, outer, state)}
+    replaced: dict[str, Any] = {"generate": functools.partial(generate, outer, state)}
     replaced |= dict.fromkeys(_CONTINUOUS_BATCHING, refuse_continuous_batching)
     state.installed = {name: method for name, method in replaced.items() if hasattr(outer, name)}
     state.former = {name: outer.__dict__[name] for name in state.installed if name in outer.__dict__}
