@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
-from typing import Any, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 import transformers
@@ -22,11 +22,12 @@ from transformers import PreTrainedModel
 from ..._version import __version__
 from ...budget import BudgetSplit
 from ...config import RocketKVConfig
-from ...core.attention import attend, select
-from ...core.masks import LazyMask
+from ...core.attention import attend
+from ...core.params import AttentionParams
+from ...core.topk import select
 from ...hf.cache import RocketKVCache
-from ...hf.handover import claim
 from ...hf.layer import RocketKVLayer
+from ...hf.masks import LazyMask
 from ...hf.models import CACHE_ARGUMENT, find_decoder
 from ...hf.patch import patch
 from ...hf.prefill import FastAttention
@@ -49,7 +50,7 @@ class LayerTensors(NamedTuple):
         key: [1, Hkv, S, D] float32, after rotary embedding.
         value: [1, Hkv, S, Dv] float32.
         out: [1, S, H, Dv] float32, the model's attention output.
-        exact: scaling, softcap and learned sinks.
+        params: the model's attention parameters.
     """
 
     number: int
@@ -57,7 +58,7 @@ class LayerTensors(NamedTuple):
     key: Tensor
     value: Tensor
     out: Tensor
-    exact: dict[str, Any]
+    params: AttentionParams
 
 
 class HeadDict(TypedDict):
@@ -98,19 +99,16 @@ class _Recorder(RocketKVLayer):
         self,
         query: Tensor,
         mask: LazyMask | None,
+        params: AttentionParams,
         *,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
         fast: FastAttention,
     ) -> Tensor:
         """Attend densely and pass the tensors on."""
         if self.pending is None:
             raise ValueError("attend must follow update, which passes the keys and values")
         key, value = (tensor.detach().float() for tensor in self.pending)
-        exact: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
-        out = super().attend(query, mask, fast=fast, **exact)
-        self._visit(LayerTensors(self._number, query.detach().float(), key, value, out.detach().float(), exact))
+        out = super().attend(query, mask, params, fast=fast)
+        self._visit(LayerTensors(self._number, query.detach().float(), key, value, out.detach().float(), params))
         self.reset()
         return out
 
@@ -150,8 +148,7 @@ def _feed(layer: RocketKVLayer, tensors: LayerTensors, start: int, stop: int) ->
     key = tensors.key[:, :, start:stop]
     layer.armed = True
     layer.update(key, tensors.value[:, :, start:stop])
-    claim(key)
-    return layer.attend(tensors.query[:, :, start:stop], None, fast=unread, **tensors.exact)
+    return layer.attend(tensors.query[:, :, start:stop], None, tensors.params, fast=unread)
 
 
 class Stages(NamedTuple):
@@ -204,14 +201,14 @@ def stages(tensors: LayerTensors, config: RocketKVConfig, prompt: int) -> Stages
         # Without a residual these are one stage.
         without = own if bare is None else _feed(bare, tensors, token, token + 1)[:, 0]
         keys, values = tensors.key[:, :, : token + 1], tensors.value[:, :, : token + 1]
-        steps = (attend(query, keys, values, **tensors.exact), *_stored_attention(layer, query, split, tensors.exact))
+        steps = (attend(query, keys, values, tensors.params), *_stored_attention(layer, query, split, tensors.params))
         for place, out in enumerate((*steps, without, own)):
             found[place].append(out[0])
     return Stages([torch.stack(outputs) for outputs in found], fmean(read), fmean(dense), layer.store.stored)
 
 
 def _stored_attention(
-    layer: RocketKVLayer, query: Tensor, split: BudgetSplit, exact: Mapping[str, Any]
+    layer: RocketKVLayer, query: Tensor, split: BudgetSplit, params: AttentionParams
 ) -> tuple[Tensor, Tensor]:
     """Return attention [1, H, Dv] to all stored tokens, and to the k of them with the largest true weight."""
     store = layer.store
@@ -219,15 +216,15 @@ def _stored_attention(
         raise ValueError("there are no tokens")
     stored = store.stored
     keys, values = store.keys[:, :, :stored], store.values[:, :, :stored]
-    lengths = None if store.uniform else store.lengths
+    lengths = None if store.uniform else store.decoding.buffers.seq_lens
     mask = None if lengths is None else torch.arange(stored, device=keys.device) < lengths[..., None]
-    dense = attend(query, keys, values, mask=mask, **exact)
+    dense = attend(query, keys, values, params, mask=mask)
     if split.top_k is None or stored <= split.token_budget:  # every step attends to all tokens
         return dense, dense
     grouped = query.view(1, keys.shape[1], -1, query.shape[-1])
-    logits = torch.matmul(grouped * exact["scaling"], keys.transpose(-1, -2)).flatten(1, 2)
-    if exact["softcap"] is not None:
-        logits = torch.tanh(logits / exact["softcap"]) * exact["softcap"]
+    logits = torch.matmul(grouped * params.scaling, keys.transpose(-1, -2)).flatten(1, 2)
+    if params.softcap is not None:
+        logits = torch.tanh(logits / params.softcap) * params.softcap
     positions, _ = select(
         logits,
         min(split.top_k, stored),
@@ -235,12 +232,12 @@ def _stored_attention(
         lengths=lengths,
         kv_heads=keys.shape[1],
         unit_size=1,
-        sinks=exact["sinks"],
+        sinks=params.sinks,
         protected=split.protected,
         by_largest=split.by_largest,
     )
     real = None if lengths is None else positions < lengths[..., None]
-    return dense, attend(query, keys, values, positions, mask=real, **exact)
+    return dense, attend(query, keys, values, params, positions, mask=real)
 
 
 @torch.inference_mode()
@@ -262,12 +259,12 @@ def layer_figures(tensors: LayerTensors, config: RocketKVConfig, prompt: int, er
     run = stages(tensors, config, prompt)
     by_head = [output.view(steps, kv_heads, -1) for output in run.outputs]
     own = tensors.out[0, prompt:].reshape(steps, kv_heads, -1)
-    sinks = tensors.exact["sinks"]
+    sinks = tensors.params.sinks
     heads: list[HeadDict] = []
     for head in range(kv_heads):
         heads_of_group = slice(head * group, (head + 1) * group)
-        exact = tensors.exact | {"sinks": None if sinks is None else sinks[heads_of_group]}
-        weights = group_weights(tensors.query[0, heads_of_group, prompt:], tensors.key[0, head], **exact)
+        params = tensors.params._replace(sinks=None if sinks is None else sinks[heads_of_group])
+        weights = group_weights(tensors.query[0, heads_of_group, prompt:], tensors.key[0, head], **params._asdict())
         prefixes = smallest_prefixes(weights, tensors.value[0, head], error)
         chosen = union(prefixes)
         outputs = [output[:, head] for output in by_head]

@@ -97,12 +97,13 @@ class RocketKVCache(DynamicCache):
         return cache_stats(self)
 
     def begin_turn(self, prompt_length: int | None = None) -> None:
-        """Say that the next forward begins a turn, where its number of tokens does not: a prompt of one token, say.
+        """Begin a turn: the next forward brings its prompt, at whose end stage 1 runs again.
 
-        Without it, several tokens at once after decoding are a turn's prompt.
+        Without it, a forward of several tokens after the prompt's end verifies a draft, and nothing is evicted in it.
+        `model.generate` begins turns by itself.
 
         Args:
-            prompt_length: tokens of that prompt, padding included, where several forwards bring it; None: those of the
+            prompt_length: tokens of the prompt, padding included, where several forwards bring it; None: those of the
                 next forward.
 
         Raises:

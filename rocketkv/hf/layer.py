@@ -42,6 +42,11 @@ from .turns import check_prompt_length, check_queries, prompt_part
 # What a layer's snapshot holds beside its store's.
 _SNAPPED = ("prompt_end", "prompt_tokens", "prompt_ids", "turn_begins", "speculative", "step", "backend", "params")
 
+VERIFIES = (
+    "RocketKV: after a prompt has ended, a forward of several tokens verifies a draft, and nothing is evicted in it. If "
+    "it is the prompt of a new turn, call begin_turn() of its RocketKVCache before it"
+)
+
 # The attribute of a key tensor by which its layer is found.
 _MARK = "rocketkv_layer"
 
@@ -203,7 +208,8 @@ class RocketKVLayer(CacheLayerMixin):
     def prompt_part(self, given: int) -> int:
         """Return how many of the next forward's `given` tokens belong to a prompt."""
         seen = self.store.seen
-        return prompt_part(seen, given, self.prompt_end, begins=self.turn_begins, verifies=self.speculative)
+        phase = {"closed": self.store.closed, "begins": self.turn_begins, "verifies": self.speculative}
+        return prompt_part(seen, given, self.prompt_end, **phase)
 
     def begin_turn(self, prompt_length: int | None = None) -> None:
         """Have the next forward begin a turn, whose prompt has `prompt_length` tokens, or as many as that forward.
@@ -265,6 +271,8 @@ class RocketKVLayer(CacheLayerMixin):
             self.close_prompt(params)
         if self.store.closed and self.step is None and self.config.decode_capacity is not None:
             self.step = static_step(query[:, :, 0], self.store, backend=self.backend, workspaces=self.workspaces)
+        if prompt == 0 and given > 1 and not self.speculative:
+            self.workspaces.warn(VERIFIES)
         if given - prompt > 1:
             # A verify step evicts nothing, and a crop takes its queries back.
             self.make_room(given - prompt)

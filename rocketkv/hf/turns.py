@@ -1,27 +1,29 @@
-"""Where a turn begins: which tokens of a forward are a prompt's, and which are decoded."""
+"""The phase of a forward: which of its tokens are a prompt's, and which are decoded or verified."""
 
 import warnings
 
 
-def prompt_part(seen: int, given: int, prompt_end: int | None, *, begins: bool = False, verifies: bool = False) -> int:
+def prompt_part(
+    seen: int, given: int, prompt_end: int | None, *, closed: bool, begins: bool = False, verifies: bool = False
+) -> int:
     """Return how many of the `given` tokens of a forward belong to a prompt; the rest are decoded.
 
-    Several tokens after decoding are a new turn's prompt (the last generated token, which no forward has taken yet,
-    comes with them), unless they verify a draft.
+    After a prompt has ended, several tokens at once verify a draft unless a turn begins: nothing is evicted in them.
 
     Args:
         seen: tokens of the sequence before this forward.
         given: tokens of this forward.
-        prompt_end: tokens of the sequence when the prompt ends, or None where nobody knows: then a forward of several
-            tokens is a prompt (or a chunk of one), and a single token after it is decoded.
-        begins: whether the caller said that a turn begins with this forward, however few tokens it has.
-        verifies: whether forwards of several tokens are verify steps, which may begin in the prompt's forward.
+        prompt_end: tokens of the sequence when the prompt ends, or None where unknown: then a forward of several tokens
+            is a chunk of the prompt, and the first single token ends it.
+        closed: whether the last prompt has ended.
+        begins: whether `begin_turn` was called for this forward, however few tokens it has.
+        verifies: whether forwards of several tokens verify a draft, which may begin in the prompt's forward.
     """
     if prompt_end is not None and seen < prompt_end:
         return min(given, prompt_end - seen) if verifies else given
-    if seen == 0 or begins or (given > 1 and not verifies):
+    if seen == 0 or begins:
         return given
-    return 0
+    return given if not closed and given > 1 and not verifies else 0
 
 
 def check_prompt_length(length: object) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rocketkv
 from close import assert_near
 from rocketkv import dispatch as backend
 from rocketkv.budget import BudgetSplit
+from rocketkv.core.eviction import TORCH_OPS
 from rocketkv.hf.layer import RocketKVLayer
 from tiny import SETTINGS, SMALL, build, greedy, left_padded, prompt
 
@@ -53,7 +54,7 @@ def test_layers_share_their_workspace_and_its_bytes_are_counted() -> None:
     layers = [layer for layer in cache.layers if isinstance(layer, RocketKVLayer)]
     first = layers[0].workspaces
     assert all(layer.workspaces is first for layer in layers)
-    (workspace,) = first.values()
+    (workspace,) = first.buffers.values()
     live = sum(tensor.untyped_storage().nbytes() for tensor in workspace.tensors().values())
     assert cache.stats().workspace_bytes == live
     assert cache.stats().total_bytes == sum(layer.stats().total_bytes for layer in layers) + live
@@ -62,14 +63,10 @@ def test_layers_share_their_workspace_and_its_bytes_are_counted() -> None:
 def test_what_the_kernels_do_not_take_runs_on_the_reference_and_says_so_once() -> None:
     split = BudgetSplit(token_budget=24, kept_tokens=60, page_size=20, channels=8, top_k=12)
     model = build()
-    backend._say_once.cache_clear()
     with rocketkv.patch(model, **{**SMALL, "split": split}, backend="triton"):
         with pytest.warns(UserWarning, match="run on PyTorch, not on the kernels: pages hold 20 tokens") as said:
             found = greedy(model, prompt(90), 4)[0]
         assert sum("not on the kernels" in str(warning.message) for warning in said) == 1
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*not on the kernels")
-            greedy(model, prompt(90), 4)
     with rocketkv.patch(model, **{**SMALL, "split": split}, backend="torch"):
         assert greedy(model, prompt(90), 4)[0].equal(found)
 
@@ -96,10 +93,12 @@ def test_without_the_triton_package_a_gpu_runs_pytorch_and_says_so(monkeypatch: 
     monkeypatch.delenv(backend.VARIABLE, raising=False)
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     backend._no_triton.cache_clear()
-    backend._say_once.cache_clear()
+    with FakeTensorMode():
+        keys = torch.empty(1, 2, 30, 16, device="cuda")
     try:
+        assert backend.backend_name(keys.device) == "torch"
         with pytest.warns(UserWarning, match="pip install triton"):
-            assert backend.backend_name(torch.device("cuda")) == "torch"
+            assert backend._eviction_ops(keys, "auto", None, backend.Workspaces()) is TORCH_OPS
         with pytest.raises(ValueError, match="the triton package is not installed"):
             backend.backend_name(torch.device("cuda"), "triton")
     finally:
