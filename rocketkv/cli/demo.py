@@ -8,7 +8,7 @@ from typing import Any
 
 from ..budget import METHODS
 from ..config import RocketKVConfig
-from ..eval.measure import Generation, measured_generate
+from ..eval.generate import Generation, measured_generate
 from ..eval.progress import Progress
 from ..eval.tasks.needle_text import found, needle_prompt
 from ..hf.loading import load_model
