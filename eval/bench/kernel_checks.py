@@ -1,4 +1,4 @@
-"""What a result must pass before it is timed: the PyTorch reference, and attention in float64.
+"""Checks of kernels before they are timed, against the PyTorch reference and attention in float64.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, N stored tokens, P page size, k tokens read.
 """
@@ -12,7 +12,7 @@ from ...core import eviction
 from ...core.attention import score, select
 from ...kernels import decode, evict
 from ...state.store import KVStore
-from .gpu_timing import WrongResultError
+from ..checks import WrongResultError, require_near
 from .kernel_cases import CaseBuffers
 
 # Of the largest value, in units of the dtype's precision: low precisions round weights too, float32 sums in any order.
@@ -22,23 +22,14 @@ SCORE_TOLERANCE = 1e-4  # of the largest score
 WEIGHT_TOLERANCE = 1e-3  # of a weight, within which two tokens may change places
 
 
-def require_near(what: str, found: Tensor, expected: Tensor) -> None:
+def require_precise(name: str, result: Tensor, expected: Tensor) -> None:
     """Require a result to be as near to the reference as its precision allows.
 
     Raises:
         WrongResultError: it is not.
     """
-    if found.shape != expected.shape:
-        raise WrongResultError(f"{what} has shape {tuple(found.shape)}, not {tuple(expected.shape)}; nothing is timed")
-    units = FLOAT32_UNITS if found.dtype == torch.float32 else LOW_PRECISION_UNITS
-    _require(what, found, expected, units * torch.finfo(found.dtype).eps)
-
-
-def _require(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
-    error = float((found.double() - expected.double()).abs().max())
-    allowed = tolerance * float(expected.double().abs().max())
-    if not error <= allowed:  # NaN is not
-        raise WrongResultError(f"{what} is wrong by {error:.2e}, more than {allowed:.2e}; nothing is timed")
+    units = FLOAT32_UNITS if result.dtype == torch.float32 else LOW_PRECISION_UNITS
+    require_near(name, result, expected, units * torch.finfo(result.dtype).eps)
 
 
 def require_equal(what: str, found: Tensor | None, expected: Tensor | None) -> None:
@@ -68,7 +59,7 @@ def exact_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float)
 def check_dense(name: str, buffers: CaseBuffers, out: Tensor) -> None:
     """Check dense attention over the first set."""
     expected = exact_attention(buffers.query[0], buffers.keys[0], buffers.values[0], buffers.scaling)
-    require_near(name, out, expected)
+    require_precise(name, out, expected)
 
 
 def check_step(
@@ -112,7 +103,7 @@ def check_step(
     )
     pages = logits.shape[2]
     found_logits = workspace.scores.view(*query.shape[:2], -1)[..., :pages]
-    _require("a step's scores", found_logits, logits, SCORE_TOLERANCE)
+    require_near("a step's scores", found_logits, logits, SCORE_TOLERANCE)
     batch, kv_heads = store.lengths.shape
     listed = workspace.chosen.view(batch, kv_heads, -1)
     known, weight = select(
@@ -132,7 +123,7 @@ def check_step(
         _require_best(listed, known, shared.repeat_interleave(split.page_size, dim=2)[..., :stored])
     place = listed.long()[..., None].expand(-1, -1, -1, query.shape[2])
     exact = exact_attention(query, store.keys.gather(2, place), store.values.gather(2, place), buffers.scaling)
-    require_near("a step's output", out, exact)
+    require_precise("a step's output", out, exact)
 
 
 def _require_best(listed: Tensor, known: Tensor, weight: Tensor) -> None:
@@ -156,7 +147,8 @@ def check_eviction(buffers: CaseBuffers) -> None:
     query, keys, values = buffers.window[0], buffers.keys[0], buffers.values[0]
     kept = split.kept_tokens or 0
     scores = evict.window_scores(query, keys, scaling=buffers.scaling)
-    _require("window_scores", scores, eviction.window_scores(query, keys, scaling=buffers.scaling), WEIGHT_TOLERANCE)
+    expected_scores = eviction.window_scores(query, keys, scaling=buffers.scaling)
+    require_near("window_scores", scores, expected_scores, WEIGHT_TOLERANCE)
     pooled = evict.pool_scores(scores, layer.window, kernel_size=layer.kernel_size)
     around = torch.nn.functional.max_pool1d(scores, layer.kernel_size, stride=1, padding=layer.kernel_size // 2)
     require_equal("pool_scores", pooled, torch.nn.functional.pad(around, (0, layer.window), value=torch.inf))

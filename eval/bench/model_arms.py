@@ -17,12 +17,10 @@ from ...config import RocketKVConfig
 from ...hf.cache import RocketKVCache, rocketkv_layers
 from ...hf.models import CACHE_ARGUMENT
 from ...hf.patch import patch, unpatch
-from .gpu_timing import WrongResultError
+from ..checks import WrongResultError, require_near_logits
 from .kernel_cases import Case
 
 DECODE_CAPACITY = 256
-# Of the largest logit, through all layers: exact sums in any order, or 16 bits.
-LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "llama-3.1-8b": (LlamaConfig, {"vocab_size": 128256, "intermediate_size": 14336, "num_hidden_layers": 32}),
     "qwen3-8b": (Qwen3Config, {"vocab_size": 151936, "intermediate_size": 12288, "num_hidden_layers": 36}),
@@ -83,11 +81,7 @@ class ModelArm:
         if "cache_position" in inspect.signature(self.model.forward).parameters:  # transformers before 5
             more["cache_position"] = self.position[0]
         out = self.model(
-            self.token,
-            position_ids=self.position,
-            logits_to_keep=1,
-            **{CACHE_ARGUMENT: self.cache},
-            **more,
+            self.token, position_ids=self.position, logits_to_keep=1, **{CACHE_ARGUMENT: self.cache}, **more
         )
         self.logits = out.logits[:, -1]
         self.token.copy_(self.logits.argmax(-1, keepdim=True))
@@ -197,15 +191,3 @@ def _unless_too_large(arm: ModelArm, case: Case) -> Tensor | str:
         return str(error).splitlines()[0]
     finally:
         arm.rewind(start, case.context)
-
-
-def require_near_logits(what: str, found: Tensor, expected: Tensor) -> None:
-    """Require logits to be as near as their precision allows.
-
-    Raises:
-        WrongResultError: they are not.
-    """
-    error = float((found.double() - expected.double()).abs().max())
-    allowed = LOGITS_TOLERANCE[found.dtype] * float(expected.double().abs().max())
-    if not error <= allowed:
-        raise WrongResultError(f"{what} are wrong by {error:.2e}, more than {allowed:.2e}; nothing is timed")
