@@ -15,9 +15,7 @@ import torch
 import yaml
 
 from ..hf.loading import load_model
-from .sweep.plan import DTYPES, Plan, cells, plan_from, shard
-
-_REQUIRED = ("lm_eval", "datasets")
+from .sweep.plan import DTYPES, LM_EVAL, Plan, cells, plan_from, shard
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def given_plan(args: argparse.Namespace) -> Plan:
-    """Return the plan of a command line: its flags over its YAML file over the defaults.
+    """Return the plan of a command line: flags override the YAML file, which overrides the defaults.
 
     Raises:
         ValueError: the file is no mapping, or a field is unknown or has an impossible value.
@@ -107,7 +105,7 @@ def given_plan(args: argparse.Namespace) -> Plan:
 
 
 def _listed(name: str, value: Any) -> Any:
-    """Return a flag's value, where it names several things by commas as a list of them."""
+    """Return a flag's value; that of a flag with commas as a list."""
     if name not in ("tasks", "methods", "budgets", "lengths"):
         return value
     parts = [part for part in value.split(",") if part]
@@ -119,7 +117,7 @@ def _listed(name: str, value: Any) -> Any:
 
 
 def _settings(given: Sequence[str]) -> dict[str, Any]:
-    """Return FIELD=VALUE pairs as a dict, with YAML's reading of the values."""
+    """Return FIELD=VALUE pairs as a dict, values parsed as YAML."""
     wrong = [pair for pair in given if "=" not in pair]
     if wrong:
         raise ValueError(f"--set must be FIELD=VALUE, got {wrong[0]!r}")
@@ -127,7 +125,7 @@ def _settings(given: Sequence[str]) -> dict[str, Any]:
 
 
 def part_of(text: str | None) -> tuple[int, int]:
-    """Return which part of the cells this process runs: as it is told, or by its rank under torchrun.
+    """Return the shard of this process and their number: from --shard, or the rank under torchrun.
 
     Raises:
         ValueError: the text is not I/N.
@@ -141,7 +139,7 @@ def part_of(text: str | None) -> tuple[int, int]:
 
 
 def _device(given: str | None) -> torch.device:
-    """Return where to run: under torchrun each process has a GPU of its own."""
+    """Return the device; under torchrun each process gets a different GPU."""
     if given is not None:
         return torch.device(given)
     if torch.cuda.is_available():
@@ -150,13 +148,13 @@ def _device(given: str | None) -> torch.device:
 
 
 def _run(args: argparse.Namespace) -> int:
-    missing = [name for name in _REQUIRED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"rocketkv eval run needs {', '.join(missing)}: pip install 'rocketkv[eval]'")
     from .methods import find_method
+    from .sweep.cells import Session
     from .sweep.run import is_press, run_cells, run_presses
 
     plan = given_plan(args)
+    if any(task.startswith(LM_EVAL) for task in plan.tasks) and importlib.util.find_spec("lm_eval") is None:
+        raise ImportError("tasks of lm-eval need the package lm_eval: pip install 'rocketkv[eval]'")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = _device(args.device)
@@ -166,17 +164,19 @@ def _run(args: argparse.Namespace) -> int:
 
         sys.stdout.write(dry_run(plan, args.output, device, (number, count)))
         return 0
-    bench = make_bench(plan, args.output, device, retry_out_of_memory=args.retry_oom)
-    wanted = shard(cells(plan, chat=bench.lm.tokenizer.chat_template is not None), number, count)
+    model, tokenizer = load_model(plan.model, getattr(torch, plan.dtype))
+    model.to(device)  # type: ignore[arg-type]  # torch types `to`
+    session = Session(model, tokenizer, args.output, plan.data_dir, args.retry_oom)
+    wanted = shard(cells(plan, chat=tokenizer.chat_template is not None), number, count)
     presses = [cell for cell in wanted if is_press(cell)]
     apart = args.kvpress_python is not None
     if args.only_presses:
         wanted = presses
     elif apart:
         wanted = [cell for cell in wanted if not is_press(cell)]
-    for cell in filter(is_press, wanted):  # of those left to this process: before hours of others, not after
+    for cell in filter(is_press, wanted):  # a missing kvpress must show before hours of other cells, not after
         find_method(cell["method"], cell["token_budget"])
-    counts = run_cells(bench, wanted)
+    counts = run_cells(session, wanted)
     code = 0
     if presses and apart and not args.only_presses:
         code = run_presses(args.kvpress_python, [*args.given, "--only-presses"])
@@ -187,16 +187,3 @@ def _run(args: argparse.Namespace) -> int:
             sys.stdout.write(f"{summary(load(args.output))}\n")
     sys.stderr.write(f"{counts}; records in {args.output}\n")
     return code
-
-
-def make_bench(plan: Plan, results: Path, device: torch.device, *, retry_out_of_memory: bool = False) -> Any:
-    """Load a plan's model and make what its cells run on."""
-    from .engine import quiet
-    from .lm import RocketKVLM
-    from .methods import Full
-    from .sweep.cells import Bench
-
-    model, tokenizer = load_model(plan.model, getattr(torch, plan.dtype))
-    with quiet():
-        lm = RocketKVLM(model.to(device), method=Full(), tokenizer=tokenizer)  # type: ignore[arg-type]  # torch types `to`
-    return Bench(lm, results, plan.data_dir, retry_out_of_memory)
