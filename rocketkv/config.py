@@ -8,7 +8,7 @@ import torch
 from .budget import METHODS, MULTI_TURN, SKETCHED, UNRANKED, BudgetSplit, least_token_budget
 
 BACKENDS = ("auto", "torch", "triton")
-WHEN_FULL = ("evict", "evict-random", "raise")
+WHEN_FULL = ("evict", "raise")
 ON_LOSS = ("warn", "widen", "dense")
 LOSS_BOUND = 0.5  # where none is given
 PAPERS_POOL, SKETCHED_POOL = 63, 13  # widths of stage 1's max-pooling where none is given
@@ -39,8 +39,8 @@ class RocketKVConfig:
             that decode steps can be compiled and captured in CUDA graphs; None: a cache that grows.
         when_full: what happens at the end of that room. `evict`: stage 1 runs again, over the generated tokens and with
             the queries of their last W; half of them stay, and so does what the prompt kept, so that memory and steps
-            stay the same for any length. `evict-random`: what stays is chosen by chance, the control. `raise`: an
-            error, as with methods without a stage 1, and where there is room for fewer than 2W.
+            stay the same for any length. `raise`: an error, as with methods without a stage 1, and where there is room
+            for fewer than 2W.
         index_dtype: of the bounds of pages, for methods that score those: `keys`, the keys' own; or 8 bits, a quarter
             to a half of its bytes: `float8_e5m2`, of a wide range, or `float8_e4m3fn`, which is finer and ends at 448.
             Budgets are counted for 16 bits all the same.

@@ -1,15 +1,13 @@
-"""`make evidence`: measure every figure that the README quotes, and write them down.
+"""`make evidence`: measure and write every figure that the README quotes.
 
 Needle prompts on a real model, memory, and both speed benchmarks. The figures go to docs/evidence.json and, as tables,
-between the markers of README.md. Interrupted, it goes on where it stopped; a part that is done is not run again unless
-the code has changed or `--fresh` is given.
+between the markers of README.md. An interrupted run resumes; finished parts run again only where the code has changed
+or with `--fresh`.
 """
 
 import argparse
 import hashlib
 import json
-import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import binomtest
 
 from rocketkv.config import RocketKVConfig
 from rocketkv.eval.bench.command import bench_attention, bench_decode, machine
-from rocketkv.eval.measure import measured_generate
+from rocketkv.eval.generate import measured_generate
 from rocketkv.eval.progress import Progress
+from rocketkv.eval.records import write_atomically
 from rocketkv.eval.tasks.needle_text import found, needle_grid, needle_prompt
 from rocketkv.hf.loading import load_model
 
@@ -43,7 +43,7 @@ Partial = dict[str, Any]
 
 
 def measure_needle(partial: Partial) -> dict[str, Any]:
-    """Ask every arm for the same hidden numbers, prompt by prompt."""
+    """Let every arm answer the same needle prompts."""
     answers: dict[str, list[bool]] = partial.setdefault("needle_answers", {name: [] for name in NEEDLE_ARMS})
     ratios: dict[str, float] = partial.setdefault("needle_ratios", {})
     model, tokenizer = load_model(None)
@@ -63,7 +63,10 @@ def measure_needle(partial: Partial) -> dict[str, Any]:
         "prompts": len(prompts),
         "seed": NEEDLE_SEED,
         "right": {name: sum(right) for name, right in answers.items()},
-        "interval": {name: wilson_interval(sum(right), len(right)) for name, right in answers.items()},
+        "interval": {
+            name: list(binomtest(sum(right), len(right)).proportion_ci(method="wilson"))
+            for name, right in answers.items()
+        },
         "memory_ratio": ratios,
         "answers": answers,
     }
@@ -105,14 +108,6 @@ PARTS: dict[str, Callable[[Partial], dict[str, Any]]] = {
 }
 
 
-def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a share."""
-    share = right / total
-    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
-    reach = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return max(0.0, middle - reach), min(1.0, middle + reach)
-
-
 def tables(evidence: dict[str, Any]) -> dict[str, str]:
     """Render the README's tables, by the name of their markers."""
     needle, memory, decode, attention = (evidence[name] for name in ("needle", "memory", "decode", "attention"))
@@ -140,36 +135,34 @@ def tables(evidence: dict[str, Any]) -> dict[str, str]:
 
 
 def with_tables(text: str, evidence: dict[str, Any]) -> str:
-    """Return a document with the tables put between its markers `<!-- evidence: name -->` and `<!-- end -->`."""
+    """Return a document with the tables between its markers `<!-- evidence: name -->` and `<!-- end -->`."""
     for name, table in tables(evidence).items():
         before, marker, rest = text.partition(f"<!-- evidence: {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
         if not end:
-            raise ValueError(f"the document has no markers '<!-- evidence: {name} -->' and '<!-- end -->' on own lines")
+            raise ValueError(
+                f"the document has no markers '<!-- evidence: {name} -->' and '<!-- end -->' on lines of their own"
+            )
         text = f"{before}{marker}{table}\n{end}{after}"
     return text
 
 
 def _revision() -> str:
-    """Name the code that is measured: the trees of the library and the harness, changes that are not committed too."""
-    paths = ["rocketkv", "eval"]
+    """Return a hash of the measured code: the trees of library and harness, uncommitted changes included."""
+    paths = ["rocketkv", "kernels", "eval"]
     trees = subprocess.run(["git", "ls-files", "-s", *paths], cwd=ROOT, capture_output=True, text=True, check=True)
     changes = subprocess.run(["git", "diff", "HEAD", *paths], cwd=ROOT, capture_output=True, text=True, check=True)
     return hashlib.sha256((trees.stdout + changes.stdout).encode()).hexdigest()[:16]
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:
-    """Write JSON so that an interruption leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    write_atomically(path, json.dumps(document, indent=1) + "\n")
 
 
 def main() -> int:
-    """Measure what is missing, then write the figures; returns the exit code."""
+    """Measure the missing parts and write the figures; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

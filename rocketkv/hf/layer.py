@@ -360,7 +360,7 @@ class RocketKVLayer(CacheLayerMixin):
         """Note with what to rank generated tokens, given scaling, softcap and sinks."""
         config, self.bounded = self.config, None
         if self.store.window is not None:
-            self.bounded = exact | {"kernel_size": config.pool_size, "at_random": config.when_full == "evict-random"}
+            self.bounded = exact | {"kernel_size": config.pool_size}
 
     def _kept_when_full(self, split: BudgetSplit) -> int | None:
         """Return how many generated tokens stay where the room for them ends, or None where that is an error."""

@@ -44,7 +44,6 @@ def evict_generated(
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    at_random: bool = False,
     scores: Callable[..., Tensor] = window_scores,
 ) -> None:
     """Keep only the best of the generated tokens of every row, in place.
@@ -56,7 +55,6 @@ def evict_generated(
         scaling: factor of the logits.
         softcap: the model's soft-cap of the logits, or None.
         sinks: [H], the model's learned sinks, or None.
-        at_random: choose what stays beside the window by chance instead: the control that ranking must beat.
         scores: `eviction.window_scores`, or what stands in its place.
 
     Raises:
@@ -70,21 +68,13 @@ def evict_generated(
         raise ValueError(f"there must be queries, and more generated tokens than are kept; got {count} and {kept}")
     window, device = query.shape[2], store.keys.device
     lengths = store.lengths.long()[..., None]
-    if at_random:
-        generator = torch.Generator("cpu").manual_seed(store.seen)
-        ranks = (
-            torch.rand(count - window, dtype=torch.float32, generator=generator, device="cpu")
-            .to(device)
-            .expand(*lengths.shape[:2], -1)
-        )
-    else:
-        # Rows of different lengths end side by side, as those of a prompt do.
-        slot = torch.arange(stored, device=device) - (stored - lengths)
-        valid = None if store.uniform else slot >= 0
-        keys = store.keys[:, :, :stored] if valid is None else gather_tokens(slot.clamp(min=0), store.keys)[0]
-        with full_precision(device):
-            ranks = scores(query, keys, scaling=scaling, softcap=softcap, sinks=sinks, valid=valid)
-        ranks = pooled(ranks[..., -(count - window) :].contiguous(), min(kernel_size, WIDEST_POOL))
+    # Rows of different lengths end side by side, as those of a prompt do.
+    slot = torch.arange(stored, device=device) - (stored - lengths)
+    valid = None if store.uniform else slot >= 0
+    keys = store.keys[:, :, :stored] if valid is None else gather_tokens(slot.clamp(min=0), store.keys)[0]
+    with full_precision(device):
+        ranks = scores(query, keys, scaling=scaling, softcap=softcap, sinks=sinks, valid=valid)
+    ranks = pooled(ranks[..., -(count - window) :].contiguous(), min(kernel_size, WIDEST_POOL))
     chosen = select_top(ranks, kept - window) if kept > window else lengths.expand(-1, -1, 0)
     last = torch.arange(count - window, count, device=device).expand(*chosen.shape[:2], -1)
     first = lengths - count  # slot of each row's first generated token

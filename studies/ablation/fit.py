@@ -48,7 +48,7 @@ class Case:
     group: int = 1
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Arm:
     """One way to store and to read.
 

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
 import numpy as np
+from scipy.stats import bootstrap
 
-from rocketkv.eval.intervals import RESAMPLES
 from rocketkv.eval.measures.kl import Window
 from rocketkv.eval.records import digest
 
 from .arms import BY_NAME
-from .capture import Settings
 from .run import RecordDict
 
-SCHEMA = 1
 BASELINE = "rocketkv"
 
 
 def ratio(values: Sequence[float], reference: Sequence[float]) -> tuple[float, list[float] | None]:
     """Return the ratio of two means over the same texts, and its 95 % interval, or None where one text shows no spread.
 
-    The interval is the percentile bootstrap over texts, both means of a resample from the same texts; with fixed draws.
+    The interval is the paired percentile bootstrap over texts, with fixed draws.
 
     Raises:
         ValueError: the two are not of the same texts.
@@ -35,12 +32,15 @@ def ratio(values: Sequence[float], reference: Sequence[float]) -> tuple[float, l
     count = len(values)
     if count < 2:
         return found, None
-    drawn = (
-        np.random.default_rng(count).multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.float64)
+    result = bootstrap(
+        (values, reference),
+        lambda one, other, axis: np.mean(one, axis) / np.mean(other, axis),
+        paired=True,
+        method="percentile",
+        n_resamples=10_000,
+        rng=np.random.default_rng(count),
     )
-    means = [np.einsum("ij,j->i", drawn, np.asarray(column, np.float64)) for column in (values, reference)]
-    low, high = np.quantile(means[0] / means[1], (0.025, 0.975))
-    return found, [float(low), float(high)]
+    return found, [float(end) for end in result.confidence_interval]
 
 
 def text_errors(record: RecordDict) -> list[float]:
@@ -49,7 +49,7 @@ def text_errors(record: RecordDict) -> list[float]:
 
 
 def summary(record: RecordDict, baseline: RecordDict | None) -> dict[str, Any]:
-    """Return an arm's figures, and what they are of the baseline's."""
+    """Return an arm's figures and their ratios to the baseline's."""
     errors = text_errors(record)
     found: dict[str, Any] = {
         "mean_kl": None if record["kl"] is None else fmean(record["kl"]),
@@ -63,12 +63,10 @@ def summary(record: RecordDict, baseline: RecordDict | None) -> dict[str, Any]:
     return found
 
 
-def document(settings: Settings, windows: Sequence[Window], records: Sequence[RecordDict]) -> dict[str, Any]:
-    """Return everything as plain numbers."""
+def document(windows: Sequence[Window], records: Sequence[RecordDict]) -> dict[str, Any]:
+    """Return texts and arms as plain numbers."""
     baselines = {record["budget"]: record for record in records if record["arm"] == BASELINE}
     return {
-        "schema": SCHEMA,
-        "settings": asdict(settings),
         "texts": [{"id": window.id, "sha256": digest(window.ids), "notes": window.notes} for window in windows],
         "arms": [{**record, **summary(record, baselines.get(record["budget"]))} for record in records],
     }

@@ -32,11 +32,6 @@ WIDE_FACTORS = (*FACTORS, 2.0, 2.5, 3.0, 4.0, 6.0)  # where the weight stands fo
 Ranks = Callable[..., Tensor]
 
 
-def plain_step(query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Any, **exact: Any) -> Tensor:
-    """Run the library's own decode step."""
-    return decode_step(query, key, value, store, backend="torch", **exact)
-
-
 # Ranks of stage 1: in place of `eviction.prompt_scores`, given the layer's values and number.
 
 
@@ -107,34 +102,51 @@ class Scored(NamedTuple):
     filled: Tensor
 
 
-def score_tokens(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    store: KVStore,
-    exact: dict[str, Any],
-    *,
-    uneven: bool = False,
-) -> Scored:
-    """Take a token in and score all that is stored by the store's index; rows may differ where `uneven` allows it."""
-    store.append(key, value)
-    index, split = index_of(store.split), store.split
-    if store.keys is None or store.values is None or split is None or split.top_k is None or index is None:
-        raise ValueError("such a step needs a store that is scored")
-    if store.lengths is None or exact["softcap"] is not None or exact["sinks"] is not None:
-        raise ValueError("such a step takes no soft-cap and no sinks")
-    if not (store.uniform or uneven):
-        raise ValueError("such a step takes no rows of fewer tokens than others")
-    stored, scaling = store.stored, exact["scaling"]
-    keys, values = store.keys[:, :, :stored], store.values[:, :, :stored]
-    lengths = None if store.uniform else store.lengths
-    logits = index.score(
-        query, store.index_parts(), store.keys, stored=stored, lengths=lengths, scaling=scaling, softcap=None
-    )
-    grouped = (query.shape[0], keys.shape[1], query.shape[1] // keys.shape[1], -1)
-    filled = torch.arange(stored) < store.lengths[..., None]
-    logits = logits.view(grouped).masked_fill(~filled[:, :, None], -torch.inf)
-    return Scored(keys, values, logits, query.view(grouped) * scaling, min(split.top_k, stored), filled)
+class Step(NamedTuple):
+    """The inputs of one decode step.
+
+    Attributes:
+        query: [B, H, D].
+        key: [B, Hkv, D].
+        value: [B, Hkv, Dv].
+        store: the layer's.
+        state: of the arm, from its `summary`; None without one.
+        exact: scaling, softcap and sinks.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    store: KVStore
+    state: Any
+    exact: dict[str, Any]
+
+    def score(self, *, uneven: bool = False) -> Scored:
+        """Append the token and score all stored tokens by the index; rows may differ in length where `uneven`."""
+        store, query = self.store, self.query
+        store.append(self.key, self.value)
+        index, split = index_of(store.split), store.split
+        if store.keys is None or store.values is None or split is None or split.top_k is None or index is None:
+            raise ValueError("such a step needs a store that is scored")
+        if store.lengths is None or self.exact["softcap"] is not None or self.exact["sinks"] is not None:
+            raise ValueError("such a step takes no soft-cap and no sinks")
+        if not (store.uniform or uneven):
+            raise ValueError("such a step takes no rows of fewer tokens than others")
+        stored, scaling = store.stored, self.exact["scaling"]
+        keys, values = store.keys[:, :, :stored], store.values[:, :, :stored]
+        lengths = None if store.uniform else store.lengths
+        logits = index.score(
+            query, store.index_parts(), store.keys, stored=stored, lengths=lengths, scaling=scaling, softcap=None
+        )
+        grouped = (query.shape[0], keys.shape[1], query.shape[1] // keys.shape[1], -1)
+        filled = torch.arange(stored) < store.lengths[..., None]
+        logits = logits.view(grouped).masked_fill(~filled[:, :, None], -torch.inf)
+        return Scored(keys, values, logits, query.view(grouped) * scaling, min(split.top_k, stored), filled)
+
+
+def plain_step(step: Step) -> Tensor:
+    """Run the library's own decode step."""
+    return decode_step(step.query, step.key, step.value, step.store, backend="torch", **step.exact)
 
 
 def group_weights(logits: Tensor) -> Tensor:
@@ -169,9 +181,9 @@ def _attended(scored: Scored, positions: Tensor, columns: Tensor, column_values:
     return (weight @ torch.cat((values, column_values), 2)).flatten(1, 2)
 
 
-def sketch_mass_step(query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Any, **exact: Any) -> Tensor:
+def sketch_mass_step(step: Step) -> Tensor:
     """Take the weight of the chosen tokens, too, from the estimates (as SparQ does)."""
-    scored = score_tokens(query, key, value, store, exact)
+    scored = step.score()
     positions = select_top(group_weights(scored.logits), scored.k)
     keys, values = gather_tokens(positions, scored.keys, scored.values)
     out = (scored.rows @ keys.transpose(-1, -2)).softmax(-1) @ values
@@ -180,9 +192,9 @@ def sketch_mass_step(query: Tensor, key: Tensor, value: Tensor, store: KVStore, 
     return ((1 - rest) * out + rest * _mean_of_others(scored.values, values)).flatten(1, 2)
 
 
-def ends_step(query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Any, **exact: Any) -> Tensor:
+def ends_step(step: Step) -> Tensor:
     """Attend to the first four tokens and to the last k/8 whatever their scores."""
-    scored = score_tokens(query, key, value, store, exact)
+    scored = step.score()
     shared = group_weights(scored.logits)
     shared[..., :4] = shared[..., -max(1, scored.k // 8) :] = torch.inf
     positions = select_top(shared, scored.k)
@@ -191,11 +203,9 @@ def ends_step(query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: 
     return _attended(scored, positions, columns, _mean_of_others(scored.values, own))
 
 
-def segments_step(
-    query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Any, *, segments: int, **exact: Any
-) -> Tensor:
+def segments_step(step: Step, *, segments: int) -> Tensor:
     """Have a residual for each of m runs of neighbouring tokens, with a mean value of its own."""
-    scored = score_tokens(query, key, value, store, exact)
+    scored = step.score()
     positions = select_top(group_weights(scored.logits), scored.k)
     return _attended(scored, positions, *_segment_columns(scored, positions, segments))
 
@@ -254,28 +264,18 @@ def evicted_summary(
     return Evicted(*(torch.stack(part, 2) for part in parts))
 
 
-def evicted_step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    store: KVStore,
-    state: Evicted,
-    *,
-    with_variance: bool,
-    segments: int = 1,
-    **exact: Any,
-) -> Tensor:
+def evicted_step(step: Step, *, with_variance: bool) -> Tensor:
     """Count the evicted tokens in as well: their mean value, with the weight that normal logits would have together.
 
     The mean of exp(l) for normal l is exp(mean + variance / 2); channels are taken as independent of each other.
     """
-    scored = score_tokens(query, key, value, store, exact)
+    scored = step.score()
     positions = select_top(group_weights(scored.logits), scored.k)
-    columns, own = _segment_columns(scored, positions, segments)
-    logits = scored.rows @ state.key.transpose(-1, -2) + state.tokens.log().transpose(-1, -2)
+    columns, own = _segment_columns(scored, positions, 1)
+    logits = scored.rows @ step.state.key.transpose(-1, -2) + step.state.tokens.log().transpose(-1, -2)
     if with_variance:
-        logits = logits + scored.rows.square() @ state.variance.transpose(-1, -2) / 2
-    return _attended(scored, positions, torch.cat((columns, logits), -1), torch.cat((own, state.value), 2))
+        logits = logits + scored.rows.square() @ step.state.variance.transpose(-1, -2) / 2
+    return _attended(scored, positions, torch.cat((columns, logits), -1), torch.cat((own, step.state.value), 2))
 
 
 class Calibrated(NamedTuple):
@@ -345,14 +345,12 @@ def calibrate(
     return Calibrated(torch.tensor(factors)[torch.stack(errors).argmin(0)][..., None], value)
 
 
-def calibrated_step(
-    query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Calibrated, **exact: Any
-) -> Tensor:
+def calibrated_step(step: Step) -> Tensor:
     """Have a residual whose weight, and maybe value, is calibrated for each query head."""
-    scored = score_tokens(query, key, value, store, exact)
+    scored = step.score()
     positions = select_top(group_weights(scored.logits), scored.k)
     keys, values = gather_tokens(positions, scored.keys, scored.values)
-    column = _without(scored.logits, positions).logsumexp(-1, keepdim=True) + state.factor.log()
+    column = _without(scored.logits, positions).logsumexp(-1, keepdim=True) + step.state.factor.log()
     weight = torch.cat((scored.rows @ keys.transpose(-1, -2), column), -1).softmax(-1)
-    other = _mean_of_others(scored.values, values) if state.value is None else state.value
+    other = _mean_of_others(scored.values, values) if step.state.value is None else step.state.value
     return (weight[..., :-1] @ values + weight[..., -1:] * other).flatten(1, 2)

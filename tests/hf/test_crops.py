@@ -189,7 +189,7 @@ def default_dtype(dtype: torch.dtype) -> Any:
 def test_the_default_dtype_changes_nothing(method: str, dtype: torch.dtype) -> None:
     from rocketkv.core.sketch import rotation
 
-    fields = fields_of(method, decode_capacity=20, when_full="evict-random")
+    fields = fields_of(method, decode_capacity=20)
     model, ids = build(), prompt(100)
     with rocketkv.patch(model, **fields), torch.no_grad():
         rotation.cache_clear()

@@ -182,7 +182,6 @@ def step(store: KVStore, given: Tokens, at: int, backend: str = "torch", **setti
     """Decode token `at`, evicting before it where there is no room."""
     if store.stored >= store.capacity:
         evict_generated(store, KEPT, kernel_size=KERNEL, backend=backend, **settings)
-    settings.pop("at_random", None)
     token = (given.query[:, :, at], given.key[:, :, at], given.value[:, :, at])
     return decode_step(*token, store, backend=backend, **settings)
 
@@ -239,32 +238,6 @@ def test_it_is_its_definition(case: Case, backend: str) -> None:
     assert store.lengths is not None
     behind = torch.arange(store.capacity) >= store.lengths[..., None]
     assert (store.positions[behind] == -1).all()
-
-
-@pytest.mark.parametrize("lengths", [(PROMPT, PROMPT), (PROMPT, 33, 9)], ids=["uniform", "ragged"])
-def test_the_control_keeps_the_window_and_others_by_chance(lengths: tuple[int, ...]) -> None:
-    case = Case(lengths=lengths)
-    store, given, sinks, _ = started(case, 40)
-    again, ranked = copy.deepcopy(store), copy.deepcopy(store)
-    evictions = 0
-    for at in range(PROMPT, PROMPT + 40):
-        full = store.stored == store.capacity
-        for each, by_chance in ((store, True), (again, True), (ranked, False)):
-            step(each, given, at, at_random=by_chance, **exact(case, sinks))
-        assert store.positions is not None
-        assert again.positions is not None
-        assert store.positions.equal(again.positions)
-        if full:
-            evictions += 1
-            for b in range(len(lengths)):
-                generated = [positions(store, b, g)[-KEPT - 1 :] for g in range(2)]
-                assert generated[0] == generated[1], "the same for all heads"
-                assert generated[0][-WINDOW - 1 :] == list(range(at - WINDOW, at + 1))
-                assert generated[0] == sorted(set(generated[0]))
-                assert generated[0][0] >= PROMPT
-    assert evictions == 4
-    assert ranked.positions is not None
-    assert not store.positions.equal(ranked.positions)
 
 
 def test_what_cannot_be_evicted_is_refused() -> None:
