@@ -1,7 +1,7 @@
 """The decode loop of the harness: a prefill, one token a forward, and several methods after one shared prefill.
 
 Every measurement runs this loop, so that all of them time and compare the same work. Decoding is greedy or
-teacher-forced: a caller steps with the loop's own choice (`token`) or with tokens of its own.
+teacher-forced: a caller steps with the loop's own choice (`token`) or with given tokens.
 
 Letters: B batch, S tokens of a prompt, n tokens of a forward, Hkv KV heads, D head dim.
 """
@@ -67,7 +67,7 @@ class DecodeLoop:
 
     @torch.inference_mode()
     def step(self, ids: Ids) -> Tensor:
-        """Run one forward and return the logits [B, vocabulary] after it; see the attributes for what it records."""
+        """Run one forward and return the logits [B, vocabulary] after it; the attributes record it."""
         device = self.model.device
         ids, valid = _padded(ids, device)
         count = ids.shape[1]

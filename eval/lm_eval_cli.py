@@ -17,9 +17,9 @@ _CACHE, _SHORT_CACHE = "--use_cache", "-c"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Take everything as it is: the options are lm-eval's."""
+    """Pass all arguments on: the options are lm-eval's."""
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="lm-eval's arguments; the model is rocketkv")
-    parser.prefix_chars = "\0"  # none of them is ours
+    parser.prefix_chars = "\0"  # no argument is an option of this parser
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         ImportError: lm-eval is not installed.
-        ValueError: a cache of answers would be shared by several methods.
+        ValueError: several methods would share a cache of answers.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ImportError("rocketkv lm-eval needs lm-eval: pip install 'rocketkv[eval]'")
@@ -42,12 +42,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def with_model(arguments: Sequence[str]) -> list[str]:
-    """Return lm-eval's arguments with our model, and with a cache of answers for these model arguments alone.
+    """Return lm-eval's arguments with the model `rocketkv`, and with a separate cache of answers for its settings.
 
-    lm-eval's cache knows an answer by its prompt: two methods would share it.
+    lm-eval's cache has answers by prompt: two methods would share it.
 
     Raises:
-        ValueError: another model is asked for, or a file names the cache.
+        ValueError: the arguments name another model, or a file names the cache.
         OSError: the file cannot be read.
     """
     found = list(arguments)
@@ -69,7 +69,7 @@ def with_model(arguments: Sequence[str]) -> list[str]:
 
 
 def _own(model_args: Sequence[str], files: Sequence[str]) -> str:
-    """Return what the cache of a method is called: method and budget where they are given, and a hash of all."""
+    """Return the suffix of a cache's name: method and budget where they are set, and a hash of all settings."""
     texts = [Path(file).read_text(encoding="utf-8") for file in files]
     for file, text in zip(files, texts, strict=True):
         if (yaml.safe_load(text) or {}).get("use_cache"):

@@ -1,4 +1,4 @@
-"""From a sample to the tokens that a model reads: chat template, middle truncation, and where the context ends."""
+"""Prompts of samples: chat template, middle truncation, and the end of the context."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .tasks.base import Preparation, Sample
 
-UNBOUNDED = 2**31 - 1  # of a model whose configuration has no number of positions
-# Some templates print the date: the same one in every record, or two days' would not compare.
+UNBOUNDED = 2**31 - 1  # for a configuration without a number of positions
+# For templates that print the date: records of different days must compare.
 DAY = date(2026, 1, 1)
-# In place of the clock that templates are given, and that no argument can replace.
+# Replaces the clock of templates, which no argument can.
 _CLOCK = (
     "{%- macro strftime_now(format) -%}{{ format"
     + "".join(
@@ -21,19 +21,19 @@ _CLOCK = (
     )
     + " }}{%- endmacro -%}"
 )
-# Put where the context ends, or an answer, to find it again in what a chat template makes of the text. From the private
-# use area of Unicode: no text has them, and no template strips them.
+# Marks the end of the context, or of an answer, in the output of a chat template. From the private use area of Unicode:
+# no text has them, and no template strips them.
 _MARK = "\ue0f1\ue0f2"
-_SPACE = "\u2581"  # how SentencePiece writes a space
+_SPACE = "\u2581"  # a space in SentencePiece
 
 
 class Prompt(NamedTuple):
     """A prompt in two parts.
 
     Attributes:
-        head: up to the end of the context: what is compressed first where the evaluation is question-agnostic.
-        tail: the rest: the question, and how the answer begins.
-        special: whether the tokenizer is to add its special tokens: a chat template writes them itself.
+        head: up to the end of the context, which a query-agnostic evaluation compresses first.
+        tail: the question and the beginning of the answer.
+        special: whether the tokenizer adds its special tokens; a chat template contains them.
     """
 
     head: str
@@ -49,10 +49,10 @@ class Prompt(NamedTuple):
 def render(
     tokenizer: PreTrainedTokenizerBase, context: str, question: str, answer_prefix: str = "", *, chat: bool = False
 ) -> Prompt:
-    """Make a prompt of a context and its question, in the model's chat template or as they are.
+    """Return the prompt of a context and its question, in the model's chat template or as plain text.
 
     Raises:
-        ValueError: a chat template is asked for that the tokenizer does not have.
+        ValueError: `chat` is set and the tokenizer has no chat template.
     """
     if not chat:
         return Prompt(context, question + answer_prefix, special=True)
@@ -61,10 +61,10 @@ def render(
 
 
 def follow_up(tokenizer: PreTrainedTokenizerBase, question: str, answer_prefix: str = "", *, chat: bool = False) -> str:
-    """Return what follows an answer when the next question is asked.
+    """Return the text between an answer and the answer to the next question.
 
     Raises:
-        ValueError: a chat template is asked for that the tokenizer does not have.
+        ValueError: `chat` is set and the tokenizer has no chat template.
     """
     if not chat:
         return f"\n\n{question}{answer_prefix}"
@@ -86,13 +86,13 @@ def _chat(tokenizer: PreTrainedTokenizerBase, talk: list[dict[str, str]]) -> str
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, apart: bool = False) -> tuple[list[int], int]:
-    """Return a prompt's token ids, and how many of them are its head's.
+    """Return a prompt's token ids and the number of tokens of its head.
 
     Args:
         tokenizer: the model's.
-        prompt: what to encode.
-        apart: encode head and tail apart, so that the head's tokens do not depend on the question; otherwise all is
-            encoded as one, as a model is asked in use, and the number is that of the head's by itself.
+        prompt: to encode.
+        apart: encode head and tail separately, so that the head's tokens do not depend on the question; otherwise the
+            whole text is encoded at once, and the number is that of the head encoded alone.
     """
     head = list(tokenizer(prompt.head, add_special_tokens=prompt.special)["input_ids"])
     if apart:
@@ -101,19 +101,19 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, apart: bool = 
 
 
 def continued(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of a text that goes on after another: without the space that some put before every text."""
+    """Return the token ids of a text that continues another, without the leading space that some tokenizers add."""
 
     def ids(piece: str) -> list[int]:
         return list(tokenizer(piece, add_special_tokens=False)["input_ids"])
 
     if not str(tokenizer.convert_ids_to_tokens(ids("a")[:1])[0]).startswith(_SPACE):
         return ids(text)
-    # After a character that no vocabulary has, and so no token has with others.
+    # After a character that is in no vocabulary, and so in no token with others.
     return ids(_MARK[0] + text)[len(ids(_MARK[0])) :]
 
 
 def longest(config: PretrainedConfig) -> int:
-    """Return how many tokens a model takes at most, as its configuration has it, rotary scaling counted."""
+    """Return the most tokens that a model takes by its configuration, with rotary scaling."""
     config = config.get_text_config()
     stated = int(getattr(config, "max_position_embeddings", None) or UNBOUNDED)
     scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -124,22 +124,22 @@ def longest(config: PretrainedConfig) -> int:
 
 
 def sample_tokens(prepared: Preparation, sample: Sample) -> int:
-    """Return the tokens of a sample's first prompt, chat template included where there is one."""
+    """Return the number of tokens of a sample's first prompt, with its chat template where it uses one."""
     turn = sample.turns[0]
     prompt = render(prepared.tokenizer, sample.context, turn.question, turn.answer_prefix, chat=prepared.chat)
     return len(encode(prepared.tokenizer, prompt)[0])
 
 
 def truncate_middle(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> tuple[str, int]:
-    """Cut a text of more than `tokens` tokens in its middle, as LongBench does: the first half and the last half stay.
+    """Truncate a text of more than `tokens` tokens in its middle, as LongBench does: the first and last half stay.
 
     Args:
-        tokenizer: the model's; special tokens count, and are left out of what comes back.
-        text: to cut.
-        tokens: how many may stay.
+        tokenizer: the model's; special tokens count and are not in the result.
+        text: to truncate.
+        tokens: most tokens that stay.
 
     Returns:
-        The text, and how many tokens were cut, 0 where it fits.
+        The text and the number of tokens removed, 0 where it fits.
 
     Raises:
         ValueError: fewer than 2 tokens may stay.

@@ -31,6 +31,7 @@ from rocketkv.eval.tasks.haystack import haystack
 from rocketkv.hf.cache import RocketKVCache, rocketkv_layers
 from rocketkv.hf.layer import RocketKVLayer
 from rocketkv.hf.patch import patch
+from rocketkv.state.store import KVStore
 
 from .settings import StudySettings, journal_of, option
 
@@ -61,20 +62,20 @@ class _RandomEviction(RocketKVLayer):
     def _settle_bounds(self, exact: dict[str, Any]) -> None:
         super()._settle_bounds(exact)
         if self.bounded is not None:
-            generator = torch.Generator().manual_seed(self.number)
-            self.bounded |= {"scores": functools.partial(_random_scores, generator), "kernel_size": 1}
+            self.bounded |= {"scores": functools.partial(_random_scores, self.store), "kernel_size": 1}
 
 
-def _random_scores(generator: torch.Generator, window: Tensor, keys: Tensor, **_: Any) -> Tensor:
-    """Stand in for `eviction.window_scores`: [B, Hkv, N - W] float32, equal over rows and heads."""
-    scores = torch.rand(keys.shape[2] - window.shape[2], generator=generator)
+def _random_scores(store: KVStore, window: Tensor, keys: Tensor, **_: Any) -> Tensor:
+    """Stand in for `eviction.window_scores`: float32 scores of the generated tokens, equal over rows and heads."""
+    generator = torch.Generator().manual_seed(store.seen)
+    scores = torch.rand(store.generated - window.shape[2], generator=generator)
     return scores.to(keys.device).expand(*keys.shape[:2], -1)
 
 
 def new_cache(model: PreTrainedModel, config: RocketKVConfig, prompt: int, *, kind: str = "evict") -> RocketKVCache:
     """Return an empty cache; of kind `random`, one that evicts generated tokens by chance."""
     if kind == "random":
-        config = replace(config, backend="torch")  # kernels have ranks of their own
+        config = replace(config, backend="torch")  # the kernels rank by attention
     cache = RocketKVCache(model.config, config, prompt_length=prompt)
     for layer in rocketkv_layers(cache) if kind == "random" else ():
         layer.__class__ = _RandomEviction

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rocketkv.config import RocketKVConfig
 from rocketkv.eval.generate import DecodeLoop
+from rocketkv.eval.measures.kl import texts
 from rocketkv.eval.progress import Progress
-from rocketkv.eval.tasks.needle_text import prose
+from rocketkv.eval.tasks.base import Preparation
 from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.patch import patch
 
@@ -37,14 +38,6 @@ class Settings(StudySettings):
     questions: int = option(20, "number of questions")
     new_tokens: int = option(8, "of each answer")
     budget: int = option(512, "tokens a decode step")
-
-
-def context_of(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> list[int]:
-    """Return the ids of generated prose."""
-    sentences = tokens // 4
-    while len(ids := list(tokenizer(prose(seed, sentences), verbose=False)["input_ids"])) < tokens:
-        sentences *= 2
-    return ids[:tokens]
 
 
 def questions_of(tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]]:
@@ -80,7 +73,8 @@ def study(
     Raises:
         ValueError: the ways differ in a token.
     """
-    context = context_of(tokenizer, settings.context, settings.seed)
+    preparation = Preparation(tokenizer=tokenizer, length=settings.context, count=1, seed=settings.seed)
+    context = texts(preparation, None)[0].ids
     questions = questions_of(tokenizer, settings.questions)
     config = RocketKVConfig(token_budget=settings.budget)
     marks = [(time.perf_counter(), time.process_time())]

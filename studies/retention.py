@@ -43,7 +43,7 @@ class Turn(NamedTuple):
 
     Attributes:
         given: token ids of the prompt; from the second turn on after the last token of the answer before.
-        answer: token ids of the number, and of a space before it where that is a token of its own.
+        answer: token ids of the number, and of a space before it where that is a separate token.
         counted: which of those are digits.
     """
 

@@ -37,7 +37,7 @@ from rocketkv.state.store import KVStore
 
 from .settings import StudySettings, option
 
-TRUE = ("stored", "full")  # errors against exact attention to what is stored, and to all tokens
+TRUE = ("stored", "full")  # errors against exact attention to the stored tokens, and to all tokens
 ESTIMATES = ("missed", "estimated_error")
 WATCHED: dict[str, dict[str, Any]] = {
     "audit_every=16": {"audit_every": 16},
@@ -54,21 +54,11 @@ class _Compared(RocketKVLayer):
         self.found: dict[str, list[Tensor]] = {name: [] for name in (*TRUE, *ESTIMATES)}
         self._all: list[tuple[Tensor, Tensor]] = []
 
-    def attend(
-        self,
-        query: Tensor,
-        mask: LazyMask | None,
-        *,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-        fast: FastAttention,
-    ) -> Tensor:
+    def attend(self, query: Tensor, mask: LazyMask | None, *, fast: FastAttention, **exact: Any) -> Tensor:
         """Attend as any layer; compare a decode step."""
         if self.pending is None:
             raise ValueError("attend follows update, which hands the keys and values over")
         self._all.append((self.pending[0].detach(), self.pending[1].detach()))
-        exact: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
         out = super().attend(query, mask, fast=fast, **exact)
         if query.shape[2] > 1:
             return out

@@ -36,7 +36,7 @@ from .gpu_timing import alternate, ratios, spread
 
 ROUNDS = 7
 STEPS = 8
-# What each benchmark takes beside --rounds and --json.
+# Options of each benchmark in addition to --rounds and --json.
 _OPTIONS = {
     "attention": {"context", "budget", "steps", "threads"},
     "decode": {"context", "budget", "steps", "threads", "model"},
@@ -44,8 +44,7 @@ _OPTIONS = {
     "model": {"cases", "quick", "check", "shape"},
 }
 
-# Of Gaussian keys sketched in 1 bit, whose error is the largest, about 0.75 (2 bits: 0.36); of keys that are not theirs
-# it is more than 1.
+# The relative error of Gaussian keys is largest in 1 bit, about 0.75 (2 bits: 0.36); that of other keys is more than 1.
 SKETCH_ERROR = 0.9
 
 
@@ -80,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: an option is given that the benchmark does not take, or a number is less than 1.
     """
     _check_options(args)
-    if args.what in ("kernels", "model"):  # which need what is not everywhere
+    if args.what in ("kernels", "model"):  # which need a GPU's packages
         return int(importlib.import_module(f".{args.what}", __package__).run(args))
     torch.set_num_threads(args.threads or 2)
     options = {"rounds": args.rounds, "steps": args.steps or STEPS}
@@ -93,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """Refuse what would be ignored, and numbers that would stand for the default."""
+    """Refuse options that would be ignored, and numbers below 1."""
     known = {name for names in _OPTIONS.values() for name in names}
     others = [f"--{name}" for name in sorted(known - _OPTIONS[args.what]) if getattr(args, name) not in (None, False)]
     if others:
@@ -257,7 +256,7 @@ def bench_decode(
 
     Args:
         model_name: a hub name or folder, or None for SmolLM2-135M-Instruct.
-        context: prompt tokens; None for 8192 less what will be decoded.
+        context: prompt tokens; None for 8192 less the decoded tokens.
         token_budget: t.
         rounds: alternating rounds.
         steps: decode steps a round; a round's time is their mean.
@@ -305,7 +304,7 @@ def _mean_seconds(call: Callable[[], Any], count: int) -> float:
 def _result(
     bench: str, settings: dict[str, Any], seconds: dict[str, list[float]], rounds: int, steps: int
 ) -> dict[str, Any]:
-    """Gather medians, spreads and ratios; a ratio is the median of the rounds' own."""
+    """Return medians, spreads and ratios; a ratio is the median of the rounds' ratios."""
     ours = seconds["rocketkv"]
     others = {name: times for name, times in seconds.items() if name != "rocketkv"}
     return {

@@ -65,11 +65,11 @@ def check_dense(name: str, buffers: CaseBuffers, out: Tensor) -> None:
 def check_step(
     buffers: CaseBuffers, workspace: decode.DecodeWorkspace, store: KVStore, out: Tensor, steps: int
 ) -> None:
-    """Check the last of some decode steps on the first set: what it wrote, scored, chose and returned.
+    """Check the last of some decode steps on the first set: its writes, scores, selection and output.
 
     Args:
         buffers: the case.
-        workspace: what the kernels worked in.
+        workspace: of the kernels.
         store: the first set's, after the steps.
         out: [B, H, D], of the last step.
         steps: how many there were since the prompt.

@@ -1,8 +1,8 @@
 """`rocketkv bench kernels`: a layer's decode step and each kernel alone, on a GPU, against the best dense attention.
 
 Each arm is replayed as a CUDA graph, between two events, over sets of buffers in rotation that are larger together than
-the L2 cache. Arms alternate in rounds; a copy, timed in the same rounds, says what the memory can do. Nothing of a case
-is timed before all of its results have passed their checks.
+the L2 cache. Arms alternate in rounds; a copy, timed in the same rounds, measures the bandwidth. All results of a
+case are checked before it is timed.
 
 The last line is JSON: `device`, `versions`, `dtype`, `layer`, `rounds`, `passed` (every goal met by its median),
 `left_out` (cases that do not fit), and for each of `cases`:
@@ -139,7 +139,7 @@ def bench_kernels(
     """Check and time every case that fits into the device's memory.
 
     Args:
-        cases: what to time.
+        cases: to time.
         dtype: of queries, keys and values.
         device: a GPU.
         rounds: of alternating arms, at least five.
@@ -194,7 +194,7 @@ def _bench_case(case: Case, dtype: torch.dtype, device: torch.device, rounds: in
 
 
 def summary(case: Case, arms: dict[str, Arm], seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Return what the times of a case say: spreads, ratios, shares of the copy's bandwidth, and the goals.
+    """Return spreads, ratios, shares of the copy's bandwidth and goals of a case.
 
     Args:
         case: the case.
@@ -230,7 +230,7 @@ def summary(case: Case, arms: dict[str, Arm], seconds: dict[str, list[float]]) -
 def goals(
     case: Case, speedup: dict[str, float], microseconds: dict[str, float], share: dict[str, float]
 ) -> list[dict[str, Any]]:
-    """Return the goals that hold for a case, beside what it got."""
+    """Return the goals of a case and its results."""
     found: list[tuple[str, float, float, bool]] = []
     if case in SPEEDUP_GOALS:
         goal, got = SPEEDUP_GOALS[case], speedup["median"]
@@ -245,7 +245,7 @@ def goals(
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return a benchmark's or a check's result for people."""
+    """Return the result of a benchmark or check as text."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     device = result["device"]
     driver = f", driver {device['driver']}" if device.get("driver") else ""

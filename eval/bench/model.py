@@ -1,6 +1,6 @@
 """`rocketkv bench model`: decode steps of a whole model on a GPU, dense and compressed, each as a CUDA graph.
 
-A step is a forward and the greedy choice of the next token, captured as it is and replayed; every arm does the same.
+A step is a forward and the greedy choice of the next token, captured and replayed; every arm does the same.
 Arms: `static`, the stock model with transformers' StaticCache; `full`, our kernels over all tokens, in the same
 buffers; `rocketkv`. The dense figure is the faster of the first two.
 
@@ -11,7 +11,7 @@ by its median), `left_out`, and for each of `cases`:
     milliseconds        of one step, by arm: median, min, max over the rounds
     tokens_per_second   of the whole batch, by arm, by the median
     bytes               that a step reads: `weights`, and keys, values and index, `dense` and `rocketkv`
-    byte_ceiling        what they allow, weights included
+    byte_ceiling        speed-up that the bytes allow, weights included
     absent              dense arms that do not fit, and why
     best_dense, speedup, share_of_ceiling, goals        as in `bench kernels`
 """
@@ -139,7 +139,7 @@ def _bench_case(model: PreTrainedModel, case: Case, rounds: int) -> dict[str, An
 
 
 def _captured(arm: ModelArm, case: Case) -> Callable[[], Any]:
-    """Return what replays one step, checked against a plain one, at the end of the prompt."""
+    """Return the replay of one captured step at the end of the prompt, checked against a plain step."""
     arm.ready()
     start = arm.token.clone()
     aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # PyTorch's own is not typed
@@ -167,7 +167,7 @@ def step_weights(model: PreTrainedModel) -> int:
 def summary(
     case: Case, seconds: dict[str, list[float]], weights: int, dense_bytes: int, rocketkv_bytes: int
 ) -> dict[str, Any]:
-    """Return what the times of a case say."""
+    """Return times, rates, ratios and goals of a case."""
     milliseconds = {name: spread(times, 1e3) for name, times in seconds.items()}
     best = min((name for name in seconds if name != "rocketkv"), key=lambda name: milliseconds[name]["median"])
     speedup = ratios(seconds[best], seconds["rocketkv"])
@@ -190,7 +190,7 @@ def summary(
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return a benchmark's or a check's result for people."""
+    """Return the result of a benchmark or check as text."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     lines = [f"{result['shape']}, {result['dtype']}; {result['device']['name']}; {versions}"]
     lines += [f"case {one['case']}: {', '.join(one['arms'])} agree" for one in result.get("checked", ())]

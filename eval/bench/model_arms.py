@@ -1,7 +1,7 @@
 """Whole models for `rocketkv bench model`: real shapes with random weights, filled caches, and one token at a time.
 
 Weights do not change how long a step takes, nor do the values of keys: both are random, made on the device. Caches are
-filled without a prefill; stage 1 runs over what they get.
+filled without a prefill; stage 1 runs over their contents.
 """
 
 import inspect
@@ -54,7 +54,7 @@ class ModelArm:
 
     Attributes:
         model: patched or not, as the arm needs when it runs or is captured.
-        config: what it is patched with, or None.
+        config: to patch the model with, or None.
         cache: the arm's.
         token: [B, 1], the last token; replaced by each step.
         position: [B, 1], its position; raised by each step.
@@ -139,7 +139,7 @@ def model_arms(model: PreTrainedModel, case: Case, *, kernel: str = "auto") -> d
                 decode_capacity=DECODE_CAPACITY,
             )
             layer.prompt_tokens = case.context
-        # One copy of what may fill half of the memory.
+        # Share the buffers, which may fill half of the memory.
         static.keys, static.values = (
             caches["full"].layers[number].store.keys,
             caches["full"].layers[number].store.values,

@@ -174,7 +174,7 @@ def measure_latency(
 
 
 def check_within_budget(model: PreTrainedModel, method: Method, ids: list[int]) -> None:
-    """Check that a method of the library predicts what the stock model does where its budget covers all tokens.
+    """Check a method of the library against the stock model's predictions, with a budget that covers all tokens.
 
     Methods without layers of this library, such as the full cache itself, pass.
 
@@ -253,9 +253,18 @@ class _TimedLayer(RocketKVLayer):
 
     def close_prompt(self, exact: dict[str, Any]) -> None:
         """Run stage 1 and time it."""
-        end = _begin_on_cuda() if self.store.keys is not None and self.store.keys.is_cuda else _begin()
+        if self.store.keys is None or not self.store.keys.is_cuda:
+            start = time.perf_counter()
+            super().close_prompt(exact)
+            seconds = time.perf_counter() - start
+            self.spans.append(lambda: seconds)
+            return
+        # Events, as synchronizing after each layer would distort the times; read after a synchronization.
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        first.record()
         super().close_prompt(exact)
-        self.spans.append(end())
+        last.record()
+        self.spans.append(lambda: float(first.elapsed_time(last)) / 1e3)
 
 
 def time_stage_1(cache: Any) -> Callable[[], float] | None:
@@ -277,29 +286,6 @@ class _Shared(list[Callable[[], float]]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
         return self
-
-
-def _begin() -> Callable[[], Callable[[], float]]:
-    """Begin a span; return a function that ends it, which returns a function for its seconds."""
-    start = time.perf_counter()
-
-    def end() -> Callable[[], float]:
-        seconds = time.perf_counter() - start
-        return lambda: seconds
-
-    return end
-
-
-def _begin_on_cuda() -> Callable[[], Callable[[], float]]:
-    """As `_begin`, between events on the current stream: synchronizing after each layer would distort the times."""
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    first.record()
-
-    def end() -> Callable[[], float]:
-        last.record()
-        return lambda: float(first.elapsed_time(last)) / 1e3  # called after a synchronization
-
-    return end
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,7 +82,7 @@ class Outcome:
 
 
 def run_cell(session: Session, cell: CellDict) -> Record:
-    """Run a cell and return its record, which says so where memory runs out.
+    """Run a cell and return its record, of status `out_of_memory` where memory runs out.
 
     Raises:
         ValueError: the cell's task or method cannot run on this model, or its data are missing.

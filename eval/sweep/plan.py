@@ -33,7 +33,7 @@ class Plan:
         methods: see `methods.find_method`.
         budgets: tokens a decode step; methods without one have a single cell.
         lengths: tokens of prompt and answer, for tasks of a given length; longer prompts of other tasks are truncated
-            to it, by default to what the model takes. Not for stock tasks of lm-eval.
+            to it, by default to the model's length. Not for stock tasks of lm-eval.
         samples: of each task.
         max_new_tokens: most tokens of each answer; None leaves it to the task. Not for `kl` and `latency`.
         seed: of samples.

@@ -4,8 +4,8 @@ Bytes are those of `stats()`, counted in 16 bits (index, scales and means includ
 `rocketkv` with its own split; the other arms attend to as many tokens as come closest to it. Oracles, whose scores are
 not counted, and floors, which attend to all stored tokens, are not fitted.
 
-Stage 1 pools as in the paper, and tokens rank by the average of a group's heads, in all arms that do not say otherwise,
-so that what differs is the part in question. The library's own `rocketkv+` pools more narrowly and further back, ranks
+Stage 1 pools as in the paper, and tokens rank by the average of a group's heads, by default,
+so that arms differ in one part. The library's own `rocketkv+` pools more narrowly and further back, ranks
 by the largest weight, counts in values in stage 1 and calibrates the residual: `rocketkv+:own`. Arms that choose
 otherwise pool over 13, too.
 
@@ -87,6 +87,11 @@ def _plus(name: str, what: str, **fields: Any) -> Arm:
     return Arm(f"rocketkv+:{name}", what, **{"split": plus_split, **fields})
 
 
+def _method(name: str, what: str, **fields: Any) -> Arm:
+    """Return an arm of a method's own split."""
+    return Arm(name, what, split=partial(method_split, name), **fields)
+
+
 def _at_13(name: str, what: str, **fields: Any) -> Arm:
     """Return an arm that pools over 13, as the library's own `rocketkv+` does."""
     return _plus(name, what, **{"kernel_size": 13, **fields})
@@ -105,7 +110,7 @@ def _norms_bytes(split: BudgetSplit, case: Case, step: int) -> float:
 
 
 def _reuse_bytes(split: BudgetSplit, case: Case, step: int, *, period: int) -> float:
-    """Return what a step saves that scores nothing, less the tokens that came since the last that did."""
+    """Return the bytes that a step without scoring saves, less those of the tokens since the last scoring."""
     since = (step - 1) % period
     return float(4 * case.head_dim * since - _index_bytes(split, case, step)) if since else 0.0
 
@@ -121,7 +126,7 @@ def _coarse_bytes(split: BudgetSplit, case: Case, step: int, *, page_size: int, 
 
 
 def _coarse_split(case: Case, *, page_size: int, channels: int, share: float, attended: float = 0.5) -> BudgetSplit:
-    """Return `rocketkv+` with as many more tokens as the sketch's bytes are enough for where pages come first."""
+    """Return `rocketkv+` with the tokens that the sketch's bytes pay for where pages are ranked first."""
     sequence, plus = case.prompt + RESERVE, plus_split(case)
     scored = share * sketch_bytes(case.head_dim, plus.sketch_bits or 0) + 2 * channels / page_size
     stored = min(int((1 - attended) * case.budget * 4 * case.head_dim / scored), sequence)
@@ -129,14 +134,14 @@ def _coarse_split(case: Case, *, page_size: int, channels: int, share: float, at
 
 
 def _planes_bytes(split: BudgetSplit, case: Case, step: int, *, share: float) -> float:
-    """Return, less than 0, the low bits that are not read of a sketch of two."""
+    """Return the bytes, below 0, of the low bits of a two-bit sketch that are not read."""
     stored = stored_in(split, case, step)
     scored = min(stored, max(math.ceil(share * stored), split.top_k or 0))
     return -(stored - scored) * case.head_dim / 8
 
 
 def _planes_split(case: Case, *, share: float) -> BudgetSplit:
-    """Return `rocketkv+` of two bits with as many more tokens as half of t is enough for."""
+    """Return `rocketkv+` of two bits with the tokens that half of t pays for."""
     sequence, token = case.prompt + RESERVE, 4 * case.head_dim
     stored = int(case.budget // 2 * token / (case.head_dim * (1 + share) / 8 + 2))
     stored = max(min(stored, sequence), min(2 * RESERVE, sequence))
@@ -164,7 +169,7 @@ _LEARNED = partial(calibrate, learned=True)
 _PAGES: dict[str, Any] = {"page_size": 32, "channels": 16, "share": 0.5}
 _SMALL_PAGES: dict[str, Any] = {"page_size": 8, "channels": 16, "share": 0.5}
 _NEAR = 0.25  # of the tokens, whose low bits are scored, too
-# What a token costs is minus the logarithm of its weight.
+# The cost of a token is minus the logarithm of its weight.
 _NEED: dict[str, Any] = {"summary": partial(cost_threshold, most=(0.0, 30.0)), "step": least_weight_step}
 _NEED_PLANES = {**_NEED, "step": partial(planes_step, share=_NEAR)}
 _SHARED_NORMS = partial(shared_storage, by_values=True)
@@ -175,22 +180,17 @@ _ONE_RUN = partial(evicted_summary, runs=1)
 MAIN = (
     Arm("rocketkv", "the paper's method", split=papers_split, fitted=None),
     Arm("rocketkv+", "sketch and value residual, the paper's pooling", split=plus_split),
-    Arm(
-        "stored-topk",
-        "exact top-k of the paper's N, scores free",
-        split=partial(method_split, "stored-topk"),
-        fitted=None,
-    ),
+    _method("stored-topk", "exact top-k of the paper's N, scores free", fitted=None),
     _plus("exact", "its N and k by exact scores, free, no residual: stored-topk there", split=_exact, fitted=None),
     Arm("rocketkv:floor", "dense attention over the paper's N", split=partial(_floor, own=papers_split), fitted=None),
     _plus("floor", "dense attention over its N", split=partial(_floor, own=plus_split), fitted=None),
 )
 
 OTHERS = (
-    Arm("snapkv", "stage 1 alone, to t tokens", split=partial(method_split, "snapkv"), fitted="kept_tokens"),
-    Arm("quest", "stage 2 alone, pages", split=partial(method_split, "quest")),
-    Arm("sparq", "stage 2 alone, channels", split=partial(method_split, "sparq")),
-    Arm("exact-topk", "exact top-k of everything, scores free", split=partial(method_split, "exact-topk")),
+    _method("snapkv", "stage 1 alone, to t tokens", fitted="kept_tokens"),
+    _method("quest", "stage 2 alone, pages"),
+    _method("sparq", "stage 2 alone, channels"),
+    _method("exact-topk", "exact top-k of everything, scores free"),
 )
 
 ABLATIONS = (
@@ -322,4 +322,4 @@ CHOICES = (
 
 ARMS = (*MAIN, *OTHERS, *ABLATIONS, *CHOICES)
 BY_NAME = {arm.name: arm for arm in ARMS}
-FULL = Arm("full", "everything", split=partial(method_split, "full"), fitted=None)
+FULL = _method("full", "everything", fitted=None)

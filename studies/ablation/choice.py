@@ -1,8 +1,8 @@
-"""Decode steps of the ablation that choose otherwise, or score less in order to choose, and who stores what.
+"""Decode steps and storage of the ablation that select otherwise, or read less of the index.
 
-The library ranks all stored tokens in every step, and lets each KV head attend to k. Here heads of a layer share what
-they attend to or store, heads take what they need, or part of the index is not read. As in `ablation_steps`: written to
-be read; what they would read is counted by the arm.
+The library ranks all stored tokens in every step, and each KV head attends to k. Here the heads of a layer share the
+tokens that they attend to or store, heads attend to as many as they need, or a part of the index is not read. As in
+`steps`, the code is not optimised; the arm counts the bytes.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, Dv of values, N stored tokens, S tokens of the
 prompt, W window, P page size, r channels, U pages, k tokens attended to.
@@ -61,7 +61,7 @@ def near_mass(scored: Scored, chosen: Tensor) -> Tensor:
 
 
 def attend_chosen(scored: Scored, chosen: Tensor, rest: Tensor) -> Tensor:
-    """Attend exactly to chosen tokens, of each head as many as it likes, and to the others as one of their mean value.
+    """Attend exactly to the chosen tokens, any number per head, and to the others as one token of their mean value.
 
     Args:
         scored: the step.
@@ -78,7 +78,7 @@ def attend_chosen(scored: Scored, chosen: Tensor, rest: Tensor) -> Tensor:
 
 
 def rest_of(scored: Scored, chosen: Tensor) -> Tensor:
-    """Return the logit [B, Hkv, G, 1] of all that is not chosen, by the estimates."""
+    """Return the logit [B, Hkv, G, 1] of all other tokens together, by the estimates."""
     return scored.logits.masked_fill(chosen[:, :, None], -torch.inf).logsumexp(-1, keepdim=True)
 
 
@@ -116,7 +116,7 @@ class CostThreshold:
     attended: float = 0.0
 
     def within(self, cost: Tensor, k: int) -> Tensor:
-        """Return which tokens are attended to, [B, Hkv, N] bool, given what each costs."""
+        """Return which tokens are attended to, [B, Hkv, N] bool, given the cost of each."""
         if self.value is None:
             self.tokens += torch.histc(cost.clamp(*self.most), BINS, *self.most).double()
             self.rows += cost.shape[0] * cost.shape[1]
@@ -175,11 +175,11 @@ def least_weight_step(step: Step, *, least: float = LEAST) -> Tensor:
 
 @dataclass
 class Selection:
-    """What a step leaves to the next of its layer.
+    """The state of `reuse_step` from one step to the next.
 
     Attributes:
         chosen: [B, Hkv, N] bool.
-        rest: [B, Hkv, G, 1], the logit of what was not chosen less that of what was.
+        rest: [B, Hkv, G, 1], the logit of the other tokens less that of the chosen.
     """
 
     chosen: Tensor | None = None
@@ -192,9 +192,9 @@ def no_selection(window: Tensor, keys: Tensor, values: Tensor, store: KVStore, *
 
 
 def reuse_step(step: Step, *, period: int) -> Tensor:
-    """Rank tokens in every `period`-th step; in those between, attend to the same and to what came since.
+    """Rank tokens in every `period`-th step; in those between, attend to the same and to newer tokens.
 
-    Of the others such a step knows nothing: they have the weight, beside the chosen, that they had.
+    The other tokens keep their weight relative to the chosen.
     """
     scored = step.score()
     size = scored.keys.shape[2]
@@ -260,7 +260,7 @@ def high_bit_logits(scored: Scored, store: KVStore) -> Tensor:
 def planes_step(step: Step, *, share: float, least: float = LEAST) -> Tensor:
     """Score all tokens by the high bit of a sketch of two, and the best of them, and they alone, by both.
 
-    The residual counts the others by their high bits. With a state, heads attend to what they need as in
+    The residual counts the others by their high bits. With a state, heads attend to as many tokens as they need, as in
     `least_weight_step`, else to k tokens.
 
     Args:

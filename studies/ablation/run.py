@@ -45,7 +45,7 @@ from ..settings import journal_of
 from .arms import FULL
 from .capture import Layer, Settings, capture, joined_heads, multi_query, one_head, own_channels
 from .choice import CostThreshold, fitted_threshold
-from .fit import RESERVE, TOLERANCE, WIDEST_WINDOW, Arm, Case, bytes_beside, fitted_split, target_bytes
+from .fit import RESERVE, TOLERANCE, WIDEST_WINDOW, Arm, Case, extra_bytes_of, fitted_split, target_bytes
 from .steps import Step
 
 VERSION = 2
@@ -84,7 +84,7 @@ class ArmLayer(RocketKVLayer):
         store = self.store
         store.extend(key, value, expected=prompt)
         if arm.storage is not None and split.kept_tokens is not None:
-            # What a head does not store is to it as padding is.
+            # Tokens that a head does not store are padding to it.
             held = arm.storage(window, key, value, split.kept_tokens, kernel_size=arm.kernel_size, **layer.exact)
             store.reopen(key, value, torch.where(held, torch.arange(prompt, dtype=torch.int32), -1), prompt)
             split = replace(split, kept_tokens=None)
@@ -101,16 +101,7 @@ class ArmLayer(RocketKVLayer):
         self.state = None if arm.summary is None else arm.summary(window, key, value, store, **layer.exact)
         self.read: list[float] = []
 
-    def attend(
-        self,
-        query: Tensor,
-        mask: LazyMask | None,
-        *,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-        fast: FastAttention,
-    ) -> Tensor:
+    def attend(self, query: Tensor, mask: LazyMask | None, *, fast: FastAttention, **exact: Any) -> Tensor:
         """Append the pending token and attend by the arm's step; return [B, 1, H, Dv]."""
         if self.pending is None or query.shape[2] != 1:
             raise ValueError("attend follows update, and takes one token at a time")
@@ -118,13 +109,10 @@ class ArmLayer(RocketKVLayer):
         self.pending = None
         if self.shared_by is not None:
             query, key, value = one_head(query, key, value)
-        return self.step_of(query[:, :, 0], key[:, :, 0], value[:, :, 0], scaling, softcap, sinks)[:, None]
+        return self.step_of(query[:, :, 0], key[:, :, 0], value[:, :, 0], **exact)[:, None]
 
-    def step_of(
-        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
-    ) -> Tensor:
+    def step_of(self, query: Tensor, key: Tensor, value: Tensor, **exact: Any) -> Tensor:
         """Run the arm's step on [B, H, D] and [B, Hkv, D], as the store has them; return the model's [B, H, Dv]."""
-        exact: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
         counted = self._next_bytes()
         out = self.arm.step(Step(query, key, value, self.store, self.state, exact))
         split = self.store.split
@@ -253,18 +241,18 @@ def run_arm(
     """
     case = _case(layers, settings, budget)
     split = fitted_split(arm, case)
-    beside = bytes_beside(arm, split, case)
+    extra = extra_bytes_of(arm, split, case)
     made = [ArmLayer(arm, split, layer, settings.prompt) for layer in layers]
     threshold = fit_threshold(made, layers, settings.prompt)
     errors = [replay(own, layer, settings.prompt) for own, layer in zip(made, layers, strict=True)]
     stored = [own.store.lengths.double().mean().item() for own in made if own.store.lengths is not None]
-    read = beside + fmean(fmean(own.read) for own in made)
+    read = extra + fmean(fmean(own.read) for own in made)
     kl = agreement = decoded = None
     if expected is not None:
         for own in made:
             own.read.clear()
         kl, agreement = divergences(expected, run_steps(model, made, windows, settings.prompt))
-        decoded = beside + fmean(fmean(own.read) for own in made)
+        decoded = extra + fmean(fmean(own.read) for own in made)
     record: RecordDict = {
         "arm": arm.name,
         "budget": budget,
@@ -296,7 +284,7 @@ def measure(
     Args:
         model: a model to which no method is attached.
         windows: the texts, of `prompt + steps` tokens each.
-        settings: what is measured.
+        settings: options of the study.
         arms: in their order.
         budgets: likewise, t of each.
         folder: of the journal.

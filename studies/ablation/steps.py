@@ -1,7 +1,7 @@
-"""What stands in place of a stage in an ablation: other ranks of stage 1, other decode steps. None is the library's.
+"""Replacements of a stage in an ablation: other ranks of stage 1, other decode steps.
 
-Steps are written to be read, not to be fast: what they would read is counted by the arm that uses them, and they may
-read more. All rows of a store have as many tokens as the others, and models have neither soft-cap nor sinks.
+The steps are not optimised and may read more than the arm counts. All rows of a store have equally many tokens, and
+models have neither soft-cap nor learned sinks.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, Dv of values, N stored tokens, S tokens of the
 prompt, k tokens attended to, m segments.
@@ -36,7 +36,7 @@ Ranks = Callable[..., Tensor]
 
 
 def random_ranks(values: Tensor, number: int) -> Ranks:
-    """Rank the tokens before the window by chance: the control."""
+    """Rank the tokens before the observation window by chance: the control."""
 
     def ranks(window: Tensor, keys: Tensor, **_: Any) -> Tensor:
         generator = torch.Generator().manual_seed(number)
@@ -91,7 +91,7 @@ class Scored(NamedTuple):
         logits: [B, Hkv, G, N], estimates.
         rows: [B, Hkv, G, D], the queries times the scaling.
         k: tokens to choose.
-        filled: [B, Hkv, N] bool, False behind the tokens of a row that has fewer; there logits are minus infinity.
+        filled: [B, Hkv, N] bool, False after the last token of a shorter row, where logits are minus infinity.
     """
 
     keys: Tensor
@@ -150,7 +150,7 @@ def plain_step(step: Step) -> Tensor:
 
 
 def group_weights(logits: Tensor) -> Tensor:
-    """Return by what the library ranks tokens, [B, Hkv, N], of logits [B, Hkv, G, N]."""
+    """Return the weights [B, Hkv, N] by which the library ranks tokens, from logits [B, Hkv, G, N]."""
     return logits.softmax(-1).sum(2)
 
 
@@ -182,7 +182,7 @@ def _attended(scored: Scored, positions: Tensor, columns: Tensor, column_values:
 
 
 def sketch_mass_step(step: Step) -> Tensor:
-    """Take the weight of the chosen tokens, too, from the estimates (as SparQ does)."""
+    """Take the weight of the chosen tokens from the estimates, too, as SparQ does."""
     scored = step.score()
     positions = select_top(group_weights(scored.logits), scored.k)
     keys, values = gather_tokens(positions, scored.keys, scored.values)
@@ -204,14 +204,14 @@ def ends_step(step: Step) -> Tensor:
 
 
 def segments_step(step: Step, *, segments: int) -> Tensor:
-    """Have a residual for each of m runs of neighbouring tokens, with a mean value of its own."""
+    """Use a residual for each of m runs of neighbouring tokens, each with its mean value."""
     scored = step.score()
     positions = select_top(group_weights(scored.logits), scored.k)
     return _attended(scored, positions, *_segment_columns(scored, positions, segments))
 
 
 def _segment_columns(scored: Scored, positions: Tensor, segments: int) -> tuple[Tensor, Tensor]:
-    """Return logits [B, Hkv, G, m] and values [B, Hkv, m, Dv] of what was not chosen, a column a segment."""
+    """Return logits [B, Hkv, G, m] and values [B, Hkv, m, Dv] of the other tokens, a column a segment."""
     stored = scored.values.shape[2]
     size = -(-stored // segments)
     missing = size * segments - stored
@@ -225,7 +225,7 @@ def _segment_columns(scored: Scored, positions: Tensor, segments: int) -> tuple[
 
 
 class Evicted(NamedTuple):
-    """What is kept of the tokens that stage 1 evicted, a summary for each of m runs of them.
+    """A summary of the tokens that stage 1 evicted, for each of m runs of them.
 
     Attributes:
         tokens: [B, Hkv, m, 1], how many.
@@ -243,7 +243,7 @@ class Evicted(NamedTuple):
 def evicted_summary(
     window: Tensor, keys: Tensor, values: Tensor, store: KVStore, *, runs: int, **exact: Any
 ) -> Evicted:
-    """Summarise what stage 1 left out of a prompt's keys [B, Hkv, S, D] and values [B, Hkv, S, Dv]."""
+    """Summarise the evicted tokens of a prompt's keys [B, Hkv, S, D] and values [B, Hkv, S, Dv]."""
     if store.positions is None:
         raise ValueError("the prompt is not closed")
     batch, kv_heads, size = keys.shape[:3]
@@ -265,7 +265,7 @@ def evicted_summary(
 
 
 def evicted_step(step: Step, *, with_variance: bool) -> Tensor:
-    """Count the evicted tokens in as well: their mean value, with the weight that normal logits would have together.
+    """Include the evicted tokens: their mean value, with the weight of normally distributed logits.
 
     The mean of exp(l) for normal l is exp(mean + variance / 2); channels are taken as independent of each other.
     """
@@ -279,7 +279,7 @@ def evicted_step(step: Step, *, with_variance: bool) -> Tensor:
 
 
 class Calibrated(NamedTuple):
-    """What the window's queries say of the residual in each query head.
+    """Calibration of the residual of each query head by the window's queries.
 
     Attributes:
         factor: [B, Hkv, G, 1], of its weight.
@@ -294,7 +294,7 @@ class Calibrated(NamedTuple):
 def calibrate(
     window: Tensor, keys: Tensor, values: Tensor, store: KVStore, *, learned: bool, **exact: Any
 ) -> Calibrated:
-    """Choose the factors with which the window's queries, had they been steps, would have erred least.
+    """Choose the factors with the least error for the window's queries as steps.
 
     Errors are against exact attention to the whole prompt.
 
@@ -346,7 +346,7 @@ def calibrate(
 
 
 def calibrated_step(step: Step) -> Tensor:
-    """Have a residual whose weight, and maybe value, is calibrated for each query head."""
+    """Use a residual whose weight, and optionally value, is calibrated for each query head."""
     scored = step.score()
     positions = select_top(group_weights(scored.logits), scored.k)
     keys, values = gather_tokens(positions, scored.keys, scored.values)

@@ -139,8 +139,9 @@ def test_nothing_grows_over_two_thousand_tokens() -> None:
 
 @traced
 @pytest.mark.integration
-def test_compiled_steps_evict_between_them() -> None:
-    rows, fields = "padded", BOUNDED
+@pytest.mark.parametrize("rows", ["padded", "one"])
+def test_compiled_steps_evict_between_them(rows: str) -> None:
+    fields = {**BOUNDED, "when_full": "evict"}
     model = build()
     handle = rocketkv.patch(model, **fields)
     torch._dynamo.reset()

@@ -25,7 +25,7 @@ from studies.ablation import run as ablation_run
 from studies.ablation import steps as ablation_steps
 from studies.ablation.arms import ARMS, BY_NAME, FULL
 from studies.ablation.capture import Layer, Settings, joined_heads, multi_query
-from studies.ablation.fit import WIDEST_WINDOW, Arm, Case, bytes_beside, fitted_split, mean_bytes, target_bytes
+from studies.ablation.fit import WIDEST_WINDOW, Arm, Case, extra_bytes_of, fitted_split, mean_bytes, target_bytes
 from studies.ablation.report import document, ratio, tables
 from studies.ablation.run import ArmLayer, divergences, measure, run_arm, run_steps
 from studies.ablation.steps import plain_step, random_ranks, unpooled_ties
@@ -109,7 +109,7 @@ def test_bytes_are_equal_at_every_budget(budget: int, head_dim: int) -> None:
                 fitted_split(arm, case)
         elif arm.fitted is not None:
             split = fitted_split(arm, case)
-            read = mean_bytes(split, case) + bytes_beside(arm, split, case)
+            read = mean_bytes(split, case) + extra_bytes_of(arm, split, case)
             assert read == pytest.approx(target_bytes(case), rel=0.02), arm.name
 
 
