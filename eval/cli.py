@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from .sweep.plan import Plan
 
-_REQUIRED = ("lm_eval", "datasets")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands."""
@@ -163,16 +161,17 @@ def _device(given: str | None) -> torch.device:
 
 
 def _run(args: argparse.Namespace) -> int:
-    missing = [name for name in _REQUIRED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"rocketkv eval run needs {', '.join(missing)}: pip install 'rocketkv[eval]'")
     import torch
 
+    from ..hf.loading import load_model
     from .methods import find_method
-    from .sweep.plan import cells, shard
+    from .sweep.cells import Session
+    from .sweep.plan import LM_EVAL, cells, shard
     from .sweep.run import is_press, run_cells, run_presses
 
     plan = given_plan(args)
+    if any(task.startswith(LM_EVAL) for task in plan.tasks) and importlib.util.find_spec("lm_eval") is None:
+        raise ImportError("tasks of lm-eval need the package lm_eval: pip install 'rocketkv[eval]'")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = _device(args.device)
@@ -182,17 +181,19 @@ def _run(args: argparse.Namespace) -> int:
 
         sys.stdout.write(dry_run(plan, args.output, device, (number, count)))
         return 0
-    bench = make_bench(plan, args.output, device, retry_out_of_memory=args.retry_oom)
-    wanted = shard(cells(plan, chat=bench.lm.tokenizer.chat_template is not None), number, count)
+    model, tokenizer = load_model(plan.model, getattr(torch, plan.dtype))
+    model.to(device)  # type: ignore[arg-type]  # torch types `to`
+    session = Session(model, tokenizer, args.output, plan.data_dir, args.retry_oom)
+    wanted = shard(cells(plan, chat=tokenizer.chat_template is not None), number, count)
     presses = [cell for cell in wanted if is_press(cell)]
     apart = args.kvpress_python is not None
     if args.only_presses:
         wanted = presses
     elif apart:
         wanted = [cell for cell in wanted if not is_press(cell)]
-    for cell in filter(is_press, wanted):  # of those left to this process: before hours of others, not after
+    for cell in filter(is_press, wanted):  # a missing kvpress must show before hours of other cells, not after
         find_method(cell["method"], cell["token_budget"])
-    counts = run_cells(bench, wanted)
+    counts = run_cells(session, wanted)
     code = 0
     if presses and apart and not args.only_presses:
         code = run_presses(args.kvpress_python, [*args.given, "--only-presses"])
@@ -203,17 +204,3 @@ def _run(args: argparse.Namespace) -> int:
             sys.stdout.write(f"{summary(load(args.output))}\n")
     sys.stderr.write(f"{counts}; records in {args.output}\n")
     return code
-
-
-def make_bench(plan: Plan, results: Path, device: torch.device, *, retry_out_of_memory: bool = False) -> Any:
-    """Load a plan's model for its cells."""
-    from ..hf.loading import load_model
-    from .engine import quiet
-    from .lm import RocketKVLM
-    from .methods import Full
-    from .sweep.cells import Bench
-
-    model, tokenizer = load_model(plan.model, plan.dtype, str(device))
-    with quiet():
-        lm = RocketKVLM(model, method=Full(), tokenizer=tokenizer)
-    return Bench(lm, results, plan.data_dir, retry_out_of_memory)

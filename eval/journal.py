@@ -1,17 +1,18 @@
-"""The answers of a cell that is not finished yet, a line each, so that a killed run loses none."""
+"""Results of unfinished work, a line each, so that a killed run loses none."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .records import set_aside
+from .records import quarantine
 
 
 class Journal:
-    """Lines of JSON by key, appended as they come; what a kill has cut short is dropped when it is read.
+    """Lines of JSON by key, appended one at a time; reading drops a line that a kill has truncated.
 
     Args:
         path: the file; it need not exist.
@@ -19,37 +20,43 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._found: dict[str, Any] = {}
+        self._results: dict[str, Any] = {}
         if not path.exists():
             return
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):  # the next line must not be joined to half a one
+        if len(whole) < len(content):  # or the next line would be joined to the truncated one
             with path.open("r+b") as file:
                 file.truncate(len(whole))
         for line in whole.split(b"\n")[:-1]:
             try:
                 key, value = json.loads(line)
-            except (ValueError, TypeError):  # not what was written: what a disk made of it when the power failed
-                set_aside(path)
-                for good in self._found.items():
-                    self._write(*good)
+            except (ValueError, TypeError):  # damaged on the disk, as by a power failure
+                quarantine(path)
+                for item in self._results.items():
+                    self._append(*item)
                 return
-            self._found[key] = value
+            self._results[key] = value
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._results)
 
     def get(self, key: str) -> Any:
-        """Return what was written under a key, or None."""
-        return self._found.get(key)
+        """Return the result under a key, or None."""
+        return self._results.get(key)
 
     def put(self, key: str, value: Any) -> None:
-        """Write a line, and bring it to the disk."""
-        self._write(key, value)
-        self._found[key] = value
+        """Append a result and flush it to the disk."""
+        self._append(key, value)
+        self._results[key] = value
 
-    def _write(self, key: str, value: Any) -> None:
+    def result(self, key: str, make: Callable[[], Any]) -> Any:
+        """Return the result under a key; where there is none, make and append it."""
+        if key not in self._results:
+            self.put(key, make())
+        return self._results[key]
+
+    def _append(self, key: str, value: Any) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab") as file:
             file.write(json.dumps([key, value], ensure_ascii=False, allow_nan=False).encode() + b"\n")
@@ -57,5 +64,5 @@ class Journal:
             os.fsync(file.fileno())
 
     def remove(self) -> None:
-        """Remove the file, its cell being finished."""
+        """Remove the file."""
         self._path.unlink(missing_ok=True)

@@ -1,22 +1,21 @@
-"""The model as lm-eval sees it: `RocketKVLM`, registered as `rocketkv`.
+"""The model for lm-eval's own tasks: `RocketKVLM`, registered as `rocketkv`.
 
-With tasks of lm-eval's own, generation goes through the compressed model's `generate`, in batches, with lm-eval's stop
-strings. Log-likelihoods are computed by teacher-forced decoding: the context is the prompt, and each token of the
-continuation is read by a decode step, for a single forward over both would never touch a compressed cache.
-
-Samples of ours (`bind`) are asked by `conversation.ask`, one at a time, and measured.
+Generation runs the compressed model's `generate`, in batches, with lm-eval's stop strings. Log-likelihoods come from
+teacher-forced decoding: the context is the prompt, and a decode step reads each token of the continuation, since a
+single forward over both would never read a compressed cache.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
+import lm_eval
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
@@ -30,9 +29,9 @@ from ..hf.models import CACHE_ARGUMENT
 from .measures.kl import decode_logprobs
 from .measures.memory import cache_cost
 from .methods import FULL, Compressed, Full, Method, find_method
+from .records import SampleDict, digest
 
-GROWTH_STEP = 64  # tokens between two notes of a cache's size
-SAMPLE = "rocketkv_sample"  # field of a document of ours: its sample's id
+GROWTH_STEP = 64  # tokens between two records of a cache's size
 
 
 @register_model("rocketkv")
@@ -43,10 +42,10 @@ class RocketKVLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         pretrained: a hub name, a local folder or a model; `smollm2` for SmolLM2-135M-Instruct.
         method: see `methods.find_method`.
         token_budget: likewise; not for `full`.
-        **kwargs: fields of `RocketKVConfig`, and what `HFLM` takes.
+        **kwargs: fields of `RocketKVConfig`, and arguments of `HFLM`.
 
     Raises:
-        ValueError: there is no such method, or a field has an impossible value.
+        ValueError: the method is unknown, or a field has an impossible value.
     """
 
     def __init__(
@@ -65,19 +64,9 @@ class RocketKVLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         self.method: Method = method
         self.costs: dict[str, dict[str, Any]] = {}
         self._contexts: list[str] = []
-        self._answer: Callable[[str], Sequence[str]] | None = None
-
-    def bind(self, method: Method, answer: Callable[[str], Sequence[str]] | None) -> None:
-        """Go over to another method, and to what answers samples of ours.
-
-        Args:
-            method: for everything from now on.
-            answer: from a sample's id to the predictions of its turns; None where there are no samples of ours.
-        """
-        self.method, self._answer, self.costs = method, answer, {}
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what lm-eval writes into its results: method, budget, and what generations cost."""
+        """Return the fields that lm-eval writes into its results, with method, budget and costs of generations."""
         info: dict[str, Any] = super().get_model_info()
         return info | {
             "method": self.method.name,
@@ -85,23 +74,10 @@ class RocketKVLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
             "costs": list(self.costs.values()),
         }
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Generate: samples of ours as `conversation.ask` does, all others as lm-eval does."""
-        if not requests or SAMPLE not in _document(requests[0]):
-            generated: list[str] = super().generate_until(requests, disable_tqdm)
-            return generated
-        if self._answer is None:
-            raise ValueError("samples of ours need `bind` before they can be asked")
-        ids = [_document(request)[SAMPLE] for request in requests]
-        return [
-            json.dumps(list(self._answer(name)))
-            for name in tqdm(ids, desc=self.method.name, disable=disable_tqdm or None)
-        ]
-
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
-        """Generate after a batch of prompts by the method, and note the cache's size."""
+        """Generate after a batch of prompts by the method and record the cache's size."""
         with self.method.attached(self.model):
-            # A row alone has its cache made here, so that it can be counted; a batch has one that generate makes.
+            # The cache of a single row is made here, so that it can be measured; `generate` makes that of a batch.
             rows = context.shape[0] * kwargs.get("num_return_sequences", 1) * kwargs.get("num_beams", 1)
             alone = rows == 1
             if not alone and not isinstance(self.method, (Full, Compressed)):
@@ -118,19 +94,20 @@ class RocketKVLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         return output
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode as `HFLM` does, and remember whose costs come next."""
+        """Encode as `HFLM` does, and remember the prompts, whose costs come next."""
         self._contexts = list(strings)
         encoded: tuple[torch.Tensor, torch.Tensor] = super().tok_batch_encode(strings, *args, **kwargs)
         return encoded
 
     def _loglikelihood_tokens(
-        self,
-        requests: list[tuple[tuple[str, str], list[int], list[int]]],
-        disable_tqdm: bool = False,
-        **kwargs: Any,
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Score continuations by teacher-forced decoding over the method's cache."""
-        _say_teacher_forced()
+        warnings.warn(
+            "log-likelihoods are computed by teacher-forced decoding, a step a token: slower than lm-eval's one "
+            "forward, which would not touch the compressed cache",
+            stacklevel=2,
+        )
         scored = []
         for names, context, continuation in tqdm(requests, desc=self.method.name, disable=disable_tqdm or None):
             room = max(1, self.max_length + 1 - len(continuation))
@@ -139,17 +116,17 @@ class RocketKVLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
             total = float(logprobs.gather(1, targets[:, None]).sum())
             greedy = bool((logprobs.argmax(1) == targets).all())
             scored.append((total, greedy))
-            if names is not None:  # windows of a rolling log-likelihood are cached together, by their text
+            if names is not None:  # windows of a rolling log-likelihood are cached by their whole text
                 self.cache_hook.add_partial("loglikelihood", names, scored[-1])
         return scored
 
 
 class _Growth(BaseStreamer):
-    """A streamer that notes the cache's size as it grows."""
+    """A streamer that records the cache's size as it grows."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
-        self._tokens = -1  # the prompt comes first
+        self._tokens = -1  # `generate` puts the prompt first
         self._trace: list[list[int]] = []
 
     def put(self, value: torch.Tensor) -> None:
@@ -159,7 +136,7 @@ class _Growth(BaseStreamer):
             self._trace.append([self._tokens, cache_stats(self.cache).total_bytes])
 
     def end(self) -> None:
-        """Note the end."""
+        """Record the size at the end."""
         self._trace.append([self._tokens, cache_stats(self.cache).total_bytes])
 
     def cost(self) -> dict[str, Any]:
@@ -167,13 +144,67 @@ class _Growth(BaseStreamer):
         return {**cache_cost(cache_stats(self.cache)), "trace": self._trace}
 
 
-def _say_teacher_forced() -> None:
-    warnings.warn(
-        "log-likelihoods are computed by teacher-forced decoding, a step a token: slower than lm-eval's one forward, "
-        "which would not touch the compressed cache",
-        stacklevel=3,
-    )
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hide log messages of lm-eval and datasets below an error inside the block."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
-def _document(request: Instance) -> Mapping[str, Any]:
-    return request.doc if isinstance(request.doc, Mapping) else {}
+def evaluate_stock_task(
+    lm: RocketKVLM, name: str, *, samples: int, chat: bool, max_new_tokens: int | None
+) -> list[SampleDict]:
+    """Run a generation task of lm-eval, one sequence at a time, in the order of its documents.
+
+    Args:
+        lm: the model.
+        name: of the task.
+        samples: number of its documents.
+        chat: whether to use the chat template.
+        max_new_tokens: most tokens of each answer; None for the task's own.
+
+    Raises:
+        ValueError: it is not a single generation task with a metric between 0 and 1.
+    """
+    generation = None if max_new_tokens is None else {"max_gen_toks": max_new_tokens}
+    with quiet():
+        results = lm_eval.simple_evaluate(
+            lm, tasks=[name], limit=samples, apply_chat_template=chat, gen_kwargs=generation, bootstrap_iters=0
+        )
+    if list(results["samples"]) != [name]:
+        raise ValueError(f"{name!r} must be a single task of lm-eval, got {', '.join(results['samples'])}")
+    rows = results["samples"][name]
+    kept = rows[0].get("filter", "none")  # lm-eval logs a row a filter; the task's first filter counts
+    evaluated: list[SampleDict] = []
+    for row in (row for row in rows if row.get("filter", "none") == kept):
+        metric = next((key for key in row["metrics"] if isinstance(row[key], (int, float))), None)
+        response = row["resps"][0][0]
+        if metric is None or not isinstance(response, str):
+            raise ValueError(f"{name!r} must generate text and score it with a number; it has {row['metrics']}")
+        if not results["higher_is_better"][name].get(metric, True) or not 0 <= float(row[metric]) <= 1:
+            raise ValueError(
+                f"{name!r} must have a score from 0 to 1 of which more is better, got {metric} {row[metric]}"
+            )
+        score = 100.0 * float(row[metric])
+        prompt = str(row["arguments"][0][0])
+        cost = dict(lm.costs.get(prompt, {}))
+        trace = cost.pop("trace", [])
+        evaluated.append(
+            {
+                "id": str(row["doc_id"]),
+                "prompt_sha256": digest(prompt),
+                "score": score,
+                "turns": [{"prediction": response, "answers": [str(row["target"])], "score": score}],
+                "cost": cost,  # type: ignore[typeddict-item]  # made of its fields
+                "notes": {"metric": metric, "filter": kept, "task_version": results["versions"].get(name)},
+                "trace": trace,
+            }
+        )
+    return evaluated

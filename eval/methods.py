@@ -1,4 +1,4 @@
-"""A method of compression by name: the library's own, a press of kvpress, or a function of the user's own.
+"""Methods of compression by name: the library's, presses of kvpress, and custom functions.
 
 The names:
 
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 
 FULL = "full"
 KVPRESS = "kvpress:"
-# Settings of the library's methods that a sweep may set. Method and budget are the sweep's own axes; splits and ranges
-# are no text, and to find messages `patch` would need the tokenizer.
+# Settings of the library's methods that a sweep may set. Method and budget are axes of the sweep; splits and ranges are
+# not text, and `patch` would need the tokenizer to find messages.
 _NOT_SET = ("method", "token_budget", "split", "protect", "fair_shares", "skip_layers", "layer_budgets")
 SETTINGS = tuple(field.name for field in fields(RocketKVConfig) if field.name not in _NOT_SET)
 
 
 class Method(Protocol):
-    """What the harness needs of a method, bound to one budget."""
+    """A method at one budget, as the harness uses it."""
 
     @property
     def name(self) -> str:
-        """How it is called in records."""
+        """The name in records."""
 
     @property
     def token_budget(self) -> int | None:
@@ -88,7 +88,7 @@ class Compressed:
 
     @contextmanager
     def attached(self, model: PreTrainedModel) -> Iterator[None]:
-        """Patch the model for a while."""
+        """Patch the model inside the context."""
         with patch(model, self.config):
             yield
 
@@ -98,7 +98,7 @@ class Compressed:
 
 
 class Press:
-    """A press of kvpress, which keeps as many tokens of the prompt as the budget has, and no other bytes are counted.
+    """A press of kvpress that keeps as many tokens of the prompt as the budget has; no other bytes are counted.
 
     Args:
         press_name: a class of the kvpress package, with the field `compression_ratio`.
@@ -132,7 +132,7 @@ class Press:
             )
 
     def attached(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        """Hook the press into the model for a while."""
+        """Hook the press into the model inside the context."""
         context: AbstractContextManager[None] = self._press(model)
         return context
 
@@ -158,9 +158,9 @@ def find_method(name: str, token_budget: int | None, settings: Mapping[str, Any]
         settings: fields of `RocketKVConfig` for the library's methods; others take none.
 
     Raises:
-        ValueError: there is no such method, or a budget or a setting is missing, impossible or not taken.
-        TypeError: a setting has the wrong type, or what the user's function returned is no method.
-        ImportError: kvpress or the user's module is not installed here.
+        ValueError: the method is unknown, or a budget or a setting is missing, impossible or not supported.
+        TypeError: a setting has the wrong type, or the custom function returned no method.
+        ImportError: kvpress or the custom module is not installed.
     """
     settings = dict(settings or {})
     if name == FULL:
@@ -196,5 +196,5 @@ def find_method(name: str, token_budget: int | None, settings: Mapping[str, Any]
 
 
 def takes_budget(name: str) -> bool:
-    """Whether a method has budgets, and so a cell for each."""
+    """Whether a method has budgets."""
     return name != FULL

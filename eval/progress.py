@@ -1,42 +1,23 @@
-"""Progress of long work on stderr: a line that rewrites itself on a terminal, and nothing where output is piped."""
+"""Progress of long work on stderr: one line on a terminal, nothing where the output is piped."""
 
-import sys
-import time
-from types import TracebackType
+from tqdm import tqdm
 
 
-class Progress:
-    """Show what is being done, how much of it is done, and for how long it has gone on.
+class Progress(tqdm):  # type: ignore[misc]  # tqdm ships no types
+    """A progress bar that disappears at the end.
 
     Args:
-        text: what is being done first.
-        total: steps in all.
+        text: the current step.
+        total: number of steps.
     """
 
     def __init__(self, text: str, *, total: int) -> None:
-        self._total = total
-        self._done = 0
-        self._start = time.monotonic()
-        self._shown = sys.stderr.isatty()
-        self.say(text)
+        super().__init__(desc=text, total=total, disable=None, leave=False)
 
     def say(self, text: str) -> None:
-        """Say what is being done now."""
-        if self._shown:
-            elapsed = time.monotonic() - self._start
-            sys.stderr.write(f"\r\x1b[2K[{self._done}/{self._total}, {elapsed:.0f} s] {text} ...")
-            sys.stderr.flush()
+        """Show the current step."""
+        self.set_description(text)
 
     def step(self) -> None:
         """Count one step as done."""
-        self._done += 1
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._shown:
-            sys.stderr.write("\r\x1b[2K")
-            sys.stderr.flush()
+        self.update()

@@ -1,8 +1,8 @@
 """The record of one cell of an evaluation: a JSON file, whole or absent.
 
-A cell is one task at one length, by one method at one budget. Its record holds the scores, every answer, what they cost
-and where all that comes from. It is written beside its place and renamed into it, carries a checksum, and is set aside
-when it does not read back.
+A cell is one task at one length, by one method at one budget. Its record holds the scores, every answer, the costs and
+the provenance. A record is written to a temporary file and renamed, carries a checksum, and is quarantined where it is
+damaged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CELLS = "cells"  # folder of the records, inside the folder of the results
 
 
 class CellDict(TypedDict):
-    """What a cell is; equal for equal cells, whoever ran them (see `sweep.Cell`)."""
+    """The settings of a cell; its key is their hash."""
 
     task: str
     task_version: int
@@ -39,20 +39,20 @@ class CellDict(TypedDict):
 
 
 class CostDict(TypedDict, total=False):
-    """What one generation cost, or the mean of several; seconds and bytes; None where it could not be measured."""
+    """Seconds and bytes of one generation, or of several together; None where they could not be measured."""
 
     prompt_tokens: float
     new_tokens: float
-    first_token_seconds: float  # prefill, stage 1 in it
+    first_token_seconds: float  # prefill, stage 1 included
     compression_seconds: float | None  # stage 1 alone
     step_seconds: float  # median of the decoded tokens after the first
     step_seconds_p95: float
-    kv_bytes: float  # keys, values, index and all else that lives in the cache, at the end
+    kv_bytes: float  # keys, values, index and all other tensors of the cache, at the end
     index_bytes: float
-    full_kv_bytes: float  # what a full cache would hold
+    full_kv_bytes: float  # of a full cache
     step_bytes: float  # read by one decode step
     dense_step_bytes: float  # read by one decode step over a full cache
-    nominal_step_bytes: float  # as budgets count: in 16 bits
+    nominal_step_bytes: float  # read per step, counted in 16 bits
     nominal_dense_step_bytes: float
     peak_prefill_bytes: float | None  # of the process (CPU) or of the device's allocator
     peak_decode_bytes: float | None
@@ -86,7 +86,7 @@ class DataDict(TypedDict):
 
 
 class ProvenanceDict(TypedDict):
-    """Who made the record."""
+    """Code, time and hardware of the run."""
 
     created: str  # ISO 8601, UTC
     rocketkv: str
@@ -96,13 +96,13 @@ class ProvenanceDict(TypedDict):
 
 
 class Record(TypedDict):
-    """All that is known of one cell."""
+    """The result of one cell."""
 
     schema: int
     key: str
     cell: CellDict
     status: Literal["complete", "out_of_memory"]
-    message: str  # of what went wrong, or empty
+    message: str  # of the error, or empty
     metric: str
     higher_is_better: bool
     score: float | None  # mean over samples, 0 to 100 (other metrics: their own unit)
@@ -112,11 +112,11 @@ class Record(TypedDict):
     cost: CostDict
     data: DataDict
     provenance: ProvenanceDict
-    checksum: str  # of everything else
+    checksum: str  # of all other fields
 
 
 def canonical(value: Any) -> bytes:
-    """Return the one JSON text of a value, for hashes."""
+    """Return the canonical JSON of a value, for hashes."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
 
@@ -131,7 +131,7 @@ def cell_key(cell: CellDict) -> str:
 
 
 def record_path(results: Path, cell: CellDict) -> Path:
-    """Return where the record of a cell lies: a name to read, and the key."""
+    """Return the path of a cell's record: a readable name and the key."""
     budget = "" if cell["token_budget"] is None else f"-{cell['token_budget']}"
     length = "" if cell["length"] is None else f"-{cell['length']}"
     name = f"{cell['task']}{length}-{cell['method']}{budget}-{cell['mode']}-{cell_key(cell)}"
@@ -139,25 +139,25 @@ def record_path(results: Path, cell: CellDict) -> Path:
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Write a record so that it is there whole or not at all, also after a crash."""
+    """Write a record with its checksum, atomically."""
     sealed = cast(dict[str, Any], record) | {"checksum": ""}
     sealed["checksum"] = digest(sealed)
     write_atomically(path, json.dumps(sealed, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file (a text in UTF-8) beside its place, bring it to the disk, and rename it into its place."""
+    """Write a file (text in UTF-8) so that it exists whole or not at all, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with beside.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        temporary.replace(path)
     finally:
         with contextlib.suppress(FileNotFoundError):
-            beside.unlink()
+            temporary.unlink()
 
 
 def read_record(path: Path) -> Record:
@@ -165,54 +165,54 @@ def read_record(path: Path) -> Record:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: the file is cut short, damaged, or no record of this schema.
+        ValueError: the file is truncated, damaged, or not a record of this schema.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        checksum = digest(found | {"checksum": ""}) if isinstance(found, dict) else ""
-    except ValueError as error:  # no JSON, no UTF-8, or NaN among the numbers
+        record = json.loads(path.read_text(encoding="utf-8"))
+        checksum = digest(record | {"checksum": ""}) if isinstance(record, dict) else ""
+    except ValueError as error:  # no JSON, no UTF-8, or NaN
         raise ValueError(f"{path.name} is not a whole record: {error}") from error
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise ValueError(f"{path.name} is not a record of schema {SCHEMA}")
-    if found.get("checksum") != checksum:
+    if record.get("checksum") != checksum:
         raise ValueError(f"{path.name} does not match its checksum: it was damaged or edited")
-    if found["key"] != cell_key(found["cell"]):
+    if record["key"] != cell_key(record["cell"]):
         raise ValueError(f"{path.name} has another cell's key")
-    return cast(Record, found)
+    return cast(Record, record)
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a file that does not read back, so that its cell is run again and nothing is lost; return its new name."""
+def quarantine(path: Path) -> Path:
+    """Rename a damaged file, so that it is made again and nothing is lost; return its new path."""
     number = 1
-    while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+    while (renamed := path.with_name(f"{path.name}.damaged-{number}")).exists():
         number += 1
-    path.replace(aside)
-    return aside
+    path.replace(renamed)
+    return renamed
 
 
 def finished(path: Path) -> Record | None:
-    """Return the record at a path, or None where there is none; one that is damaged is set aside."""
+    """Return the record at a path, or None where there is none; quarantine a damaged one."""
     try:
         return read_record(path)
     except FileNotFoundError:
         return None
     except ValueError:
-        with contextlib.suppress(FileNotFoundError):  # another process has set it aside
-            set_aside(path)
+        with contextlib.suppress(FileNotFoundError):  # another process has quarantined it
+            quarantine(path)
         return None
 
 
 def records(results: Path) -> Iterator[Record]:
-    """Yield every record below a folder of results, in the order of their names.
+    """Yield every record of a folder of results, ordered by name.
 
     Raises:
-        ValueError: one of them is damaged.
+        ValueError: a record is damaged.
     """
     for path in sorted((results / CELLS).glob("*.json")):
         yield read_record(path)
 
 
 def label(cell: Mapping[str, Any]) -> str:
-    """Return how a cell's method is called in tables, such as `rocketkv 512`."""
+    """Return method and budget of a cell for tables, such as `rocketkv 512`."""
     budget = cell["token_budget"]
     return str(cell["method"]) if budget is None else f"{cell['method']} {budget}"

@@ -1,82 +1,97 @@
-"""Long outputs in bounded memory: what bounded decoding costs in accuracy, and whether its steps stay as quick.
+"""Bounded decoding: what it costs in accuracy, and whether its steps stay as quick.
 
-`python -m studies long_output -o results/long-output` has a model write texts (sampled, fixed seed) with a cache
-that grows, while caches of several decode capacities read the same tokens side by side (teacher forcing). Each is
-compared with the one that grows at every step after its capacity was reached: before, both are the same. `evict` ranks
-the generated tokens by stage 1, `evict-random` evicts by chance: the control. Two methods: one that reads all that is
-stored, so that nothing but the eviction differs, and RocketKV, whose second stage chooses from what is stored.
+A model writes texts (sampled, fixed seed) with a growing cache, while caches of several decode capacities read the same
+tokens (teacher forcing). Each is compared with the growing one at every step after its capacity was reached; before,
+both are the same. `evict` ranks generated tokens by stage 1; the control `random` evicts tokens by chance. Two methods:
+`snapkv`, which reads all stored tokens, so that only the eviction differs, and `rocketkv`, whose stage 2 selects from
+them.
 
-Besides it times every step of one long generation: with a bound, steps must not grow slower.
+The study also times every step of one long generation: with a bound, steps must not become slower.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import functools
 import os
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rocketkv._version import __version__
 from rocketkv.config import RocketKVConfig
-from rocketkv.environment import machine
+from rocketkv.eval.generate import DecodeLoop
 from rocketkv.eval.progress import Progress
-from rocketkv.eval.records import write_atomically
+from rocketkv.eval.records import digest
 from rocketkv.eval.tasks.text import haystack
 from rocketkv.hf.cache import RocketKVCache
-from rocketkv.hf.layer import rocketkv_layers
-from rocketkv.hf.loading import SMOLLM2, load_model
-from rocketkv.hf.models import CACHE_ARGUMENT
+from rocketkv.hf.layer import RocketKVLayer, rocketkv_layers
 from rocketkv.hf.patch import patch
+from rocketkv.state.store import KVStore
+
+from .settings import StudySettings, journal_of, option
 
 METHODS = ("snapkv", "rocketkv")
-KINDS = ("evict", "evict-random")
+KINDS = ("evict", "random")
 PARTS = ("speed", "divergence")
 TEMPERATURE = 0.8
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What is measured: lengths and capacities in tokens."""
+@dataclass(frozen=True, kw_only=True)
+class Settings(StudySettings):
+    """Options of this study."""
 
-    model: str = SMOLLM2
-    prompt: int = 512
-    new_tokens: int = 1536
-    texts: int = 2
-    capacities: tuple[int, ...] = (256, 512, 1024)
-    budget: int = 512
-    seed: int = 0
-    speed_tokens: int = 4000
-    speed_capacity: int = 512
+    prompt: int = option(512, "tokens of each prompt")
+    new_tokens: int = option(1536, "tokens of each text")
+    texts: int = option(2, "number of texts, one batch")
+    capacities: tuple[int, ...] = option((256, 512, 1024), "decode capacities, in tokens")
+    budget: int = option(512, "tokens a decode step")
+    speed_tokens: int = option(4000, "steps to time")
+    speed_capacity: int = option(512, "decode capacity of the timed steps")
+    methods: tuple[str, ...] = option(METHODS, "to bound")
+    parts: tuple[str, ...] = option(PARTS, "to measure", choices=PARTS)
+
+
+class _RandomEviction(RocketKVLayer):
+    """The control: a layer that ranks generated tokens by chance where its buffer is full."""
+
+    def _settle_bounds(self, exact: dict[str, Any]) -> None:
+        super()._settle_bounds(exact)
+        if self.bounded is not None:
+            self.bounded |= {"scores": functools.partial(_random_scores, self.store), "kernel_size": 1}
+
+
+def _random_scores(store: KVStore, window: Tensor, keys: Tensor, **_: Any) -> Tensor:
+    """Stand in for `eviction.window_scores`: float32 scores of the generated tokens, equal over rows and heads."""
+    generator = torch.Generator().manual_seed(store.seen)
+    scores = torch.rand(store.generated - window.shape[2], generator=generator)
+    return scores.to(keys.device).expand(*keys.shape[:2], -1)
+
+
+def new_cache(model: PreTrainedModel, config: RocketKVConfig, prompt: int, *, kind: str = "evict") -> RocketKVCache:
+    """Return an empty cache; of kind `random`, one that evicts generated tokens by chance."""
+    if kind == "random":
+        config = replace(config, backend="torch")  # the kernels rank by attention
+    cache = RocketKVCache(model.config, config, prompt_length=prompt)
+    for layer in rocketkv_layers(cache) if kind == "random" else ():
+        layer.__class__ = _RandomEviction
+    return cache
 
 
 def prompts_of(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Tensor:
-    """Return [texts, prompt] ids, pieces of one text that follow each other."""
+    """Return [texts, prompt] ids, successive pieces of one text."""
     count = settings.texts * settings.prompt
     text = " ".join(haystack(None, settings.seed).take(count // 4))
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids[:count]).view(settings.texts, settings.prompt)
 
 
-def forward(model: PreTrainedModel, cache: RocketKVCache, ids: Tensor) -> Tensor:
-    """Return the log-probabilities [B, vocabulary], float32, of what follows."""
-    logits = model(ids, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1).logits[:, -1]
-    logprobs: Tensor = logits.float().log_softmax(-1)
-    return logprobs
-
-
 def sampled(logprobs: Tensor, end: int | None, generator: torch.Generator) -> Tensor:
-    """Return [B, 1] ids drawn at a temperature, never the end token."""
+    """Return [B, 1] ids sampled at a temperature, never the end token."""
     logits = logprobs / TEMPERATURE
     if end is not None:
         logits[:, end] = -torch.inf
@@ -87,46 +102,43 @@ def sampled(logprobs: Tensor, end: int | None, generator: torch.Generator) -> Te
 def divergence(
     model: PreTrainedModel, prompts: Tensor, end: int | None, method: str, settings: Settings
 ) -> list[dict[str, Any]]:
-    """Compare caches of every capacity with one that grows, on the tokens that a model writes with the latter.
+    """Compare bounded caches with a growing one, on the tokens that the model samples with the latter.
 
     Args:
         model: a model that is not patched.
         prompts: [texts, n] ids.
-        end: the end token, which is not written.
+        end: the end token, which is never sampled.
         method: of all caches.
         settings: lengths, capacities and budget.
 
     Returns:
-        A row a capacity and kind: the mean KL to the unbounded run over the steps after the capacity was reached, in
-        nats a token, in all and of each text, and the share of those steps with the same most likely token.
+        A row a capacity and kind of eviction: the mean KL to the growing cache over the steps after the capacity was
+        reached, in nats a token, in all and of each text, and the share of those steps with the same most likely token.
     """
-    fields: dict[str, Any] = {"method": method, "token_budget": settings.budget}
     arms = [(capacity, kind) for capacity in settings.capacities for kind in KINDS]
-    unbounded = RocketKVConfig(**fields)
-    configs = [RocketKVConfig(**fields, decode_capacity=capacity) for capacity, _ in arms]
+    config = RocketKVConfig(method=method, token_budget=settings.budget)
+    caches = [new_cache(model, config, prompts.shape[1])] + [
+        new_cache(model, replace(config, decode_capacity=capacity), prompts.shape[1], kind=kind)
+        for capacity, kind in arms
+    ]
+    loops = [DecodeLoop(model=model, cache=cache) for cache in caches]
     generator = torch.Generator().manual_seed(settings.seed)
     kl = torch.zeros(len(arms), settings.new_tokens, len(prompts), dtype=torch.float64)
     alike = torch.zeros_like(kl)
-    with patch(model, unbounded), Progress(f"{method}: prompts", total=settings.new_tokens) as progress:
-        caches = [RocketKVCache(model.config, each, prompt_length=prompts.shape[1]) for each in (unbounded, *configs)]
-        reference, *_ = [forward(model, cache, prompts) for cache in caches]
-        for (_, kind), cache in zip(arms, caches[1:], strict=True):
-            for layer in rocketkv_layers(cache) if kind == "evict-random" else ():
-                layer.bounded = {**(layer.bounded or {}), "at_random": True}  # the library has no such setting
+    with patch(model, config), Progress(f"{method}: {len(loops)} caches", total=settings.new_tokens) as progress:
+        reference, *_ = [loop.prefill(prompts).float().log_softmax(-1) for loop in loops]
         for step in range(settings.new_tokens):
-            progress.say(f"{method}: {len(caches)} caches side by side")
-            given = sampled(reference, end, generator)
-            reference, *found = (forward(model, cache, given) for cache in caches)
-            share = reference.exp()
-            for i, other in enumerate(found):
-                kl[i, step] = (share * (reference - other)).double().sum(-1)
+            ids = sampled(reference, end, generator)
+            reference, *others = (loop.step(ids).float().log_softmax(-1) for loop in loops)
+            for i, other in enumerate(others):
+                kl[i, step] = (reference.exp() * (reference - other)).double().sum(-1)
                 alike[i, step] = (reference.argmax(-1) == other.argmax(-1)).double()
             progress.step()
     return [
         {
             "method": method,
             "capacity": capacity,
-            "when_full": kind,
+            "kind": kind,
             "steps": settings.new_tokens - capacity,
             "kl": float(kl[i, capacity:].mean()),
             "kl_by_text": kl[i, capacity:].mean(0).tolist(),
@@ -137,62 +149,79 @@ def divergence(
     ]
 
 
-@torch.inference_mode()
 def speed(model: PreTrainedModel, prompts: Tensor, settings: Settings) -> dict[str, Any]:
-    """Time every step of a greedy generation with a bound, by the clock and by the processor's time."""
+    """Time every step of a bounded greedy generation, in wall-clock and processor time."""
     config = RocketKVConfig(token_budget=settings.budget, decode_capacity=settings.speed_capacity)
-    wall, cpu, sizes = [], [], set()
+    loop = DecodeLoop(model=model, cache=new_cache(model, config, prompts.shape[1]))
+    sizes = set()
     with patch(model, config), Progress("steps", total=settings.speed_tokens) as progress:
-        cache = RocketKVCache(model.config, config, prompt_length=prompts.shape[1])
-        given = forward(model, cache, prompts[:1]).argmax(-1, keepdim=True)
+        loop.prefill(prompts[:1])
         for step in range(settings.speed_tokens):
-            progress.say("one step after the other")
-            start, start_cpu = time.perf_counter(), time.process_time()
-            given = forward(model, cache, given).argmax(-1, keepdim=True)
-            wall.append(time.perf_counter() - start)
-            cpu.append(time.process_time() - start_cpu)
+            loop.step(loop.token)
             if step % 100 == 99:
-                sizes.add(cache.stats().total_bytes)
+                sizes.add(loop.cache.stats().total_bytes)  # type: ignore[attr-defined]
             progress.step()
-    early, late = slice(1000, 1500), slice(-500, None)
 
-    def milliseconds(times: list[float]) -> dict[str, float]:
+    def milliseconds(seconds: list[float]) -> dict[str, float]:
+        early, late = median(seconds[1000:1500]), median(seconds[-500:])
         return {
-            "tokens 1000-1500": 1e3 * median(times[early]),
-            "last 500 tokens": 1e3 * median(times[late]),
-            "ratio": median(times[late]) / median(times[early]),
-            "slowest": 1e3 * max(times),
-            "mean": 1e3 * fmean(times),
+            "tokens 1000-1500": 1e3 * early,
+            "last 500 tokens": 1e3 * late,
+            "ratio": late / early,
+            "slowest": 1e3 * max(seconds),
+            "mean": 1e3 * fmean(seconds),
         }
 
     return {
         "tokens": settings.speed_tokens,
         "capacity": settings.speed_capacity,
-        "clock": milliseconds(wall),
-        "processor": milliseconds(cpu),
+        "clock": milliseconds(loop.seconds[1:]),
+        "processor": milliseconds(loop.processor_seconds[1:]),
         "cache_bytes": sorted(sizes),
-        "tokens_stored": cache.stats().layers[0].tokens_stored,
+        "tokens_stored": loop.cache.stats().layers[0].tokens_stored,  # type: ignore[attr-defined]
+        "load": os.getloadavg()[0],
     }
+
+
+def study(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, folder: Path
+) -> dict[str, Any]:
+    """Measure the parts that are asked for and that the journal does not have."""
+    journal, prompts = journal_of(folder), prompts_of(tokenizer, settings)
+    result: dict[str, Any] = {}
+
+    def key(*part: str) -> str:
+        return digest([__version__, asdict(replace(settings, methods=(), parts=())), *part])
+
+    if "speed" in settings.parts:
+        result["speed"] = journal.result(key("speed"), lambda: speed(model, prompts, settings))
+    if "divergence" in settings.parts:
+        measure = functools.partial(divergence, model, prompts, tokenizer.eos_token_id, settings=settings)
+        result["divergence"] = [
+            row
+            for method in settings.methods
+            for row in journal.result(key("divergence", method), functools.partial(measure, method))
+        ]
+    return result
 
 
 def markdown(result: dict[str, Any]) -> str:
     """Return the figures as tables."""
     settings, lines = result["settings"], []
     if "divergence" in result:
-        what = (
-            f"{settings['texts']} texts of {settings['new_tokens']} tokens that the model wrote, after prompts of "
-            f"{settings['prompt']}; budget {settings['budget']}; KL in nats a token to the run without a bound, over "
-            "the steps after the capacity was reached."
-        )
         lines += [
-            what,
+            (
+                f"{settings['texts']} texts of {settings['new_tokens']} tokens that the model wrote, after prompts of "
+                f"{settings['prompt']}; budget {settings['budget']}; KL in nats a token to the run without a bound, "
+                "over the steps after the capacity was reached."
+            ),
             "",
-            "| method | capacity | KL, evict | KL, evict-random | same first choice, evict | evict-random |",
+            "| method | capacity | KL, evict | KL, random | same first choice, evict | random |",
             "|--|--|--|--|--|--|",
         ]
-        found = {(row["method"], row["capacity"], row["when_full"]): row for row in result["divergence"]}
-        for method, capacity in dict.fromkeys(key[:2] for key in found):
-            ranked, by_chance = (found[method, capacity, kind] for kind in KINDS)
+        rows = {(row["method"], row["capacity"], row["kind"]): row for row in result["divergence"]}
+        for method, capacity in dict.fromkeys(key[:2] for key in rows):
+            ranked, by_chance = (rows[method, capacity, kind] for kind in KINDS)
             lines.append(
                 f"| `{method}` | {capacity} | {ranked['kl']:.4f} | {by_chance['kl']:.4f} | "
                 f"{100 * ranked['agreement']:.1f} % | {100 * by_chance['agreement']:.1f} % |"
@@ -213,58 +242,3 @@ def markdown(result: dict[str, Any]) -> str:
             "",
         ]
     return "\n".join(lines)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    defaults = Settings()
-    parser.add_argument("--model", default=defaults.model, help="a hub name, a local folder, or smollm2 (the default)")
-    for name, what in (
-        ("prompt", "tokens of each prompt"),
-        ("new-tokens", "tokens of each text"),
-        ("texts", "how many, side by side"),
-        ("budget", "tokens a decode step"),
-        ("seed", "of prompts and texts"),
-        ("speed-tokens", "steps to time"),
-        ("speed-capacity", "decode capacity while they are timed"),
-    ):
-        default = getattr(defaults, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default {default})")
-    capacities = " ".join(map(str, defaults.capacities))
-    parser.add_argument(
-        "--capacities", type=int, nargs="+", default=defaults.capacities, help=f"of decoding (default {capacities})"
-    )
-    parser.add_argument("--methods", nargs="+", default=METHODS, help=f"to bound (default {' '.join(METHODS)})")
-    parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS, help="what to measure")
-    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="where to put OUTPUT.json and OUTPUT.md")
-    args = parser.parse_args(arguments)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    values = {name: getattr(args, name) for name in asdict(defaults)}
-    settings = Settings(**{**values, "capacities": tuple(args.capacities)})
-    model, tokenizer = load_model(settings.model)
-    prompts, load = prompts_of(tokenizer, settings), [os.getloadavg()[0]]
-    result: dict[str, Any] = {"settings": asdict(settings)}
-
-    def write() -> None:
-        load.append(os.getloadavg()[0])
-        versions = {"transformers": transformers.__version__, "rocketkv": __version__}
-        result["machine"] = {**machine(), **versions, "load": load}
-        write_atomically(args.output.with_name(f"{args.output.name}.json"), json.dumps(result, indent=1) + "\n")
-        write_atomically(args.output.with_name(f"{args.output.name}.md"), markdown(result))
-
-    if "speed" in args.parts:
-        result["speed"] = speed(model, prompts, settings)
-        write()
-    for method in args.methods if "divergence" in args.parts else ():
-        rows = divergence(model, prompts, tokenizer.eos_token_id, method, settings)
-        result["divergence"] = [*result.get("divergence", ()), *rows]
-        write()
-    sys.stdout.write(markdown(result))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

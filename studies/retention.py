@@ -1,62 +1,49 @@
-"""Retention: what a long conversation about one document still knows of it, turn by turn.
+"""Recall of a document over the turns of a conversation.
 
-`python -m studies retention -o results/retention` asks for facts of a document (numbers, spread over it), one a
-turn, in one conversation by the chat template. Every answer is teacher-forced: the right digits go in whatever the
-model would have said, so that all methods answer the same questions after the same conversation. Measured are the mean
+Each turn of a conversation asks for a fact of the document (a number), by the chat template. Answers are
+teacher-forced, so that all methods answer the same questions after the same conversation. Measured are the mean
 negative log-likelihood of an answer's digits, in nats a digit, and recall: whether greedy decoding gives the number,
-which it does exactly if every right digit is the most likely one after those before it.
+that is, whether every right digit is the most likely one.
 
-The order of the questions has nothing to do with where the facts stand. The benchmark is ours; that a first question's
-eviction loses what later ones need is the motivation of RocketKV-MT (arXiv 2502.14051).
+The facts are spread over the document, and the questions come in random order. A first question's eviction may drop
+tokens that later questions need, which motivates RocketKV-MT (arXiv 2502.14051).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, TypedDict
 
-import torch
-import torch.nn.functional as F
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
 
 from rocketkv._version import __version__
-from rocketkv.environment import machine
+from rocketkv.eval.generate import SharedPrefill, continue_prefill, shared_prefill
 from rocketkv.eval.intervals import Interval, paired_interval, wilson
-from rocketkv.eval.journal import Journal
-from rocketkv.eval.methods import FULL, Full, Method, find_method
+from rocketkv.eval.methods import FULL, Method, find_method
 from rocketkv.eval.progress import Progress
-from rocketkv.eval.records import digest, write_atomically
-from rocketkv.hf.cache import begin_prompt
-from rocketkv.hf.layer import RocketKVLayer
-from rocketkv.hf.loading import SMOLLM2, load_model
-from rocketkv.hf.models import CACHE_ARGUMENT
+from rocketkv.eval.records import digest
 from rocketkv.hf.prompts import continued, encode, follow_up, render
 
 from .fact_documents import Document, document
+from .settings import StudySettings, journal_of, option
 
 VERSION = 2
 ARMS = (FULL, "rocketkv", "rocketkv-mt", "rocketkv-mt+")
-LATE = 3  # the turn from which on a further row sums up: a question or two may fit in what the first one kept
+LATE = 3  # first turn of a further row over all late turns; earlier ones may need only what the first one kept
 
 _HEAD = "Read the following text. I will ask you about it afterwards.\n\n"
-TAIL = 64  # tokens of a first prompt that every arm reads for itself: more than any observation window here
 
 
 class Turn(NamedTuple):
-    """What a turn reads, and the answer.
+    """The prompt of a turn and its answer.
 
     Attributes:
         given: token ids of the prompt; from the second turn on after the last token of the answer before.
-        answer: token ids of the number, and of a space before it where that is a token of its own.
+        answer: token ids of the number, and of a space before it where that is a separate token.
         counted: which of those are digits.
     """
 
@@ -76,7 +63,7 @@ def fitted(tokenizer: PreTrainedTokenizerBase, seed: int, facts: int, tokens: in
     """Return the longest `document` of a seed whose first prompt has at most `tokens` tokens.
 
     Raises:
-        ValueError: not even the facts fit.
+        ValueError: the facts alone do not fit.
     """
     low, high = facts, max(facts, tokens // 4)  # sentences have five words at least
     if len(turns(tokenizer, document(seed, facts, low))[0].given) > tokens:
@@ -110,88 +97,31 @@ def turns(tokenizer: PreTrainedTokenizerBase, given: Document) -> list[Turn]:
     return found
 
 
-class Head(NamedTuple):
-    """What was read of a batch's first prompts, padded on the left.
-
-    Attributes:
-        layers: keys and values [B, Hkv, n, D] of each layer.
-        mask: [B, n + the tail], 0 at padding.
-    """
-
-    layers: list[tuple[Tensor, Tensor]]
-    mask: Tensor
-
-
-@torch.inference_mode()
-def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Head:
-    """Read first prompts but for their tails, one by one: up to there all arms are the same.
-
-    Raises:
-        ValueError: a prompt is too short for its tail.
-    """
-    if min(map(len, prompts)) <= TAIL:
-        raise ValueError(f"a first prompt must have more than {TAIL} tokens, got {min(map(len, prompts))}")
-    mask = _left_padded(prompts).to(model.device)
-    longest = mask.shape[1]
-    columns: list[list[tuple[Tensor, Tensor]]] = []
-    for ids in prompts:
-        cache: Any = Full().new_cache(model, len(ids))
-        model(torch.tensor([ids[:-TAIL]], device=model.device), **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
-        padding = (0, 0, longest - len(ids), 0)
-        columns.append([(F.pad(layer.keys, padding), F.pad(layer.values, padding)) for layer in cache.layers])
-    layers = []
-    for column in zip(*columns, strict=True):
-        keys, values = zip(*column, strict=True)
-        layers.append((torch.cat(keys), torch.cat(values)))
-    return Head(layers, mask)
-
-
-@torch.inference_mode()
 def scores(
-    model: PreTrainedModel, method: Method, head: Head, conversations: Sequence[Sequence[Turn]]
+    model: PreTrainedModel, method: Method, shared: SharedPrefill, conversations: Sequence[Sequence[Turn]]
 ) -> list[ScoreDict]:
-    """Hold a batch of conversations by one method.
+    """Run a batch of conversations by one method.
 
     Args:
         model: full attention in every layer, with no method attached; none is afterwards.
         method: how to compress.
-        head: `read` of the first prompts; it stays as it is.
-        conversations: of each document, see `turns`; with as long answers in every turn.
+        shared: of the first prompts; it stays unchanged.
+        conversations: of each document, see `turns`; the answers of a turn are of equal length.
     """
-    found: list[ScoreDict] = [{"nll": [], "right": []} for _ in conversations]
-    length = head.mask.shape[1]
+    results: list[ScoreDict] = [{"nll": [], "right": []} for _ in conversations]
     with method.attached(model):
-        cache = method.new_cache(model, length)
-        adopt(cache, head, length)
-        seen, mask = length - TAIL, head.mask
-
-        def forward(ids: list[list[int]]) -> Tensor:
-            nonlocal seen, mask
-            longest = max(map(len, ids))
-            given = torch.tensor([[0] * (longest - len(row)) + row for row in ids], device=model.device)
-            seen += longest
-            if seen > mask.shape[1]:
-                mask = torch.cat((mask, _left_padded(ids).to(mask)), dim=1)
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -longest:]
-            output = model(
-                given, position_ids=positions, attention_mask=mask, **{CACHE_ARGUMENT: cache}, logits_to_keep=1
-            )
-            logits: Tensor = output.logits[:, -1]
-            return logits.float().log_softmax(-1)
-
-        for number in range(len(conversations[0])):
+        loop = continue_prefill(model, method, shared)
+        for number, turn in enumerate(conversations[0]):
             if number:
-                # The last token of an answer is read with what follows it, as `generate` does.
-                unread = [[talk[number - 1].answer[-1], *talk[number].given] for talk in conversations]
-            else:
-                unread = [talk[0].given[-TAIL:] for talk in conversations]
-            begin_prompt(cache, seen + max(map(len, unread)))
-            steps = [forward(unread)]
-            for step in range(len(conversations[0][number].answer) - 1):
-                steps += [forward([[talk[number].answer[step]] for talk in conversations])]
+                # The last token of an answer is read with the next prompt, as `generate` does.
+                loop.prefill([[talk[number - 1].answer[-1], *talk[number].given] for talk in conversations])
+            steps = [loop.logits.float().log_softmax(-1)]
+            for step in range(len(turn.answer) - 1):
+                logits = loop.step([[talk[number].answer[step]] for talk in conversations])
+                steps.append(logits.float().log_softmax(-1))
             for row, talk in enumerate(conversations):
-                _score(found[row], talk[number], [step[row] for step in steps])
-    return found
+                _score(results[row], talk[number], [step[row] for step in steps])
+    return results
 
 
 def _score(found: ScoreDict, turn: Turn, predicted: Sequence[Tensor]) -> None:
@@ -201,14 +131,8 @@ def _score(found: ScoreDict, turn: Turn, predicted: Sequence[Tensor]) -> None:
     found["right"].append(all(int(row.argmax()) == token for row, token in digits))
 
 
-def _left_padded(prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Return the mask [B, longest] of prompts, 0 at padding."""
-    longest = max(map(len, prompts))
-    return torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
-
-
 def batches(conversations: Sequence[Sequence[Turn]], size: int) -> list[list[int]]:
-    """Return which conversations to hold together: at most `size`, with as long answers, in their order."""
+    """Return batches of conversations, at most `size` each, whose answers are of equal length."""
     found: list[list[int]] = []
     shapes = [[len(turn.answer) for turn in conversation] for conversation in conversations]
     for number in range(len(conversations)):
@@ -219,17 +143,6 @@ def batches(conversations: Sequence[Sequence[Turn]], size: int) -> list[list[int
         else:
             found.append([number])
     return found
-
-
-def adopt(cache: Cache, head: Head, prompt_length: int) -> None:
-    """Give an empty cache what has been read of its prompts."""
-    valid = head.mask[:, :-TAIL].bool()
-    for number, (keys, values) in enumerate(head.layers):
-        layer: Any = cache.layers[number]
-        if isinstance(layer, RocketKVLayer):
-            layer.store.extend(keys, values, None if bool(valid.all()) else valid, expected=prompt_length)
-        else:
-            cache.update(keys, values, number)
 
 
 def rows(found: Mapping[str, Sequence[ScoreDict]]) -> list[dict[str, Any]]:
@@ -276,14 +189,12 @@ def pairs(arms: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _difference(values: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
     interval: Interval | None = paired_interval(values, reference)
-    return {
-        "mean": fmean(values) - fmean(reference),
-        "interval": None if interval is None else list(interval),
-    }
+    return {"mean": fmean(values) - fmean(reference), "interval": None if interval is None else list(interval)}
 
 
-def markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table in Markdown: nats a digit, differences with 95 % intervals over documents, and recall."""
+def markdown(result: Mapping[str, Any]) -> str:
+    """Return the table: nats a digit, differences with 95 % intervals over documents, and recall."""
+    table = result["table"]
     arms, compared = list(table[0]["arms"]), list(table[0]["differences"])
     head = ["turn", *arms, *compared, *(f"recall {arm}" for arm in arms)]
     lines = [f"| {' | '.join(head)} |", "|--" * len(head) + "|"]
@@ -306,85 +217,47 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is measured; its fields are those of the command line."""
+class Settings(StudySettings):
+    """Options of this study."""
 
-    model: str = SMOLLM2
-    documents: int = 10
-    facts: int = 8
-    tokens: int = 2048
-    budget: int = 256
-    kernel_size: int | None = None
-    seed: int = 0
-    batch: int = 5
+    seed: int = option(0, "of the first document; the next ones have the seeds after it")
+    documents: int = option(10, "number of documents")
+    facts: int = option(8, "of each document, one a turn")
+    tokens: int = option(2048, "of the first prompt, at most")
+    budget: int = option(256, "tokens a decode step of the compressed arms")
+    kernel_size: int | None = option(None, "odd pooling width of their stage 1", type=int)
+    batch: int = option(5, "documents in a batch, which share the split of the longest")
 
 
-def study(settings: Settings, journal: Journal) -> dict[str, Any]:
-    """Measure what the journal does not have yet; return settings, figures of every document, and the table."""
-    model, tokenizer = load_model(settings.model)
+def study(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, folder: Path
+) -> dict[str, Any]:
+    """Return figures of every document and the table; the journal keeps those of each batch and method."""
+    journal = journal_of(folder)
     fields = {} if settings.kernel_size is None else {"kernel_size": settings.kernel_size}
     methods = [find_method(arm, *((None, None) if arm == FULL else (settings.budget, fields))) for arm in ARMS]
-    places = range(settings.documents)
-    texts = [fitted(tokenizer, settings.seed + number, settings.facts, settings.tokens) for number in places]
+    seeds = range(settings.seed, settings.seed + settings.documents)
+    texts = [fitted(tokenizer, seed, settings.facts, settings.tokens) for seed in seeds]
     conversations = [turns(tokenizer, text) for text in texts]
-    found: dict[str, list[Any]] = {arm: [None] * settings.documents for arm in ARMS}
+    results: dict[str, list[Any]] = {arm: [None] * settings.documents for arm in ARMS}
     groups = batches(conversations, settings.batch)
     with Progress("beginning", total=len(groups) * len(ARMS)) as progress:
         for group in groups:
             talks = [conversations[number] for number in group]
-            head: Head | None = None
+            shared: SharedPrefill | None = None
             for method in methods:
-                progress.say(f"documents {', '.join(str(number + 1) for number in group)}: {method.name}")
+                progress.say(method.name)
                 bound = [method.name, method.token_budget, None if method.name == FULL else fields]
                 key = digest([VERSION, __version__, settings.model, *bound, talks])
                 if journal.get(key) is None:
-                    head = read(model, [talk[0].given for talk in talks]) if head is None else head
-                    journal.put(key, scores(model, method, head, talks))
+                    shared = shared_prefill(model, [talk[0].given for talk in talks]) if shared is None else shared
+                    journal.put(key, scores(model, method, shared, talks))
                 for number, score in zip(group, journal.get(key), strict=True):
-                    found[method.name][number] = score
+                    results[method.name][number] = score
                 progress.step()
     return {
         "version": VERSION,
-        "settings": asdict(settings),
-        "machine": {**machine(), "transformers": transformers.__version__, "rocketkv": __version__},
         "prompt_tokens": [len(conversation[0].given) for conversation in conversations],
-        "documents": found,
-        "table": rows(found),
+        "documents": results,
+        "table": rows(results),
     }
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study, or go on with it; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    defaults = Settings()
-    parser.add_argument("--model", default=defaults.model, help="a hub name, a local folder, or smollm2 (the default)")
-    for name, what in (
-        ("documents", "how many"),
-        ("facts", "of each document, one a turn"),
-        ("tokens", "of the first prompt, at most"),
-        ("budget", "tokens a decode step of the compressed arms"),
-        ("kernel-size", "odd width of the pooling that their stage 1 ranks by"),
-        ("seed", "of the first document; the next ones have those after it"),
-        ("batch", "documents at once, which share the split of the longest"),
-    ):
-        default = getattr(defaults, name.replace("-", "_"))
-        parser.add_argument(
-            f"--{name}", type=int, default=default, help=f"{what} (default {'its own' if default is None else default})"
-        )
-    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="where to put OUTPUT.json and OUTPUT.md")
-    args = parser.parse_args(arguments)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    settings = Settings(**{name: getattr(args, name) for name in asdict(defaults)})
-    paths = {ending: args.output.with_name(f"{args.output.name}.{ending}") for ending in ("json", "md", "journal")}
-    result = study(settings, Journal(paths["journal"]))
-    write_atomically(paths["json"], json.dumps(result, indent=1) + "\n")
-    table = markdown(result["table"])
-    write_atomically(paths["md"], table)
-    sys.stdout.write(table)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

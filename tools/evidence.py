@@ -1,8 +1,8 @@
-"""`make evidence`: measure every figure that the README quotes, and write them down.
+"""`make evidence`: measure and write every figure that the README quotes.
 
 Needle prompts on a real model, memory, and both speed benchmarks. The figures go to docs/evidence.json and, as tables,
-between the markers of README.md. Interrupted, it goes on where it stopped; a part that is done is not run again unless
-the code has changed or `--fresh` is given.
+between the markers of README.md. An interrupted run resumes; finished parts run again only where the code has changed
+or with `--fresh`.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import torch
 from rocketkv.config import RocketKVConfig
 from rocketkv.environment import machine
 from rocketkv.eval.bench.cpu import bench_attention, bench_decode
+from rocketkv.eval.generate import measured_generate
 from rocketkv.eval.intervals import wilson
-from rocketkv.eval.measure import measured_generate
+from rocketkv.eval.journal import Journal
 from rocketkv.eval.progress import Progress
 from rocketkv.eval.records import write_atomically
 from rocketkv.eval.tasks.needle import found, needle_grid, needle_prompt
@@ -29,7 +31,7 @@ from rocketkv.hf.loading import load_model
 ROOT = Path(__file__).resolve().parents[1]
 JSON_FILE = ROOT / "docs" / "evidence.json"
 README = ROOT / "README.md"
-PARTIAL = ROOT / ".evidence" / "partial.json"
+JOURNAL = ROOT / ".evidence" / "journal.jsonl"
 
 NEEDLE_TOKENS, NEEDLE_COUNT, NEEDLE_SEED = 4096, 20, 1
 NEEDLE_ARMS: dict[str, RocketKVConfig | None] = {
@@ -40,24 +42,26 @@ NEEDLE_ARMS: dict[str, RocketKVConfig | None] = {
 }
 MEMORY_TOKENS, MEMORY_BUDGETS = 8064, (256, 512)
 
-Partial = dict[str, Any]
+# Measures a part unless the journal has it.
+Result = Callable[[str, Callable[[], Any]], Any]
 
 
-def measure_needle(partial: Partial) -> dict[str, Any]:
-    """Ask every arm for the same hidden numbers, prompt by prompt."""
-    answers: dict[str, list[bool]] = partial.setdefault("needle_answers", {name: [] for name in NEEDLE_ARMS})
-    ratios: dict[str, float] = partial.setdefault("needle_ratios", {})
+def measure_needle(result: Result) -> dict[str, Any]:
+    """Let every arm answer the same needle prompts."""
     model, tokenizer = load_model(None)
     prompts = needle_grid(tokenizer, tokens=NEEDLE_TOKENS, count=NEEDLE_COUNT, seed=NEEDLE_SEED)
+    answers: dict[str, list[bool]] = {name: [] for name in NEEDLE_ARMS}
+    ratios: dict[str, float] = {}
+
+    def generate(text: str, config: RocketKVConfig | None) -> tuple[str, float]:
+        generation = measured_generate(model, tokenizer, text, config)
+        return generation.text, generation.stats.memory_ratio
+
     with Progress("needles", total=len(prompts) * len(NEEDLE_ARMS)) as progress:
         for number, prompt in enumerate(prompts):
             for name, config in NEEDLE_ARMS.items():
-                progress.say(f"needle {number + 1} of {len(prompts)}: {name}")
-                if len(answers[name]) <= number:
-                    generation = measured_generate(model, tokenizer, prompt.text, config)
-                    answers[name].append(found(prompt.answer, generation.text))
-                    ratios[name] = generation.stats.memory_ratio
-                    _write(PARTIAL, partial)
+                text, ratios[name] = result(f"needle {number} {name}", partial(generate, prompt.text, config))
+                answers[name].append(found(prompt.answer, text))
                 progress.step()
     return {
         "tokens": NEEDLE_TOKENS,
@@ -70,7 +74,7 @@ def measure_needle(partial: Partial) -> dict[str, Any]:
     }
 
 
-def measure_memory(partial: Partial) -> dict[str, Any]:
+def measure_memory() -> dict[str, Any]:
     """Count the bytes of keys, values and index after a prompt, against a full cache of the same tokens."""
     model, tokenizer = load_model(None)
     prompt = needle_prompt(tokenizer, tokens=MEMORY_TOKENS, depth=0.5, seed=NEEDLE_SEED)
@@ -86,24 +90,6 @@ def measure_memory(partial: Partial) -> dict[str, Any]:
             "full_mib": stats.total("full_bytes") / 2**20,
         }
     return {"tokens": prompt.tokens, "budgets": ratios}
-
-
-def measure_attention(partial: Partial) -> dict[str, Any]:
-    """Time one attention layer at 32K tokens and budget 1024."""
-    return bench_attention(context=32768, token_budget=1024)
-
-
-def measure_decode(partial: Partial) -> dict[str, Any]:
-    """Time SmolLM2's decode step at 8K tokens and budget 256."""
-    return bench_decode(None, context=None, token_budget=256)
-
-
-PARTS: dict[str, Callable[[Partial], dict[str, Any]]] = {
-    "attention": measure_attention,
-    "decode": measure_decode,
-    "memory": measure_memory,
-    "needle": measure_needle,
-}
 
 
 def tables(evidence: dict[str, Any]) -> dict[str, str]:
@@ -133,46 +119,48 @@ def tables(evidence: dict[str, Any]) -> dict[str, str]:
 
 
 def with_tables(text: str, evidence: dict[str, Any]) -> str:
-    """Return a document with the tables put between its markers `<!-- evidence: name -->` and `<!-- end -->`."""
+    """Return a document with the tables between its markers `<!-- evidence: name -->` and `<!-- end -->`."""
     for name, table in tables(evidence).items():
         before, marker, rest = text.partition(f"<!-- evidence: {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
         if not end:
-            raise ValueError(f"the document has no markers '<!-- evidence: {name} -->' and '<!-- end -->' on own lines")
+            raise ValueError(
+                f"the document has no markers '<!-- evidence: {name} -->' and '<!-- end -->' on lines of their own"
+            )
         text = f"{before}{marker}{table}\n{end}{after}"
     return text
 
 
 def _revision() -> str:
-    """Name the code that is measured: the trees of the library and the harness, changes that are not committed too."""
-    paths = ["rocketkv", "eval"]
+    """Return a hash of the measured code: the trees of library and harness, uncommitted changes included."""
+    paths = ["rocketkv", "kernels", "eval"]
     trees = subprocess.run(["git", "ls-files", "-s", *paths], cwd=ROOT, capture_output=True, text=True, check=True)
     changes = subprocess.run(["git", "diff", "HEAD", *paths], cwd=ROOT, capture_output=True, text=True, check=True)
     return hashlib.sha256((trees.stdout + changes.stdout).encode()).hexdigest()[:16]
 
 
-def _write(path: Path, document: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(document, indent=1) + "\n")
-
-
 def main() -> int:
-    """Measure what is missing, then write the figures; returns the exit code."""
+    """Measure the missing parts and write the figures; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    revision = _revision()
-    partial: Partial = {"revision": revision}
-    if PARTIAL.exists() and not args.fresh:
-        earlier = json.loads(PARTIAL.read_text(encoding="utf-8"))
-        partial = earlier if earlier.get("revision") == revision else partial
-    for name, measure in PARTS.items():
-        if name not in partial:
-            partial[name] = measure(partial)
-            _write(PARTIAL, partial)
-    evidence = {"machine": machine(), **{name: partial[name] for name in PARTS}}
-    _write(JSON_FILE, evidence)
+    if args.fresh:
+        Journal(JOURNAL).remove()
+    journal, revision = Journal(JOURNAL), _revision()
+
+    def result(name: str, measure: Callable[[], Any]) -> Any:
+        return journal.result(f"{revision} {name}", measure)
+
+    evidence = {
+        "machine": machine(),
+        "attention": result("attention", partial(bench_attention, context=32768, token_budget=1024)),
+        "decode": result("decode", partial(bench_decode, None, context=None, token_budget=256)),
+        "memory": result("memory", measure_memory),
+        "needle": result("needle", partial(measure_needle, result)),
+    }
+    write_atomically(JSON_FILE, json.dumps(evidence, indent=1) + "\n")
     README.write_text(with_tables(README.read_text(encoding="utf-8"), evidence), encoding="utf-8")
     sys.stdout.write("\n\n".join(tables(evidence).values()) + "\n")
     return 0

@@ -1,9 +1,9 @@
-"""Compile every kernel ahead of time, for devices that need not be there, and report what became of it.
+"""Compile every kernel ahead of time, also for devices that this machine does not have, and report the results.
 
 `python -m rocketkv.eval.bench.aot` prints, for each device, the registers, shared memory and spilled bytes of each
 kernel and how wide its main loop loads. Launches are recorded from the functions that make them, run on tensors without
-memory, then handed to Triton's own launcher with a compiler's target in the place of a device: what is compiled is
-what would be launched, specialised as it would be.
+memory, and passed to Triton's launcher with a compiler's target in place of a device, so that the compiled code is that
+of a real launch, specialisation included.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim, P page size, t token budget.
 """
@@ -81,14 +81,14 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What became of one kernel in one configuration.
+    """The result of compiling one kernel in one configuration.
 
     Attributes:
         target: name of the device.
         kernel: its name.
         configuration: its name.
         main: whether the configuration is a main one.
-        error: what the compiler said against it, else None.
+        error: the compiler's message, or None.
         warps: of a program.
         registers: of a thread; of a lane for AMD.
         shared: bytes of shared memory that a program asks for.
@@ -126,7 +126,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Launch:
-    """One call of a kernel, as it was made."""
+    """One recorded launch of a kernel."""
 
     kernel: JITFunction[Any]
     grid: tuple[int, ...]
@@ -135,7 +135,7 @@ class Launch:
 
 
 def launches(launch: Callable[[int], object], programs: int) -> list[Launch]:
-    """Return the calls that a function makes, none of which is carried out."""
+    """Record the launches of a function without running them."""
     made: list[Launch] = []
 
     def record(kernel: JITFunction[Any], *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -197,7 +197,7 @@ def _trees() -> dict[str, ast.Module]:
 def load_sites(kernel: JITFunction[Any]) -> dict[tuple[str, int], tuple[str, bool]]:
     """Return the pointer that each line of the kernels' files loads from, and whether in the kernel's main loop.
 
-    That is every loop of its own body that holds a matrix product; where none does, it is everything.
+    The main loop is every loop of the kernel's body with a matrix product, or the whole body where there is none.
     """
     trees = _trees()
     functions = [node for tree in trees.values() for node in tree.body if isinstance(node, ast.FunctionDef)]
@@ -259,7 +259,7 @@ def amd_accesses(text: str) -> Iterator[Access]:
 
 
 def _measured(compiled: Any, target: Target, sites: dict[tuple[str, int], tuple[str, bool]]) -> dict[str, Any]:
-    """Return what a compiled kernel takes and how it reads, as fields of its report."""
+    """Return resources and loads of a compiled kernel, as fields of its report."""
     if target.backend == "cuda":
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "kernel.cubin"
@@ -299,7 +299,7 @@ _PLACE = re.compile(r"^\s*\.loc\s.*\n", re.MULTILINE)
 def one_line(ptx: str) -> str:
     """Return the program with each inlined piece of assembly at the line of source that it comes from.
 
-    LLVM gives every line of such a piece, as most loads are, a line of source of its own, counting on from the first.
+    LLVM gives each line of inlined assembly, as of most loads, another line of source, counting up from the first.
     """
 
     def first_only(piece: re.Match[str]) -> str:
@@ -310,7 +310,7 @@ def one_line(ptx: str) -> str:
 
 
 def _keep_lines() -> None:
-    """Let what is assembled know which lines it comes from; no instruction changes."""
+    """Keep the lines of source in the assembled code; no instruction changes."""
     backend = importlib.import_module("triton.backends.nvidia.compiler").CUDABackend
     assemble = inspect.getattr_static(backend, "make_cubin")  # a static method until Triton 3.3
 
@@ -333,14 +333,14 @@ def _prepare() -> None:
     """
     _trees()
     _keep_lines()
-    # Whether products and sums are fused is Triton's default here as in a launch, and it says so every time.
+    # Triton warns for each kernel that the fusion of products and sums is its default.
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION is unset")
     driver.set_active(_Driver(GPUTarget("cuda", 80, 32)))
     _first_kernel.run(meta(1, dtype=torch.int32), grid=(1,), warmup=True)
 
 
 def _compile(target_name: str, configuration_name: str) -> list[Report]:
-    """Compile one configuration's kernels for one device; an error is a report of its own."""
+    """Compile one configuration's kernels for one device; an error becomes a report."""
     target, configuration = TARGETS[target_name], CONFIGURATIONS[configuration_name]
     reports: list[Report] = []
     calls = launches(configuration.launch, target.programs)
@@ -390,7 +390,7 @@ def compile_all(targets: Sequence[str], jobs: int, brief: Sequence[str] = ()) ->
 
 
 def table(reports: Sequence[Report]) -> str:
-    """Return one device's reports as a table, then what did not compile; a main configuration has a star."""
+    """Return one device's reports as a table, then the errors; a main configuration has a star."""
     rows = [["kernel", "configuration", "warps", "registers", "shared", "spilled", "16 B", "<4 B", "the loop's loads"]]
     errors: dict[str, list[str]] = {}
     for report in sorted(reports, key=lambda report: report.kernel):

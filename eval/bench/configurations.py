@@ -26,10 +26,10 @@ class Configuration:
     """A named set of launches.
 
     Attributes:
-        launch: makes them on meta tensors, for a device of so many multiprocessors.
+        launch: launches them on meta tensors, given the number of multiprocessors.
         kernels: those of its kernels that count, or None for all.
-        main: whether it is held to no spills on sm_80 and sm_90 and to wide loads.
-        alone: whether some of its kernels are launched in no main one.
+        main: whether it must have no spills on sm_80 and sm_90, and wide loads.
+        alone: whether some of its kernels are in no main configuration.
     """
 
     launch: Callable[[int], object]
@@ -60,7 +60,7 @@ def decode(
     sinks: bool = False,
     sketch_bits: int | None = None,
 ) -> Callable[[int], Tensor]:
-    """Return what launches a decode step.
+    """Return a function that launches a decode step.
 
     Args:
         dtype: of queries, keys and values.
@@ -134,7 +134,7 @@ def evict(
     sinks: bool = False,
     padded: bool = False,
 ) -> Callable[[int], object]:
-    """Return what launches the end of a prompt, whose keys and values are laid out token by token as models leave them.
+    """Return a function that launches the end of a prompt, with keys and values token by token as models store them.
 
     Args:
         dtype: of queries, keys and values.
@@ -171,7 +171,7 @@ def evict(
 def dense(
     dtype: torch.dtype, *, heads: tuple[int, int] = (32, 8), head_dim: int = 128, length: int
 ) -> Callable[[int], Tensor]:
-    """Return what launches a decode step that attends to everything.
+    """Return a function that launches a decode step of dense attention.
 
     Args:
         dtype: of queries, keys and values.

@@ -5,39 +5,32 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from statistics import median
-from typing import Any, NamedTuple
+from functools import partial
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
 from ...config import RocketKVConfig
 from ...core.params import AttentionParams
 from ...core.sketch import Sketch, decode, rotation_matrix
 from ...dispatch import decode_step
 from ...environment import machine
-from ...hf.cache import RocketKVCache, cache_stats
+from ...hf.cache import cache_stats
 from ...hf.loading import load_model
-from ...hf.models import CACHE_ARGUMENT
-from ...hf.patch import patch, unpatch
 from ...state.compress import close_prompt
 from ...state.store import KVStore
-from ..progress import Progress
+from ..checks import WrongResultError
+from ..generate import DecodeLoop
+from ..measures.latency import check_within_budget
+from ..methods import Compressed, Full, Method
 from .cli import ROUNDS, STEPS
+from .gpu_timing import alternate, ratios, spread
 
-# Bound on the relative error of a sketch: about 0.75 for Gaussian keys in 1 bit, the largest (2 bits: 0.36), and more
-# than 1 for keys that are not the sketched ones.
+# The relative error of Gaussian keys is largest in 1 bit, about 0.75 (2 bits: 0.36); that of other keys is more than 1.
 SKETCH_ERROR = 0.9
-
-
-class Arm(NamedTuple):
-    """A call that is timed, and a preparation before each round that is not."""
-
-    call: Callable[[], Any]
-    prepare: Callable[[], None] = lambda: None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,7 +69,7 @@ def bench_attention(
 
     Raises:
         ValueError: the budget is so large that nothing is selected, or so small that `rocketkv+` cannot have it.
-        RuntimeError: a result is wrong; nothing is timed then.
+        WrongResultError: a result differs from its definition; nothing is timed then.
     """
     generator = torch.Generator().manual_seed(0)
     scaling = head_dim**-0.5
@@ -99,7 +92,7 @@ def bench_attention(
         return store
 
     grouped = query.view(1, kv_heads, heads // kv_heads, head_dim)
-    with torch.inference_mode(), Progress("checking", total=rounds) as progress:
+    with torch.inference_mode():
         store, sketched = closed(config), closed(RocketKVConfig(method="rocketkv+", token_budget=token_budget))
         _check_full(closed(RocketKVConfig(method="full")), key, value, query, new_key, new_value, scaling)
         _check_step(store, query, new_key, new_value, scaling)
@@ -118,7 +111,7 @@ def bench_attention(
             return F.scaled_dot_product_attention(grouped, key, value, scale=scaling)
 
         calls = {"rocketkv": sparse, "rocketkv+": plus, "SDPA enable_gqa": gqa, "SDPA group as rows": group_rows}
-        seconds = _alternate({name: Arm(call) for name, call in calls.items()}, rounds, steps, progress)
+        seconds = alternate({name: partial(_mean_seconds, call, steps) for name, call in calls.items()}, rounds)
     shape = {"context": context, "token_budget": token_budget, "heads": heads, "kv_heads": kv_heads}
     return _result("attention", {**shape, "head_dim": head_dim, "dtype": "float32"}, seconds, rounds, steps)
 
@@ -197,7 +190,7 @@ def _check_sketched_step(store: KVStore, query: Tensor, new_key: Tensor, new_val
 def _require_close(what: str, got: Tensor, expected: Tensor) -> None:
     error = float((got.double() - expected.double()).abs().max())
     if not error < 1e-4:
-        raise RuntimeError(f"{what} is wrong by {error:.2e}; nothing is timed")
+        raise WrongResultError(f"{what} is wrong by {error:.2e}; nothing is timed")
 
 
 def bench_decode(
@@ -207,119 +200,64 @@ def bench_decode(
 
     Args:
         model_name: a hub name or folder, or None for SmolLM2-135M-Instruct.
-        context: prompt tokens; None for 8192 less what will be decoded.
+        context: prompt tokens; None for 8192 less the decoded tokens.
         token_budget: t.
         rounds: alternating rounds.
         steps: decode steps a round; a round's time is their mean.
 
     Raises:
-        RuntimeError: at full budget the patched model's logits are not the stock model's; nothing is timed then.
+        WrongResultError: within its budget a method does not give the stock model's logits; nothing is timed then.
     """
     length = 8192 - (rounds + 1) * steps if context is None else context
     model, _ = load_model(model_name)
-    configs = {
-        "rocketkv": RocketKVConfig(token_budget=token_budget),
-        "rocketkv+": RocketKVConfig(method="rocketkv+", token_budget=token_budget),
-        "stock": None,
-        "dense preallocated": RocketKVConfig(method="full"),
+    methods: dict[str, Method] = {
+        "rocketkv": Compressed(RocketKVConfig(token_budget=token_budget)),
+        "rocketkv+": Compressed(RocketKVConfig(method="rocketkv+", token_budget=token_budget)),
+        "stock": Full(),
+        "dense preallocated": Compressed(RocketKVConfig(method="full")),
     }
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, model.config.vocab_size, (1, length), generator=generator)
-    with torch.inference_mode(), Progress("checking", total=rounds) as progress:
-        _check_logits(model, prompt[:, :512])
-        caches: dict[str, Any] = {}
-        for name, config in configs.items():
-            progress.say(f"{name}: reading {length} tokens")
-            caches[name] = _prefilled(model, prompt, config)
-        arms = {name: _stepper(model, caches[name], config) for name, config in configs.items()}
-        seconds = _alternate(arms, rounds, steps, progress)
-    result = _result(
-        "decode", {"context": length, "token_budget": token_budget, "dtype": "float32"}, seconds, rounds, steps
-    )
-    result["kv_bytes"] = {name: cache_stats(cache).total_bytes for name, cache in caches.items()}
+    loops: dict[str, DecodeLoop] = {}
+    for name, method in methods.items():
+        check_within_budget(model, method, prompt[0, :512].tolist())
+        loops[name] = DecodeLoop(model=model, cache=method.new_cache(model, length))
+        with method.attached(model):
+            loops[name].prefill(prompt)
+
+    def step_seconds(name: str) -> float:
+        with methods[name].attached(model):
+            for _ in range(steps):
+                loops[name].step(loops[name].token)
+        return fmean(loops[name].seconds[-steps:])
+
+    seconds = alternate({name: partial(step_seconds, name) for name in methods}, rounds)
+    settings = {"context": length, "token_budget": token_budget, "dtype": "float32"}
+    result = _result("decode", settings, seconds, rounds, steps)
+    result["kv_bytes"] = {name: cache_stats(loop.cache).total_bytes for name, loop in loops.items()}
     return result
 
 
-def _check_logits(model: PreTrainedModel, prompt: Tensor) -> None:
-    """Check that a patched model within its budget gives the stock model's logits, prefill and decoding."""
-
-    def logits(cache: Any) -> Tensor:
-        first = model(prompt[:, :-2], **{CACHE_ARGUMENT: cache}).logits[:, -1]
-        return torch.stack(
-            [first, *(model(prompt[:, i][:, None], **{CACHE_ARGUMENT: cache}).logits[:, -1] for i in (-2, -1))]
-        )
-
-    expected = logits(DynamicCache(config=model.config))
-    with patch(model, token_budget=1024) as handle:
-        _require_close("a model within its budget", logits(RocketKVCache(model.config, handle.config)), expected)
-
-
-def _prefilled(model: PreTrainedModel, prompt: Tensor, config: RocketKVConfig | None) -> Any:
-    if config is None:
-        cache: Any = DynamicCache(config=model.config)
-        model(prompt, **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
-        return cache
-    cache = RocketKVCache(model.config, config, prompt_length=prompt.shape[1])
-    with patch(model, config):
-        model(prompt, **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
-    return cache
-
-
-def _stepper(model: PreTrainedModel, cache: Any, config: RocketKVConfig | None) -> Arm:
-    """Return what decodes one token, and sees to it before that the model is patched or not, as it needs."""
-    token = torch.zeros(1, 1, dtype=torch.int64)
-
-    def prepare() -> None:
-        if config is None:
-            unpatch(model)
-        else:
-            patch(model, config)
-
-    def step() -> Any:
-        return model(token, **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
-
-    return Arm(step, prepare)
-
-
-def _alternate(arms: dict[str, Arm], rounds: int, steps: int, progress: Progress) -> dict[str, list[float]]:
-    """Time every arm in turn, round after round; the first round warms up and does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for number in range(rounds + 1):
-        progress.say(f"timing round {number} of {rounds}")
-        for name, arm in arms.items():
-            arm.prepare()
-            start = time.perf_counter()
-            for _ in range(steps):
-                arm.call()
-            if number:
-                seconds[name].append((time.perf_counter() - start) / steps)
-        progress.step()
-    return seconds
+def _mean_seconds(call: Callable[[], Any], count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count
 
 
 def _result(
-    what: str, settings: dict[str, Any], seconds: dict[str, list[float]], rounds: int, steps: int
+    bench: str, settings: dict[str, Any], seconds: dict[str, list[float]], rounds: int, steps: int
 ) -> dict[str, Any]:
-    """Gather medians, spreads and ratios; a ratio is the median of the rounds' own."""
+    """Return medians, spreads and ratios; a ratio is the median of the rounds' ratios."""
     ours = seconds["rocketkv"]
+    others = {name: times for name, times in seconds.items() if name != "rocketkv"}
     return {
-        "bench": what,
+        "bench": bench,
         **settings,
         "rounds": rounds,
         "steps": steps,
-        "milliseconds": {
-            name: {"median": 1e3 * median(times), "min": 1e3 * min(times), "max": 1e3 * max(times)}
-            for name, times in seconds.items()
-        },
-        "speedup_over": {
-            name: {
-                "median": median(ratios := [b / a for a, b in zip(ours, times, strict=True)]),
-                "min": min(ratios),
-                "max": max(ratios),
-            }
-            for name, times in seconds.items()
-            if name != "rocketkv"
-        },
+        "milliseconds": {name: spread(times, 1e3) for name, times in seconds.items()},
+        "speedup_over": {name: ratios(times, ours) for name, times in others.items()},
         "machine": machine(),
     }
 

@@ -1,6 +1,6 @@
-"""The dense attention that a decode step is compared with: every strong one that the machine has.
+"""The dense attention that a decode step is compared with: every strong implementation on the machine.
 
-All read the same preallocated cache and none appends to it, which flatters them: a compressed step does.
+All read the same preallocated cache. None appends to it, which favours them: a compressed step does.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, S tokens.
 """
@@ -23,14 +23,14 @@ from .gpu_timing import Arm, capture, seconds_of
 Call = Callable[[int], Tensor]
 SPLIT_KV = "split-KV (Triton)"
 FLASHINFER_PAGE = 16
-# What says that a call cannot do a shape, a precision or a device, or is not installed.
+# Errors of a call that does not support a shape, a precision or a device, or is not installed.
 _CANNOT = (ImportError, RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError)
 
 
 def dense_calls(
     query: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], scaling: float
 ) -> tuple[dict[str, Call], dict[str, str]]:
-    """Return the dense calls that work here, by name, and of the others why they do not.
+    """Return the dense calls that work here, by name, and the reasons why the others do not.
 
     Args:
         query: of each set, [B, H, D].
@@ -61,7 +61,7 @@ def dense_calls(
 
 
 def _tried(maker: Callable[[], Call]) -> Call | str:
-    """Return a call that has worked once, or why it does not."""
+    """Return a call that has worked once, or the reason why it does not."""
     try:
         call = maker()
         call(0)
@@ -168,7 +168,7 @@ def _flashinfer(query: Sequence[Tensor], keys: Sequence[Tensor], values: Sequenc
 def split_kv(
     query: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], scaling: float
 ) -> tuple[Call, dict[str, int]]:
-    """Return our own kernel, cut as is fastest on this device, and how that is."""
+    """Return the library's kernel with its fastest tiling on this device, and the tiling."""
     if keys[0].device.type != "cuda":
         return _tiled(query, keys, values, scaling, TILINGS[0]), asdict(TILINGS[0])
     from triton.runtime.errors import OutOfResources

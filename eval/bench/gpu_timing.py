@@ -1,7 +1,6 @@
 """Timing on a GPU: CUDA graphs replayed between events, cold caches, arms in alternating rounds.
 
-An arm works on one of several sets of buffers at a time, in rotation, so that what it reads has left the L2 cache since
-it was last read.
+An arm works on several sets of buffers in rotation, so that its inputs have left the L2 cache since the last read.
 """
 
 import importlib.metadata
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 
 from ..._version import __version__
+from ..checks import require_near
+from ..progress import Progress
 
 LEAST_SETS = 3
 LEAST_CALLS = 24  # of one graph, so that the gap between two replays does not count
@@ -25,26 +26,22 @@ REPLAY_UNITS = 4.0  # of the dtype's precision, within which a replay may differ
 PACKAGES = ("triton", "transformers", "flash-attn", "flashinfer-python")
 
 
-class WrongResultError(RuntimeError):
-    """A result that differs from the reference; nothing is timed then."""
-
-
 def nothing() -> None:
     """Do nothing."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What is timed.
+    """A timed call.
 
     Attributes:
         name: of the arm.
         role: `dense`, `step`, `kernel`, `stage 1` or `copy`.
         run: works on one set of buffers, given its number.
         sets: how many there are.
-        counted_bytes: what one call moves at least, or 0 where nothing is counted.
+        counted_bytes: least bytes that one call moves, or 0 where they are not counted.
         check: raises `WrongResultError` where its result is not the reference's.
-        prepare: what is done before each round, untimed.
+        prepare: runs before each round, untimed.
         room: calls on each set between two of those, or None for any number.
     """
 
@@ -86,7 +83,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def copy_arm(device: torch.device, size: int = COPY_BYTES) -> Arm:
-    """Return what measures the bandwidth of a plain copy, read and written bytes together."""
+    """Return the arm that measures the bandwidth of a copy, read and written bytes together."""
     source = torch.ones(2, size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return Arm("copy", "copy", lambda number: target[number].copy_(source[number]), 2, 2 * size)
@@ -120,7 +117,7 @@ def capture(arm: Arm) -> Captured:
 
 
 def _require_replayed(arm: Arm, replayed: Any, calls: int) -> None:
-    """Require what a graph left in the first set to be what as many plain calls leave there."""
+    """Require a graph's result on the first set to be that of as many plain calls."""
     found = replayed[0] if isinstance(replayed, tuple) else replayed
     if not isinstance(found, torch.Tensor):
         return
@@ -130,13 +127,9 @@ def _require_replayed(arm: Arm, replayed: Any, calls: int) -> None:
     for _ in range(calls):
         expected = arm.run(0)
     expected = expected[0] if isinstance(expected, tuple) else expected
-    if torch.equal(found, expected):
-        return
-    if found.dtype.is_floating_point:
-        error = float((found.double() - expected.double()).abs().max())
-        if error <= REPLAY_UNITS * torch.finfo(found.dtype).eps * float(expected.double().abs().max()):
-            return
-    raise WrongResultError(f"{arm.name} gives another result as a CUDA graph; nothing is timed")
+    eps = torch.finfo(found.dtype).eps if found.dtype.is_floating_point else 0.0
+    if not torch.equal(found, expected):  # they may hold infinities
+        require_near(f"{arm.name} as a CUDA graph", found, expected, REPLAY_UNITS * eps)
 
 
 def seconds_of(captured: Captured) -> float:
@@ -171,19 +164,17 @@ def alternate(arms: dict[str, Callable[[], float]], rounds: int) -> dict[str, li
     """Time every arm in turn, round after round; the first round warms up and does not count.
 
     Args:
-        arms: by name, what returns the seconds of one call.
-        rounds: at least five.
-
-    Raises:
-        ValueError: there are too few rounds for a spread.
+        arms: by name, a function that returns the seconds of one call.
+        rounds: number of rounds that count.
     """
-    require_rounds(rounds)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for number in range(rounds + 1):
-        for name, measure in arms.items():
-            once = measure()
-            if number:
-                seconds[name].append(once)
+    with Progress("timing rounds", total=rounds + 1) as progress:
+        for number in range(rounds + 1):
+            for name, measure in arms.items():
+                once = measure()
+                if number:
+                    seconds[name].append(once)
+            progress.step()
     return seconds
 
 
@@ -198,7 +189,7 @@ def ratios(slower: Sequence[float], faster: Sequence[float]) -> dict[str, float]
 
 
 def card(device: torch.device) -> dict[str, Any]:
-    """Describe what a figure was measured on, and with what."""
+    """Return the device and the versions of a measurement."""
     versions: dict[str, str | None] = {"rocketkv": __version__, "torch": torch.__version__, "cuda": torch.version.cuda}
     versions |= {package: _version(package) for package in PACKAGES}
     if device.type != "cuda":
@@ -225,7 +216,7 @@ def _version(package: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """Return the version of the NVIDIA driver, or None where it does not say."""
+    """Return the version of the NVIDIA driver, or None where it is unknown."""
     try:
         with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
             line = file.readline()
@@ -235,7 +226,7 @@ def _driver() -> str | None:
 
 
 def verdict_lines(one: dict[str, Any]) -> list[str]:
-    """Return what a case comes to, for people: its ratio beside the ceiling, its goals, the arms that were absent."""
+    """Return lines with a case's ratio and ceiling, its goals and its absent arms."""
     ratio = one["speedup"]
     spread = f"{ratio['median']:.2f}x ({ratio['min']:.2f}-{ratio['max']:.2f})"
     lines = [f"  {spread} the speed of {one['best_dense']}; bytes allow {one['byte_ceiling']:.2f}x"]

@@ -1,4 +1,4 @@
-"""What `rocketkv bench kernels` times for one case: dense attention, our decode step, and each kernel alone.
+"""The arms of `rocketkv bench kernels` for one case: dense attention, the decode step, and each kernel alone.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim, N stored tokens, k tokens read.
 """
@@ -38,7 +38,7 @@ class CaseArms:
 
 
 def case_arms(buffers: CaseBuffers) -> CaseArms:
-    """Return everything that is timed of a case."""
+    """Return the arms of a case."""
     dense, absent, tiling = _dense_arms(buffers)
     step = _Step(buffers)
     return CaseArms((step.arm(), *dense, *step.kernel_arms(), *_eviction_arms(buffers)), absent, tiling)
@@ -60,7 +60,7 @@ def _dense_arms(buffers: CaseBuffers) -> tuple[list[Arm], dict[str, str], dict[s
 
 
 class _Recorder:
-    """Stands in a kernel's place and takes its launches down."""
+    """Replaces a kernel and records its launches."""
 
     def __init__(self, name: str, kernel: Any, launches: dict[str, Callable[[], Any]]) -> None:
         self.name, self.kernel, self.launches = name, kernel, launches
@@ -126,7 +126,7 @@ class _Step:
         )
 
     def launches(self, number: int) -> dict[str, Callable[[], Any]]:
-        """Return the launches of a step on one set, by kernel, none of which is carried out."""
+        """Record the launches of a step on one set, by kernel, without running them."""
         made: dict[str, Callable[[], Any]] = {}
         names = {name: f"{name}_kernel" for name in self.kernels}
         recorders: dict[str, Any] = {

@@ -25,7 +25,7 @@ SHARPNESS = 3.0
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What all cases share; by default Llama-3.1-8B's layer."""
+    """The layer of all cases; by default Llama-3.1-8B's."""
 
     heads: int = 32
     kv_heads: int = 8
@@ -52,7 +52,7 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> "Case":
-        """Read `BATCHxCONTEXT/BUDGET`, with `/ties` behind it for equal scores.
+        """Read `BATCHxCONTEXT/BUDGET`, with the suffix `/ties` for equal scores.
 
         Raises:
             ValueError: it is written otherwise.
@@ -104,13 +104,13 @@ def moved_bytes(case: Case, layer: LayerShape, itemsize: int) -> dict[str, int]:
 
 
 def set_counts(case: Case, layer: LayerShape, itemsize: int, cache_bytes: int) -> tuple[int, int]:
-    """Return how many sets of dense and of compressed buffers keep what is read cold."""
+    """Return the numbers of dense and of compressed sets that keep all reads out of the L2 cache."""
     moved = moved_bytes(case, layer, itemsize)
     return sets_for(moved["dense"], cache_bytes), sets_for(moved["rocketkv"], cache_bytes)
 
 
 def needed_bytes(case: Case, layer: LayerShape, itemsize: int, cache_bytes: int) -> int:
-    """Return the memory that a case takes: its sets, the copy's buffers, and what the checks make in float64."""
+    """Return the memory that a case takes: its sets, the copy's buffers, and the float64 tensors of the checks."""
     split = split_of(case, layer)
     dense_sets, sets = set_counts(case, layer, itemsize, cache_bytes)
     dense = moved_bytes(case, layer, itemsize)["dense"]
@@ -179,7 +179,7 @@ class CaseBuffers:
         return store
 
     def rewind(self) -> None:
-        """Take back what steps appended to every store, without telling the host: the next round starts alike."""
+        """Reset every store to the end of the prompt on the device, so that the next round starts alike."""
         for store in self.stores:
             store.decoding.buffers.seq_lens.fill_(self.split.kept_tokens or 0)
             store.clock().fill_(self.split.kept_tokens or 0)

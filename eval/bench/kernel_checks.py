@@ -1,4 +1,4 @@
-"""What a result must pass before it is timed: the PyTorch reference, and attention in float64.
+"""Checks of kernels before they are timed, against the PyTorch reference and attention in float64.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, N stored tokens, P page size, k tokens read.
 """
@@ -13,7 +13,7 @@ from ...core.compact import compact
 from ...core.topk import select, select_top
 from ...kernels import decode, evict
 from ...state.store import KVStore
-from .gpu_timing import WrongResultError
+from ..checks import WrongResultError, require_near
 from .kernel_cases import CaseBuffers
 
 # Of the largest value, in units of the dtype's precision: low precisions round weights too, float32 sums in any order.
@@ -24,23 +24,14 @@ WEIGHT_TOLERANCE = 1e-3  # of a weight, within which two tokens may change place
 ROWS = ("keys", "values", "positions")  # of one slot a token; those behind the last one hold anything
 
 
-def require_near(what: str, found: Tensor, expected: Tensor) -> None:
+def require_precise(name: str, result: Tensor, expected: Tensor) -> None:
     """Require a result to be as near to the reference as its precision allows.
 
     Raises:
         WrongResultError: it is not.
     """
-    if found.shape != expected.shape:
-        raise WrongResultError(f"{what} has shape {tuple(found.shape)}, not {tuple(expected.shape)}; nothing is timed")
-    units = FLOAT32_UNITS if found.dtype == torch.float32 else LOW_PRECISION_UNITS
-    _require(what, found, expected, units * torch.finfo(found.dtype).eps)
-
-
-def _require(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
-    error = float((found.double() - expected.double()).abs().max())
-    allowed = tolerance * float(expected.double().abs().max())
-    if not error <= allowed:  # NaN is not
-        raise WrongResultError(f"{what} is wrong by {error:.2e}, more than {allowed:.2e}; nothing is timed")
+    units = FLOAT32_UNITS if result.dtype == torch.float32 else LOW_PRECISION_UNITS
+    require_near(name, result, expected, units * torch.finfo(result.dtype).eps)
 
 
 def require_equal(what: str, found: Tensor | None, expected: Tensor | None) -> None:
@@ -70,17 +61,17 @@ def exact_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float)
 def check_dense(name: str, buffers: CaseBuffers, out: Tensor) -> None:
     """Check dense attention over the first set."""
     expected = exact_attention(buffers.query[0], buffers.keys[0], buffers.values[0], buffers.params.scaling)
-    require_near(name, out, expected)
+    require_precise(name, out, expected)
 
 
 def check_step(
     buffers: CaseBuffers, workspace: decode.DecodeWorkspace, store: KVStore, out: Tensor, steps: int
 ) -> None:
-    """Check the last of some decode steps on the first set: what it wrote, scored, chose and returned.
+    """Check the last of some decode steps on the first set: its writes, scores, selection and output.
 
     Args:
         buffers: the case.
-        workspace: what the kernels worked in.
+        workspace: of the kernels.
         store: the first set's, after the steps.
         out: [B, H, D], of the last step.
         steps: how many there were since the prompt.
@@ -104,7 +95,7 @@ def check_step(
     logits = index.score(*given, stored=stored, lengths=None)
     pages = logits.shape[2]
     found_logits = workspace.scores.view(*query.shape[:2], -1)[..., :pages]
-    _require("a step's scores", found_logits, logits, SCORE_TOLERANCE)
+    require_near("a step's scores", found_logits, logits, SCORE_TOLERANCE)
     batch, kv_heads = seq_lens.shape
     listed = workspace.chosen.view(batch, kv_heads, -1)
     known, weight = select(
@@ -124,7 +115,7 @@ def check_step(
         _require_best(listed, known, shared.repeat_interleave(split.page_size, dim=2)[..., :stored])
     place = listed.long()[..., None].expand(-1, -1, -1, query.shape[2])
     exact = exact_attention(query, keys.gather(2, place), values.gather(2, place), buffers.params.scaling)
-    require_near("a step's output", out, exact)
+    require_precise("a step's output", out, exact)
 
 
 def _require_best(listed: Tensor, known: Tensor, weight: Tensor) -> None:
@@ -148,7 +139,7 @@ def check_eviction(buffers: CaseBuffers) -> None:
     query, keys, values = buffers.window[0], buffers.keys[0], buffers.values[0]
     kept = split.kept_tokens or 0
     scores = evict.window_scores(query, keys, buffers.params)
-    _require("window_scores", scores, eviction.window_scores(query, keys, buffers.params), WEIGHT_TOLERANCE)
+    require_near("window_scores", scores, eviction.window_scores(query, keys, buffers.params), WEIGHT_TOLERANCE)
     pooled = evict.pool_scores(scores, layer.window, kernel_size=layer.kernel_size)
     around = torch.nn.functional.max_pool1d(scores, layer.kernel_size, stride=1, padding=layer.kernel_size // 2)
     require_equal("pool_scores", pooled, torch.nn.functional.pad(around, (0, layer.window), value=torch.inf))

@@ -1,8 +1,8 @@
 """`rocketkv bench kernels`: a layer's decode step and each kernel alone, on a GPU, against the best dense attention.
 
 Each arm is replayed as a CUDA graph, between two events, over sets of buffers in rotation that are larger together than
-the L2 cache. Arms alternate in rounds; a copy, timed in the same rounds, says what the memory can do. Nothing of a case
-is timed before all of its results have passed their checks.
+the L2 cache. Arms alternate in rounds; a copy, timed in the same rounds, measures the bandwidth. All results of a
+case are checked before it is timed.
 
 The last line is JSON: `device`, `versions`, `dtype`, `layer`, `rounds`, `passed` (every goal met by its median),
 `left_out` (cases that do not fit), and for each of `cases`:
@@ -23,7 +23,6 @@ The last line is JSON: `device`, `versions`, `dtype`, `layer`, `rounds`, `passed
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -32,10 +31,11 @@ from typing import Any
 
 import torch
 
+from ..checks import WrongResultError
 from ..progress import Progress
+from .gpu_run import report, time_cases
 from .gpu_timing import (
     Arm,
-    WrongResultError,
     alternate,
     cache_bytes,
     capture,
@@ -84,19 +84,8 @@ def run(args: argparse.Namespace) -> int:
         return 2
     cases = [Case.parse(text) for text in args.cases.split(",")] if args.cases else list(QUICK if args.quick else CASES)
     dtype = getattr(torch, args.dtype)
-    try:
-        with torch.inference_mode():
-            if args.check:
-                result = check_cases(cases, dtype, device)
-            else:
-                result = bench_kernels(cases, dtype, device, rounds=args.rounds)
-    except WrongResultError as error:
-        sys.stderr.write(f"rocketkv bench kernels: {error}\n")
-        return 1
-    if not args.json:
-        sys.stdout.write(table(result) + "\n")
-    sys.stdout.write(json.dumps(result) + "\n")
-    return 0
+    check, bench = partial(check_cases, cases, dtype, device), partial(bench_kernels, cases, dtype, device)
+    return report(args, check if args.check else partial(bench, rounds=args.rounds), table)
 
 
 def _unable(on_gpu: bool) -> str | None:
@@ -144,17 +133,12 @@ def run_checks(case: Case, arms: Sequence[Arm]) -> None:
 
 
 def bench_kernels(
-    cases: Sequence[Case],
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    rounds: int,
-    layer: LayerShape | None = None,
+    cases: Sequence[Case], dtype: torch.dtype, device: torch.device, *, rounds: int, layer: LayerShape | None = None
 ) -> dict[str, Any]:
     """Check and time every case that fits into the device's memory.
 
     Args:
-        cases: what to time.
+        cases: to time.
         dtype: of queries, keys and values.
         device: a GPU.
         rounds: of alternating arms, at least five.
@@ -166,33 +150,20 @@ def bench_kernels(
     """
     require_rounds(rounds)
     layer = layer or LayerShape()
-    results: list[dict[str, Any]] = []
-    left_out: list[dict[str, str]] = []
-    with Progress("timing", total=len(cases)) as progress:
-        for case in cases:
-            progress.say(f"case {case}")
-            torch.cuda.empty_cache()
-            free, _ = torch.cuda.mem_get_info(device)
-            needed = needed_bytes(case, layer, dtype.itemsize, cache_bytes(device))
-            if needed > free:
-                left_out.append(
-                    {"case": str(case), "reason": f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"}
-                )
-            else:
-                try:
-                    results.append(_bench_case(case, dtype, device, rounds, layer))
-                except torch.cuda.OutOfMemoryError as error:
-                    left_out.append({"case": str(case), "reason": f"ran out of memory: {error}".splitlines()[0]})
-            progress.step()
+
+    def too_large(case: Case) -> str | None:
+        free, _ = torch.cuda.mem_get_info(device)
+        needed = needed_bytes(case, layer, dtype.itemsize, cache_bytes(device))
+        return f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free" if needed > free else None
+
+    timed = time_cases(cases, too_large, lambda case: _bench_case(case, dtype, device, rounds, layer))
     return {
         "bench": "kernels",
         **card(device),
         "dtype": _name(dtype),
         "layer": asdict(layer),
         "rounds": rounds,
-        "passed": all(goal["met"] for result in results for goal in result["goals"]),
-        "left_out": left_out,
-        "cases": results,
+        **timed,
     }
 
 
@@ -222,7 +193,7 @@ def _bench_case(case: Case, dtype: torch.dtype, device: torch.device, rounds: in
 
 
 def summary(case: Case, arms: dict[str, Arm], seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Return what the times of a case say: spreads, ratios, shares of the copy's bandwidth, and the goals.
+    """Return spreads, ratios, shares of the copy's bandwidth and goals of a case.
 
     Args:
         case: the case.
@@ -258,7 +229,7 @@ def summary(case: Case, arms: dict[str, Arm], seconds: dict[str, list[float]]) -
 def goals(
     case: Case, speedup: dict[str, float], microseconds: dict[str, float], share: dict[str, float]
 ) -> list[dict[str, Any]]:
-    """Return the goals that hold for a case, beside what it got."""
+    """Return the goals of a case and its results."""
     found: list[tuple[str, float, float, bool]] = []
     if case in SPEEDUP_GOALS:
         goal, got = SPEEDUP_GOALS[case], speedup["median"]
@@ -273,7 +244,7 @@ def goals(
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return a benchmark's or a check's result for people."""
+    """Return the result of a benchmark or check as text."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     device = result["device"]
     driver = f", driver {device['driver']}" if device.get("driver") else ""

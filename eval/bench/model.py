@@ -1,6 +1,6 @@
 """`rocketkv bench model`: decode steps of a whole model on a GPU, dense and compressed, each as a CUDA graph.
 
-A step is a forward and the greedy choice of the next token, captured as it is and replayed; every arm does the same.
+A step is a forward and the greedy choice of the next token, captured and replayed; every arm does the same.
 Arms: `static`, the stock model with transformers' StaticCache; `full`, our kernels over all tokens, in the same
 buffers; `rocketkv`. The dense figure is the faster of the first two.
 
@@ -11,13 +11,12 @@ by its median), `left_out`, and for each of `cases`:
     milliseconds        of one step, by arm: median, min, max over the rounds
     tokens_per_second   of the whole batch, by arm, by the median
     bytes               that a step reads: `weights`, and keys, values and index, `dense` and `rocketkv`
-    byte_ceiling        what they allow, weights included
+    byte_ceiling        speed-up that the bytes allow, weights included
     absent              dense arms that do not fit, and why
     best_dense, speedup, share_of_ceiling, goals        as in `bench kernels`
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,18 +27,11 @@ from transformers import PreTrainedModel
 
 from ...hf.cache import cache_stats
 from ...hf.patch import unpatch
-from ..progress import Progress
-from .gpu_timing import WrongResultError, alternate, card, event_seconds, ratios, require_rounds, spread, verdict_lines
+from ..checks import require_near_logits
+from .gpu_run import report, time_cases
+from .gpu_timing import alternate, card, event_seconds, ratios, require_rounds, spread, verdict_lines
 from .kernel_cases import Case
-from .model_arms import (
-    DECODE_CAPACITY,
-    TINY,
-    ModelArm,
-    build_model,
-    check_arms,
-    model_arms,
-    require_near_logits,
-)
+from .model_arms import DECODE_CAPACITY, TINY, ModelArm, build_model, check_arms, model_arms
 
 STEPS = 16
 CASES = (Case(1, 131072, 1024), Case(8, 32768, 1024), Case(1, 512, 1024))
@@ -62,20 +54,10 @@ def run(args: argparse.Namespace) -> int:
         return 2
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     given = [Case.parse(text) for text in args.cases.split(",")] if args.cases else None
-    try:
-        with torch.inference_mode():
-            if args.check:
-                result = check_model(args.shape, given or TINY_CASES, device)
-            else:
-                cases = given or (QUICK if args.quick else CASES)
-                result = bench_model(args.shape, cases, device, rounds=args.rounds)
-    except WrongResultError as error:
-        sys.stderr.write(f"rocketkv bench model: {error}\n")
-        return 1
-    if not args.json:
-        sys.stdout.write(table(result) + "\n")
-    sys.stdout.write(json.dumps(result) + "\n")
-    return 0
+    if args.check:
+        return report(args, partial(check_model, args.shape, given or TINY_CASES, device), table)
+    cases = given or (QUICK if args.quick else CASES)
+    return report(args, partial(bench_model, args.shape, cases, device, rounds=args.rounds), table)
 
 
 def check_model(shape: str, cases: Sequence[Case], device: torch.device) -> dict[str, Any]:
@@ -111,18 +93,9 @@ def bench_model(
         raise ValueError(f"rounds must be at most {(DECODE_CAPACITY - 2) // STEPS - 1}, got {rounds}")
     longest = max(case.context for case in cases) + DECODE_CAPACITY
     model = build_model(shape, longest, dtype, device)
-    results: list[dict[str, Any]] = []
-    left_out: list[dict[str, str]] = []
-    with Progress("timing", total=len(cases)) as progress:
-        for case in cases:
-            progress.say(f"case {case}")
-            reason = _too_large(model, case, device)
-            outcome: dict[str, Any] | str = reason or _bench_case(model, case, rounds)
-            if isinstance(outcome, str):
-                left_out.append({"case": str(case), "reason": outcome})
-            else:
-                results.append(outcome)
-            progress.step()
+    timed = time_cases(
+        cases, lambda case: _too_large(model, case, device), lambda case: _bench_case(model, case, rounds)
+    )
     return {
         "bench": "model",
         "shape": shape,
@@ -130,9 +103,7 @@ def bench_model(
         "dtype": str(dtype).removeprefix("torch."),
         "rounds": rounds,
         "steps": STEPS,
-        "passed": all(goal["met"] for result in results for goal in result["goals"]),
-        "left_out": left_out,
-        "cases": results,
+        **timed,
     }
 
 
@@ -141,19 +112,15 @@ def _too_large(model: PreTrainedModel, case: Case, device: torch.device) -> str 
     config: Any = model.config
     token = 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
     needed = case.batch * (case.context + DECODE_CAPACITY) * token * (config.num_hidden_layers + 2)
-    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     return f"needs {needed / 1e9:.1f} GB beside the weights, {free / 1e9:.1f} are free" if needed > free else None
 
 
-def _bench_case(model: PreTrainedModel, case: Case, rounds: int) -> dict[str, Any] | str:
-    """Return what a case gave, or why it does not fit."""
+def _bench_case(model: PreTrainedModel, case: Case, rounds: int) -> dict[str, Any]:
     try:
         arms = model_arms(model, case)
         absent = check_arms(case, arms)
         graphs = {name: _captured(arm, case) for name, arm in arms.items() if name not in absent}
-    except torch.cuda.OutOfMemoryError as error:
-        return f"ran out of memory: {error}".splitlines()[0]
     finally:
         unpatch(model)
     seconds = alternate({name: partial(event_seconds, replay, STEPS) for name, replay in graphs.items()}, rounds)
@@ -169,7 +136,7 @@ def _bench_case(model: PreTrainedModel, case: Case, rounds: int) -> dict[str, An
 
 
 def _captured(arm: ModelArm, case: Case) -> Callable[[], Any]:
-    """Return what replays one step, checked against a plain one, at the end of the prompt."""
+    """Return the replay of one captured step at the end of the prompt, checked against a plain step."""
     arm.ready()
     start = arm.token.clone()
     aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # PyTorch's own is not typed
@@ -197,7 +164,7 @@ def step_weights(model: PreTrainedModel) -> int:
 def summary(
     case: Case, seconds: dict[str, list[float]], weights: int, dense_bytes: int, rocketkv_bytes: int
 ) -> dict[str, Any]:
-    """Return what the times of a case say."""
+    """Return times, rates, ratios and goals of a case."""
     milliseconds = {name: spread(times, 1e3) for name, times in seconds.items()}
     best = min((name for name in seconds if name != "rocketkv"), key=lambda name: milliseconds[name]["median"])
     speedup = ratios(seconds[best], seconds["rocketkv"])
@@ -220,7 +187,7 @@ def summary(
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return a benchmark's or a check's result for people."""
+    """Return the result of a benchmark or check as text."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     lines = [f"{result['shape']}, {result['dtype']}; {result['device']['name']}; {versions}"]
     lines += [f"case {one['case']}: {', '.join(one['arms'])} agree" for one in result.get("checked", ())]

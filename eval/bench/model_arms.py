@@ -1,7 +1,7 @@
 """Whole models for `rocketkv bench model`: real shapes with random weights, filled caches, and one token at a time.
 
 Weights do not change how long a step takes, nor do the values of keys: both are random, made on the device. Caches are
-filled without a prefill; stage 1 runs over what they get.
+filled without a prefill; stage 1 runs over their contents.
 """
 
 import inspect
@@ -20,12 +20,10 @@ from ...hf.layer import rocketkv_layers
 from ...hf.models import CACHE_ARGUMENT
 from ...hf.patch import patch, unpatch
 from ...state.compress import close_prompt
-from .gpu_timing import WrongResultError
+from ..checks import WrongResultError, require_near_logits
 from .kernel_cases import Case
 
 DECODE_CAPACITY = 256
-# Of the largest logit, through all layers: exact sums in any order, or 16 bits.
-LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "llama-3.1-8b": (LlamaConfig, {"vocab_size": 128256, "intermediate_size": 14336, "num_hidden_layers": 32}),
     "qwen3-8b": (Qwen3Config, {"vocab_size": 151936, "intermediate_size": 12288, "num_hidden_layers": 36}),
@@ -59,7 +57,7 @@ class ModelArm:
 
     Attributes:
         model: patched or not, as the arm needs when it runs or is captured.
-        config: what it is patched with, or None.
+        config: to patch the model with, or None.
         cache: the arm's.
         token: [B, 1], the last token; replaced by each step.
         position: [B, 1], its position; raised by each step.
@@ -86,11 +84,7 @@ class ModelArm:
         if "cache_position" in inspect.signature(self.model.forward).parameters:  # transformers before 5
             more["cache_position"] = self.position[0]
         out = self.model(
-            self.token,
-            position_ids=self.position,
-            logits_to_keep=1,
-            **{CACHE_ARGUMENT: self.cache},
-            **more,
+            self.token, position_ids=self.position, logits_to_keep=1, **{CACHE_ARGUMENT: self.cache}, **more
         )
         self.logits = out.logits[:, -1]
         self.token.copy_(self.logits.argmax(-1, keepdim=True))
@@ -150,7 +144,7 @@ def model_arms(model: PreTrainedModel, case: Case, *, kernel: str = "auto") -> d
                 decode_capacity=DECODE_CAPACITY,
             )
             layer.prompt_tokens = case.context
-        # One copy of what may fill half of the memory.
+        # Share the buffers, which may fill half of the memory.
         static.keys, static.values = (
             caches["full"].layers[number].store.keys,
             caches["full"].layers[number].store.values,
@@ -202,15 +196,3 @@ def _unless_too_large(arm: ModelArm, case: Case) -> Tensor | str:
         return str(error).splitlines()[0]
     finally:
         arm.rewind(start, case.context)
-
-
-def require_near_logits(what: str, found: Tensor, expected: Tensor) -> None:
-    """Require logits to be as near as their precision allows.
-
-    Raises:
-        WrongResultError: they are not.
-    """
-    error = float((found.double() - expected.double()).abs().max())
-    allowed = LOGITS_TOLERANCE[found.dtype] * float(expected.double().abs().max())
-    if not error <= allowed:
-        raise WrongResultError(f"{what} are wrong by {error:.2e}, more than {allowed:.2e}; nothing is timed")

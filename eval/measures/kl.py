@@ -1,13 +1,11 @@
-"""Decode divergence: how far compressed decoding is from decoding over the full cache, on the tokens of a text.
+"""Decode divergence: KL(full || method) and perplexity of compressed decoding on the tokens of a text.
 
 A window of a text is cut into a prompt and a continuation. The prompt is one forward, at the end of which a method
-compresses; then the continuation's tokens go in one at a time, whatever the model would have chosen (teacher forcing),
-so that every method predicts the same tokens after the same tokens. Row i of the log-probabilities predicts token i of
-the continuation, after i decode steps. Row 0 comes out of the prefill, which no compression has touched yet: it is
-computed, but it counts in no figure. A continuation of m tokens therefore gives m - 1 steps that count.
+compresses; the tokens of the continuation follow one at a time (teacher forcing), so that all methods predict the same
+tokens. Row i of the log-probabilities predicts token i of the continuation, after i decode steps. Row 0 comes from the
+prefill, before any compression, and counts in no figure: m tokens give m - 1 steps that count.
 
-The benchmark is ours. Its figures are the usual ones: KL(full || method) in nats a token, and perplexity, the
-exponential of the mean negative log-likelihood.
+KL is in nats a token; perplexity is the exponential of the mean negative log-likelihood.
 """
 
 from __future__ import annotations
@@ -29,10 +27,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from ...hf.cache import cache_stats
-from ...hf.models import CACHE_ARGUMENT
+from ..generate import DecodeLoop
 from ..methods import Full, Method
-from ..progress import Progress
-from ..records import SampleDict, digest, set_aside, write_atomically
+from ..records import SampleDict, digest, quarantine, write_atomically
 from ..tasks.base import Preparation
 from ..tasks.text import prose
 from .memory import cache_cost
@@ -40,7 +37,7 @@ from .memory import cache_cost
 METRIC = "kl"  # in nats a token; lower is better
 VERSION = 1
 STEPS = 64
-GENERATED = "generated"  # in place of a file's name, where the text is our own prose
+GENERATED = "generated"  # in place of a file name, for generated prose
 
 
 class Window(NamedTuple):
@@ -49,7 +46,7 @@ class Window(NamedTuple):
     Attributes:
         id: unique within its text.
         ids: its tokens, prompt and continuation.
-        notes: where it comes from, of JSON's types.
+        notes: its source, of JSON's types.
     """
 
     id: str
@@ -58,15 +55,15 @@ class Window(NamedTuple):
 
 
 class DivergenceDict(TypedDict):
-    """How a method's predictions differ from the full cache's, over the steps that count."""
+    """Differences of a method's predictions from the full cache's, over the steps that count."""
 
     kl: float  # mean KL(full || method), nats a token
     perplexity: float
     full_perplexity: float
     nll_difference: float  # the method's mean negative log-likelihood less the full cache's, nats a token
     greedy_agreement: float  # share of the steps with the same most likely token
-    first_divergence: int | None  # decode steps up to the first where it is another, at least 1; None: never
-    prefill_kl: float  # KL of row 0, which counts nowhere: 0 unless a method changes the prefill itself
+    first_divergence: int | None  # first decode step, from 1, whose most likely token differs; None: none does
+    prefill_kl: float  # KL of row 0, in no other figure: 0 unless a method changes the prefill
 
 
 def find_text(folder: Path | None) -> Path | None:
@@ -78,9 +75,8 @@ def find_text(folder: Path | None) -> Path | None:
 def texts(preparation: Preparation, path: Path | None) -> list[Window]:
     """Cut windows of `preparation.length` tokens out of a text file, or out of generated prose where `path` is None.
 
-    A file is tokenised whole, and window i begins at an offset that only the seed and i decide; windows may overlap.
-    Generated prose is another text for every window, from its beginning. A window begins with the start token of models
-    that have one.
+    A file is tokenised whole; the offset of window i depends on the seed and i alone, and windows may overlap.
+    Generated prose is a different text for every window. A window begins with the start token of models that have one.
 
     Raises:
         ValueError: no length is given, or the text is too short for it.
@@ -112,7 +108,7 @@ def texts(preparation: Preparation, path: Path | None) -> list[Window]:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # `verbose` says that a text is longer than the model takes, which is why windows are cut out of it.
+    # `verbose` would warn that the text is longer than the model takes; windows are cut out of it.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -123,64 +119,47 @@ def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _prose_tokens(tokenizer: PreTrainedTokenizerBase, seed: int, count: int) -> list[int]:
     """Return the first tokens of generated prose."""
-    sentences = count // 5 + 1  # of five words at least; more where a tokenizer cuts coarser than words
+    sentences = count // 5 + 1  # of at least five words; too few where tokens are longer than words
     while len(tokens := _tokens(tokenizer, prose(seed, sentences))) < count:
         sentences *= 2
     return tokens[:count]
 
 
 def decode_logprobs(
-    model: PreTrainedModel,
-    method: Method,
-    prompt_ids: Sequence[int],
-    continuation_ids: Sequence[int],
-    progress: Progress | None = None,
+    model: PreTrainedModel, method: Method, prompt_ids: Sequence[int], continuation_ids: Sequence[int]
 ) -> Tensor:
-    """Return the log-probabilities [m, vocabulary], float32 on the CPU, of what follows each token that a method reads.
+    """Return the log-probabilities [m, vocabulary], float32 on the CPU, of a teacher-forced continuation.
 
-    Row i predicts `continuation_ids[i]`, after the prompt and i decode steps over the method's cache. Row 0 comes out
-    of the prefill.
+    Row i predicts `continuation_ids[i]`, after the prompt and i decode steps over the method's cache.
 
     Args:
         model: a model to which no method is attached.
         method: how to compress.
         prompt_ids: n tokens, one forward.
         continuation_ids: m tokens; all but the last are read, one a step.
-        progress: where to say how far it is.
 
     Raises:
         ValueError: prompt or continuation has no token.
     """
     with method.attached(model):
-        return teacher_forced(model, method.new_cache(model, len(prompt_ids)), prompt_ids, continuation_ids, progress)
+        return teacher_forced(model, method.new_cache(model, len(prompt_ids)), prompt_ids, continuation_ids)
 
 
-@torch.inference_mode()
 def teacher_forced(
-    model: PreTrainedModel,
-    cache: Cache,
-    prompt_ids: Sequence[int],
-    continuation_ids: Sequence[int],
-    progress: Progress | None = None,
+    model: PreTrainedModel, cache: Cache, prompt_ids: Sequence[int], continuation_ids: Sequence[int]
 ) -> Tensor:
-    """Do what `decode_logprobs` does, with a cache of the caller's and the model as it is."""
+    """As `decode_logprobs`, over a given empty cache whose method is attached to the model."""
     if not prompt_ids or not continuation_ids:
         raise ValueError(
             f"prompt and continuation must have tokens, got {len(prompt_ids)} and {len(continuation_ids)}; cut the "
             "text elsewhere"
         )
+    loop = DecodeLoop(model=model, cache=cache)
     rows: list[Tensor] = []
-    seen = 0
-    for step in range(len(continuation_ids)):
-        if progress is not None:
-            progress.say(f"decode step {step} of {len(continuation_ids) - 1}" if step else "reading the prompt")
-        given = torch.tensor([[continuation_ids[step - 1]] if step else list(prompt_ids)], device=model.device)
-        # Positions of the text: a cache that a press has shortened counts from its own length.
-        positions = torch.arange(seen, seen + given.shape[1], device=model.device)[None]
-        seen += given.shape[1]
-        logits = model(given, position_ids=positions, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits[0, -1]
+    for ids in (prompt_ids, *([token] for token in continuation_ids[:-1])):
+        logits = loop.step([ids]) if rows else loop.prefill([ids])
         rows.append(logits.float().log_softmax(-1).cpu())
-    return torch.stack(rows)
+    return torch.cat(rows)
 
 
 def full_logprobs(
@@ -190,21 +169,19 @@ def full_logprobs(
     *,
     model_name: str,
     folder: Path | None,
-    progress: Progress | None = None,
 ) -> Tensor:
-    """Return what `decode_logprobs` does for the stock model and its own cache: computed once, then read from a file.
+    """Return `decode_logprobs` of the stock model and its own cache, computed once and then read from a file.
 
-    The file holds the float32 values as they are. Its name is a hash of all that they depend on: the model, its dtype,
-    attention and device, the tokens, the length of the prompt, and the versions of torch and transformers. It appears
-    whole or not at all; one that does not read back is set aside and made anew.
+    The file name is a hash of everything that the values depend on: the model, its dtype, attention and device, the
+    tokens, the length of the prompt, and the versions of torch and transformers. The file is written atomically; a
+    damaged one is quarantined and made again.
 
     Args:
         model: a model to which no method is attached.
         prompt_ids: see `decode_logprobs`.
         continuation_ids: likewise.
-        model_name: what tells this model from others, in the file's key.
-        folder: where the files lie, or None to keep none.
-        progress: where to say how far it is.
+        model_name: identifies the model in the file's key.
+        folder: of the files; None keeps none.
     """
     key = {
         "version": VERSION,
@@ -222,17 +199,17 @@ def full_logprobs(
     if path is not None and path.exists():
         with contextlib.suppress(SafetensorError, KeyError):
             return safetensors.torch.load(path.read_bytes())["logprobs"]
-        set_aside(path)
-    logprobs = decode_logprobs(model, Full(), prompt_ids, continuation_ids, progress)
+        quarantine(path)
+    logprobs = decode_logprobs(model, Full(), prompt_ids, continuation_ids)
     if path is not None:
         write_atomically(path, safetensors.torch.save({"logprobs": logprobs}))
     return logprobs
 
 
 def divergence(reference: Tensor, other: Tensor, targets: Sequence[int]) -> DivergenceDict:
-    """Compare log-probabilities row by row; the first row, the prefill's, counts in `prefill_kl` alone.
+    """Compare log-probabilities row by row; row 0, from the prefill, counts in `prefill_kl` alone.
 
-    Sums are in float64, over rows that are normalised again in float64: equal rows give exactly 0.
+    Rows are normalised again and summed in float64: equal rows give exactly 0.
 
     Args:
         reference: [m, vocabulary], of the full cache.
@@ -255,7 +232,7 @@ def divergence(reference: Tensor, other: Tensor, targets: Sequence[int]) -> Dive
     for number, target in enumerate(targets):
         full, compressed = (rows[number].double().log_softmax(-1) for rows in (reference, other))
         share = full.exp()
-        # Where the full cache says 0 there is nothing to add, not even if the method says 0 too: 0 * (-inf + inf).
+        # 0 * (-inf + inf) where both have probability 0 must add nothing.
         kl.append(float(torch.where(share > 0, share * (full - compressed), 0.0).sum()))
         nll.append(-float(compressed[target]))
         full_nll.append(-float(full[target]))
@@ -275,16 +252,9 @@ def divergence(reference: Tensor, other: Tensor, targets: Sequence[int]) -> Dive
 
 
 def divergence_sample(
-    model: PreTrainedModel,
-    method: Method,
-    window: Window,
-    *,
-    steps: int = STEPS,
-    model_name: str,
-    folder: Path | None,
-    progress: Progress | None = None,
+    model: PreTrainedModel, method: Method, window: Window, *, steps: int = STEPS, model_name: str, folder: Path | None
 ) -> SampleDict:
-    """Measure one window: its last `steps` tokens are the continuation, what is before them the prompt.
+    """Measure one window, whose last `steps` tokens are the continuation.
 
     Args:
         model: a model to which no method is attached.
@@ -293,7 +263,6 @@ def divergence_sample(
         steps: m, tokens of the continuation, of which all but the first count.
         model_name: see `full_logprobs`.
         folder: likewise.
-        progress: where to say how far it is.
 
     Returns:
         A sample whose score is the mean KL and whose notes have the fields of `DivergenceDict`.
@@ -307,11 +276,11 @@ def divergence_sample(
             f"a prompt; got {steps}"
         )
     prompt, continuation = window.ids[:-steps], window.ids[-steps:]
-    reference = full_logprobs(model, prompt, continuation, model_name=model_name, folder=folder, progress=progress)
+    reference = full_logprobs(model, prompt, continuation, model_name=model_name, folder=folder)
     with method.attached(model):
         cache = method.new_cache(model, len(prompt))
-        found = teacher_forced(model, cache, prompt, continuation, progress)
-    figures = divergence(reference, found, continuation)
+        logprobs = teacher_forced(model, cache, prompt, continuation)
+    figures = divergence(reference, logprobs, continuation)
     return {
         "id": window.id,
         "prompt_sha256": digest(window.ids),
@@ -324,10 +293,10 @@ def divergence_sample(
 
 
 def divergence_values(samples: Sequence[SampleDict]) -> dict[str, float | None]:
-    """Return the figures of several windows of one length together, as a record has them in `values`.
+    """Return the figures of several windows of one length together, as `values` of a record.
 
-    Perplexities are of all windows' tokens; the first divergence is the median over windows, the lower one of two, and
-    None where most never diverge.
+    Perplexity is that of all tokens; the first divergence is the lower median over windows, None where most never
+    diverge.
 
     Raises:
         ValueError: there is no sample.

@@ -1,17 +1,16 @@
-"""Latency and memory of one method: time to the first token, time of each token after it, bytes held, read and at peak.
+"""Latency and memory of one method: time to the first token, time of each later token, bytes stored, read and at peak.
 
-Prompts are random tokens, and every repeat generates the same number of tokens: time depends on neither, and no end
-token ends it. A repeat is a prefill, at whose end a method compresses, and greedy decode steps over a cache of its own;
-the first repeats warm up, and their times do not count. Memory is measured in the last of these, for on a CPU free
-memory has to be given back to the system before each phase, and taking it again costs time. Resident bytes there are
-those of the whole process, so each configuration is measured in a process of its own (`measure_apart`).
+Prompts are random tokens, and every repeat generates the same number of tokens; no end token ends it. A repeat is a
+prefill, at whose end a method compresses, and greedy decode steps over a new cache. The first repeats warm up. The last
+of those measures memory: on a CPU that needs free memory to be returned to the system before each phase, which slows
+the next allocations down. Resident bytes are those of the whole process, so that each configuration on a CPU runs in a
+new process (`measure_apart`).
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import math
 import subprocess
 import sys
 import time
@@ -20,16 +19,16 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...hf.cache import cache_stats
-from ...hf.layer import rocketkv_layers
-from ...hf.layer import RocketKVLayer
+from ...hf.layer import RocketKVLayer, rocketkv_layers
 from ...hf.loading import load_model
-from ...hf.models import CACHE_ARGUMENT
-from ..bench.model_arms import require_near_logits
+from ..checks import require_near_logits
+from ..generate import DecodeLoop
 from ..methods import Compressed, Full, Method, find_method
 from ..progress import Progress
 from ..records import CostDict
@@ -38,8 +37,8 @@ from .memory import OutOfMemory, cache_cost, is_out_of_memory, peak_bytes, relea
 
 CHECK_TOKENS, CHECK_STEPS = 512, 3
 _SIGKILL = -9  # as `subprocess` reports it
-# With this process's own path: `-m` would put the working directory before it, where a folder `kernels` would be a
-# module of a name that transformers looks for.
+# With the path of this process: `-m` would put the working directory first, where a folder `kernels` would hide the
+# package of that name.
 _PROGRAM = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[2])
@@ -50,17 +49,17 @@ raise SystemExit(main(sys.argv[1]))
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyResult:
-    """What was measured; seconds and bytes.
+    """Seconds and bytes of one measurement.
 
     Attributes:
         prompt_tokens: of each sequence.
         new_tokens: of each sequence, the first one included.
         batch_size: sequences.
-        first_token_seconds: of each repeat: prefill, stage 1 in it, and the choice of the first token.
-        compression_seconds: of each repeat: stage 1 of all layers together; None where a method has none of ours.
+        first_token_seconds: of each repeat: prefill, stage 1 and the choice of the first token.
+        compression_seconds: of each repeat: stage 1 of all layers; None for methods without layers of this library.
         step_seconds: of each decode step of all repeats.
-        prefill_kv_bytes: all that lives in the cache after the prefill.
-        cache: what it holds and reads at the end.
+        prefill_kv_bytes: of all tensors of the cache after the prefill.
+        cache: bytes that the cache stores and reads at the end.
         weight_bytes: of the model's parameters and buffers.
         base_bytes: in use before a prefill, weights included; None where it cannot be known.
         peak_prefill_bytes: the most in use during the prefill; likewise.
@@ -81,7 +80,7 @@ class LatencyResult:
     peak_decode_bytes: int | None
 
     def cost(self) -> CostDict:
-        """Return the medians of the repeats, the bytes and the peaks, as a record has them."""
+        """Return the medians of the repeats, the bytes and the peaks, as a record's cost."""
         compression = self.compression_seconds
         return {
             **self.cache,
@@ -90,13 +89,13 @@ class LatencyResult:
             "first_token_seconds": median(self.first_token_seconds),
             "compression_seconds": None if compression is None else median(compression),
             "step_seconds": median(self.step_seconds),
-            "step_seconds_p95": percentile(self.step_seconds, 0.95),
+            "step_seconds_p95": float(np.quantile(self.step_seconds, 0.95, method="inverted_cdf")),
             "peak_prefill_bytes": self.peak_prefill_bytes,
             "peak_decode_bytes": self.peak_decode_bytes,
         }
 
     def values(self) -> dict[str, float | None]:
-        """Return what a record's cost has no field for; `added` bytes are a peak less what was in use before."""
+        """Return the figures that a cost has no field for; `added` bytes are a peak less the bytes in use before."""
         base, prefill, decode = self.base_bytes, self.peak_prefill_bytes, self.peak_decode_bytes
         return {
             "tokens_per_second": self.batch_size / median(self.step_seconds),
@@ -106,11 +105,6 @@ class LatencyResult:
             "added_prefill_bytes": None if base is None or prefill is None else prefill - base,
             "added_decode_bytes": None if base is None or decode is None else decode - base,
         }
-
-
-def percentile(values: list[float], share: float) -> float:
-    """Return the least of the values that `share` of them do not exceed (nearest rank)."""
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def measure_latency(
@@ -130,9 +124,9 @@ def measure_latency(
         model: a model on a CPU or a CUDA device, to which no method is attached.
         method: how to compress.
         prompt_tokens: of each sequence.
-        new_tokens: to generate, at least 2: the first comes out of the prefill, the others are timed steps.
+        new_tokens: to generate, at least 2: the first comes from the prefill, the others are timed steps.
         warmup: repeats whose times do not count, at least 1: the last of them measures memory.
-        repeats: whose times do.
+        repeats: whose times count.
         batch_size: sequences.
         seed: of the prompts.
 
@@ -140,11 +134,11 @@ def measure_latency(
         ValueError: a number is too small, or the device is of another kind.
         WrongResultError: within its budget the method does not give the stock model's logits; nothing is timed then.
     """
-    _require_least("prompt_tokens", prompt_tokens, 1)
-    _require_least("new_tokens", new_tokens, 2)
-    _require_least("warmup", warmup, 1)
-    _require_least("repeats", repeats, 1)
-    _require_least("batch_size", batch_size, 1)
+    numbers = {"prompt_tokens": prompt_tokens, "warmup": warmup, "repeats": repeats, "batch_size": batch_size}
+    for name, value in {**numbers, "new_tokens": new_tokens}.items():
+        least = 2 if name == "new_tokens" else 1
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
     device = model.device
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"latency is measured on cpu or cuda, got a model on {device.type}; move it")
@@ -153,9 +147,10 @@ def measure_latency(
     prompt = torch.randint(0, embedding.num_embeddings, (batch_size, prompt_tokens), generator=generator).to(device)
     check_within_budget(model, method, prompt[0, :CHECK_TOKENS].tolist())
     runs: list[_Run] = []
-    with torch.inference_mode(), method.attached(model), Progress("warming up", total=warmup + repeats) as progress:
+    with method.attached(model), Progress("warming up", total=warmup + repeats) as progress:
         for number in range(warmup + repeats):
-            progress.say(f"repeat {number + 1 - warmup} of {repeats}" if number >= warmup else "warming up")
+            if number == warmup:
+                progress.say("timing")
             gc.collect()  # the last repeat's cache
             runs.append(_run(model, method, prompt, new_tokens, memory=number == warmup - 1))
             progress.step()
@@ -178,20 +173,15 @@ def measure_latency(
     )
 
 
-def _require_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
 def check_within_budget(model: PreTrainedModel, method: Method, ids: list[int]) -> None:
-    """Check that a method of ours gives the stock model's predictions, with a budget so large that nothing is left out.
+    """Check a method of the library against the stock model's predictions, with a budget that covers all tokens.
 
-    Methods without layers of ours, such as the full cache itself, pass.
+    Methods without layers of this library, such as the full cache itself, pass.
 
     Args:
         model: a model to which no method is attached.
-        method: the one to check: its settings stay, its budget is raised.
-        ids: a prompt; some of its last tokens are decoded.
+        method: to check, with its settings and a raised budget.
+        ids: a prompt, after which some of its tokens are decoded.
 
     Raises:
         WrongResultError: it does not.
@@ -203,9 +193,9 @@ def check_within_budget(model: PreTrainedModel, method: Method, ids: list[int]) 
         return
     config = replace(layers[0].config, token_budget=8 * (len(ids) + layers[0].config.decode_reserve), split=None)
     expected = decode_logprobs(model, Full(), prompt, continuation)
-    found = decode_logprobs(model, Compressed(config), prompt, continuation)
-    what = f"log-probabilities of {method.name} within its budget"
-    require_near_logits(what, found.to(model.dtype), expected.to(model.dtype))
+    result = decode_logprobs(model, Compressed(config), prompt, continuation)
+    name = f"log-probabilities of {method.name} within its budget"
+    require_near_logits(name, result.to(model.dtype), expected.to(model.dtype))
 
 
 class _Run(NamedTuple):
@@ -222,21 +212,8 @@ class _Run(NamedTuple):
 
 
 def _run(model: PreTrainedModel, method: Method, prompt: Tensor, new_tokens: int, *, memory: bool) -> _Run:
-    """Read a prompt and generate after it, timed, and with peaks of memory where told."""
+    """Prefill and decode once, timed; with `memory`, measure the peaks of both."""
     device = prompt.device
-
-    places = torch.arange(prompt.shape[1] + new_tokens, device=device)[None]
-
-    def step(ids: Tensor, seen: int) -> tuple[Tensor, float]:
-        """Return the next token [B, 1] after `ids`, which follow `seen` tokens, and the seconds that it took."""
-        # Positions of the text: a cache that a press has shortened counts from its own length.
-        positions = places[:, seen : seen + ids.shape[1]]
-        synchronize(device)
-        start = time.perf_counter()
-        logits = model(ids, position_ids=positions, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits
-        token = logits[:, -1].argmax(-1, keepdim=True)
-        synchronize(device)
-        return token, time.perf_counter() - start
 
     def begin_peak() -> int | None:
         release_free_memory()
@@ -245,19 +222,18 @@ def _run(model: PreTrainedModel, method: Method, prompt: Tensor, new_tokens: int
     base = begin_peak() if memory else None
     cache = method.new_cache(model, prompt.shape[1])
     stage_1 = time_stage_1(cache)
-    token, first_token_seconds = step(prompt, 0)
+    loop = DecodeLoop(model=model, cache=cache)
+    loop.prefill(prompt)
     peak_prefill = None if base is None else peak_bytes(device)
     prefill_kv_bytes = cache_stats(cache).total_bytes
     if memory:
         begin_peak()
-    step_seconds = []
-    for number in range(new_tokens - 1):
-        token, seconds = step(token, prompt.shape[1] + number)
-        step_seconds.append(seconds)
+    for _ in range(new_tokens - 1):
+        loop.step(loop.token)
     return _Run(
-        first_token_seconds=first_token_seconds,
+        first_token_seconds=loop.seconds[0],
         compression_seconds=None if stage_1 is None else stage_1(),
-        step_seconds=step_seconds,
+        step_seconds=loop.seconds[1:],
         prefill_kv_bytes=prefill_kv_bytes,
         cache=cache_cost(cache_stats(cache)),
         base_bytes=base,
@@ -266,75 +242,55 @@ def _run(model: PreTrainedModel, method: Method, prompt: Tensor, new_tokens: int
     )
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until a device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 class _TimedLayer(RocketKVLayer):
-    """A layer that notes how long its stage 1 takes.
+    """A layer that times its stage 1.
 
-    A class, not a function put on the layer: that would hold the layer, which holds it, and a cache that is a part of
-    such a ring stays in memory until the garbage collector comes by.
+    A class: a function set on the layer would refer to it, and the cycle would keep the cache in memory until the
+    garbage collector runs.
     """
 
-    spans: list[Callable[[], float]]  # each gives seconds; shared by the layers of a cache
+    spans: list[Callable[[], float]]  # each returns seconds; shared by the layers of a cache and its copies
 
     def close_prompt(self, exact: dict[str, Any]) -> None:
-        """Run stage 1, and note its span."""
-        end = _begin_on_cuda() if self.store.keys is not None and self.store.keys.is_cuda else _begin()
+        """Run stage 1 and time it."""
+        if self.store.keys is None or not self.store.keys.is_cuda:
+            start = time.perf_counter()
+            super().close_prompt(exact)
+            seconds = time.perf_counter() - start
+            self.spans.append(lambda: seconds)
+            return
+        # Events, as synchronizing after each layer would distort the times; read after a synchronization.
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        first.record()
         super().close_prompt(exact)
-        self.spans.append(end())
+        last.record()
+        self.spans.append(lambda: float(first.elapsed_time(last)) / 1e3)
 
 
 def time_stage_1(cache: Any) -> Callable[[], float] | None:
-    """Time stage 1 of each layer of a cache, and of those of its copies, from now on.
+    """Time stage 1 of each layer of a cache and of its copies from now on.
 
     Returns:
-        What gives the seconds of all layers so far, or None where no layer is ours.
+        A function that returns the seconds of all layers so far, or None where no layer is of this library.
     """
     layers = rocketkv_layers(cache)
     spans: list[Callable[[], float]] = _Shared()
     for layer in layers:
         layer.__class__ = _TimedLayer
-        layer.spans = spans  # type: ignore[attr-defined]  # of the class that it has now
+        layer.spans = spans  # type: ignore[attr-defined]  # an attribute of the new class
     return (lambda: sum(span() for span in spans)) if layers else None
 
 
 class _Shared(list[Callable[[], float]]):
-    """A list that copies of what holds it go on to share."""
+    """A list that deep copies share."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
         return self
 
 
-def _begin() -> Callable[[], Callable[[], float]]:
-    """Begin a span; what comes back ends it, and returns what gives its seconds."""
-    start = time.perf_counter()
-
-    def end() -> Callable[[], float]:
-        seconds = time.perf_counter() - start
-        return lambda: seconds
-
-    return end
-
-
-def _begin_on_cuda() -> Callable[[], Callable[[], float]]:
-    """Begin a span on the present stream, between events: to wait for each layer would slow down what is measured."""
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    first.record()
-
-    def end() -> Callable[[], float]:
-        last.record()
-        return lambda: float(first.elapsed_time(last)) / 1e3  # read once the device has caught up
-
-    return end
-
-
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """What to measure in a process of its own: a model on the CPU, a method, and the arguments of `measure_latency`.
+    """A measurement in a separate process: a model on the CPU, a method, and arguments of `measure_latency`.
 
     Attributes:
         model: see `load_model`; None for SmolLM2-135M-Instruct.
@@ -366,11 +322,11 @@ class Configuration:
 
 
 def measure_apart(configuration: Configuration) -> LatencyResult:
-    """Measure in a new process of the same interpreter, so that no other measurement's memory counts.
+    """Measure in a new process of the same interpreter, so that nothing else counts as its memory.
 
     Raises:
-        OutOfMemory: memory ran out there, or the system killed the process, as Linux does when it runs out.
-        RuntimeError: it failed for another reason, whose message is passed on.
+        OutOfMemory: memory ran out there, or the system killed the process, as Linux does then.
+        RuntimeError: it failed for another reason, which the message quotes.
     """
     command = [sys.executable, "-c", _PROGRAM, json.dumps(asdict(configuration)), json.dumps(sys.path)]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -386,7 +342,7 @@ def measure_apart(configuration: Configuration) -> LatencyResult:
 
 
 def main(document: str) -> int:
-    """Measure a configuration and print what came out, both as JSON; returns the exit code."""
+    """Measure a configuration given as JSON and print the result as JSON; returns the exit code."""
     configuration = Configuration(**json.loads(document))
     answer: dict[str, Any] = {"result": None, "out_of_memory": None}
     try:
@@ -399,16 +355,9 @@ def main(document: str) -> int:
     return 0
 
 
-def _measure(given: Configuration) -> LatencyResult:
-    torch.set_num_threads(given.threads)
-    model, _ = load_model(given.model, getattr(torch, given.dtype))
-    return measure_latency(
-        model,
-        find_method(given.method, given.token_budget, given.settings),
-        prompt_tokens=given.prompt_tokens,
-        new_tokens=given.new_tokens,
-        warmup=given.warmup,
-        repeats=given.repeats,
-        batch_size=given.batch_size,
-        seed=given.seed,
-    )
+def _measure(configuration: Configuration) -> LatencyResult:
+    fields = asdict(configuration)
+    torch.set_num_threads(fields.pop("threads"))
+    model, _ = load_model(fields.pop("model"), getattr(torch, fields.pop("dtype")))
+    method = find_method(fields.pop("method"), fields.pop("token_budget"), fields.pop("settings"))
+    return measure_latency(model, method, **fields)

@@ -1,4 +1,4 @@
-"""Memory: the peak of a phase, what a cache holds, and whether an error means that memory ran out."""
+"""Peaks of memory, bytes of a cache, and errors that mean that memory ran out."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..records import CostDict
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-_FORGET_PEAK = "5"  # proc(5): writing it to clear_refs sets the peak, VmHWM, to what is resident now
+_FORGET_PEAK = "5"  # proc(5): writing it to clear_refs resets the peak, VmHWM, to the resident bytes
 
-# What PyTorch says, beside torch.OutOfMemoryError: its CPU allocator on Linux and on Windows, the driver, cuBLAS, MPS.
+# Messages in addition to torch.OutOfMemoryError: the CPU allocator on Linux and on Windows, the driver, cuBLAS, MPS.
 _MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
@@ -26,7 +26,7 @@ _MESSAGES = (
 
 
 class OutOfMemory(RuntimeError):  # noqa: N818  # `torch.OutOfMemoryError` has the other name
-    """Memory ran out, here or in a process of our own."""
+    """Memory ran out, here or in a child process."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -37,21 +37,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_free_memory() -> None:
-    """Collect garbage, and have the C library (glibc) return to the system what it keeps for later allocations.
+    """Collect garbage, and let the C library (glibc) return its free memory to the system.
 
-    On a CPU, what it keeps counts as resident, and hides what is allocated out of it: loading a model may leave as much
-    as its weights.
+    On a CPU that memory counts as resident, and allocations from it do not show: after loading a model it may be as
+    large as the weights.
     """
     gc.collect()
     try:
         trim = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):
-        return  # another C library, or none that can be asked: there are no peaks of a CPU there, or larger ones
+        return  # another C library: peaks on a CPU are missing or larger there
     trim(0)
 
 
 def reset_peak(device: torch.device) -> int | None:
-    """Begin a new peak, and return the bytes in use now; None where neither can be known.
+    """Reset the peak and return the bytes in use; None where neither is known.
 
     Counted are the bytes of the device's allocator (CUDA), or the resident bytes of the whole process (CPU, on Linux).
     """
@@ -64,11 +64,11 @@ def reset_peak(device: torch.device) -> int | None:
         _CLEAR_REFS.write_text(_FORGET_PEAK, encoding="ascii")
         return _status_bytes("VmRSS")
     except OSError:
-        return None  # not Linux, or a sandbox that forbids it: the peak there is that of the process's whole life
+        return None  # not Linux, or a sandbox that forbids it: the peak there is that since the process began
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Return the most bytes in use since `reset_peak`, where that returned any."""
+    """Return the most bytes in use since `reset_peak`, where that returned a number."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status_bytes("VmHWM") if device.type == "cpu" else None
@@ -84,7 +84,7 @@ def _status_bytes(field: str) -> int | None:
 
 
 def cache_cost(stats: CacheStats) -> CostDict:
-    """Return what a cache holds, and what its next decode step reads, as a record has it."""
+    """Return the bytes that a cache stores and that its next decode step reads, as fields of a record."""
     return {
         "kv_bytes": stats.total_bytes,
         "index_bytes": stats.total("index_bytes"),

@@ -1,4 +1,4 @@
-"""Run one cell of a sweep, and make its record."""
+"""Run one cell of a sweep and make its record."""
 
 from __future__ import annotations
 
@@ -7,29 +7,28 @@ import functools
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..._version import __version__
 from ...environment import processor
 from ...hf.prompts import longest
-from ..conversation import ask
-from ..engine import ask_all, ask_stock
+from ..conversation import answer_sample
 from ..intervals import mean_interval
 from ..journal import Journal
-from ..lm import RocketKVLM
 from ..measures.kl import METRIC as KL
 from ..measures.kl import STEPS, divergence_sample, divergence_values, find_text, texts
 from ..measures.latency import Configuration, measure_apart, measure_latency
 from ..measures.memory import is_out_of_memory
-from ..methods import find_method
+from ..methods import Method, find_method
 from ..records import (
     SCHEMA,
     CellDict,
@@ -42,7 +41,7 @@ from ..records import (
     digest,
     record_path,
 )
-from ..tasks.base import Preparation, Sample, find_tasks
+from ..tasks.base import Preparation, Sample, Task, find_tasks
 from .plan import LATENCY, LM_EVAL
 from .samples import prepare
 
@@ -51,17 +50,19 @@ PACKAGES = ("transformers", "lm_eval", "datasets", "triton", "kvpress")
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What cells of one model run on.
+class Session:
+    """The model and folders that cells run on.
 
     Attributes:
-        lm: the model.
+        model: a model to which no method is attached.
+        tokenizer: its tokenizer.
         results: the folder of the results.
-        data_dir: a folder with the benchmarks' files, or None for the hub.
-        retry_out_of_memory: whether to run cells again for which memory did not suffice.
+        data_dir: a folder with the benchmarks' files; None for the hub.
+        retry_out_of_memory: whether to run cells again that ran out of memory.
     """
 
-    lm: RocketKVLM
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     results: Path
     data_dir: Path | None
     retry_out_of_memory: bool = False
@@ -69,7 +70,7 @@ class Bench:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What running a cell gave, before it becomes a record."""
+    """The result of a cell before it becomes a record; the fields are those of `Record`."""
 
     metric: str
     samples: list[SampleDict]
@@ -80,16 +81,16 @@ class Outcome:
     score: float | None = None
 
 
-def run_cell(bench: Bench, cell: CellDict) -> Record:
-    """Run a cell and return its record; where memory runs out, the record says so.
+def run_cell(session: Session, cell: CellDict) -> Record:
+    """Run a cell and return its record, of status `out_of_memory` where memory runs out.
 
     Raises:
-        ValueError: the cell's task or method cannot run on this model, or its data are not to be had.
+        ValueError: the cell's task or method cannot run on this model, or its data are missing.
     """
     runs = {KL: _divergence, LATENCY: _latency}
-    run = _stock if cell["task"].startswith(LM_EVAL) else runs.get(cell["task"], _asked)
+    run = _stock_task if cell["task"].startswith(LM_EVAL) else runs.get(cell["task"], _task)
     try:
-        return _record(bench, cell, run(bench, cell))
+        return _record(session, cell, run(session, cell))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -97,116 +98,101 @@ def run_cell(bench: Bench, cell: CellDict) -> Record:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     nothing = Outcome(metric="", samples=[], data={"sha256": "", "source": ""})
-    return _record(bench, cell, nothing) | {"status": "out_of_memory", "message": message, "score": None}
+    return _record(session, cell, nothing) | {"status": "out_of_memory", "message": message, "score": None}
 
 
-def prepare_cell(bench: Bench, cell: CellDict) -> None:
-    """Make a cell's samples, if it has any and they are not there yet.
+def prepare_cell(session: Session, cell: CellDict) -> None:
+    """Make a cell's samples where there are none yet.
 
     Raises:
-        ValueError: they cannot be made for its length, or their data are not to be had.
-        OSError: likewise.
+        ValueError: they cannot be made for its length, or their data are missing.
+        OSError: the data cannot be read.
     """
     name = cell["task"]
     if name == KL:
-        texts(_preparation(bench, cell), find_text(bench.data_dir))
+        texts(_preparation(session, cell), find_text(session.data_dir))
     elif name != LATENCY and not name.startswith(LM_EVAL):
-        prepare(bench.results, find_tasks([name])[0], _preparation(bench, cell))
+        prepare(session.results, find_tasks([name])[0], _preparation(session, cell))
 
 
 def journal_path(results: Path, cell: CellDict) -> Path:
-    """Return where the answers of an unfinished cell lie."""
+    """Return the path of an unfinished cell's answers."""
     return record_path(results, cell).with_suffix(".journal")
 
 
-def _method(cell: CellDict) -> Any:
+def _method(cell: CellDict) -> Method:
     return find_method(cell["method"], cell["token_budget"], cell["settings"])
 
 
-def _journaled(bench: Bench, cell: CellDict, make: Callable[[Any], Any]) -> Callable[[str, Any], Any]:
-    """Return what makes a sample's result under a key, or takes it from the cell's journal."""
-    journal = Journal(journal_path(bench.results, cell))
-
-    def result(key: str, given: Any) -> Any:
-        found = journal.get(key)
-        if found is None:
-            found = make(given)
-            journal.put(key, found)
-        return found
-
-    return result
-
-
-def _asked(bench: Bench, cell: CellDict) -> Outcome:
-    lm, (task,) = bench.lm, find_tasks([cell["task"]])
-    prepared = prepare(bench.results, task, _preparation(bench, cell))
-    method = _method(cell)
-
-    def make(sample: Sample) -> dict[str, Any]:
-        answers = ask(
-            lm.model,
-            lm.tokenizer,
-            method,
-            sample,
-            mode=cell["mode"],
-            chat=cell["chat"],
-            max_new_tokens=cell["max_new_tokens"],
-        )
-        return {
-            "predictions": list(answers.predictions),
-            "prompt_sha256": answers.prompt_sha256,
-            "cost": answers.cost,
-            "trace": answers.trace,
-        }
-
-    result = _journaled(bench, cell, make)
-    lm.bind(method, None)
-    key = prepared.data["sha256"]
-    samples = ask_all(
-        lm, task, prepared.samples, lambda sample: result(f"{key} {sample.id}", sample), chat=cell["chat"]
-    )
-    return Outcome(metric=task.metric, samples=samples, data=prepared.data)
-
-
-def _preparation(bench: Bench, cell: CellDict) -> Preparation:
+def _preparation(session: Session, cell: CellDict) -> Preparation:
     return Preparation(
-        tokenizer=bench.lm.tokenizer,
+        tokenizer=session.tokenizer,
         length=cell["length"],
         count=cell["samples"],
         seed=cell["seed"],
-        data_dir=bench.data_dir,
+        data_dir=session.data_dir,
         chat=cell["chat"],
-        max_length=longest(bench.lm.model.config),
+        max_length=longest(session.model.config),
     )
 
 
-def _divergence(bench: Bench, cell: CellDict) -> Outcome:
-    method = _method(cell)
-    windows = texts(_preparation(bench, cell), find_text(bench.data_dir))
-    result = _journaled(
-        bench,
-        cell,
-        lambda window: divergence_sample(
-            bench.lm.model,
-            method,
-            window,
-            steps=STEPS,
-            model_name=cell["model"],
-            folder=bench.results / "data",
-        ),
+def _task(session: Session, cell: CellDict) -> Outcome:
+    (task,) = find_tasks([cell["task"]])
+    prepared = prepare(session.results, task, _preparation(session, cell))
+    method, journal = _method(cell), Journal(journal_path(session.results, cell))
+    options: dict[str, Any] = {name: cell[name] for name in ("mode", "chat", "max_new_tokens")}
+
+    def answers(sample: Sample) -> dict[str, Any]:
+        return asdict(answer_sample(session.model, session.tokenizer, method, sample, **options))
+
+    samples = []
+    for sample in tqdm(prepared.samples, desc=method.name, disable=None, leave=False):
+        key = f"{prepared.data['sha256']} {sample.id}"
+        samples.append(_scored(task, sample, journal.result(key, functools.partial(answers, sample))))
+    return Outcome(metric=task.metric, samples=samples, data=prepared.data)
+
+
+def _scored(task: Task, sample: Sample, answers: Mapping[str, Any]) -> SampleDict:
+    """Score the answers to a sample, given the fields of `Answers`."""
+    pairs = list(zip(answers["predictions"], sample.turns, strict=True))
+    scores = [float(task.score(prediction, turn)) for prediction, turn in pairs]
+    return {
+        "id": sample.id,
+        "prompt_sha256": answers["prompt_sha256"],
+        "score": fmean(scores),
+        "turns": [
+            {"prediction": prediction, "answers": list(turn.answers), "score": score}
+            for (prediction, turn), score in zip(pairs, scores, strict=True)
+        ],
+        "cost": answers["cost"],
+        "notes": dict(sample.notes),
+        "trace": answers["trace"],
+    }
+
+
+def _divergence(session: Session, cell: CellDict) -> Outcome:
+    windows = texts(_preparation(session, cell), find_text(session.data_dir))
+    journal = Journal(journal_path(session.results, cell))
+    measure = functools.partial(
+        divergence_sample,
+        session.model,
+        _method(cell),
+        steps=STEPS,
+        model_name=cell["model"],
+        folder=session.results / "data",
     )
-    samples = [result(digest(window.ids), window) for window in windows]
+    samples = [journal.result(digest(window.ids), functools.partial(measure, window)) for window in windows]
     text = str(windows[0].notes["text"])
     data: DataDict = {"sha256": digest([window.ids for window in windows]), "source": f"windows of text: {text}"}
     return Outcome(metric=KL, samples=samples, data=data, higher_is_better=False, values=divergence_values(samples))
 
 
-def _latency(bench: Bench, cell: CellDict) -> Outcome:
+def _latency(session: Session, cell: CellDict) -> Outcome:
     length = cell["length"] or 0
     if length <= LATENCY_TOKENS:
         raise ValueError(f"length must be above the {LATENCY_TOKENS} tokens that latency generates, got {length}")
-    measured = {"prompt_tokens": length - LATENCY_TOKENS, "new_tokens": LATENCY_TOKENS, "seed": cell["seed"]}
-    if bench.lm.model.device.type == "cpu":
+    lengths = {"prompt_tokens": length - LATENCY_TOKENS, "new_tokens": LATENCY_TOKENS, "seed": cell["seed"]}
+    if session.model.device.type == "cpu":
         configuration = Configuration(
             model=cell["model"],
             dtype=cell["dtype"],
@@ -214,16 +200,16 @@ def _latency(bench: Bench, cell: CellDict) -> Outcome:
             token_budget=cell["token_budget"],
             settings=cell["settings"],
             threads=torch.get_num_threads(),
-            **measured,
+            **lengths,
         )
         result = measure_apart(configuration)
     else:
-        result = measure_latency(bench.lm.model, _method(cell), **measured)
+        result = measure_latency(session.model, _method(cell), **lengths)
     cost = result.cost()
     return Outcome(
         metric="seconds a token",
         samples=[],
-        data={"sha256": digest(measured), "source": "random tokens"},
+        data={"sha256": digest(lengths), "source": "random tokens"},
         higher_is_better=False,
         values=result.values(),
         cost=cost,
@@ -231,17 +217,20 @@ def _latency(bench: Bench, cell: CellDict) -> Outcome:
     )
 
 
-def _stock(bench: Bench, cell: CellDict) -> Outcome:
+def _stock_task(session: Session, cell: CellDict) -> Outcome:
+    from ..lm import RocketKVLM, evaluate_stock_task, quiet  # lm-eval, which no other cell needs
+
     name = cell["task"].removeprefix(LM_EVAL)
-    bench.lm.bind(_method(cell), None)
-    samples = ask_stock(
-        bench.lm, name, samples=cell["samples"], chat=cell["chat"], max_new_tokens=cell["max_new_tokens"]
+    with quiet():
+        lm = RocketKVLM(session.model, method=_method(cell), tokenizer=session.tokenizer)
+    samples = evaluate_stock_task(
+        lm, name, samples=cell["samples"], chat=cell["chat"], max_new_tokens=cell["max_new_tokens"]
     )
     data: DataDict = {"sha256": digest([sample["prompt_sha256"] for sample in samples]), "source": f"lm-eval: {name}"}
     return Outcome(metric=samples[0]["notes"]["metric"], samples=samples, data=data)
 
 
-def _record(bench: Bench, cell: CellDict, outcome: Outcome) -> Record:
+def _record(session: Session, cell: CellDict, outcome: Outcome) -> Record:
     scores = [sample["score"] for sample in outcome.samples]
     interval = mean_interval(scores, percent=outcome.higher_is_better) if scores else None
     return {
@@ -258,25 +247,24 @@ def _record(bench: Bench, cell: CellDict, outcome: Outcome) -> Record:
         "samples": outcome.samples,
         "cost": mean_cost([sample["cost"] for sample in outcome.samples]) if outcome.cost is None else outcome.cost,
         "data": outcome.data,
-        "provenance": provenance(bench.lm.model),
+        "provenance": provenance(session.model),
         "checksum": "",
     }
 
 
 def mean_cost(costs: Sequence[CostDict]) -> CostDict:
-    """Return each field over the generations that have it: the mean, of times the median, of peaks the largest."""
-    names = {name for cost in costs for name in cost}
-    found: dict[str, float | None] = {}
-    for name in sorted(names):
+    """Combine each field over the generations that have it: median of times, maximum of peaks, mean of others."""
+    mean: dict[str, float | None] = {}
+    for name in sorted({name for cost in costs for name in cost}):
         values: list[Any] = [cost.get(name) for cost in costs]
         known = [value for value in values if value is not None]
         combine = max if name.startswith("peak_") else median if "seconds" in name else fmean
-        found[name] = combine(known) if known else None
-    return found  # type: ignore[return-value]  # the same names
+        mean[name] = combine(known) if known else None
+    return mean  # type: ignore[return-value]  # the same names
 
 
 def provenance(model: PreTrainedModel) -> ProvenanceDict:
-    """Return who makes records in this process, and on what."""
+    """Return code, versions and hardware of this process."""
     name, cores = processor()
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -298,23 +286,23 @@ def provenance(model: PreTrainedModel) -> ProvenanceDict:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Return the versions of what records depend on."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    """Return the versions of the packages that records depend on."""
+    installed = {"python": platform.python_version(), "torch": torch.__version__}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            installed[package] = importlib.metadata.version(package)
+    return installed
 
 
 @functools.cache
 def git_hash() -> str | None:
-    """Return the commit of the tree that this library is run from, `-dirty` where files were changed; or None."""
-    folder = Path(__file__).resolve().parents[1]
-    if not (folder.parent / "pyproject.toml").exists():
-        return None  # installed: a repository around it is somebody else's
+    """Return the commit of the checkout that this library runs from, with `-dirty` where it has changes; or None."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / "pyproject.toml").exists():
+        return None  # installed: a repository around it is another project's
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, check=True)
+        described = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return told.stdout.strip() or None
+    return described.stdout.strip() or None

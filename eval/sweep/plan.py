@@ -1,4 +1,4 @@
-"""What a sweep asks for: cells, from a plan that flags or a YAML file describe."""
+"""The plan of a sweep, from flags or a YAML file, and its cells."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from ...budget import METHODS
 from ...hf.loading import SMOLLM2
 from ...options import DTYPES
 from ..measures.kl import METRIC as KL
@@ -18,7 +19,7 @@ from ..tasks.base import find_tasks
 LATENCY = "latency"
 LATENCY_VERSION = 1
 LM_EVAL = "lm-eval:"  # before the name of a stock task
-MEASURED = {KL: KL_VERSION, LATENCY: LATENCY_VERSION}  # benchmarks that ask nothing
+MEASURED = {KL: KL_VERSION, LATENCY: LATENCY_VERSION}  # tasks without questions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,16 +32,16 @@ class Plan:
         tasks: names or groups of the harness's tasks; `kl`, `latency`; `lm-eval:NAME` for a stock task.
         methods: see `methods.find_method`.
         budgets: tokens a decode step; methods without one have a single cell.
-        lengths: tokens of prompt and answer, for tasks that are made to a length; cuts longer prompts of the others,
-            and where there is none, those are cut at what the model takes. Stock tasks of lm-eval have their own.
+        lengths: tokens of prompt and answer, for tasks of a given length; longer prompts of other tasks are truncated
+            to it, by default to the model's length. Not for stock tasks of lm-eval.
         samples: of each task.
-        max_new_tokens: at most so many for every question; None leaves it to the task. `kl` and `latency` ask none.
+        max_new_tokens: most tokens of each answer; None leaves it to the task. Not for `kl` and `latency`.
         seed: of samples.
-        chat: whether prompts are put into the model's chat template, where the official rule leaves it open; None: if
+        chat: whether prompts use the model's chat template where the official rule of a task leaves it open; None: if
             the tokenizer has one.
         agnostic: whether the context is compressed before the question is seen; never in stock tasks of lm-eval.
         settings: further fields of `RocketKVConfig`.
-        data_dir: a folder with the benchmarks' files, in place of the hub.
+        data_dir: a folder with the benchmarks' files; None for the hub.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -69,26 +70,24 @@ class Plan:
                 raise TypeError(f"{name} must be a list of {kind.__name__}, got {values!r}")
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} must not name anything twice, got {', '.join(map(str, values))}")
-        for name in ("samples", "max_new_tokens", "seed"):
+            if kind is int and min(values, default=1) < 1:
+                raise ValueError(f"{name} must be at least 1, got {values}")
+        types: dict[str, tuple[str, tuple[type, ...]]] = {
+            "samples": ("an int", (int,)),
+            "max_new_tokens": ("an int", (int, type(None))),
+            "seed": ("an int", (int,)),
+            "model": ("a str", (str,)),
+            "chat": ("true, false or null", (bool, type(None))),
+            "agnostic": ("true or false", (bool,)),
+            "settings": ("a mapping of fields to values", (Mapping,)),
+        }
+        for name, (kinds, known) in types.items():
             value = getattr(self, name)
+            if not isinstance(value, known) or (type(value) is bool and bool not in known):
+                raise TypeError(f"{name} must be {kinds}, got {value!r}")
             least = 0 if name == "seed" else 1
-            if value is None and name == "max_new_tokens":
-                continue
-            if type(value) is not int:
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < least:
+            if type(value) is int and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if not isinstance(self.model, str):
-            raise TypeError(f"model must be a str, got {self.model!r}")
-        if self.chat not in (True, False, None):
-            raise TypeError(f"chat must be true, false or null, got {self.chat!r}")
-        if self.agnostic not in (True, False):
-            raise TypeError(f"agnostic must be true or false, got {self.agnostic!r}")
-        if not isinstance(self.settings, Mapping):
-            raise TypeError(f"settings must be a mapping of fields to values, got {self.settings!r}")
-        for name in ("budgets", "lengths"):
-            if any(value < 1 for value in getattr(self, name)):
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
         if not self.tasks or not self.methods:
@@ -101,7 +100,7 @@ class Plan:
 
 
 def plan_from(given: Mapping[str, Any]) -> Plan:
-    """Make a plan of fields as a YAML file or the command line has them: lists, and single values for lists of one.
+    """Make a plan of the fields of a YAML file or command line; a single value stands for a list of one.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -124,20 +123,22 @@ def plan_from(given: Mapping[str, Any]) -> Plan:
 
 
 def cells(plan: Plan, *, chat: bool) -> list[CellDict]:
-    """Return every cell of a plan, the full cache's first, each task's together.
+    """Return every cell of a plan, ordered by task, then with the full cache first.
 
     Args:
         plan: the sweep.
         chat: whether the model has a chat template to use where the plan leaves it open.
 
     Raises:
-        ValueError: there is no such task or method, or a budget is impossible for one.
+        ValueError: a task or method is unknown, or a budget is impossible for a method.
     """
-    check_methods(plan)
+    for method, budget in arms(plan):
+        if not method.startswith(KVPRESS):  # its own environment checks it
+            find_method(method, budget, _settings(plan, method))
     chat = chat if plan.chat is None else plan.chat
-    found = []
+    planned = []
     for name, version, sized, rule in _tasks(plan):
-        stock = name.startswith(LM_EVAL)  # lm-eval neither cuts its documents to a length nor asks them apart
+        stock = name.startswith(LM_EVAL)  # lm-eval has no lengths and no query-agnostic mode
         for length in (None,) if stock else plan.lengths or (None,):
             if length is None and sized:
                 raise ValueError(f"task {name!r} is made to a length: lengths must name at least one")
@@ -156,23 +157,23 @@ def cells(plan: Plan, *, chat: bool) -> list[CellDict]:
                     "seed": plan.seed,
                     "model": plan.model,
                     "dtype": plan.dtype,
-                    "settings": {} if not _ours(method) else dict(plan.settings),
+                    "settings": _settings(plan, method),
                 }
-                found.append(cell)
-    return found
+                planned.append(cell)
+    return planned
 
 
 def _tasks(plan: Plan) -> list[tuple[str, int, bool, bool | None]]:
-    """Return name, version, whether it is made to a length, and the rule on chat templates, of every task."""
+    """Return of every task its name, version, whether it has a given length, and its rule on chat templates."""
     stock = [(name, 0, False, None) for name in plan.tasks if name.startswith(LM_EVAL)]
     measured = [(name, MEASURED[name], True, False) for name in plan.tasks if name in MEASURED]
     names = [name for name in plan.tasks if name not in MEASURED and not name.startswith(LM_EVAL)]
-    asked = [(task.name, task.version, task.sized, task.chat) for task in find_tasks(names)]
-    return [*asked, *stock, *measured]
+    ours = [(task.name, task.version, task.sized, task.chat) for task in find_tasks(names)]
+    return [*ours, *stock, *measured]
 
 
 def arms(plan: Plan) -> list[tuple[str, int | None]]:
-    """Return every method with every budget that it takes."""
+    """Return every pair of method and budget, the full cache first."""
     return [
         (method, budget)
         for method in sorted(plan.methods, key=takes_budget)
@@ -180,27 +181,15 @@ def arms(plan: Plan) -> list[tuple[str, int | None]]:
     ]
 
 
-def _ours(method: str) -> bool:
-    return takes_budget(method) and ":" not in method
-
-
-def check_methods(plan: Plan) -> None:
-    """Refuse a plan with a method or a budget that cannot be made; presses are for their own environment to check.
-
-    Raises:
-        ValueError: it has one.
-        ImportError: the user's module is not there.
-    """
-    for method, budget in arms(plan):
-        if not method.startswith(KVPRESS):
-            find_method(method, budget, plan.settings if _ours(method) else None)
+def _settings(plan: Plan, method: str) -> dict[str, Any]:
+    return dict(plan.settings) if method in METHODS and takes_budget(method) else {}
 
 
 def shard(all_cells: Sequence[CellDict], number: int, count: int) -> list[CellDict]:
-    """Return the cells of shard `number` of `count`, counted from 1; which these are depends on the cells alone.
+    """Return the cells of shard `number` of `count`, counted from 1; the same for any order of the cells.
 
     Raises:
-        ValueError: there is no such shard.
+        ValueError: `number` is not from 1 to `count`.
     """
     if not 1 <= number <= count:
         raise ValueError(f"shard must be from 1/{count} to {count}/{count}, got {number}/{count}")

@@ -1,4 +1,4 @@
-"""Run the cells of a sweep: each once, whoever else runs cells of the same folder, and from where a kill left off."""
+"""Run the cells of a sweep: each once, also with several processes on one folder, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -17,33 +17,30 @@ from ..journal import Journal
 from ..methods import KVPRESS
 from ..progress import Progress
 from ..records import CELLS, CellDict, Record, finished, label, read_record, record_path, write_record
-from .cells import Bench, journal_path, prepare_cell, run_cell
+from .cells import Session, journal_path, prepare_cell, run_cell
 
 
 @dataclass
 class Counts:
-    """What became of the cells of a run."""
+    """Number of cells of a run by outcome."""
 
     done_before: int = 0
     done: int = 0
     out_of_memory: int = 0
-    elsewhere: int = 0  # another process runs them, or another environment must
+    locked: int = 0  # by another process
 
     def __str__(self) -> str:
         parts = [f"{self.done} cells done", f"{self.done_before} were before"]
         if self.out_of_memory:
             parts.append(f"{self.out_of_memory} out of memory")
-        if self.elsewhere:
-            parts.append(f"{self.elsewhere} left to another process")
+        if self.locked:
+            parts.append(f"{self.locked} locked by another process")
         return ", ".join(parts)
 
 
 @contextlib.contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Hold a cell for this process: False inside the block where another one holds it.
-
-    The hold ends with the process, however that ends.
-    """
+def try_lock(path: Path) -> Iterator[bool]:
+    """Lock a cell's record; yields whether this process has the lock, which the end of a process releases."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path.with_suffix(".lock"), blocking=False)
     try:
@@ -57,46 +54,46 @@ def claimed(path: Path) -> Iterator[bool]:
         lock.release()
 
 
-def run_cells(bench: Bench, cells: Sequence[CellDict]) -> Counts:
-    """Run every cell that has no record yet and that no other process holds.
+def run_cells(session: Session, cells: Sequence[CellDict]) -> Counts:
+    """Run every cell that has no record and that no other process has locked.
 
     Args:
-        bench: what they run on.
-        cells: of one model, presses of kvpress only where that is installed.
+        session: the model and the folders.
+        cells: of one model; presses of kvpress only where that is installed.
 
     Raises:
-        ValueError: a cell cannot run (see `run_cell`); those before it have their records.
+        ValueError: a cell cannot run (see `run_cell`); the records of earlier cells stay.
     """
     counts = Counts()
     prepared = set()
-    for cell in cells:  # what is missing is said before hours of work, not after
+    for cell in cells:  # missing data must show before hours of work, not after
         samples = (cell["task"], cell["length"], cell["chat"])
-        if samples not in prepared and not record_path(bench.results, cell).exists():
-            prepare_cell(bench, cell)
+        if samples not in prepared and not record_path(session.results, cell).exists():
+            prepare_cell(session, cell)
             prepared.add(samples)
     with Progress("beginning", total=len(cells)) as progress:
         for cell in cells:
-            path = record_path(bench.results, cell)
+            path = record_path(session.results, cell)
             progress.say(f"{cell['task']} {cell['length'] or ''} {label(cell)}")
-            with claimed(path) as mine:  # also to look: what is damaged is for its holder alone to set aside
-                _run_one(bench, cell, path, counts, mine)
+            with try_lock(path) as locked:  # before a look: only the holder may quarantine a damaged record
+                if locked:
+                    _run_one(session, cell, path, counts)
+                else:
+                    counts.locked += 1
             progress.step()
     return counts
 
 
-def _run_one(bench: Bench, cell: CellDict, path: Path, counts: Counts, mine: bool) -> None:
-    if not mine:
-        counts.elsewhere += 1
-        return
-    found = finished(path)
-    if found is not None and not (bench.retry_out_of_memory and found["status"] == "out_of_memory"):
-        Journal(journal_path(bench.results, cell)).remove()  # of a process that ended between its record and this
+def _run_one(session: Session, cell: CellDict, path: Path, counts: Counts) -> None:
+    earlier = finished(path)
+    if earlier is not None and not (session.retry_out_of_memory and earlier["status"] == "out_of_memory"):
+        Journal(journal_path(session.results, cell)).remove()  # of a process that ended between its record and this
         counts.done_before += 1
         return
     start = time.monotonic()
-    record = run_cell(bench, cell)
+    record = run_cell(session, cell)
     write_record(path, record)
-    Journal(journal_path(bench.results, cell)).remove()
+    Journal(journal_path(session.results, cell)).remove()
     if record["status"] == "complete":
         counts.done += 1
     else:
@@ -105,7 +102,7 @@ def _run_one(bench: Bench, cell: CellDict, path: Path, counts: Counts, mine: boo
 
 
 def _line(record: Record) -> str:
-    """Return what is said of a cell when it is done."""
+    """Return the line that reports a finished cell."""
     cell = record["cell"]
     length = "" if cell["length"] is None else f" {cell['length']}"
     score = "out of memory" if record["score"] is None else f"{record['metric']} {record['score']:.4g}"
@@ -113,11 +110,11 @@ def _line(record: Record) -> str:
 
 
 def run_presses(python: str, arguments: Sequence[str]) -> int:
-    """Run the cells of kvpress's presses by another environment's Python, on the same folder; return its exit code.
+    """Run the cells of kvpress's presses in another environment, on the same folder; return the exit code.
 
     Args:
         python: the interpreter, in whose environment rocketkv[eval] and kvpress are installed.
-        arguments: those of `rocketkv`, which leave all other methods to this process.
+        arguments: of `rocketkv`, restricted to presses.
     """
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     return subprocess.run([python, "-m", "rocketkv.cli.main", *arguments], env=environment, check=False).returncode
@@ -129,13 +126,13 @@ def is_press(cell: CellDict) -> bool:
 
 
 def merge(sources: Sequence[Path], target: Path) -> int:
-    """Bring the records of several folders together; return how many the target has gained.
+    """Merge the records of several folders; return the number that the target gained.
 
-    A cell that two folders have finished is kept once, if both say the same of it.
+    A cell with equal records in two folders is kept once.
 
     Args:
         sources: folders of results.
-        target: a folder of results, made where there is none.
+        target: a folder of results, which need not exist.
 
     Raises:
         ValueError: a record is damaged, or two records of one cell have different scores or prompts.
@@ -145,24 +142,25 @@ def merge(sources: Sequence[Path], target: Path) -> int:
         if not (source / CELLS).is_dir():
             raise ValueError(f"{source} is no folder of results: it has no folder cells")
         for path in sorted((source / CELLS).glob("*.json")):
-            gained += _take(path, target)
+            gained += _merge_record(path, target)
     return gained
 
 
-def _take(path: Path, target: Path) -> bool:
+def _merge_record(path: Path, target: Path) -> bool:
+    """Add a record to a folder unless its cell has one; return whether it was added."""
     record = read_record(path)
     place = record_path(target, record["cell"])
-    there = finished(place)
-    if there is None or (there["status"] != "complete" and record["status"] == "complete"):
+    present = finished(place)
+    if present is None or (present["status"] != "complete" and record["status"] == "complete"):
         write_record(place, record)
         return True
-    if record["status"] == "complete" and substance(there) != substance(record):
+    if record["status"] == "complete" and substance(present) != substance(record):
         raise ValueError(f"two records of the cell {place.stem} differ in what was asked or scored; remove one of them")
     return False
 
 
 def substance(record: Record) -> list[object]:
-    """Return what a record says but for times, bytes, and who made it when."""
+    """Return the fields of a record that a repetition must reproduce: not times, bytes and provenance."""
     samples = [
         [sample["id"], sample["prompt_sha256"], sample["score"], [turn["prediction"] for turn in sample["turns"]]]
         for sample in record["samples"]

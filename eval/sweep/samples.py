@@ -1,38 +1,38 @@
-"""Samples, prepared once and kept: every method is asked the same ones."""
+"""Samples of a task, prepared once and stored, so that every method gets the same ones."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from ..records import DataDict, digest, set_aside, write_atomically
+from ..records import DataDict, digest, quarantine, write_atomically
 from ..tasks.base import Preparation, Sample, Task, Turn
 
 FOLDER = "data"  # inside the folder of the results
 
 
 class Prepared(NamedTuple):
-    """The samples of a task, and where they come from."""
+    """The samples of a task and their source."""
 
     samples: list[Sample]
     data: DataDict
 
 
 def prepare(results: Path, task: Task, preparation: Preparation) -> Prepared:
-    """Return a task's samples: from the file that an earlier cell has prepared, or made now and written there.
+    """Return a task's samples, read from the file of an earlier cell or made now and written.
 
-    The file is JSON, a line a sample, under the hash of those lines. One that is damaged is set aside and made anew.
+    The file has a line of JSON a sample, after the hash of those lines. A damaged file is quarantined and made again.
 
     Args:
         results: the folder of the results.
-        task: what to make.
-        preparation: for which model, length, number and seed.
+        task: makes the samples.
+        preparation: model, length, number and seed.
 
     Raises:
         ValueError: there are no samples.
@@ -53,61 +53,52 @@ def prepare(results: Path, task: Task, preparation: Preparation) -> Prepared:
 
 
 def plain(sample: Sample) -> Sample:
-    """Return a sample whose mappings are dicts, which `asdict` can copy."""
-    turns = tuple(
-        Turn(
-            question=turn.question,
-            answers=tuple(turn.answers),
-            max_new_tokens=turn.max_new_tokens,
-            answer_prefix=turn.answer_prefix,
-            extra=dict(turn.extra),
-        )
-        for turn in sample.turns
-    )
-    return Sample(id=sample.id, context=sample.context, turns=turns, notes=dict(sample.notes))
+    """Return a sample whose mappings are dicts, as `asdict` needs."""
+    turns = tuple(replace(turn, answers=tuple(turn.answers), extra=dict(turn.extra)) for turn in sample.turns)
+    return replace(sample, turns=turns, notes=dict(sample.notes))
 
 
-def _sample(found: dict[str, Any]) -> Sample:
-    turns = tuple(Turn(**turn | {"answers": tuple(turn["answers"])}) for turn in found["turns"])
-    return Sample(**found | {"turns": turns})
+def _sample(fields: dict[str, Any]) -> Sample:
+    turns = tuple(Turn(**turn | {"answers": tuple(turn["answers"])}) for turn in fields["turns"])
+    return Sample(**fields | {"turns": turns})
 
 
 def _read(path: Path) -> str | None:
-    """Return a prepared file's text, or None where there is none that is whole."""
+    """Return a prepared file's text, or None where it is missing or damaged."""
     try:
         text = path.read_bytes().decode("utf-8", errors="replace")
         checksum, _, body = text.partition("\n")
         if checksum == digest(body):
             return text
-        set_aside(path)
+        quarantine(path)
     except FileNotFoundError:
-        pass  # none yet, or another process has set it aside
+        pass  # none yet, or another process has quarantined it
     return None
 
 
-def _key(task: Task, given: Preparation) -> str:
+def _key(task: Task, preparation: Preparation) -> str:
     return digest(
         {
             "task": task.name,
             "version": task.version,
-            "length": given.length,
-            "count": given.count,
-            "seed": given.seed,
-            "chat": given.chat,
-            "max_length": given.max_length,
-            "data_dir": None if given.data_dir is None else _files(given.data_dir),
-            "tokenizer": tokenizer_hash(given.tokenizer),
+            "length": preparation.length,
+            "count": preparation.count,
+            "seed": preparation.seed,
+            "chat": preparation.chat,
+            "max_length": preparation.max_length,
+            "data_dir": None if preparation.data_dir is None else _files(preparation.data_dir),
+            "tokenizer": tokenizer_hash(preparation.tokenizer),
         }
     )[:16]
 
 
 def _files(folder: Path) -> list[Sequence[Any]]:
-    """Return name, size and time of change of every file in a folder: samples are made anew when one changes."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in found]
+    """Return name, size and modification time of every file in a folder, on which its samples depend."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of what a tokenizer makes of text: its vocabulary and its chat template."""
+    """Return a hash of a tokenizer's class, vocabulary and chat template."""
     vocabulary = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
     return digest([type(tokenizer).__name__, vocabulary, tokenizer.chat_template])

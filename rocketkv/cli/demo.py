@@ -11,7 +11,7 @@ from ..config import RocketKVConfig
 from ..options import add_model_options, comma_separated, method_name, positive
 
 if TYPE_CHECKING:
-    from ..eval.measure import Generation
+    from ..eval.generate import Generation
 
 MEBI = 2**20
 SEED = 1

@@ -43,7 +43,7 @@ from .turns import check_prompt_length, check_queries, prompt_part
 _SNAPPED = ("prompt_end", "prompt_tokens", "prompt_ids", "turn_begins", "speculative", "step", "backend", "params")
 
 VERIFIES = (
-    "RocketKV: after a prompt has ended, a forward of several tokens verifies a draft, and nothing is evicted in it. If "
+    "RocketKV: after a prompt has ended, a forward of several tokens verifies a draft, and evicts nothing. If "
     "it is the prompt of a new turn, call begin_turn() of its RocketKVCache before it"
 )
 

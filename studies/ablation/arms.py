@@ -1,11 +1,11 @@
-"""The arms of the ablation: what each changes of `rocketkv+` or `rocketkv`, at equal bytes read.
+"""The arms of the ablation: changes of `rocketkv+` or `rocketkv`, at equal bytes read.
 
-Bytes are those of `stats()` as budgets count (16 bits; index, scales and means included), mean over the steps. Those of
-`rocketkv` with its own split are the measure; the other arms get so many tokens to attend to that theirs are closest to
-it. Oracles, whose scores are not counted, and floors, which attend to all that is stored, are what they are.
+Bytes are those of `stats()`, counted in 16 bits (index, scales and means included), mean over the steps. The target is
+`rocketkv` with its own split; the other arms attend to as many tokens as come closest to it. Oracles, whose scores are
+not counted, and floors, which attend to all stored tokens, are not fitted.
 
-Stage 1 pools as in the paper, and tokens rank by the average of a group's heads, in all arms that do not say otherwise,
-so that what differs is the part in question. The library's own `rocketkv+` pools more narrowly and further back, ranks
+Stage 1 pools as in the paper, and tokens rank by the average of a group's heads, by default,
+so that arms differ in one part. The library's own `rocketkv+` pools more narrowly and further back, ranks
 by the largest weight, counts in values in stage 1 and calibrates the residual: `rocketkv+:own`. Arms that choose
 otherwise pool over 13, too.
 
@@ -14,10 +14,10 @@ Letters: t token budget, D head dim, N stored tokens, k tokens attended to, b by
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from rocketkv.budget import READ_ON, BudgetSplit, sketch_bytes
@@ -25,8 +25,8 @@ from rocketkv.core.indexes import index_of
 from rocketkv.core.pages import page_count
 
 from .choice import (
-    a_limit,
     coarse_step,
+    cost_threshold,
     least_weight_step,
     no_selection,
     planes_step,
@@ -37,17 +37,7 @@ from .choice import (
     top_p_step,
     value_norms_step,
 )
-from .fit import (
-    RESERVE,
-    WIDEST_WINDOW,
-    Arm,
-    Case,
-    fitted_split,
-    method_split,
-    papers_split,
-    plus_split,
-    stored_in,
-)
+from .fit import RESERVE, WIDEST_WINDOW, Arm, Case, fitted_split, method_split, papers_split, plus_split, stored_in
 from .steps import (
     by_value_norms,
     calibrate,
@@ -93,13 +83,18 @@ def _floor(case: Case, own: Callable[[Case], BudgetSplit]) -> BudgetSplit:
     )
 
 
-def _with(name: str, what: str, **fields: Any) -> Arm:
-    return Arm(**{"name": f"rocketkv+:{name}", "what": what, "split": plus_split, **fields})
+def _plus(name: str, what: str, **fields: Any) -> Arm:
+    return Arm(f"rocketkv+:{name}", what, **{"split": plus_split, **fields})
+
+
+def _method(name: str, what: str, **fields: Any) -> Arm:
+    """Return an arm of a method's own split."""
+    return Arm(name, what, split=partial(method_split, name), **fields)
 
 
 def _at_13(name: str, what: str, **fields: Any) -> Arm:
     """Return an arm that pools over 13, as the library's own `rocketkv+` does."""
-    return _with(name, what, **{"kernel_size": 13, **fields})
+    return _plus(name, what, **{"kernel_size": 13, **fields})
 
 
 def _index_bytes(split: BudgetSplit, case: Case, step: int) -> int:
@@ -115,7 +110,7 @@ def _norms_bytes(split: BudgetSplit, case: Case, step: int) -> float:
 
 
 def _reuse_bytes(split: BudgetSplit, case: Case, step: int, *, period: int) -> float:
-    """Return what a step saves that scores nothing, less the tokens that came since the last that did."""
+    """Return the bytes that a step without scoring saves, less those of the tokens since the last scoring."""
     since = (step - 1) % period
     return float(4 * case.head_dim * since - _index_bytes(split, case, step)) if since else 0.0
 
@@ -131,7 +126,7 @@ def _coarse_bytes(split: BudgetSplit, case: Case, step: int, *, page_size: int, 
 
 
 def _coarse_split(case: Case, *, page_size: int, channels: int, share: float, attended: float = 0.5) -> BudgetSplit:
-    """Return `rocketkv+` with as many more tokens as the sketch's bytes are enough for where pages come first."""
+    """Return `rocketkv+` with the tokens that the sketch's bytes pay for where pages are ranked first."""
     sequence, plus = case.prompt + RESERVE, plus_split(case)
     scored = share * sketch_bytes(case.head_dim, plus.sketch_bits or 0) + 2 * channels / page_size
     stored = min(int((1 - attended) * case.budget * 4 * case.head_dim / scored), sequence)
@@ -139,14 +134,14 @@ def _coarse_split(case: Case, *, page_size: int, channels: int, share: float, at
 
 
 def _planes_bytes(split: BudgetSplit, case: Case, step: int, *, share: float) -> float:
-    """Return, less than 0, the low bits that are not read of a sketch of two."""
+    """Return the bytes, below 0, of the low bits of a two-bit sketch that are not read."""
     stored = stored_in(split, case, step)
     scored = min(stored, max(math.ceil(share * stored), split.top_k or 0))
     return -(stored - scored) * case.head_dim / 8
 
 
 def _planes_split(case: Case, *, share: float) -> BudgetSplit:
-    """Return `rocketkv+` of two bits with as many more tokens as half of t is enough for."""
+    """Return `rocketkv+` of two bits with the tokens that half of t pays for."""
     sequence, token = case.prompt + RESERVE, 4 * case.head_dim
     stored = int(case.budget // 2 * token / (case.head_dim * (1 + share) / 8 + 2))
     stored = max(min(stored, sequence), min(2 * RESERVE, sequence))
@@ -157,177 +152,123 @@ def _coarse(name: str, what: str, *, more_stored: bool = False, **pages: Any) ->
     return _at_13(
         name,
         what,
-        split=functools.partial(_coarse_split, **pages) if more_stored else plus_split,
-        step=functools.partial(coarse_step, **pages),
-        extra_bytes=functools.partial(_coarse_bytes, **pages),
+        split=partial(_coarse_split, **pages) if more_stored else plus_split,
+        step=partial(coarse_step, **pages),
+        extra_bytes=partial(_coarse_bytes, **pages),
     )
 
 
 def _planes(name: str, what: str, **fields: Any) -> Arm:
-    return _at_13(
-        name,
-        what,
-        **{
-            "split": functools.partial(_plus_at, bits=2),
-            "step": functools.partial(planes_step, share=_NEAR),
-            "extra_bytes": functools.partial(_planes_bytes, share=_NEAR),
-            **fields,
-        },
-    )
+    step, extra_bytes = partial(planes_step, share=_NEAR), partial(_planes_bytes, share=_NEAR)
+    defaults = {"split": partial(_plus_at, bits=2), "step": step, "extra_bytes": extra_bytes}
+    return _at_13(name, what, **{**defaults, **fields})
 
 
-_FACTOR = functools.partial(calibrate, learned=False)
-_LEARNED = functools.partial(calibrate, learned=True)
+_FACTOR = partial(calibrate, learned=False)
+_LEARNED = partial(calibrate, learned=True)
 _PAGES: dict[str, Any] = {"page_size": 32, "channels": 16, "share": 0.5}
 _SMALL_PAGES: dict[str, Any] = {"page_size": 8, "channels": 16, "share": 0.5}
 _NEAR = 0.25  # of the tokens, whose low bits are scored, too
-# What a token costs is minus the logarithm of its weight.
-_NEED: dict[str, Any] = {"summary": functools.partial(a_limit, most=(0.0, 30.0)), "step": least_weight_step}
-_NEED_PLANES = {**_NEED, "step": functools.partial(planes_step, share=_NEAR)}
-_SHARED_NORMS = functools.partial(shared_storage, by_values=True)
+# The cost of a token is minus the logarithm of its weight.
+_NEED: dict[str, Any] = {"summary": partial(cost_threshold, most=(0.0, 30.0)), "step": least_weight_step}
+_NEED_PLANES = {**_NEED, "step": partial(planes_step, share=_NEAR)}
+_SHARED_NORMS = partial(shared_storage, by_values=True)
 _OWN_RANKS: dict[str, Any] = {"by_largest": True, "value_aware": True, "pool_offset": READ_ON}
-_OWN = functools.partial(plus_split, calibrated=True, **_OWN_RANKS)
-_ONE_RUN = functools.partial(evicted_summary, runs=1)
+_OWN = partial(plus_split, calibrated=True, **_OWN_RANKS)
+_ONE_RUN = partial(evicted_summary, runs=1)
 
 MAIN = (
-    Arm(name="rocketkv", what="the paper's method", split=papers_split, fitted=None),
-    Arm(name="rocketkv+", what="sketch and value residual, the paper's pooling", split=plus_split),
-    Arm(
-        name="stored-topk",
-        what="exact top-k of the paper's N, scores free",
-        split=functools.partial(method_split, "stored-topk"),
-        fitted=None,
-    ),
-    _with("exact", "its N and k by exact scores, free, no residual: stored-topk there", split=_exact, fitted=None),
-    Arm(
-        name="rocketkv:floor",
-        what="dense attention over the paper's N",
-        split=functools.partial(_floor, own=papers_split),
-        fitted=None,
-    ),
-    _with("floor", "dense attention over its N", split=functools.partial(_floor, own=plus_split), fitted=None),
+    Arm("rocketkv", "the paper's method", split=papers_split, fitted=None),
+    Arm("rocketkv+", "sketch and value residual, the paper's pooling", split=plus_split),
+    _method("stored-topk", "exact top-k of the paper's N, scores free", fitted=None),
+    _plus("exact", "its N and k by exact scores, free, no residual: stored-topk there", split=_exact, fitted=None),
+    Arm("rocketkv:floor", "dense attention over the paper's N", split=partial(_floor, own=papers_split), fitted=None),
+    _plus("floor", "dense attention over its N", split=partial(_floor, own=plus_split), fitted=None),
 )
 
 OTHERS = (
-    Arm(
-        name="snapkv",
-        what="stage 1 alone, to t tokens",
-        split=functools.partial(method_split, "snapkv"),
-        fitted="kept_tokens",
-    ),
-    Arm(name="quest", what="stage 2 alone, pages", split=functools.partial(method_split, "quest")),
-    Arm(name="sparq", what="stage 2 alone, channels", split=functools.partial(method_split, "sparq")),
-    Arm(
-        name="exact-topk",
-        what="exact top-k of everything, scores free",
-        split=functools.partial(method_split, "exact-topk"),
-    ),
+    _method("snapkv", "stage 1 alone, to t tokens", fitted="kept_tokens"),
+    _method("quest", "stage 2 alone, pages"),
+    _method("sparq", "stage 2 alone, channels"),
+    _method("exact-topk", "exact top-k of everything, scores free"),
 )
 
 ABLATIONS = (
-    _with("no-residual", "without the residual", split=functools.partial(plus_split, residual=False)),
-    _with(
-        "exact-residual",
-        "exact scores, free, with the residual",
-        split=functools.partial(_exact, residual=True),
-        fitted=None,
-    ),
-    _with("sketch-mass", "weight of the chosen from the sketch, too", step=sketch_mass_step),
-    _with("ends", "first 4 and last k/8 always attended to", step=ends_step),
-    _with("1-bit", "1 bit, k 0.7 t", split=functools.partial(_plus_at, bits=1, share=0.7)),
-    _with("3-bit", "3 bits", split=functools.partial(_plus_at, bits=3)),
-    _with("4-bit", "4 bits", split=functools.partial(_plus_at, bits=4)),
-    _with("papers-n", "the paper's N, k takes the rest", split=_papers_n),
-    _with("k-0.35", "0.35 t for the attention", split=functools.partial(_plus_at, share=0.35)),
-    _with("k-0.65", "0.65 t for the attention", split=functools.partial(_plus_at, share=0.65)),
-    Arm(
-        name="rocketkv:residual",
-        what="pages with the residual",
-        split=lambda case: replace(papers_split(case), residual=True),
-    ),
-    _with("random", "stage 1 by chance", ranks=random_ranks),
-    _with("kernel-7", "pooled over 7", kernel_size=7),
-    _with("kernel-13", "pooled over 13", kernel_size=13),
+    _plus("no-residual", "without the residual", split=partial(plus_split, residual=False)),
+    _plus("exact-residual", "exact scores, free, with the residual", split=partial(_exact, residual=True), fitted=None),
+    _plus("sketch-mass", "weight of the chosen from the sketch, too", step=sketch_mass_step),
+    _plus("ends", "first 4 and last k/8 always attended to", step=ends_step),
+    _plus("1-bit", "1 bit, k 0.7 t", split=partial(_plus_at, bits=1, share=0.7)),
+    _plus("3-bit", "3 bits", split=partial(_plus_at, bits=3)),
+    _plus("4-bit", "4 bits", split=partial(_plus_at, bits=4)),
+    _plus("papers-n", "the paper's N, k takes the rest", split=_papers_n),
+    _plus("k-0.35", "0.35 t for the attention", split=partial(_plus_at, share=0.35)),
+    _plus("k-0.65", "0.65 t for the attention", split=partial(_plus_at, share=0.65)),
+    Arm("rocketkv:residual", "pages with the residual", split=lambda case: replace(papers_split(case), residual=True)),
+    _plus("random", "stage 1 by chance", ranks=random_ranks),
+    _plus("kernel-7", "pooled over 7", kernel_size=7),
+    _plus("kernel-13", "pooled over 13", kernel_size=13),
     _at_13(
-        "largest-13",
-        "and ranked by the largest weight of a group's heads",
-        split=functools.partial(plus_split, by_largest=True),
+        "largest-13", "and ranked by the largest weight of a group's heads", split=partial(plus_split, by_largest=True)
     ),
     _at_13(
         "value-aware-13",
         "and stage 1 by what a token's loss would change",
-        split=functools.partial(plus_split, by_largest=True, value_aware=True),
+        split=partial(plus_split, by_largest=True, value_aware=True),
     ),
-    _at_13(
-        "centred-13",
-        "and the residual calibrated",
-        split=functools.partial(_OWN, pool_offset=0),
-    ),
+    _at_13("centred-13", "and the residual calibrated", split=partial(_OWN, pool_offset=0)),
     _at_13("own", "and pools that reach further back than ahead: the library's own", split=_OWN),
     _at_13(
         "exact-own",
         "its N and k by exact scores, free, no residual: stored-topk there",
-        split=functools.partial(_exact, **_OWN_RANKS),
+        split=partial(_exact, **_OWN_RANKS),
         fitted=None,
     ),
-    _at_13("floor-own", "dense attention over its N", split=functools.partial(_floor, own=_OWN), fitted=None),
-    _with("kernel-21", "pooled over 21", kernel_size=21),
-    _with("exact-kernel-13", "exact scores, free, pooled over 13", split=_exact, fitted=None, kernel_size=13),
-    Arm(name="rocketkv:kernel-7", what="the paper's, pooled over 7", split=papers_split, kernel_size=7),
-    Arm(name="rocketkv:kernel-13", what="the paper's, pooled over 13", split=papers_split, kernel_size=13),
-    Arm(name="rocketkv:kernel-21", what="the paper's, pooled over 21", split=papers_split, kernel_size=21),
-    _with("window-16", "window of 16", window_size=16),
-    _with("window-64", "window of 64", window_size=WIDEST_WINDOW),
-    _with("unpooled-ties", "plateaus by unpooled scores", ranks=unpooled_ties),
-    _with("value-norms", "scores times the length of values", ranks=by_value_norms),
-    _with("segments-8", "8 means in the residual", step=functools.partial(segments_step, segments=8), extra=3.5),
-    _with(
+    _at_13("floor-own", "dense attention over its N", split=partial(_floor, own=_OWN), fitted=None),
+    _plus("kernel-21", "pooled over 21", kernel_size=21),
+    _plus("exact-kernel-13", "exact scores, free, pooled over 13", split=_exact, fitted=None, kernel_size=13),
+    Arm("rocketkv:kernel-7", "the paper's, pooled over 7", split=papers_split, kernel_size=7),
+    Arm("rocketkv:kernel-13", "the paper's, pooled over 13", split=papers_split, kernel_size=13),
+    Arm("rocketkv:kernel-21", "the paper's, pooled over 21", split=papers_split, kernel_size=21),
+    _plus("window-16", "window of 16", window_size=16),
+    _plus("window-64", "window of 64", window_size=WIDEST_WINDOW),
+    _plus("unpooled-ties", "plateaus by unpooled scores", ranks=unpooled_ties),
+    _plus("value-norms", "scores times the length of values", ranks=by_value_norms),
+    _plus("segments-8", "8 means in the residual", step=partial(segments_step, segments=8), extra=3.5),
+    _plus(
         "calibrated",
         "the residual's weight times a factor, by the window's queries",
         summary=_FACTOR,
         step=calibrated_step,
     ),
-    _with(
-        "calibrated-13",
-        "and pooled over 13",
-        summary=_FACTOR,
-        step=calibrated_step,
-        kernel_size=13,
-    ),
-    _with(
+    _plus("calibrated-13", "and pooled over 13", summary=_FACTOR, step=calibrated_step, kernel_size=13),
+    _plus(
         "learned",
         "and its value is what the window's queries would have missed",
         summary=_LEARNED,
         step=calibrated_step,
         extra_a_head=0.5,
     ),
-    _with(
-        "learned-13",
-        "and pooled over 13",
-        summary=_LEARNED,
-        step=calibrated_step,
-        extra_a_head=0.5,
-        kernel_size=13,
-    ),
-    _with(
+    _plus("learned-13", "and pooled over 13", summary=_LEARNED, step=calibrated_step, extra_a_head=0.5, kernel_size=13),
+    _plus(
         "evicted",
         "a mean of what stage 1 evicted",
         summary=_ONE_RUN,
-        step=functools.partial(evicted_step, with_variance=False),
+        step=partial(evicted_step, with_variance=False),
         extra=1,
     ),
-    _with(
+    _plus(
         "evicted-variance",
         "and the variance of its keys",
         summary=_ONE_RUN,
-        step=functools.partial(evicted_step, with_variance=True),
+        step=partial(evicted_step, with_variance=True),
         extra=1.5,
     ),
-    _with(
+    _plus(
         "evicted-8",
         "8 means of what stage 1 evicted",
-        summary=functools.partial(evicted_summary, runs=8),
-        step=functools.partial(evicted_step, with_variance=True),
+        summary=partial(evicted_summary, runs=8),
+        step=partial(evicted_step, with_variance=True),
         extra=12,
     ),
 )
@@ -338,25 +279,23 @@ CHOICES = (
     _coarse("coarse-8", "pages of 8 first, the sketch of half of them, k takes the rest", **_SMALL_PAGES),
     _coarse("coarse-8-n", "and N takes the rest", more_stored=True, **_SMALL_PAGES),
     _planes("planes", "high bits first, low bits of the best quarter, k takes the rest"),
-    _planes("planes-n", "and N takes the rest", split=functools.partial(_planes_split, share=_NEAR)),
+    _planes("planes-n", "and N takes the rest", split=partial(_planes_split, share=_NEAR)),
     _at_13("shared-k", "k shared by the KV heads of a layer", step=shared_k_step),
     _at_13(
         "top-p",
         "the fewest tokens of a share of the weight, equal over layers, heads and steps",
-        summary=functools.partial(a_limit, most=(0.0, 1.0)),
+        summary=partial(cost_threshold, most=(0.0, 1.0)),
         step=top_p_step,
     ),
     _at_13(
-        "least-weight",
-        "all tokens of a least weight, equal over layers, heads and steps; k/4 in any case",
-        **_NEED,
+        "least-weight", "all tokens of a least weight, equal over layers, heads and steps; k/4 in any case", **_NEED
     ),
     _at_13(
         "reuse-2",
         "every other step attends to what the one before did, k takes the rest",
         summary=no_selection,
-        step=functools.partial(reuse_step, period=2),
-        extra_bytes=functools.partial(_reuse_bytes, period=2),
+        step=partial(reuse_step, period=2),
+        extra_bytes=partial(_reuse_bytes, period=2),
     ),
     _at_13("adakv", "N shared by the KV heads of a layer", storage=shared_storage),
     _at_13("adakv-norms", "and by scores times the length of values", storage=_SHARED_NORMS),
@@ -370,16 +309,11 @@ CHOICES = (
     _at_13("least-weight-norms", "least-weight and value-norms-13", ranks=by_value_norms, **_NEED),
     _at_13("least-weight-adakv-norms", "least-weight and adakv-norms", storage=_SHARED_NORMS, **_NEED),
     _planes("planes-least-weight", "planes and least-weight", **_NEED_PLANES),
-    _planes(
-        "all",
-        "planes, least-weight and adakv-norms",
-        storage=_SHARED_NORMS,
-        **_NEED_PLANES,
-    ),
+    _planes("all", "planes, least-weight and adakv-norms", storage=_SHARED_NORMS, **_NEED_PLANES),
     _planes(
         "all-n",
         "and N takes the rest",
-        split=functools.partial(_planes_split, share=_NEAR),
+        split=partial(_planes_split, share=_NEAR),
         storage=_SHARED_NORMS,
         **_NEED_PLANES,
     ),
@@ -388,4 +322,4 @@ CHOICES = (
 
 ARMS = (*MAIN, *OTHERS, *ABLATIONS, *CHOICES)
 BY_NAME = {arm.name: arm for arm in ARMS}
-FULL = Arm(name="full", what="everything", split=functools.partial(method_split, "full"), fitted=None)
+FULL = _method("full", "everything", fitted=None)

@@ -1,4 +1,4 @@
-"""One reading of the ablation's texts: what every layer of a model was given, from which all arms' stores are made.
+"""Queries, keys and values of every layer over the ablation's texts, from which all arms' stores are made.
 
 Letters: B texts, H query heads, Hkv KV heads, G = H/Hkv, D head dim, Dv of values, S tokens of prompt and steps, m
 steps, P the least power of two that is no less than Hkv.
@@ -20,28 +20,21 @@ from rocketkv.eval.oracle.run import LayerTensors, each_layer, layer_numbers
 from rocketkv.eval.progress import Progress
 from rocketkv.hf.models import find_decoder
 
+from ..settings import StudySettings, option
 from .fit import WIDEST_WINDOW
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is measured.
+class Settings(StudySettings):
+    """Options of this study."""
 
-    Attributes:
-        model: its name, which tells it from others in the journal.
-        prompt: tokens of a prompt.
-        steps: m.
-        seed: of the texts.
-        joined: how many neighbouring KV heads make up one, where errors of such heads alone are measured; else 1.
-        multi_query: whether each layer is computed by one KV head of P times the width, for all query heads.
-    """
-
-    model: str
-    prompt: int = 4096
-    steps: int = 64
-    seed: int = 0
-    joined: int = 1
-    multi_query: bool = False
+    prompt: int = option(4096, "tokens of a prompt")
+    steps: int = option(64, "teacher-forced after it")
+    joined: int = option(1, "measure errors alone, of heads that join this many neighbouring KV heads")
+    multi_query: bool = option(False, "compute each layer by one wide KV head, of the same function")
+    texts: tuple[str, ...] = option((), "files in UTF-8, in place of four texts made offline", type=str)
+    budgets: tuple[int, ...] = option((64, 128, 256, 512), "in tokens")
+    arms: tuple[str, ...] = option((), "some of the arms, in place of all", type=str)
 
     def __post_init__(self) -> None:
         if self.prompt < WIDEST_WINDOW or self.steps < 1 or self.joined < 1:
@@ -55,7 +48,7 @@ class Settings:
 
 @dataclass
 class Layer:
-    """What one layer was given, all texts as one batch.
+    """Inputs and outputs of one layer, all texts as one batch.
 
     Attributes:
         number: its number.
@@ -77,7 +70,7 @@ class Layer:
 
 
 def capture(model: PreTrainedModel, windows: Sequence[Window], settings: Settings, progress: Progress) -> list[Layer]:
-    """Run a model over texts, one after the other, and return what its layers were given.
+    """Run a model over texts, one after the other, and return the inputs of its layers.
 
     Raises:
         ValueError: a text has another length, or the model has layers that do not attend to everything.
@@ -107,8 +100,8 @@ def capture(model: PreTrainedModel, windows: Sequence[Window], settings: Setting
 def joined_heads(layers: Sequence[Layer], count: int) -> list[Layer]:
     """Join neighbouring KV heads, over the layers' borders, into heads of `count` times their width.
 
-    Their logits are the sums of those of the heads that were joined, over sqrt(count), so that they vary as much as
-    those do: real keys and queries at another width, but no head that any model has.
+    Their logits are the sums of the joined heads' logits over sqrt(count), of the same variance: real keys and queries
+    at another width.
     """
     parts = []
     for layer in layers:
@@ -147,7 +140,7 @@ def spread(kv_heads: int, channels: int) -> Tensor:
 
 
 def one_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the KV heads of a layer one to share, with the same logits: a multi-query layer of the same function.
+    """Replace the KV heads of a layer by one with the same logits: a multi-query layer of the same function.
 
     Its key is the keys of all, and a query is zero but in its own KV head's channels, before both are `spread`.
 
@@ -170,13 +163,13 @@ def one_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
 
 
 def own_channels(out: Tensor, kv_heads: int) -> Tensor:
-    """Return what a layer of Hkv KV heads gives, [B, H, Dv], of the outputs [B, H, P * Dv] where they share one."""
+    """Return the outputs [B, H, Dv] of a layer of Hkv KV heads from those [B, H, P * Dv] of its shared head."""
     channels = out.shape[-1] >> (kv_heads - 1).bit_length()
     grouped = out.reshape(out.shape[0], kv_heads, -1, out.shape[-1])
     return torch.einsum("bhge,hde->bhgd", grouped, spread(kv_heads, channels).to(out)).flatten(1, 2)
 
 
 def multi_query(layer: Layer) -> Layer:
-    """Return what the multi-query layer of the same function is given, see `one_head`; outputs are the same."""
+    """Return the inputs of the multi-query layer of the same function, see `one_head`; outputs are the same."""
     query, key, value = one_head(layer.query, layer.key, layer.value)
     return replace(layer, query=query, key=key, value=value, shared_by=layer.key.shape[1])

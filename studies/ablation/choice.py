@@ -1,8 +1,8 @@
-"""Decode steps of the ablation that choose otherwise, or score less in order to choose, and who stores what.
+"""Decode steps and storage of the ablation that select otherwise, or read less of the index.
 
-The library ranks all stored tokens in every step, and lets each KV head attend to k. Here heads of a layer share what
-they attend to or store, heads take what they need, or part of the index is not read. As in `ablation_steps`: written to
-be read; what they would read is counted by the arm.
+The library ranks all stored tokens in every step, and each KV head attends to k. Here the heads of a layer share the
+tokens that they attend to or store, heads attend to as many as they need, or a part of the index is not read. As in
+`steps`, the code is not optimised; the arm counts the bytes.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, Dv of values, N stored tokens, S tokens of the
 prompt, W window, P page size, r channels, U pages, k tokens attended to.
@@ -24,11 +24,11 @@ from rocketkv.core.pages import build_index, page_count
 from rocketkv.core.sketch import rotation, rotation_norm, unpack
 from rocketkv.state.store import KVStore
 
-from .steps import Scored, group_weights, score_tokens
+from .steps import Scored, Step, group_weights
 
 LEAST = 0.25  # of an even share, which each head has at least where heads share
 HIGH_BIT = 0.817  # mean size of a code of two bits whose high bit alone is known, in steps, of a normal distribution
-BINS = 1 << 16  # by which `Limit` counts
+BINS = 1 << 16  # of the histogram of costs
 
 
 def mask_of(positions: Tensor, size: int) -> Tensor:
@@ -61,7 +61,7 @@ def near_mass(scored: Scored, chosen: Tensor) -> Tensor:
 
 
 def attend_chosen(scored: Scored, chosen: Tensor, rest: Tensor) -> Tensor:
-    """Attend exactly to chosen tokens, of each head as many as it likes, and to the others as one of their mean value.
+    """Attend exactly to the chosen tokens, any number per head, and to the others as one token of their mean value.
 
     Args:
         scored: the step.
@@ -78,36 +78,34 @@ def attend_chosen(scored: Scored, chosen: Tensor, rest: Tensor) -> Tensor:
 
 
 def rest_of(scored: Scored, chosen: Tensor) -> Tensor:
-    """Return the logit [B, Hkv, G, 1] of all that is not chosen, by the estimates."""
+    """Return the logit [B, Hkv, G, 1] of all other tokens together, by the estimates."""
     return scored.logits.masked_fill(chosen[:, :, None], -torch.inf).logsumexp(-1, keepdim=True)
 
 
-def shared_k_step(
-    query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Any, *, least: float = LEAST, **exact: Any
-) -> Tensor:
+def shared_k_step(step: Step, *, least: float = LEAST) -> Tensor:
     """Attend to the Hkv * k tokens of largest estimated weight over all KV heads of the layer."""
-    scored = score_tokens(query, key, value, store, exact, uneven=True)
+    scored = step.score(uneven=True)
     chosen = best_of_heads(group_weights(scored.logits), scored.k, least)
     return attend_chosen(scored, chosen, rest_of(scored, chosen))
 
 
-def value_norms_step(query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Any, **exact: Any) -> Tensor:
+def value_norms_step(step: Step) -> Tensor:
     """Rank by estimated weight times the length of the value, which is kept in 16 bits."""
-    scored = score_tokens(query, key, value, store, exact, uneven=True)
+    scored = step.score(uneven=True)
     length = scored.values.norm(dim=-1).bfloat16().float()
     chosen = mask_of(select_top(group_weights(scored.logits) * length, scored.k), scored.keys.shape[2])
     return attend_chosen(scored, chosen, rest_of(scored, chosen))
 
 
 @dataclass
-class Limit:
-    """Up to which cost every head of every layer attends to tokens, in every step, and what that took.
+class CostThreshold:
+    """Cost up to which every head of every layer attends to tokens, and the tokens attended to.
 
     Attributes:
-        most: the lowest and the highest cost that can be the limit.
-        value: the limit, or None while it is being found: then k tokens are attended to, and all are counted.
-        tokens: [BINS] float64, tokens of all steps by their costs.
-        rows: how many rankings were counted.
+        most: lowest and highest possible threshold.
+        value: the threshold; None while it is fitted: then heads attend to k tokens, and costs are counted.
+        tokens: [BINS] float64, histogram of the costs of all steps' tokens.
+        rows: number of rankings counted.
         attended: tokens that the last step attended to, mean over rows and KV heads.
     """
 
@@ -118,7 +116,7 @@ class Limit:
     attended: float = 0.0
 
     def within(self, cost: Tensor, k: int) -> Tensor:
-        """Return which tokens are attended to, [B, Hkv, N] bool, given what each costs."""
+        """Return which tokens are attended to, [B, Hkv, N] bool, given the cost of each."""
         if self.value is None:
             self.tokens += torch.histc(cost.clamp(*self.most), BINS, *self.most).double()
             self.rows += cost.shape[0] * cost.shape[1]
@@ -129,37 +127,37 @@ class Limit:
         return chosen
 
 
-def a_limit(
+def cost_threshold(
     window: Tensor, keys: Tensor, values: Tensor, store: KVStore, *, most: tuple[float, float], **exact: Any
-) -> Limit:
-    """Return the state with which a step begins that has a limit."""
-    return Limit(most)
+) -> CostThreshold:
+    """Return the state of steps with a cost threshold, before it is fitted."""
+    return CostThreshold(most)
 
 
-def fitted_limit(states: Sequence[Limit], count: int) -> float:
-    """Return the highest limit with which what was counted attends to at most `count` tokens a head and step."""
+def fitted_threshold(states: Sequence[CostThreshold], count: int) -> float:
+    """Return the highest threshold with which steps attended to at most `count` tokens a head."""
     attended = torch.stack([state.tokens for state in states]).sum(0).cumsum(0) / sum(state.rows for state in states)
     low, high = states[0].most
     return low + (high - low) * max(1, int((attended <= count).sum())) / BINS
 
 
-def top_p_step(query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Limit, **exact: Any) -> Tensor:
+def top_p_step(step: Step) -> Tensor:
     """Attend, in each head, to the fewest tokens whose estimated weight, mean over the group, reaches a share p."""
-    scored = score_tokens(query, key, value, store, exact, uneven=True)
+    scored = step.score(uneven=True)
     weight = group_weights(scored.logits) / scored.logits.shape[2]
     order = weight.argsort(dim=-1, descending=True, stable=True)
     ranked = weight.gather(-1, order)
     before = torch.zeros_like(weight).scatter_(-1, order, ranked.cumsum(-1) - ranked)
-    chosen = state.within(before.masked_fill(~scored.filled, torch.inf), scored.k)
+    chosen = step.state.within(before.masked_fill(~scored.filled, torch.inf), scored.k)
     return attend_chosen(scored, chosen, rest_of(scored, chosen))
 
 
-def heavy(weight: Tensor, state: Limit, k: int, least: float) -> Tensor:
+def heavy(weight: Tensor, state: CostThreshold, k: int, least: float) -> Tensor:
     """Return the tokens [B, Hkv, N] bool whose weight reaches the state's bound, and of each head the best in any case.
 
     Args:
         weight: [B, Hkv, N], mean over the group.
-        state: the limit of minus the weight's logarithm.
+        state: the threshold of minus the weight's logarithm.
         k: tokens of a head on average.
         least: share of k that each head has in any case.
     """
@@ -167,23 +165,21 @@ def heavy(weight: Tensor, state: Limit, k: int, least: float) -> Tensor:
     return state.within((-weight.log()).scatter(-1, own, -torch.inf), k)
 
 
-def least_weight_step(
-    query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Limit, *, least: float = LEAST, **exact: Any
-) -> Tensor:
+def least_weight_step(step: Step, *, least: float = LEAST) -> Tensor:
     """Attend to all tokens whose estimated weight, mean over the group, reaches a bound, and to some in any case."""
-    scored = score_tokens(query, key, value, store, exact, uneven=True)
+    scored = step.score(uneven=True)
     weight = group_weights(scored.logits) / scored.logits.shape[2]
-    chosen = heavy(weight, state, scored.k, least)
+    chosen = heavy(weight, step.state, scored.k, least)
     return attend_chosen(scored, chosen, rest_of(scored, chosen))
 
 
 @dataclass
 class Selection:
-    """What a step leaves to the next of its layer.
+    """The state of `reuse_step` from one step to the next.
 
     Attributes:
         chosen: [B, Hkv, N] bool.
-        rest: [B, Hkv, G, 1], the logit of what was not chosen less that of what was.
+        rest: [B, Hkv, G, 1], the logit of the other tokens less that of the chosen.
     """
 
     chosen: Tensor | None = None
@@ -195,16 +191,15 @@ def no_selection(window: Tensor, keys: Tensor, values: Tensor, store: KVStore, *
     return Selection()
 
 
-def reuse_step(
-    query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Selection, *, period: int, **exact: Any
-) -> Tensor:
-    """Rank tokens in every `period`-th step; in those between, attend to the same and to what came since.
+def reuse_step(step: Step, *, period: int) -> Tensor:
+    """Rank tokens in every `period`-th step; in those between, attend to the same and to newer tokens.
 
-    Of the others such a step knows nothing: they have the weight, beside the chosen, that they had.
+    The other tokens keep their weight relative to the chosen.
     """
-    scored = score_tokens(query, key, value, store, exact)
+    scored = step.score()
     size = scored.keys.shape[2]
-    if (store.generated - 1) % period == 0 or state.chosen is None or state.rest is None:
+    state: Selection = step.state
+    if (step.store.generated - 1) % period == 0 or state.chosen is None or state.rest is None:
         chosen = mask_of(select_top(group_weights(scored.logits), scored.k), size)
         rest = rest_of(scored, chosen)
         state.chosen = chosen
@@ -226,49 +221,26 @@ def near_tokens(query: Tensor, scored: Scored, page_size: int, channels: int, sh
     size = scored.keys.shape[2]
     index, pages = build_index(scored.keys, size, page_size), page_count(size, page_size)
     bounds = score(
-        query,
-        index,
-        scored.keys,
-        stored=size,
-        lengths=None,
-        page_size=page_size,
-        channels=channels,
-        scaling=scaling,
+        query, index, scored.keys, stored=size, lengths=None, page_size=page_size, channels=channels, scaling=scaling
     )
     weight = group_weights(bounds.view(*scored.logits.shape[:3], pages))
     near = mask_of(select_top(weight, scored_pages(pages, share)), pages)
     return near.repeat_interleave(page_size, dim=-1)[..., :size]
 
 
-def coarse_step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    store: KVStore,
-    state: Any,
-    *,
-    page_size: int,
-    channels: int,
-    share: float,
-    **exact: Any,
-) -> Tensor:
+def coarse_step(step: Step, *, page_size: int, channels: int, share: float) -> Tensor:
     """Choose pages by their bounds, as the paper's stage 2 does, and rank the tokens of those alone by the sketch.
 
     The tokens that are not scored count for nothing in the residual.
 
     Args:
-        query: [B, H, D].
-        key: [B, Hkv, D].
-        value: [B, Hkv, Dv].
-        store: the layer's.
-        state: none.
+        step: its inputs.
         page_size: P.
         channels: r.
         share: of the pages that are scored.
-        **exact: scaling, softcap and sinks.
     """
-    scored = score_tokens(query, key, value, store, exact)
-    near = near_tokens(query, scored, page_size, channels, share, exact["scaling"])
+    scored = step.score()
+    near = near_tokens(step.query, scored, page_size, channels, share, step.exact["scaling"])
     logits = scored.logits.masked_fill(~near[:, :, None], -torch.inf)
     chosen = mask_of(select_top(group_weights(logits), scored.k), scored.keys.shape[2])
     return attend_chosen(scored, chosen, logits.masked_fill(chosen[:, :, None], -torch.inf).logsumexp(-1, keepdim=True))
@@ -285,40 +257,28 @@ def high_bit_logits(scored: Scored, store: KVStore) -> Tensor:
     return (logits + scored.rows @ store.mean[..., None]).masked_fill(~scored.filled[:, :, None], -torch.inf)
 
 
-def planes_step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    store: KVStore,
-    state: Limit | None,
-    *,
-    share: float,
-    least: float = LEAST,
-    **exact: Any,
-) -> Tensor:
+def planes_step(step: Step, *, share: float, least: float = LEAST) -> Tensor:
     """Score all tokens by the high bit of a sketch of two, and the best of them, and they alone, by both.
 
-    The residual counts the others by their high bits. With a state, heads attend to what they need as in
+    The residual counts the others by their high bits. With a state, heads attend to as many tokens as they need, as in
     `least_weight_step`, else to k tokens.
 
     Args:
-        query: [B, H, D].
-        key: [B, Hkv, D].
-        value: [B, Hkv, Dv].
-        store: the layer's, with a sketch of two bits.
-        state: the limit, or None.
+        step: its inputs; a sketch of two bits, and a cost threshold or None as state.
         share: of a row's tokens that are scored by both bits.
         least: see `least_weight_step`.
-        **exact: scaling, softcap and sinks.
     """
-    scored = score_tokens(query, key, value, store, exact, uneven=True)
-    size, rough = scored.keys.shape[2], high_bit_logits(scored, store)
+    scored = step.score(uneven=True)
+    size, rough = scored.keys.shape[2], high_bit_logits(scored, step.store)
     count = (scored.filled.sum(-1, keepdim=True) * share).ceil().clamp(min=scored.k)
     order = group_weights(rough).argsort(dim=-1, descending=True, stable=True)
     near = torch.zeros_like(scored.filled).scatter_(-1, order, torch.arange(size) < count)
     logits = torch.where(near[:, :, None], scored.logits, rough)
     weight = (group_weights(logits) / logits.shape[2]).masked_fill(~near, 0)
-    chosen = mask_of(select_top(weight, scored.k), size) if state is None else heavy(weight, state, scored.k, least)
+    if step.state is None:
+        chosen = mask_of(select_top(weight, scored.k), size)
+    else:
+        chosen = heavy(weight, step.state, scored.k, least)
     rest = logits.masked_fill(chosen[:, :, None], -torch.inf).logsumexp(-1, keepdim=True)
     return attend_chosen(scored, chosen, rest)
 

@@ -1,7 +1,7 @@
-"""What an arm of the ablation is, and the split that makes it read as many bytes as `rocketkv` does.
+"""Arms of the ablation, and the split with which an arm reads as many bytes as `rocketkv`.
 
-Bytes are those of `stats()` as budgets count (16 bits; index, scales and means included), mean over the steps, and what
-an arm says that it reads beside them.
+Bytes are those of `stats()`, counted in 16 bits (index, scales and means included), mean over the steps, and the extra
+bytes that an arm declares.
 
 Letters: B batch, Hkv KV heads, S tokens of the prompt, W window, t token budget, D head dim, N stored tokens, k tokens
 attended to.
@@ -31,7 +31,7 @@ WIDEST_WINDOW = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """For what a split is made.
+    """The inputs of a split.
 
     Attributes:
         prompt: tokens of the prompt.
@@ -48,27 +48,27 @@ class Case:
     group: int = 1
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Arm:
     """One way to store and to read.
 
     Attributes:
-        name: method, and after a colon what is changed.
+        name: the method, and after a colon the change.
         what: the change in a few words.
         split: from a case to the split, before bytes are made equal.
-        fitted: the field of the split that makes bytes equal, or None where they are what they are.
+        fitted: the field of the split that makes bytes equal, or None where they stay unequal.
         window_size: W of stage 1.
         kernel_size: of its pooling.
-        ranks: from a layer's values and number to what ranks in stage 1, or None for the library's.
+        ranks: from a layer's values and number to the scores of stage 1, or None for the library's.
         summary: from the window's queries, the prompt's keys and values, the closed store, and scaling, softcap and
-            sinks to what the step is given as its state; or None.
+            sinks to the state of its steps; or None.
         storage: from the window's queries, the prompt's keys and values, N, the pooling, and scaling, softcap and sinks
-            to what each head stores, [B, Hkv, S] bool, where heads do not store as much as each other; or None.
+            to the tokens that each head stores, [B, Hkv, S] bool, where their numbers differ; or None.
         step: the decode step.
-        extra: tokens' worth of bytes that the step reads beside what `stats()` counts.
+        extra: tokens' worth of bytes that the step reads in addition to `stats()`.
         extra_a_head: likewise, for each query head of a group but one.
-        extra_bytes: from the split, the case and a step's number, from 1, to the bytes that it reads beside what
-            `stats()` counts, less than 0 where it leaves out a part of the index; or None.
+        extra_bytes: from the split, the case and a step's number, from 1, to the bytes that it reads in addition
+            to `stats()`, below 0 where it does not read a part of the index; or None.
     """
 
     name: str
@@ -86,12 +86,12 @@ class Arm:
     extra_bytes: Callable[[BudgetSplit, Case, int], float] | None = None
 
     def extra_tokens(self, group: int) -> float:
-        """Return the tokens' worth of bytes that a step reads beside what `stats()` counts, of G query heads."""
+        """Return the tokens' worth of bytes that a step of G query heads reads in addition to `stats()`."""
         return self.extra + self.extra_a_head * (group - 1)
 
 
 def mean_bytes(split: BudgetSplit, case: Case) -> float:
-    """Return the bytes that a step reads a row and KV head, as budgets count, mean over the steps."""
+    """Return the bytes that a step reads per row and KV head, counted in 16 bits, mean over the steps."""
     dims = (case.head_dim, case.head_dim)
     counts = (stored_in(split, case, step) for step in range(1, case.steps + 1))
     return fmean(step_bytes(split, count, dims, (2, 2), nominal=True) for count in counts)
@@ -102,8 +102,8 @@ def stored_in(split: BudgetSplit, case: Case, step: int) -> int:
     return step + (case.prompt if split.kept_tokens is None else min(split.kept_tokens, case.prompt))
 
 
-def bytes_beside(arm: Arm, split: BudgetSplit, case: Case) -> float:
-    """Return the bytes that a step reads beside what `stats()` counts, a row and KV head, mean over the steps."""
+def extra_bytes_of(arm: Arm, split: BudgetSplit, case: Case) -> float:
+    """Return the bytes that a step reads in addition to `stats()`, per row and KV head, mean over the steps."""
     beside = arm.extra_tokens(case.group) * 4 * case.head_dim
     if arm.extra_bytes is not None:
         beside += fmean(arm.extra_bytes(split, case, step) for step in range(1, case.steps + 1))
@@ -116,16 +116,16 @@ def target_bytes(case: Case) -> float:
 
 
 def fitted_split(arm: Arm, case: Case) -> BudgetSplit:
-    """Return an arm's split, with equal bytes where it is to have them.
+    """Return an arm's split, with equal bytes where the arm is fitted.
 
     Raises:
-        ValueError: there is no such split, for instance because the window would not be kept.
+        ValueError: no split has equal bytes, for instance because the window would not be kept.
     """
     split, field = arm.split(case), arm.fitted
     if field is None:
         return split
     token = 4 * case.head_dim
-    spare = target_bytes(case) - mean_bytes(split, case) - bytes_beside(arm, split, case)
+    spare = target_bytes(case) - mean_bytes(split, case) - extra_bytes_of(arm, split, case)
     count = (getattr(split, field) or 0) + round(spare / token)
     least = arm.window_size + 1 if field == "kept_tokens" else 1
     if count < least:

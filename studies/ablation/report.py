@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
@@ -12,10 +11,8 @@ from rocketkv.eval.measures.kl import Window
 from rocketkv.eval.records import digest
 
 from .arms import BY_NAME
-from .capture import Settings
 from .run import RecordDict
 
-SCHEMA = 1
 BASELINE = "rocketkv"
 
 
@@ -35,7 +32,7 @@ def text_errors(record: RecordDict) -> list[float]:
 
 
 def summary(record: RecordDict, baseline: RecordDict | None) -> dict[str, Any]:
-    """Return an arm's figures, and what they are of the baseline's."""
+    """Return an arm's figures and their ratios to the baseline's."""
     errors = text_errors(record)
     found: dict[str, Any] = {
         "mean_kl": None if record["kl"] is None else fmean(record["kl"]),
@@ -49,12 +46,10 @@ def summary(record: RecordDict, baseline: RecordDict | None) -> dict[str, Any]:
     return found
 
 
-def document(settings: Settings, windows: Sequence[Window], records: Sequence[RecordDict]) -> dict[str, Any]:
-    """Return everything as plain numbers."""
+def document(windows: Sequence[Window], records: Sequence[RecordDict]) -> dict[str, Any]:
+    """Return texts and arms as plain numbers."""
     baselines = {record["budget"]: record for record in records if record["arm"] == BASELINE}
     return {
-        "schema": SCHEMA,
-        "settings": asdict(settings),
         "texts": [{"id": window.id, "sha256": digest(window.ids), "notes": window.notes} for window in windows],
         "arms": [{**record, **summary(record, baselines.get(record["budget"]))} for record in records],
     }

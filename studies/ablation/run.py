@@ -1,7 +1,7 @@
 """Run the arms of the ablation over one capture of a model's texts.
 
-The model reads each text once, whole; queries, keys and values of every layer are taken down. From these, each arm's
-store is made as the model's own prefill would make it, and two things are measured:
+The model reads each text once, whole, and queries, keys and values of every layer are stored. Each arm's store is made
+from these as the model's own prefill would make it. Measured are:
 
 - *KL(full || arm)* of the next-token distributions, nats, mean over the teacher-forced steps: the texts as one batch
   through the patched model, every step on the arm's own stores;
@@ -20,7 +20,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypedDict
 
-import safetensors.torch
 import torch
 import transformers
 from torch import Tensor
@@ -31,27 +30,29 @@ from rocketkv.budget import BudgetSplit
 from rocketkv.config import RocketKVConfig
 from rocketkv.core.eviction import prompt_scores
 from rocketkv.core.masks import LazyMask
-from rocketkv.eval.journal import Journal
+from rocketkv.eval.generate import DecodeLoop
 from rocketkv.eval.measures.kl import Window
 from rocketkv.eval.progress import Progress
-from rocketkv.eval.records import digest, write_atomically
+from rocketkv.eval.records import digest
 from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.layer import RocketKVLayer
-from rocketkv.hf.models import CACHE_ARGUMENT, find_decoder
+from rocketkv.hf.models import find_decoder
 from rocketkv.hf.patch import patch
 from rocketkv.hf.prefill import FastAttention
 from rocketkv.state.stats import step_bytes
 
+from ..settings import journal_of
 from .arms import FULL
 from .capture import Layer, Settings, capture, joined_heads, multi_query, one_head, own_channels
-from .choice import Limit, fitted_limit
-from .fit import RESERVE, TOLERANCE, WIDEST_WINDOW, Arm, Case, bytes_beside, fitted_split, target_bytes
+from .choice import CostThreshold, fitted_threshold
+from .fit import RESERVE, TOLERANCE, WIDEST_WINDOW, Arm, Case, extra_bytes_of, fitted_split, target_bytes
+from .steps import Step
 
 VERSION = 2
 
 
 class RecordDict(TypedDict):
-    """What one arm gave at one budget."""
+    """The result of one arm at one budget."""
 
     arm: str
     budget: int
@@ -62,17 +63,17 @@ class RecordDict(TypedDict):
     decoded_bytes: float | None  # likewise, of the run that the KL is of
     target_bytes: float
     stored: int  # of the prompt, a row and KV head
-    limit: float | None  # of heads that attend to what they need
+    threshold: float | None  # cost up to which heads attend to tokens
     split: dict[str, Any]
 
 
 class ArmLayer(RocketKVLayer):
-    """A cache's layer whose store was made of a capture, and whose steps are an arm's.
+    """A layer of a cache whose store comes from a capture and whose steps are an arm's.
 
     Args:
         arm: the arm.
         split: its split.
-        layer: what the model's layer was given.
+        layer: inputs of the model's layer.
         prompt: tokens of the prompt.
     """
 
@@ -83,7 +84,7 @@ class ArmLayer(RocketKVLayer):
         store = self.store
         store.extend(key, value, expected=prompt)
         if arm.storage is not None and split.kept_tokens is not None:
-            # What a head does not store is to it as padding is.
+            # Tokens that a head does not store are padding to it.
             held = arm.storage(window, key, value, split.kept_tokens, kernel_size=arm.kernel_size, **layer.exact)
             store.reopen(key, value, torch.where(held, torch.arange(prompt, dtype=torch.int32), -1), prompt)
             split = replace(split, kept_tokens=None)
@@ -100,40 +101,28 @@ class ArmLayer(RocketKVLayer):
         self.state = None if arm.summary is None else arm.summary(window, key, value, store, **layer.exact)
         self.read: list[float] = []
 
-    def attend(
-        self,
-        query: Tensor,
-        mask: LazyMask | None,
-        *,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-        fast: FastAttention,
-    ) -> Tensor:
-        """Take the pending token in and attend by the arm's step; return [B, 1, H, Dv]."""
+    def attend(self, query: Tensor, mask: LazyMask | None, *, fast: FastAttention, **exact: Any) -> Tensor:
+        """Append the pending token and attend by the arm's step; return [B, 1, H, Dv]."""
         if self.pending is None or query.shape[2] != 1:
             raise ValueError("attend follows update, and takes one token at a time")
         key, value = self.pending
         self.pending = None
         if self.shared_by is not None:
             query, key, value = one_head(query, key, value)
-        return self.step_of(query[:, :, 0], key[:, :, 0], value[:, :, 0], scaling, softcap, sinks)[:, None]
+        return self.step_of(query[:, :, 0], key[:, :, 0], value[:, :, 0], **exact)[:, None]
 
-    def step_of(
-        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
-    ) -> Tensor:
+    def step_of(self, query: Tensor, key: Tensor, value: Tensor, **exact: Any) -> Tensor:
         """Run the arm's step on [B, H, D] and [B, Hkv, D], as the store has them; return the model's [B, H, Dv]."""
-        exact: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
         counted = self._next_bytes()
-        out = self.arm.step(query, key, value, self.store, self.state, **exact)
+        out = self.arm.step(Step(query, key, value, self.store, self.state, exact))
         split = self.store.split
-        if isinstance(self.state, Limit) and split is not None and split.top_k is not None:
+        if isinstance(self.state, CostThreshold) and split is not None and split.top_k is not None:
             counted += (self.state.attended - split.top_k) * 4 * query.shape[-1]
         self.read.append(counted)
         return out if self.shared_by is None else own_channels(out, self.shared_by)
 
     def _next_bytes(self) -> float:
-        """Return the bytes that the step that comes reads, a row and KV head, as budgets count."""
+        """Return the bytes that the next step reads, per row and KV head, counted in 16 bits."""
         store = self.store
         if store.keys is None or store.values is None or store.lengths is None:
             raise ValueError("the prompt is not closed")
@@ -145,7 +134,7 @@ class ArmLayer(RocketKVLayer):
 
 
 def replay(made: ArmLayer, layer: Layer, prompt: int) -> list[list[float]]:
-    """Give a store the full model's own steps, and take them back again; return errors of each text and KV head."""
+    """Run a store through the full model's steps and crop it again; return errors of each text and KV head."""
     batch, steps = layer.out.shape[:2]
     outputs = []
     made.read.clear()
@@ -161,18 +150,19 @@ def replay(made: ArmLayer, layer: Layer, prompt: int) -> list[list[float]]:
     return found
 
 
-def fit_limit(made: Sequence[ArmLayer], layers: Sequence[Layer], prompt: int) -> float | None:
-    """Find the limit with which heads that attend to what they need read as much as they may, all layers together.
+def fit_threshold(made: Sequence[ArmLayer], layers: Sequence[Layer], prompt: int) -> float | None:
+    """Set the cost threshold with which all layers together read as much as they may, on the full model's steps.
 
-    It is found, and set, on the full model's own steps; None where the arm has no such limit.
+    Returns:
+        The threshold, or None where the arm has none.
     """
-    states = [own.state for own in made if isinstance(own.state, Limit)]
+    states = [own.state for own in made if isinstance(own.state, CostThreshold)]
     split = made[0].store.split
     if not states or split is None or split.top_k is None:
         return None
     for own, layer in zip(made, layers, strict=True):
         replay(own, layer, prompt)
-    found = fitted_limit(states, split.top_k)
+    found = fitted_threshold(states, split.top_k)
     for state in states:
         state.value = found
     return found
@@ -181,30 +171,23 @@ def fit_limit(made: Sequence[ArmLayer], layers: Sequence[Layer], prompt: int) ->
 def run_steps(
     model: PreTrainedModel, layers: Sequence[RocketKVLayer], windows: Sequence[Window], prompt: int
 ) -> Iterator[Tensor]:
-    """Give the tokens behind the prompt to a model whose cache's layers these are; yield logits [B, vocabulary]."""
+    """Step a model, whose cache has these layers, through the tokens after the prompt; yield logits [B, vocabulary]."""
     config = layers[0].config
     cache = RocketKVCache(find_decoder(model)[0].config, config)
     cache.layers[:] = list(layers)
     ids = torch.tensor([window.ids for window in windows], device=model.device)
+    loop = DecodeLoop(model=model, cache=cache, seen=prompt)
     with patch(model, config):
         for place in range(prompt, ids.shape[1]):
-            positions = torch.full((len(windows), 1), place, device=model.device)
-            given: dict[str, Any] = {"position_ids": positions, CACHE_ARGUMENT: cache, "logits_to_keep": 1}
-            yield model(ids[:, place : place + 1], **given).logits[:, -1].float()
+            yield loop.step(ids[:, place : place + 1]).float()
 
 
-def reference(
-    model: PreTrainedModel, layers: Sequence[Layer], windows: Sequence[Window], settings: Settings, path: Path
-) -> Tensor:
-    """Return the full cache's log-probabilities [m, B, vocabulary] float32: computed once, then read from a file."""
-    if path.exists():
-        return safetensors.torch.load(path.read_bytes())["logprobs"]
+@torch.inference_mode()
+def reference(model: PreTrainedModel, layers: Sequence[Layer], windows: Sequence[Window], settings: Settings) -> Tensor:
+    """Return the full cache's log-probabilities [m, B, vocabulary] float32."""
     split = fitted_split(FULL, _case(layers, settings, settings.prompt))
     made = [ArmLayer(FULL, split, layer, settings.prompt) for layer in layers]
-    rows = [logits.log_softmax(-1) for logits in run_steps(model, made, windows, settings.prompt)]
-    found = torch.stack(rows)
-    write_atomically(path, safetensors.torch.save({"logprobs": found}))
-    return found
+    return torch.stack([logits.log_softmax(-1) for logits in run_steps(model, made, windows, settings.prompt)])
 
 
 def _case(layers: Sequence[Layer], settings: Settings, budget: int) -> Case:
@@ -228,10 +211,10 @@ def divergences(expected: Tensor, logits: Iterator[Tensor]) -> tuple[list[float]
 
 
 def check_bytes(arm: Arm, record: RecordDict) -> None:
-    """Check that an arm read as many bytes as all others.
+    """Check that an arm reads as many bytes as all others.
 
     Raises:
-        ValueError: it did not, and is neither an oracle nor a floor.
+        ValueError: it does not, and is neither an oracle nor a floor.
     """
     ratio = record["step_bytes"] / record["target_bytes"]
     if arm.fitted is not None and abs(ratio - 1) > TOLERANCE:
@@ -258,18 +241,18 @@ def run_arm(
     """
     case = _case(layers, settings, budget)
     split = fitted_split(arm, case)
-    beside = bytes_beside(arm, split, case)
+    extra = extra_bytes_of(arm, split, case)
     made = [ArmLayer(arm, split, layer, settings.prompt) for layer in layers]
-    limit = fit_limit(made, layers, settings.prompt)
+    threshold = fit_threshold(made, layers, settings.prompt)
     errors = [replay(own, layer, settings.prompt) for own, layer in zip(made, layers, strict=True)]
     stored = [own.store.lengths.double().mean().item() for own in made if own.store.lengths is not None]
-    read = beside + fmean(fmean(own.read) for own in made)
+    read = extra + fmean(fmean(own.read) for own in made)
     kl = agreement = decoded = None
     if expected is not None:
         for own in made:
             own.read.clear()
         kl, agreement = divergences(expected, run_steps(model, made, windows, settings.prompt))
-        decoded = beside + fmean(fmean(own.read) for own in made)
+        decoded = extra + fmean(fmean(own.read) for own in made)
     record: RecordDict = {
         "arm": arm.name,
         "budget": budget,
@@ -280,7 +263,7 @@ def run_arm(
         "decoded_bytes": decoded,
         "target_bytes": target_bytes(case),
         "stored": round(fmean(stored)),
-        "limit": limit,
+        "threshold": threshold,
         "split": asdict(split),
     }
     check_bytes(arm, record)
@@ -301,18 +284,18 @@ def measure(
     Args:
         model: a model to which no method is attached.
         windows: the texts, of `prompt + steps` tokens each.
-        settings: what is measured.
+        settings: options of the study.
         arms: in their order.
         budgets: likewise, t of each.
-        folder: of the journal and of the full cache's log-probabilities.
+        folder: of the journal.
         progress: with a step for each arm and budget.
 
     Raises:
         ValueError: see `capture` and `run_arm`.
     """
-    journal = Journal(folder / "journal.jsonl")
-    base = [VERSION, __version__, torch.__version__, transformers.__version__, asdict(settings)]
-    base.append([window.ids for window in windows])
+    journal = journal_of(folder)
+    of_run = [settings.model, settings.joined, settings.multi_query, settings.prompt, settings.steps]
+    base = [VERSION, __version__, torch.__version__, transformers.__version__, of_run, [w.ids for w in windows]]
     layers: list[Layer] = []
     expected: Tensor | None = None
     records = []
@@ -325,10 +308,7 @@ def measure(
                     if settings.joined > 1:
                         layers = joined_heads(layers, settings.joined)
                     else:
-                        path = folder / f"full-logprobs-{digest(base)[:16]}.safetensors"
-                        with torch.inference_mode():
-                            progress.say("decoding over the full cache")
-                            expected = reference(model, layers, windows, settings, path)
+                        expected = reference(model, layers, windows, settings)
                     if settings.multi_query:
                         layers = [multi_query(layer) for layer in layers]
                 progress.say(f"{arm.name} at {budget}")

@@ -1,7 +1,7 @@
-"""What stands in place of a stage in an ablation: other ranks of stage 1, other decode steps. None is the library's.
+"""Replacements of a stage in an ablation: other ranks of stage 1, other decode steps.
 
-Steps are written to be read, not to be fast: what they would read is counted by the arm that uses them, and they may
-read more. All rows of a store have as many tokens as the others, and models have neither soft-cap nor sinks.
+The steps are not optimised and may read more than the arm counts. All rows of a store have equally many tokens, and
+models have neither soft-cap nor learned sinks.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, Dv of values, N stored tokens, S tokens of the
 prompt, k tokens attended to, m segments.
@@ -32,16 +32,11 @@ WIDE_FACTORS = (*FACTORS, 2.0, 2.5, 3.0, 4.0, 6.0)  # where the weight stands fo
 Ranks = Callable[..., Tensor]
 
 
-def plain_step(query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Any, **exact: Any) -> Tensor:
-    """Run the library's own decode step."""
-    return decode_step(query, key, value, store, backend="torch", **exact)
-
-
 # Ranks of stage 1: in place of `eviction.prompt_scores`, given the layer's values and number.
 
 
 def random_ranks(values: Tensor, number: int) -> Ranks:
-    """Rank the tokens before the window by chance: the control."""
+    """Rank the tokens before the observation window by chance: the control."""
 
     def ranks(window: Tensor, keys: Tensor, **_: Any) -> Tensor:
         generator = torch.Generator().manual_seed(number)
@@ -96,7 +91,7 @@ class Scored(NamedTuple):
         logits: [B, Hkv, G, N], estimates.
         rows: [B, Hkv, G, D], the queries times the scaling.
         k: tokens to choose.
-        filled: [B, Hkv, N] bool, False behind the tokens of a row that has fewer; there logits are minus infinity.
+        filled: [B, Hkv, N] bool, False after the last token of a shorter row, where logits are minus infinity.
     """
 
     keys: Tensor
@@ -107,38 +102,55 @@ class Scored(NamedTuple):
     filled: Tensor
 
 
-def score_tokens(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    store: KVStore,
-    exact: dict[str, Any],
-    *,
-    uneven: bool = False,
-) -> Scored:
-    """Take a token in and score all that is stored by the store's index; rows may differ where `uneven` allows it."""
-    store.append(key, value)
-    index, split = index_of(store.split), store.split
-    if store.keys is None or store.values is None or split is None or split.top_k is None or index is None:
-        raise ValueError("such a step needs a store that is scored")
-    if store.lengths is None or exact["softcap"] is not None or exact["sinks"] is not None:
-        raise ValueError("such a step takes no soft-cap and no sinks")
-    if not (store.uniform or uneven):
-        raise ValueError("such a step takes no rows of fewer tokens than others")
-    stored, scaling = store.stored, exact["scaling"]
-    keys, values = store.keys[:, :, :stored], store.values[:, :, :stored]
-    lengths = None if store.uniform else store.lengths
-    logits = index.score(
-        query, store.index_parts(), store.keys, stored=stored, lengths=lengths, scaling=scaling, softcap=None
-    )
-    grouped = (query.shape[0], keys.shape[1], query.shape[1] // keys.shape[1], -1)
-    filled = torch.arange(stored) < store.lengths[..., None]
-    logits = logits.view(grouped).masked_fill(~filled[:, :, None], -torch.inf)
-    return Scored(keys, values, logits, query.view(grouped) * scaling, min(split.top_k, stored), filled)
+class Step(NamedTuple):
+    """The inputs of one decode step.
+
+    Attributes:
+        query: [B, H, D].
+        key: [B, Hkv, D].
+        value: [B, Hkv, Dv].
+        store: the layer's.
+        state: of the arm, from its `summary`; None without one.
+        exact: scaling, softcap and sinks.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    store: KVStore
+    state: Any
+    exact: dict[str, Any]
+
+    def score(self, *, uneven: bool = False) -> Scored:
+        """Append the token and score all stored tokens by the index; rows may differ in length where `uneven`."""
+        store, query = self.store, self.query
+        store.append(self.key, self.value)
+        index, split = index_of(store.split), store.split
+        if store.keys is None or store.values is None or split is None or split.top_k is None or index is None:
+            raise ValueError("such a step needs a store that is scored")
+        if store.lengths is None or self.exact["softcap"] is not None or self.exact["sinks"] is not None:
+            raise ValueError("such a step takes no soft-cap and no sinks")
+        if not (store.uniform or uneven):
+            raise ValueError("such a step takes no rows of fewer tokens than others")
+        stored, scaling = store.stored, self.exact["scaling"]
+        keys, values = store.keys[:, :, :stored], store.values[:, :, :stored]
+        lengths = None if store.uniform else store.lengths
+        logits = index.score(
+            query, store.index_parts(), store.keys, stored=stored, lengths=lengths, scaling=scaling, softcap=None
+        )
+        grouped = (query.shape[0], keys.shape[1], query.shape[1] // keys.shape[1], -1)
+        filled = torch.arange(stored) < store.lengths[..., None]
+        logits = logits.view(grouped).masked_fill(~filled[:, :, None], -torch.inf)
+        return Scored(keys, values, logits, query.view(grouped) * scaling, min(split.top_k, stored), filled)
+
+
+def plain_step(step: Step) -> Tensor:
+    """Run the library's own decode step."""
+    return decode_step(step.query, step.key, step.value, step.store, backend="torch", **step.exact)
 
 
 def group_weights(logits: Tensor) -> Tensor:
-    """Return by what the library ranks tokens, [B, Hkv, N], of logits [B, Hkv, G, N]."""
+    """Return the weights [B, Hkv, N] by which the library ranks tokens, from logits [B, Hkv, G, N]."""
     return logits.softmax(-1).sum(2)
 
 
@@ -169,9 +181,9 @@ def _attended(scored: Scored, positions: Tensor, columns: Tensor, column_values:
     return (weight @ torch.cat((values, column_values), 2)).flatten(1, 2)
 
 
-def sketch_mass_step(query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Any, **exact: Any) -> Tensor:
-    """Take the weight of the chosen tokens, too, from the estimates (as SparQ does)."""
-    scored = score_tokens(query, key, value, store, exact)
+def sketch_mass_step(step: Step) -> Tensor:
+    """Take the weight of the chosen tokens from the estimates, too, as SparQ does."""
+    scored = step.score()
     positions = select_top(group_weights(scored.logits), scored.k)
     keys, values = gather_tokens(positions, scored.keys, scored.values)
     out = (scored.rows @ keys.transpose(-1, -2)).softmax(-1) @ values
@@ -180,9 +192,9 @@ def sketch_mass_step(query: Tensor, key: Tensor, value: Tensor, store: KVStore, 
     return ((1 - rest) * out + rest * _mean_of_others(scored.values, values)).flatten(1, 2)
 
 
-def ends_step(query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Any, **exact: Any) -> Tensor:
+def ends_step(step: Step) -> Tensor:
     """Attend to the first four tokens and to the last k/8 whatever their scores."""
-    scored = score_tokens(query, key, value, store, exact)
+    scored = step.score()
     shared = group_weights(scored.logits)
     shared[..., :4] = shared[..., -max(1, scored.k // 8) :] = torch.inf
     positions = select_top(shared, scored.k)
@@ -191,17 +203,15 @@ def ends_step(query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: 
     return _attended(scored, positions, columns, _mean_of_others(scored.values, own))
 
 
-def segments_step(
-    query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Any, *, segments: int, **exact: Any
-) -> Tensor:
-    """Have a residual for each of m runs of neighbouring tokens, with a mean value of its own."""
-    scored = score_tokens(query, key, value, store, exact)
+def segments_step(step: Step, *, segments: int) -> Tensor:
+    """Use a residual for each of m runs of neighbouring tokens, each with its mean value."""
+    scored = step.score()
     positions = select_top(group_weights(scored.logits), scored.k)
     return _attended(scored, positions, *_segment_columns(scored, positions, segments))
 
 
 def _segment_columns(scored: Scored, positions: Tensor, segments: int) -> tuple[Tensor, Tensor]:
-    """Return logits [B, Hkv, G, m] and values [B, Hkv, m, Dv] of what was not chosen, a column a segment."""
+    """Return logits [B, Hkv, G, m] and values [B, Hkv, m, Dv] of the other tokens, a column a segment."""
     stored = scored.values.shape[2]
     size = -(-stored // segments)
     missing = size * segments - stored
@@ -215,7 +225,7 @@ def _segment_columns(scored: Scored, positions: Tensor, segments: int) -> tuple[
 
 
 class Evicted(NamedTuple):
-    """What is kept of the tokens that stage 1 evicted, a summary for each of m runs of them.
+    """A summary of the tokens that stage 1 evicted, for each of m runs of them.
 
     Attributes:
         tokens: [B, Hkv, m, 1], how many.
@@ -233,7 +243,7 @@ class Evicted(NamedTuple):
 def evicted_summary(
     window: Tensor, keys: Tensor, values: Tensor, store: KVStore, *, runs: int, **exact: Any
 ) -> Evicted:
-    """Summarise what stage 1 left out of a prompt's keys [B, Hkv, S, D] and values [B, Hkv, S, Dv]."""
+    """Summarise the evicted tokens of a prompt's keys [B, Hkv, S, D] and values [B, Hkv, S, Dv]."""
     if store.positions is None:
         raise ValueError("the prompt is not closed")
     batch, kv_heads, size = keys.shape[:3]
@@ -254,32 +264,22 @@ def evicted_summary(
     return Evicted(*(torch.stack(part, 2) for part in parts))
 
 
-def evicted_step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    store: KVStore,
-    state: Evicted,
-    *,
-    with_variance: bool,
-    segments: int = 1,
-    **exact: Any,
-) -> Tensor:
-    """Count the evicted tokens in as well: their mean value, with the weight that normal logits would have together.
+def evicted_step(step: Step, *, with_variance: bool) -> Tensor:
+    """Include the evicted tokens: their mean value, with the weight of normally distributed logits.
 
     The mean of exp(l) for normal l is exp(mean + variance / 2); channels are taken as independent of each other.
     """
-    scored = score_tokens(query, key, value, store, exact)
+    scored = step.score()
     positions = select_top(group_weights(scored.logits), scored.k)
-    columns, own = _segment_columns(scored, positions, segments)
-    logits = scored.rows @ state.key.transpose(-1, -2) + state.tokens.log().transpose(-1, -2)
+    columns, own = _segment_columns(scored, positions, 1)
+    logits = scored.rows @ step.state.key.transpose(-1, -2) + step.state.tokens.log().transpose(-1, -2)
     if with_variance:
-        logits = logits + scored.rows.square() @ state.variance.transpose(-1, -2) / 2
-    return _attended(scored, positions, torch.cat((columns, logits), -1), torch.cat((own, state.value), 2))
+        logits = logits + scored.rows.square() @ step.state.variance.transpose(-1, -2) / 2
+    return _attended(scored, positions, torch.cat((columns, logits), -1), torch.cat((own, step.state.value), 2))
 
 
 class Calibrated(NamedTuple):
-    """What the window's queries say of the residual in each query head.
+    """Calibration of the residual of each query head by the window's queries.
 
     Attributes:
         factor: [B, Hkv, G, 1], of its weight.
@@ -294,7 +294,7 @@ class Calibrated(NamedTuple):
 def calibrate(
     window: Tensor, keys: Tensor, values: Tensor, store: KVStore, *, learned: bool, **exact: Any
 ) -> Calibrated:
-    """Choose the factors with which the window's queries, had they been steps, would have erred least.
+    """Choose the factors with the least error for the window's queries as steps.
 
     Errors are against exact attention to the whole prompt.
 
@@ -345,14 +345,12 @@ def calibrate(
     return Calibrated(torch.tensor(factors)[torch.stack(errors).argmin(0)][..., None], value)
 
 
-def calibrated_step(
-    query: Tensor, key: Tensor, value: Tensor, store: KVStore, state: Calibrated, **exact: Any
-) -> Tensor:
-    """Have a residual whose weight, and maybe value, is calibrated for each query head."""
-    scored = score_tokens(query, key, value, store, exact)
+def calibrated_step(step: Step) -> Tensor:
+    """Use a residual whose weight, and optionally value, is calibrated for each query head."""
+    scored = step.score()
     positions = select_top(group_weights(scored.logits), scored.k)
     keys, values = gather_tokens(positions, scored.keys, scored.values)
-    column = _without(scored.logits, positions).logsumexp(-1, keepdim=True) + state.factor.log()
+    column = _without(scored.logits, positions).logsumexp(-1, keepdim=True) + step.state.factor.log()
     weight = torch.cat((scored.rows @ keys.transpose(-1, -2), column), -1).softmax(-1)
-    other = _mean_of_others(scored.values, values) if state.value is None else state.value
+    other = _mean_of_others(scored.values, values) if step.state.value is None else step.state.value
     return (weight[..., :-1] @ values + weight[..., -1:] * other).flatten(1, 2)

@@ -1,16 +1,16 @@
-"""Four texts of different kinds, so that a method is not judged by one: each is made offline and from a seed.
+"""Four texts of different kinds, each made offline and from a seed.
 
-- `prose`: sentences about everyday scenes, as task `kl` has them;
+- `prose`: sentences about everyday scenes, as in task `kl`;
 - `manual`: Python's language reference, which comes with Python (`pydoc_data.topics`), from some place on;
 - `code`: the source of a module of Python's standard library, from some place on;
-- `facts`: prose with numbers in it, that are said again at the end: what comes next lies far back.
+- `facts`: prose with numbers that are repeated at the end, so that the prediction depends on distant tokens.
 
-Manual and code are those of the Python that runs, so another version of it may have others: records hold a hash.
+Manual and code depend on the version of Python; records contain a hash.
 """
 
 from __future__ import annotations
 
-import argparse  # whose source is a text
+import argparse  # its source is a text
 import inspect
 import pydoc_data.topics
 import random
@@ -32,7 +32,7 @@ def four_texts(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> li
     """Return a text of each kind, of `length` tokens.
 
     Raises:
-        ValueError: there is no text that long.
+        ValueError: no text is that long.
     """
     rng = random.Random(f"ablation {seed}")
     manual = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))

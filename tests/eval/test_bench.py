@@ -29,7 +29,7 @@ def test_nothing_is_timed_when_a_step_is_wrong(index: str | None, what: str, mon
         return real(query, key, value, store, params) + 1e-2 * spoilt
 
     monkeypatch.setattr(bench, "decode_step", wrong)
-    monkeypatch.setattr(bench, "_alternate", lambda *args: pytest.fail("timed a wrong result"))
+    monkeypatch.setattr(bench, "alternate", lambda *args: pytest.fail("timed a wrong result"))
     with pytest.raises(RuntimeError, match=f"{what} is wrong.*nothing is timed"):
         bench.bench_attention(context=600, token_budget=96, rounds=1, steps=1, heads=4, kv_heads=2, head_dim=16)
 

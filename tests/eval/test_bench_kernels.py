@@ -27,6 +27,7 @@ from rocketkv.eval.bench.kernel_cases import (
     needed_bytes,
     split_of,
 )
+from rocketkv.eval.checks import WrongResultError
 from rocketkv.kernels import decode
 from rocketkv.kernels.dense_decode import INTERPRETED, dense_decode
 
@@ -169,7 +170,7 @@ def test_a_wrong_result_is_refused(
     broken(name, monkeypatch)
     monkeypatch.setattr(bench_kernels, "alternate", lambda *args: pytest.fail("timed a wrong result"))
     buffers = CaseBuffers(SMALL, TINY_LAYER, FP32, DEVICE, None)
-    with torch.inference_mode(), pytest.raises(gpu_timing.WrongResultError, match=said) as raised:
+    with torch.inference_mode(), pytest.raises(WrongResultError, match=said) as raised:
         bench_kernels.run_checks(SMALL, kernel_arms.case_arms(buffers).arms)
     assert "nothing is timed" in str(raised.value)
     assert str(SMALL) in str(raised.value)
@@ -275,7 +276,7 @@ def test_arms_alternate_and_the_first_round_does_not_count() -> None:
     assert seconds == {"a": [3.0, 5.0, 7.0, 9.0, 11.0], "b": [4.0, 6.0, 8.0, 10.0, 12.0]}
     assert gpu_timing.spread(seconds["a"]) == {"median": 7.0, "min": 3.0, "max": 11.0}
     with pytest.raises(ValueError, match="at least 5"):
-        gpu_timing.alternate({}, 4)
+        gpu_timing.require_rounds(4)
 
 
 class FakeGraphs:
@@ -358,7 +359,7 @@ def test_a_graph_with_another_result_is_refused(monkeypatch: pytest.MonkeyPatch)
     def run(number: int) -> Tensor:
         return plain.run(number) if fakes.capturing is None else wrapped(number)
 
-    with pytest.raises(gpu_timing.WrongResultError, match="this gives another result as a CUDA graph"):
+    with pytest.raises(WrongResultError, match="this as a CUDA graph is wrong"):
         gpu_timing.capture(replace(plain, run=run))
 
 
@@ -403,10 +404,10 @@ def test_checks_without_the_interpreter_say_what_to_set(
 
 
 def test_a_nan_is_not_near() -> None:
-    kernel_checks.require_near("this", torch.ones(3), torch.ones(3, dtype=torch.float64))
+    kernel_checks.require_precise("this", torch.ones(3), torch.ones(3, dtype=torch.float64))
     for wrong in (torch.nan, 1.001):
-        with pytest.raises(gpu_timing.WrongResultError, match="this is wrong"):
-            kernel_checks.require_near("this", torch.full((3,), wrong), torch.ones(3, dtype=torch.float64))
+        with pytest.raises(WrongResultError, match="this is wrong"):
+            kernel_checks.require_precise("this", torch.full((3,), wrong), torch.ones(3, dtype=torch.float64))
 
 
 @pytest.mark.integration

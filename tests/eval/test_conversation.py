@@ -16,7 +16,8 @@ from transformers.cache_utils import Cache
 
 from eval_case import END, model, sample, tokenizer, words
 from rocketkv import patch
-from rocketkv.eval.conversation import Conversation, ask, end_tokens
+from rocketkv.eval.conversation import answer_sample, end_tokens
+from rocketkv.eval.generate import DecodeLoop
 from rocketkv.eval.methods import Compressed, Full, Method, find_method
 from rocketkv.eval.records import digest
 from rocketkv.eval.tasks.base import Sample, Turn
@@ -93,7 +94,7 @@ UNENDING: PreTrainedTokenizerBase = Unending()  # type: ignore[assignment]
 def forwards(
     tiny: PreTrainedModel, method: Method, prompts: list[list[int]], count: int
 ) -> tuple[list[int], list[Tensor], Cache]:
-    """Read prompts one after the other on a new cache, then generate greedily: the loop that `ask` is held against."""
+    """Read prompts one after the other on a new cache, then generate greedily: the reference of `answer_sample`."""
     with method.attached(tiny):
         cache = method.new_cache(tiny, len(prompts[0]))
         seen = 0
@@ -109,22 +110,21 @@ def forwards(
 
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> tuple[list[list[int]], list[Tensor]]:
-    """Note the prompts that conversations read, and the logits of every forward."""
+    """Record the prompts of decode loops, and the logits of every forward."""
     prompts: list[list[int]] = []
     rows: list[Tensor] = []
-    read, forward = Conversation.read, Conversation._forward
+    prefill, step = DecodeLoop.prefill, DecodeLoop.step
 
-    def noted_read(self: Conversation, ids: list[int]) -> tuple[Tensor, float]:
-        prompts.append(list(ids))
-        return read(self, ids)
+    def recorded_prefill(self: DecodeLoop, ids: list[list[int]]) -> Tensor:
+        prompts.append(list(ids[0]))
+        return prefill(self, ids)
 
-    def noted_forward(self: Conversation, ids: list[int]) -> tuple[Tensor, float]:
-        logits, seconds = forward(self, ids)
-        rows.append(logits.clone())
-        return logits, seconds
+    def recorded_step(self: DecodeLoop, ids: Any) -> Tensor:
+        rows.append(step(self, ids)[0].clone())
+        return self.logits
 
-    monkeypatch.setattr(Conversation, "read", noted_read)
-    monkeypatch.setattr(Conversation, "_forward", noted_forward)
+    monkeypatch.setattr(DecodeLoop, "prefill", recorded_prefill)
+    monkeypatch.setattr(DecodeLoop, "step", recorded_step)
     return prompts, rows
 
 
@@ -135,7 +135,7 @@ def test_agnostic_questions_are_each_asked_of_the_context_alone(
 ) -> None:
     prompts, rows = spied(monkeypatch)
     made = sample(turns=3)
-    answers = ask(tiny, UNENDING, method_of(name), made, mode="agnostic", chat=chat)
+    answers = answer_sample(tiny, UNENDING, method_of(name), made, mode="agnostic", chat=chat)
     context, *questions = prompts
     before, end = ("<|user|>", f"{END}<|assistant|>") if chat else ("", "")
     assert context == ids_of(before + made.context)
@@ -157,8 +157,8 @@ def test_agnostic_answers_do_not_depend_on_the_questions_before(tiny: PreTrained
     made = replace(made, turns=tuple(replace(turn, answer_prefix=f" {n}") for n, turn in enumerate(made.turns)))
     backwards = replace(made, turns=made.turns[::-1])
     for name in METHODS:
-        forth = ask(tiny, UNENDING, method_of(name), made, mode="agnostic").predictions
-        back = ask(tiny, UNENDING, method_of(name), backwards, mode="agnostic").predictions
+        forth = answer_sample(tiny, UNENDING, method_of(name), made, mode="agnostic").predictions
+        back = answer_sample(tiny, UNENDING, method_of(name), backwards, mode="agnostic").predictions
         assert forth == back[::-1]
         assert len(set(forth)) > 1
 
@@ -170,7 +170,7 @@ def test_a_further_question_follows_the_right_answer(
 ) -> None:
     prompts, rows = spied(monkeypatch)
     made = sample(turns=3)
-    answers = ask(tiny, UNENDING, method_of(name), made, chat=chat)
+    answers = answer_sample(tiny, UNENDING, method_of(name), made, chat=chat)
     one, two, three = made.turns
     if chat:
         first = f"<|user|>{made.context}{one.question}{END}<|assistant|>{one.answer_prefix}"
@@ -197,7 +197,7 @@ def test_without_an_answer_prefix_the_right_answer_is_as_it_is(
     tiny: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts, _ = spied(monkeypatch)
-    ask(tiny, UNENDING, Full(), sample(turns=2, answer_prefix=""))
+    answer_sample(tiny, UNENDING, Full(), sample(turns=2, answer_prefix=""))
     assert prompts[1][: len(ids_of("00"))] == ids_of("00")
 
 
@@ -205,7 +205,7 @@ def test_what_the_model_wrote_changes_no_further_answer(tiny: PreTrainedModel) -
     made = sample(turns=2)
     for name in METHODS:
         long, short = (
-            ask(
+            answer_sample(
                 tiny,
                 UNENDING,
                 method_of(name),
@@ -223,7 +223,7 @@ def test_asked_aware_the_full_cache_is_stock_generate(chat: bool, tiny: PreTrain
     prompt = render(WORDS, made.context, made.turns[0].question, made.turns[0].answer_prefix, chat=chat)
     ids = torch.tensor([encode(WORDS, prompt)[0]])
     expected = tiny.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
-    answers = ask(tiny, UNENDING, Full(), made, chat=chat)
+    answers = answer_sample(tiny, UNENDING, Full(), made, chat=chat)
     assert answers.predictions == (WORDS.decode(expected[0, ids.shape[1] :], skip_special_tokens=True),)
     assert answers.cost["new_tokens"] == 20
     assert answers.cost["prompt_tokens"] == ids.shape[1]
@@ -238,8 +238,8 @@ def test_asked_aware_a_method_is_the_patched_models_generate(name: str, tiny: Pr
     assert isinstance(method, Compressed)
     with patch(tiny, method.config):
         expected = tiny.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
-    full = ask(tiny, UNENDING, Full(), made)
-    answers = ask(tiny, UNENDING, method, made)
+    full = answer_sample(tiny, UNENDING, Full(), made)
+    answers = answer_sample(tiny, UNENDING, method, made)
     assert answers.predictions == (WORDS.decode(expected[0, ids.shape[1] :], skip_special_tokens=True),)
     assert answers.predictions != full.predictions
 
@@ -254,7 +254,7 @@ def test_an_end_token_ends_an_answer_and_is_no_part_of_it(tiny: PreTrainedModel)
     try:
         for ends in (end, [NEVER, end]):
             tiny.generation_config.eos_token_id = ends
-            answers = ask(tiny, UNENDING, Full(), made)
+            answers = answer_sample(tiny, UNENDING, Full(), made)
             assert answers.predictions == (WORDS.decode(until, skip_special_tokens=True),)
             assert answers.cost["new_tokens"] == len(until)
     finally:
@@ -271,7 +271,7 @@ def test_end_tokens_are_the_models_and_the_tokenizers(tiny: PreTrainedModel) -> 
 def test_at_most_so_many_tokens(own: int, given: int | None, expected: int, tiny: PreTrainedModel) -> None:
     for mode in ("aware", "agnostic"):
         made = sample(turns=2, max_new_tokens=own)
-        answers = ask(tiny, UNENDING, Full(), made, mode=mode, max_new_tokens=given)
+        answers = answer_sample(tiny, UNENDING, Full(), made, mode=mode, max_new_tokens=given)
         assert answers.cost["new_tokens"] == 2 * expected
 
 
@@ -280,7 +280,7 @@ def test_at_most_so_many_tokens(own: int, given: int | None, expected: int, tiny
 def test_the_cost_is_the_caches_own_count(name: str, mode: str, tiny: PreTrainedModel) -> None:
     made = sample(max_new_tokens=8)
     watched = Watched(method_of(name))
-    answers = ask(tiny, UNENDING, watched, made, mode=mode)
+    answers = answer_sample(tiny, UNENDING, watched, made, mode=mode)
     (cache,) = watched.caches  # a single turn is asked on the cache itself
     stats, cost = cache_stats(cache), answers.cost
     expected = {"kv_bytes": stats.total_bytes} | {
@@ -308,7 +308,7 @@ def test_the_cost_is_the_caches_own_count(name: str, mode: str, tiny: PreTrained
 
 
 def test_a_long_answer_has_a_trace_of_few_points(tiny: PreTrainedModel) -> None:
-    answers = ask(tiny, UNENDING, Full(), sample(max_new_tokens=200))
+    answers = answer_sample(tiny, UNENDING, Full(), sample(max_new_tokens=200))
     assert [tokens for tokens, _ in answers.trace] == list(range(3, 201, 3))
 
 
@@ -328,36 +328,36 @@ def test_the_model_is_as_it_was(name: str, fails: bool, tiny: PreTrainedModel, m
         def failing(*_: Any) -> None:
             raise MemoryError("no more")
 
-        monkeypatch.setattr(Conversation, "write", failing)
+        monkeypatch.setattr(DecodeLoop, "greedy", failing)
         with pytest.raises(MemoryError, match="no more"):
-            ask(tiny, UNENDING, method_of(name), sample())
+            answer_sample(tiny, UNENDING, method_of(name), sample())
     else:
-        ask(tiny, UNENDING, method_of(name), sample())
+        answer_sample(tiny, UNENDING, method_of(name), sample())
     assert stock(tiny) == before
     assert torch.equal(tiny(given).logits, logits)
 
 
 def test_what_cannot_be_asked_is_refused(tiny: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="mode must be 'aware' or 'agnostic', got 'both'"):
-        ask(tiny, UNENDING, Full(), sample(), mode="both")
+        answer_sample(tiny, UNENDING, Full(), sample(), mode="both")
     with pytest.raises(ValueError, match=r"the tokenizer has no chat template.*--no-chat"):
-        ask(tiny, PLAIN, Full(), sample(), chat=True)
+        answer_sample(tiny, PLAIN, Full(), sample(), chat=True)
     with pytest.raises(ValueError, match="at most the 4096 tokens that the model takes, got"):
-        ask(tiny, UNENDING, Full(), sample(length=4100))
+        answer_sample(tiny, UNENDING, Full(), sample(length=4100))
 
 
 def test_a_turn_without_a_right_answer_is_followed_by_the_question(
     tiny: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts, _ = spied(monkeypatch)
-    ask(tiny, UNENDING, Full(), sample(turns=2, answers=(), answer_prefix=""))
+    answer_sample(tiny, UNENDING, Full(), sample(turns=2, answers=(), answer_prefix=""))
     assert prompts[1] == ids_of("\n\n\nquestion 1: what is the number?")
 
 
 def test_a_sample_may_have_turns_of_its_own_length(tiny: PreTrainedModel) -> None:
     turns = tuple(Turn(question=f"\n{n}?", answers=("a",), max_new_tokens=n) for n in (1, 4))
     made = Sample(id="a", context=words(1, 50), turns=turns)
-    assert ask(tiny, UNENDING, Full(), made).cost["new_tokens"] == 5
+    assert answer_sample(tiny, UNENDING, Full(), made).cost["new_tokens"] == 5
 
 
 @pytest.mark.parametrize("mode", ["aware", "agnostic"])
@@ -368,7 +368,7 @@ def test_caches_do_not_wait_for_the_garbage_collector(tiny: PreTrainedModel, mod
     gc.collect()
     gc.disable()
     try:
-        ask(tiny, UNENDING, method, made, mode=mode)
+        answer_sample(tiny, UNENDING, method, made, mode=mode)
         live = [weakref.ref(cache.layers[0]) for cache in method.caches]
         method.caches.clear()
         assert [reference() for reference in live] == [None] * len(live)

@@ -262,7 +262,7 @@ def test_the_cut_between_prompt_and_continuation_is_part_of_the_key(
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-5], lambda content: b"", lambda content: b"x" * 40])
-def test_a_damaged_reference_is_set_aside(forwards: tuple[Any, list[int]], tmp_path: Path, damage: Any) -> None:
+def test_a_damaged_reference_is_quarantined(forwards: tuple[Any, list[int]], tmp_path: Path, damage: Any) -> None:
     model, seen = forwards
     first = full_logprobs(model, PROMPT, CONTINUATION, model_name="tiny", folder=tmp_path)
     (path,) = tmp_path.iterdir()

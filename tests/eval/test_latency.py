@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicCache
 
 from rocketkv import RocketKVConfig
-from rocketkv.eval.bench.gpu_timing import WrongResultError
+from rocketkv.eval.checks import WrongResultError
 from rocketkv.eval.measures import latency
 from rocketkv.eval.measures.latency import (
     Configuration,
@@ -30,7 +30,6 @@ from rocketkv.eval.measures.latency import (
     main,
     measure_apart,
     measure_latency,
-    percentile,
 )
 from rocketkv.eval.measures.memory import (
     OutOfMemory,
@@ -220,13 +219,6 @@ def test_refuses(name: str, value: int, least: int) -> None:
 def test_refuses_other_devices() -> None:
     with pytest.raises(ValueError, match="measured on cpu or cuda, got a model on meta"):
         measured(build().to("meta"), Full())
-
-
-@pytest.mark.parametrize(
-    ("count", "share", "expected"), [(1, 0.95, 1), (20, 0.95, 19), (21, 0.95, 20), (100, 0.95, 95), (4, 0.0, 1)]
-)
-def test_percentile_is_the_nearest_rank(count: int, share: float, expected: int) -> None:
-    assert percentile([float(value) for value in range(count, 0, -1)], share) == expected
 
 
 @counts_peaks

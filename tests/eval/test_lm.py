@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from eval_case import make_bench, save, tokenizer, words
+from eval_case import make_session, save, tokenizer, words
 from presses import KeepFirst, module
 from rocketkv.cli.main import main
 from rocketkv.eval.lm import RocketKVLM
 from rocketkv.eval.lm_eval_cli import with_model
 from rocketkv.eval.methods import Full, find_method
-from rocketkv.eval.sweep.cells import Bench, run_cell
+from rocketkv.eval.sweep.cells import Session, run_cell
 from rocketkv.eval.sweep.plan import Plan, cells
-from rocketkv.hf.cache import cache_stats
 from rocketkv.hf.loading import load_model
 from tiny import NEVER
 
@@ -162,7 +161,7 @@ def test_a_small_budget_shows_in_log_likelihoods(folder: Path, evaluate: Any) ->
 
 
 def test_it_is_said_that_log_likelihoods_take_steps(folder: Path) -> None:
-    lm = make_bench(folder, Path("unused")).lm
+    lm = RocketKVLM(str(folder), method="full", device="cpu")
     with pytest.warns(UserWarning, match="teacher-forced decoding, a step a token"):
         lm._loglikelihood_tokens([(("a", "b"), [5, 6], [7])], disable_tqdm=True)
 
@@ -185,7 +184,7 @@ def test_a_rolling_log_likelihood_is_the_methods_and_cached_by_its_text(folder: 
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import CacheHook
 
-    lm = make_bench(folder, Path("unused")).lm
+    lm = RocketKVLM(str(folder), method="full", device="cpu")
     hook = CacheHook(None)
     hook.dbdict = {}
     lm.cache_hook = hook
@@ -241,8 +240,8 @@ def test_the_model_is_ours() -> None:
 
 
 @pytest.fixture
-def bench(folder: Path, tmp_path: Path) -> Bench:
-    return make_bench(folder, tmp_path)
+def session(folder: Path, tmp_path: Path) -> Session:
+    return make_session(folder, tmp_path)
 
 
 def stock_cells(task: str, **fields: Any) -> list[Any]:
@@ -250,8 +249,8 @@ def stock_cells(task: str, **fields: Any) -> list[Any]:
     return cells(Plan(**{"model": "tiny", "samples": 2, "max_new_tokens": 5, **known, **fields}), chat=False)
 
 
-def test_a_stock_task_is_a_cell_of_a_sweep(bench: Bench) -> None:
-    records = [run_cell(bench, cell) for cell in stock_cells("mine_generate")]
+def test_a_stock_task_is_a_cell_of_a_sweep(session: Session) -> None:
+    records = [run_cell(session, cell) for cell in stock_cells("mine_generate")]
     for record in records:
         assert record["metric"] == "exact_match"
         assert [sample["id"] for sample in record["samples"]] == ["0", "1"]
@@ -269,32 +268,32 @@ def test_a_stock_task_is_a_cell_of_a_sweep(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_a_stock_tasks_prompt_is_in_the_chat_template_where_asked(chat: bool, bench: Bench) -> None:
+def test_a_stock_tasks_prompt_is_in_the_chat_template_where_asked(chat: bool, session: Session) -> None:
     (cell,) = stock_cells("mine_generate", methods=("full",), samples=1, chat=chat)
-    (sample,) = run_cell(bench, cell)["samples"]
+    (sample,) = run_cell(session, cell)["samples"]
     prompt = f"{ROWS[0]['text']} {ROWS[0]['question']}"
     ids = WORDS(f"<|user|>{prompt}<|end|><|assistant|>" if chat else prompt)["input_ids"]
     assert sample["cost"]["prompt_tokens"] == len(ids)
 
 
-def test_a_stock_task_that_generates_nothing_is_refused(bench: Bench) -> None:
+def test_a_stock_task_that_generates_nothing_is_refused(session: Session) -> None:
     with pytest.raises(ValueError, match="'mine_choice' must generate text and score it with a number"):
-        run_cell(bench, stock_cells("mine_choice", methods=("full",))[0])
+        run_cell(session, stock_cells("mine_choice", methods=("full",))[0])
 
 
 def test_batches_are_for_methods_that_pad(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module(monkeypatch, "kvpress", KeepFirst=KeepFirst)
-    lm = make_bench(folder, Path("unused")).lm
+    lm = RocketKVLM(str(folder), method="full", device="cpu")
     lm.model.generation_config.eos_token_id = NEVER
     rows = torch.tensor([WORDS(words(n, 30))["input_ids"][:40] for n in (1, 2)])
     mask = torch.ones_like(rows)
     for method in (Full(), find_method("rocketkv", 24, {"window_size": 8, "decode_reserve": 8})):
-        lm.bind(method, None)
+        lm.method = method
         both = lm._model_generate(rows, 46, [], attention_mask=mask)
         for row in range(2):
             alone = lm._model_generate(rows[row : row + 1], 46, [], attention_mask=mask[:1])
             assert torch.equal(both[row], alone[0])
-    lm.bind(find_method("kvpress:KeepFirst", 24), None)
+    lm.method = find_method("kvpress:KeepFirst", 24)
     with pytest.raises(ValueError, match=r"'kvpress:KeepFirst' makes a cache for one sequence, got 2; set batch_size"):
         lm._model_generate(rows, 46, [], attention_mask=mask)
     lm.tok_batch_encode(["a prompt"])
@@ -303,16 +302,3 @@ def test_batches_are_for_methods_that_pad(folder: Path, monkeypatch: pytest.Monk
     assert (
         cost["kv_bytes"] == (24 + 5) * 2 * 2 * 2 * 16 * 4
     )  # kept, and written after: layers, heads, K and V, channels
-
-
-def test_samples_of_ours_need_somebody_who_answers(folder: Path) -> None:
-    from lm_eval.api.instance import Instance
-
-    lm = make_bench(folder, Path("unused")).lm
-    request = Instance("generate_until", {"rocketkv_sample": "a"}, ("", {}), 0)
-    with pytest.raises(ValueError, match="samples of ours need `bind`"):
-        lm.generate_until([request], disable_tqdm=True)
-    lm.bind(Full(), lambda name: [f"{name}1", f"{name}2"])
-    assert lm.generate_until([request], disable_tqdm=True) == ['["a1", "a2"]']
-    assert lm.generate_until([], disable_tqdm=True) == []
-    assert cache_stats(Full().new_cache(lm.model, 1)).total_bytes == 0

@@ -18,7 +18,7 @@ from eval_case import know_tasks, made_task, model, sample, save, tokenizer
 from presses import KeepFirst, module
 from rocketkv import METHODS, RocketKVConfig
 from rocketkv.cli.main import main
-from rocketkv.eval.conversation import ask
+from rocketkv.eval.conversation import answer_sample
 from rocketkv.eval.methods import SETTINGS, Compressed, Full, find_method, takes_budget
 from rocketkv.eval.records import records
 from rocketkv.hf.cache import RocketKVCache
@@ -142,7 +142,7 @@ def test_a_press_keeps_its_budget_and_tokens_their_positions(mode: str) -> None:
         lambda _, args, kwargs: seen.append(kwargs["position_ids"][0].tolist()), with_kwargs=True
     )
     made = sample(turns=2, max_new_tokens=4)
-    answers = ask(tiny, words, find_method("kvpress:KeepFirstPress", 30), made, mode=mode)
+    answers = answer_sample(tiny, words, find_method("kvpress:KeepFirstPress", 30), made, mode=mode)
     prompts = [position for position in seen if len(position) > 1]
     length = prompts[0][-1] + 1
     assert length > 60

@@ -23,10 +23,10 @@ from rocketkv.eval.records import (
     digest,
     finished,
     label,
+    quarantine,
     read_record,
     record_path,
     records,
-    set_aside,
     write_atomically,
     write_record,
 )
@@ -176,7 +176,7 @@ def damaged(text: str, how: str) -> str:
     "how",
     ["empty", "truncated", "last byte", "no object", "edited", "another schema", "no checksum", "not a number"],
 )
-def test_a_damaged_record_is_told_and_set_aside(how: str, tmp_path: Path) -> None:
+def test_a_damaged_record_is_told_and_quarantined(how: str, tmp_path: Path) -> None:
     record = made_record([100.0, 0.0])
     path = record_path(tmp_path, record["cell"])
     write_record(path, record)
@@ -209,15 +209,15 @@ def test_a_record_under_the_key_of_another_cell_is_refused(tmp_path: Path) -> No
         read_record(path)
 
 
-def test_what_is_set_aside_does_not_push_out_what_was_before(tmp_path: Path) -> None:
+def test_what_is_quarantined_does_not_push_out_what_was_before(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     for number in (1, 2, 3):
         path.write_text(str(number), encoding="utf-8")
-        assert set_aside(path).name == f"a.json.damaged-{number}"
+        assert quarantine(path).name == f"a.json.damaged-{number}"
     assert sorted(found.read_text() for found in tmp_path.iterdir()) == ["1", "2", "3"]
 
 
-def test_a_record_that_another_process_has_set_aside_is_simply_gone(
+def test_a_record_that_another_process_has_quarantined_is_simply_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.json"
@@ -330,7 +330,7 @@ def test_samples_are_made_anew_when_their_files_change(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["truncated", "edited", "empty", "not text"])
-def test_damaged_samples_are_set_aside_and_made_anew(how: str, tmp_path: Path) -> None:
+def test_damaged_samples_are_quarantined_and_made_anew(how: str, tmp_path: Path) -> None:
     task, asked = counted(made_task())
     first = prepare(tmp_path, task, preparation())
     (path,) = (tmp_path / "data").iterdir()

@@ -19,16 +19,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from eval_case import know_tasks, made_cells, made_task, make_bench, sample, save, words
+from eval_case import know_tasks, made_cells, made_task, make_session, sample, save, words
 from made_records import made_record
 from presses import module
 from rocketkv.eval.journal import Journal
 from rocketkv.eval.methods import Full
 from rocketkv.eval.records import CELLS, CellDict, Record, finished, read_record, record_path, records, write_record
 from rocketkv.eval.sweep import cells as cells_module
-from rocketkv.eval.sweep.cells import Bench, journal_path, mean_cost, run_cell
+from rocketkv.eval.sweep.cells import Session, journal_path, mean_cost, run_cell
 from rocketkv.eval.sweep.plan import Plan, cells, shard
-from rocketkv.eval.sweep.run import Counts, claimed, merge, run_cells, substance
+from rocketkv.eval.sweep.run import Counts, merge, run_cells, substance, try_lock
 
 OWN = "rocketkv_test_method"
 FLAGS = [
@@ -47,9 +47,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bench(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+def session(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
     know_tasks(monkeypatch, made_task(turns=2), made_task("other"))
-    return make_bench(folder, tmp_path / "results")
+    return make_session(folder, tmp_path / "results")
 
 
 class Children:
@@ -215,10 +215,10 @@ def test_torchrun_parts_the_cells_among_its_processes(folder: Path, undisturbed:
     assert done.stderr.count(f"{half} cells done, 0 were before") == 2  # neither waited for the other, none ran twice
 
 
-def test_a_cell_has_a_record_of_all_its_answers(bench: Bench) -> None:
+def test_a_cell_has_a_record_of_all_its_answers(session: Session) -> None:
     full, other = made_cells()
-    assert str(run_cells(bench, [full, other])) == "2 cells done, 0 were before"
-    record = read_record(record_path(bench.results, full))
+    assert str(run_cells(session, [full, other])) == "2 cells done, 0 were before"
+    record = read_record(record_path(session.results, full))
     assert (record["cell"], record["status"], record["metric"]) == (full, "complete", "letters")
     assert [sample["id"] for sample in record["samples"]] == ["s0", "s1"]
     for number, made in enumerate(record["samples"]):
@@ -229,57 +229,56 @@ def test_a_cell_has_a_record_of_all_its_answers(bench: Bench) -> None:
     assert record["score"] == pytest.approx(sum(made["score"] for made in record["samples"]) / 2)
     assert record["cost"]["prompt_tokens"] == sum(s["cost"]["prompt_tokens"] for s in record["samples"]) / 2
     assert record["provenance"]["versions"]["torch"] == torch.__version__
-    assert record["data"] == read_record(record_path(bench.results, other))["data"]
-    assert bench.lm.method.name == "streaming"
-    assert str(run_cells(bench, [full, other])) == "0 cells done, 2 were before"
+    assert record["data"] == read_record(record_path(session.results, other))["data"]
+    assert str(run_cells(session, [full, other])) == "0 cells done, 2 were before"
 
 
-def test_what_a_journal_has_is_not_asked_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_journal_has_is_not_asked_again(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     (cell,) = made_cells(methods=("full",), samples=4)
-    undisturbed = run_cell(bench, cell)
-    journal_path(bench.results, cell).unlink()
+    undisturbed = run_cell(session, cell)
+    journal_path(session.results, cell).unlink()
     asked: list[str] = []
-    ask = cells_module.ask
+    answer_sample = cells_module.answer_sample
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         asked.append(args[3].id)
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return ask(*args, **kwargs)
+        return answer_sample(*args, **kwargs)
 
-    monkeypatch.setattr(cells_module, "ask", interrupted)
+    monkeypatch.setattr(cells_module, "answer_sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_cells(bench, [cell])
-    path = journal_path(bench.results, cell)
+        run_cells(session, [cell])
+    path = journal_path(session.results, cell)
     assert len(Journal(path)) == 2
     path.write_bytes(path.read_bytes()[:-10])  # the kill came while the second one was written
     asked.append("between")
-    assert run_cells(bench, [cell]).done == 1
+    assert run_cells(session, [cell]).done == 1
     assert asked == ["s0", "s1", "s2", "between", "s1", "s2", "s3"]
-    assert substance(read_record(record_path(bench.results, cell))) == substance(undisturbed)
+    assert substance(read_record(record_path(session.results, cell))) == substance(undisturbed)
     assert not path.exists()
 
 
-def test_a_cell_that_another_process_holds_is_left_to_it(children: Children, bench: Bench) -> None:
+def test_a_cell_that_another_process_holds_is_left_to_it(children: Children, session: Session) -> None:
     first, second = made_cells()
-    path = record_path(bench.results, first)
+    path = record_path(session.results, first)
     holder = children.hold(path)
-    counts = run_cells(bench, [first, second])
-    assert counts == Counts(done=1, elsewhere=1)
-    assert str(counts) == "1 cells done, 0 were before, 1 left to another process"
+    counts = run_cells(session, [first, second])
+    assert counts == Counts(done=1, locked=1)
+    assert str(counts) == "1 cells done, 0 were before, 1 locked by another process"
     assert finished(path) is None
     os.kill(holder, signal.SIGKILL)
     assert children.wait(holder) == signal.SIGKILL
-    assert run_cells(bench, [first, second]) == Counts(done=1, done_before=1)  # its hold has ended with it
+    assert run_cells(session, [first, second]) == Counts(done=1, done_before=1)  # its hold has ended with it
 
 
 def test_a_hold_ends_with_its_block(tmp_path: Path) -> None:
     path = tmp_path / "cells" / "a.json"
-    with claimed(path) as first, claimed(path) as second:
+    with try_lock(path) as first, try_lock(path) as second:
         assert (first, second) == (True, False)
-    with contextlib.suppress(ValueError), claimed(path):
+    with contextlib.suppress(ValueError), try_lock(path):
         raise ValueError
-    with claimed(path) as third:
+    with try_lock(path) as third:
         assert third
 
 
@@ -302,7 +301,7 @@ class Starving(Full):
     ids=lambda error: type(error).__name__,
 )
 def test_memory_that_runs_out_is_recorded_and_the_sweep_goes_on(
-    error: Exception, bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception, session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Mine(Starving):
         pass
@@ -310,59 +309,54 @@ def test_memory_that_runs_out_is_recorded_and_the_sweep_goes_on(
     Mine.error = error
     module(monkeypatch, OWN, make=lambda budget: Mine(name=f"{OWN}:make", token_budget=budget))
     found = made_cells(methods=("full", f"{OWN}:make", "streaming"))
-    counts = run_cells(bench, found)
+    counts = run_cells(session, found)
     assert counts == Counts(done=2, out_of_memory=1)
     assert str(counts) == "2 cells done, 0 were before, 1 out of memory"
-    record = read_record(record_path(bench.results, found[1]))
+    record = read_record(record_path(session.results, found[1]))
     assert (record["status"], record["score"], record["samples"]) == ("out_of_memory", None, [])
     assert "no memory for that prompt" in record["message"]
     assert f"{OWN}:make 24: out of memory" in capsys.readouterr().err
-    assert run_cells(bench, found) == Counts(done_before=3)
+    assert run_cells(session, found) == Counts(done_before=3)
 
 
-def test_another_error_is_raised_and_the_records_before_it_stay(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_error_is_raised_and_the_records_before_it_stay(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Mine(Starving):
         error = RuntimeError("a bug of the method")
 
     module(monkeypatch, OWN, make=lambda budget: Mine(name=f"{OWN}:make", token_budget=budget))
     found = made_cells(methods=("full", f"{OWN}:make", "streaming"))
     with pytest.raises(RuntimeError, match="a bug of the method"):
-        run_cells(bench, found)
-    assert [record["cell"]["method"] for record in records(bench.results)] == ["full"]
+        run_cells(session, found)
+    assert [record["cell"]["method"] for record in records(session.results)] == ["full"]
     module(monkeypatch, OWN, make=lambda budget: Full(name=f"{OWN}:make", token_budget=budget))
-    assert run_cells(bench, found) == Counts(done=2, done_before=1)  # once the method is mended
-    scores = {record["cell"]["method"]: record["score"] for record in records(bench.results)}
+    assert run_cells(session, found) == Counts(done=2, done_before=1)  # once the method is mended
+    scores = {record["cell"]["method"]: record["score"] for record in records(session.results)}
     assert scores["full"] == scores[f"{OWN}:make"]
 
 
 @pytest.mark.parametrize("mode", ["aware", "agnostic"])
-def test_at_a_full_budget_a_method_answers_as_the_full_cache(mode: str, bench: Bench) -> None:
+def test_at_a_full_budget_a_method_answers_as_the_full_cache(mode: str, session: Session) -> None:
     found = made_cells(methods=("full", "rocketkv", "streaming"), budgets=(4096,), agnostic=mode == "agnostic")
-    run_cells(bench, found)
-    made = [read_record(record_path(bench.results, cell)) for cell in found]
+    run_cells(session, found)
+    made = [read_record(record_path(session.results, cell)) for cell in found]
     assert {cell["mode"] for cell in found} == {mode}
     assert substance(made[0]) == substance(made[1]) == substance(made[2])
 
 
-def test_lm_eval_has_the_last_word_on_scores(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = iter(range(100))
-    know_tasks(monkeypatch, made_task(score=lambda *_: float(next(scores))))
-    with pytest.raises(RuntimeError, match=r"the mean score of made is .*, but lm-eval has"):
-        run_cell(bench, made_cells(methods=("full",))[0])
-
-
-def test_a_text_with_any_character_is_asked_and_recorded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_with_any_character_is_asked_and_recorded(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     odd = dataclasses.replace(sample(), context=f"{words(0, 40)}\u2028 \x85 café {{{{ curly }}}} {{% raw %}}")
     know_tasks(monkeypatch, made_task(samples=lambda _: [odd]))
     (cell,) = made_cells(methods=("full",))
-    assert run_cells(bench, [cell]).done == 1
-    assert len(read_record(record_path(bench.results, cell))["samples"]) == 1
+    assert run_cells(session, [cell]).done == 1
+    assert len(read_record(record_path(session.results, cell))["samples"]) == 1
 
 
-def test_latency_needs_room_for_what_it_generates(bench: Bench) -> None:
+def test_latency_needs_room_for_what_it_generates(session: Session) -> None:
     (cell,) = made_cells(tasks=("latency",), methods=("full",), lengths=(32,), max_new_tokens=None)
     with pytest.raises(ValueError, match="length must be above the 32 tokens that latency generates, got 32"):
-        run_cell(bench, cell)
+        run_cell(session, cell)
 
 
 def changed(record: Record, **fields: Any) -> Record:

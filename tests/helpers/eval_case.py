@@ -13,11 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import tiny
-from rocketkv.eval.engine import quiet
-from rocketkv.eval.lm import RocketKVLM
-from rocketkv.eval.methods import Full
 from rocketkv.eval.records import CellDict
-from rocketkv.eval.sweep.cells import Bench
+from rocketkv.eval.sweep.cells import Session
 from rocketkv.eval.sweep.plan import Plan, cells
 from rocketkv.eval.tasks import base as task_module
 from rocketkv.eval.tasks.base import Preparation, Sample, Task, Turn
@@ -65,12 +62,9 @@ def save(folder: Path, *, chat: bool = True) -> Path:
     return folder
 
 
-def make_bench(folder: Path, results: Path, data_dir: Path | None = None) -> Bench:
-    """Return what cells run on, with the model of a folder."""
-    loaded, its_tokenizer = load_model(str(folder), torch.float32)
-    with quiet():
-        lm = RocketKVLM(loaded, method=Full(), tokenizer=its_tokenizer)
-    return Bench(lm, results, data_dir)
+def make_session(folder: Path, results: Path, data_dir: Path | None = None) -> Session:
+    """Return a session with the model of a folder."""
+    return Session(*load_model(str(folder), torch.float32), results, data_dir)
 
 
 def words(seed: int, count: int) -> str:

@@ -1,7 +1,7 @@
 """Command lines in processes of their own, forked from one that has imported everything: a start takes milliseconds.
 
 Reads a line of JSON for each: `["start", ARGUMENTS]`, answered by the process's id; `["hold", PATH]`, the same for one
-that claims a record and keeps it, which it says in a file beside it with the suffix `.held`; and `["wait", ID]`,
+that locks a record and keeps it, which it writes to a file with the suffix `.held`; and `["wait", ID]`,
 answered by how it ended, as `os.waitpid` has it.
 """
 
@@ -15,16 +15,16 @@ import traceback
 from pathlib import Path
 
 import torch
-from datasets import Dataset  # noqa: F401  # before a fork, as all that a sweep imports
-from lm_eval.api.task import ConfigurableTask  # noqa: F401
 
 from rocketkv.cli.main import main
-from rocketkv.eval import cells, command, lm, report, run  # noqa: F401
+from rocketkv.eval import cli  # noqa: F401  # before a fork, as all that a sweep imports
+from rocketkv.eval.report import write  # noqa: F401
+from rocketkv.eval.sweep import run
 
 
 def hold(path: Path) -> int:
-    with run.claimed(path) as mine:
-        path.with_suffix(".held").write_text(str(mine))
+    with run.try_lock(path) as locked:
+        path.with_suffix(".held").write_text(str(locked))
         time.sleep(600)
     return 0
 

@@ -13,9 +13,8 @@ from torch import Tensor
 import rocketkv
 from close import assert_near
 from rocketkv.hf.cache import RocketKVCache
-from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.compiled import TORCH
-from rocketkv.hf.layer import RocketKVLayer
+from rocketkv.hf.layer import RocketKVLayer, rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from static import compiling, inputs_of, own_loop, places
 from tiny import SETTINGS, SMALL, build, greedy, prompt

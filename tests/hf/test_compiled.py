@@ -19,9 +19,8 @@ import rocketkv
 from close import assert_near
 from rocketkv.budget import BudgetSplit
 from rocketkv.hf.cache import RocketKVCache, cache_stats
-from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.compiled import TORCH
-from rocketkv.hf.layer import RocketKVLayer, layer_of
+from rocketkv.hf.layer import RocketKVLayer, layer_of, rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from static import PADDED, PROMPT, ROOM, STATIC, compiling, inputs_of, later, own_loop, places, uncounted
 from tiny import SKETCH_SPLIT, SMALL, SPLIT, TRANSFORMERS, build, greedy, hand_written, prompt

@@ -189,7 +189,7 @@ def default_dtype(dtype: torch.dtype) -> Any:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_default_dtype_changes_nothing(method: str, dtype: torch.dtype) -> None:
 
-    fields = fields_of(method, decode_capacity=20, when_full="evict")
+    fields = fields_of(method, decode_capacity=20)
     model, ids = build(), prompt(100)
     with rocketkv.patch(model, **fields), torch.no_grad():
         rotation_matrix.cache_clear()

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 
 import rocketkv
 from hybrids import LINEAR, linear
-from rocketkv.hf.layer import rocketkv_layers
-from rocketkv.hf.layer import RocketKVLayer
+from rocketkv.hf.layer import RocketKVLayer, rocketkv_layers
 from tiny import COMMON, LARGE, SMALL, TRANSFORMERS, build, greedy, left_padded, prompt, sharpened
 
 pytestmark = pytest.mark.integration

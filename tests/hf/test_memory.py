@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 import rocketkv
-from rocketkv.hf.layer import rocketkv_layers
-from rocketkv.hf.layer import RocketKVLayer
+from rocketkv.hf.layer import RocketKVLayer, rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from rope import longrope
 from storages import walked

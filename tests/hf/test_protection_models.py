@@ -18,9 +18,8 @@ from protection_case import RANGES, SPAN, kept_by
 from rocketkv.budget import BudgetSplit
 from rocketkv.core import decode as core_decode
 from rocketkv.hf.cache import RocketKVCache
-from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.chat import chat_marks
-from rocketkv.hf.layer import RocketKVLayer
+from rocketkv.hf.layer import RocketKVLayer, rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from rocketkv.state.protection import RowMarks
 from static import PADDED, PROMPT

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import rocketkv
 from hybrids import LINEAR, linear
-from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.compiled import TORCH
+from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from static import ROOM, STATIC, inputs_of, own_loop, places
 from tiny import LARGE, SMALL, TRANSFORMERS, build, greedy, left_padded, prompt

@@ -18,7 +18,7 @@ from studies.ablation import run as ablation_run
 from studies.ablation import steps as ablation_steps
 from studies.ablation.arms import BY_NAME
 from studies.ablation.capture import Layer
-from studies.ablation.choice import Limit, best_of_heads, fitted_limit
+from studies.ablation.choice import CostThreshold, best_of_heads, fitted_threshold
 from studies.ablation.fit import Arm, fitted_split
 from studies.ablation.run import ArmLayer
 from tiny import build
@@ -42,7 +42,7 @@ def steps_of(layers: list[Layer], arm: Arm, count: int) -> tuple[ArmLayer, Tenso
     ("name", "changes"),
     [
         ("shared-k", {"least": 1}),
-        ("top-p", {}),  # no limit yet
+        ("top-p", {}),  # no threshold yet
         ("least-weight", {}),
         ("reuse-2", {"period": 1}),
         ("coarse", {"share": 1}),
@@ -72,7 +72,7 @@ def test_heads_that_share_take_the_best_of_all_and_some_of_their_own() -> None:
 def test_heads_that_take_what_they_need_read_as_much_on_average(layers: list[Layer], name: str) -> None:
     split = fitted_split(BY_NAME["rocketkv+:kernel-13"], CASE)
     made = [ArmLayer(BY_NAME[f"rocketkv+:{name}"], split, layer, PROMPT) for layer in layers]
-    assert ablation_run.fit_limit(made, layers, PROMPT) is not None
+    assert ablation_run.fit_threshold(made, layers, PROMPT) is not None
     plain = [ArmLayer(BY_NAME["rocketkv+:kernel-13"], split, layer, PROMPT) for layer in layers]
     for own, layer in zip([*made, *plain], [*layers, *layers], strict=True):
         ablation_run.replay(own, layer, PROMPT)
@@ -81,11 +81,11 @@ def test_heads_that_take_what_they_need_read_as_much_on_average(layers: list[Lay
     assert fmean(read[0]) == pytest.approx(fmean(read[1]), abs=1)
 
 
-def test_a_limit_is_the_highest_that_is_within_the_bytes() -> None:
-    state = Limit((0.0, 2.0))
+def test_cost_threshold_is_the_highest_that_is_within_the_bytes() -> None:
+    state = CostThreshold((0.0, 2.0))
     state.within(torch.tensor([[[0.1, 0.3, 0.5, 1.9], [0.2, 1.0, 1.2, 1.4]]]), 1)
     assert state.attended == 1
-    state.value = fitted_limit([state], 2)
+    state.value = fitted_threshold([state], 2)
     assert state.value == pytest.approx(1, abs=1e-4)
     assert state.within(torch.tensor([[[0.1, 0.3, 0.5, 1.9], [0.2, 1.1, 1.2, 1.4]]]), 1).sum(-1).tolist() == [[3, 1]]
 
@@ -106,7 +106,7 @@ def test_pages_left_out_are_not_scored(layers: list[Layer]) -> None:
     token = step_at(layer, 0)
     made, own = steps_of(layers, arm, 1)
     made.store.crop(PROMPT)
-    scored = ablation_steps.score_tokens(*token, made.store, layer.exact)
+    scored = ablation_steps.Step(*token, made.store, None, layer.exact).score()
     near = ablation_choice.near_tokens(token[0], scored, 32, 16, 0.5, layer.exact["scaling"])
     size = near.shape[-1]
     assert 0.4 * size < near.sum(-1).min() < 0.6 * size
@@ -118,7 +118,7 @@ def test_pages_left_out_are_not_scored(layers: list[Layer]) -> None:
 def test_high_bits_are_of_the_same_sketch(layers: list[Layer]) -> None:
     made = steps_of(layers, BY_NAME["rocketkv+:planes"], 1)[0]
     made.store.decoding.named_index()["codes"].fill_(0xFF)  # all channels 1.5 steps from the mean
-    scored = ablation_steps.score_tokens(*step_at(layers[0], 1), made.store, layers[0].exact)
+    scored = ablation_steps.Step(*step_at(layers[0], 1), made.store, None, layers[0].exact).score()
     shift = scored.rows @ made.store.decoding.named_index()["mean"][..., None]
     rough = ablation_choice.high_bit_logits(scored, made.store)[..., :-1] - shift
     expected = (scored.logits[..., :-1] - shift) * ablation_choice.HIGH_BIT / 1.5
@@ -129,7 +129,7 @@ def test_low_bits_of_what_ranks_low_are_not_read(layers: list[Layer]) -> None:
     arm, layer = BY_NAME["rocketkv+:planes"], layers[0]
     made, own = steps_of(layers, arm, 1)
     made.store.crop(PROMPT)
-    scored = ablation_steps.score_tokens(*step_at(layer, 0), made.store, layer.exact)
+    scored = ablation_steps.Step(*step_at(layer, 0), made.store, None, layer.exact).score()
     rough = ablation_steps.group_weights(ablation_choice.high_bit_logits(scored, made.store))
     size = rough.shape[-1]
     low = ablation_choice.mask_of(rough.argsort(dim=-1)[..., : int(0.7 * size)], size)

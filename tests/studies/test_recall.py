@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 
 import rocketkv
-from rocketkv.eval.journal import Journal
+from rocketkv.eval.generate import shared_prefill
 from rocketkv.eval.methods import Compressed, Full
 from studies import recall
-from studies.recall import Settings, ask, markdown, method_of, study
-from studies.retention import read
+from studies.recall import Settings, answer, markdown, method_of, study
 from tiny import SKETCH_SPLIT, SMALL, VOCABULARY, build, greedy, prompt
 
 FIELDS: dict[str, dict[str, Any]] = {
@@ -26,13 +25,13 @@ FIELDS: dict[str, dict[str, Any]] = {
 def test_an_arm_answers_as_if_it_had_read_the_prompt_itself(name: str) -> None:
     model, ids = build(), prompt(120)
     method = Compressed(rocketkv.RocketKVConfig(**FIELDS[name]))
-    head = read(model, [ids[0].tolist()])
-    found = ask(model, method, head, ids[0].tolist(), 12)
+    shared = shared_prefill(model, [ids[0].tolist()])
+    found = answer(model, method, shared, 12)
     with rocketkv.patch(model, method.config):
         expected, *_ = greedy(model, ids, 12)
     assert found == expected[0].tolist()
     full, *_ = greedy(model, ids, 12)
-    assert ask(model, Full(), head, ids[0].tolist(), 12) == full[0].tolist()
+    assert answer(model, Full(), shared, 12) == full[0].tolist()
 
 
 def test_arms_are_named() -> None:
@@ -57,9 +56,8 @@ class Words:
 
 def test_a_study_asks_each_arm_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
-    monkeypatch.setattr(recall, "load_model", lambda name: (model, Words()))
     asked: list[str] = []
-    own = recall.ask
+    own = recall.answer
 
     def counted(model: Any, method: Any, *rest: Any) -> list[int]:
         if len(asked) == 3:
@@ -67,18 +65,19 @@ def test_a_study_asks_each_arm_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         asked.append(method.name)
         return own(model, method, *rest)
 
-    monkeypatch.setattr(recall, "ask", counted)
+    monkeypatch.setattr(recall, "answer", counted)
     settings = Settings(tokens=(400,), prompts=2, arms=("full", "streaming:64"))
     with pytest.raises(KeyboardInterrupt):
-        study(settings, Journal(tmp_path / "journal"))
+        study(model, Words(), settings, tmp_path)  # type: ignore[arg-type]
     asked.clear()
-    result = study(settings, Journal(tmp_path / "journal"))
+    result = study(model, Words(), settings, tmp_path)  # type: ignore[arg-type]
     assert asked == ["streaming"]
     assert {arm: len(answers) for arm, answers in result["right"]["400"].items()} == {"full": 2, "streaming:64": 2}
 
 
 def test_the_table() -> None:
-    lines = markdown({"4096": {"full": [True] * 4, "a:1": [True, False] * 2}, "8192": {"full": [True], "a:1": [False]}})
+    right = {"4096": {"full": [True] * 4, "a:1": [True, False] * 2}, "8192": {"full": [True], "a:1": [False]}}
+    lines = markdown({"right": right})
     assert lines.splitlines()[0] == "| | 4096 tokens | 8192 tokens |"
     assert lines.splitlines()[2] == "| `full` | 4/4 (0.51-1.00) | 1/1 (0.21-1.00) |"
     assert lines.splitlines()[3].startswith("| `a:1` | 2/4 (0.15-0.85) | 0/1")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import rocketkv
+from rocketkv.eval.generate import shared_prefill
 from rocketkv.eval.intervals import paired_interval
-from rocketkv.eval.journal import Journal
 from rocketkv.eval.methods import Compressed, Full, Method
 from rocketkv.hf.cache import begin_prompt
 from rocketkv.hf.models import CACHE_ARGUMENT
@@ -25,7 +25,6 @@ from studies.retention import (
     batches,
     fitted,
     markdown,
-    read,
     rows,
     scores,
     study,
@@ -136,7 +135,7 @@ def loop(model: Any, method: Method, conversation: list[Turn]) -> ScoreDict:
 def test_a_batch_of_conversations_is_each_in_a_loop(method: str) -> None:
     model = build()
     talks = [talk(row) for row in range(3)]
-    head = read(model, [each[0].given for each in talks])
+    head = shared_prefill(model, [each[0].given for each in talks])
     found = scores(model, METHODS[method], head, talks)
     for score, each in zip(found, talks, strict=True):
         expected = loop(model, METHODS[method], each)
@@ -149,19 +148,19 @@ def test_a_batch_of_conversations_is_each_in_a_loop(method: str) -> None:
 
 def test_right_is_when_every_digit_is_the_most_likely() -> None:
     model = build()
-    (score,) = scores(model, Full(), read(model, [talk(0)[0].given]), [talk(0)])
+    (score,) = scores(model, Full(), shared_prefill(model, [talk(0)[0].given]), [talk(0)])
     assert score["right"] == [False] * 3
     conversation = [talk(0)[0]]
     ids = torch.tensor([conversation[0].given])
     written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)[0, -3:]
     told = [Turn(conversation[0].given, written.tolist(), [True] * 3)]
-    (score,) = scores(model, Full(), read(model, [told[0].given]), [told])
+    (score,) = scores(model, Full(), shared_prefill(model, [told[0].given]), [told])
     assert score["right"] == [True]
 
 
 def test_a_first_prompt_without_room_for_its_tail_is_refused() -> None:
     with pytest.raises(ValueError, match="more than 64 tokens, got 64"):
-        read(build(), [[5] * 64, [5] * 90])
+        shared_prefill(build(), [[5] * 64, [5] * 90])
 
 
 def test_conversations_with_answers_of_one_length_go_together() -> None:
@@ -210,7 +209,7 @@ def test_the_table_pairs_documents() -> None:
 
 
 def test_the_table_in_markdown() -> None:
-    lines = markdown(rows(FOUND)).splitlines()
+    lines = markdown({"table": rows(FOUND)}).splitlines()
     widths = {line.count("|") for line in lines}
     assert widths == {11}
     assert lines[0].startswith("| turn | full | rocketkv | rocketkv-mt | rocketkv - full |")
@@ -218,14 +217,13 @@ def test_the_table_in_markdown() -> None:
     assert lines[4].endswith("| 2/2 (0.34-1.00) | 0/2 (0.00-0.66) | 2/2 (0.34-1.00) |")
     assert lines[-1].startswith("| 3-4 | 0.400 |")
     assert lines[-1].endswith("| 4/4 | 1/4 | 3/4 |")
-    alone = markdown(rows({name: samples[:1] for name, samples in FOUND.items()}))
+    alone = markdown({"table": rows({name: samples[:1] for name, samples in FOUND.items()})})
     assert "| +1.000 |" in alone  # a single document shows no spread
 
 
 def test_a_study_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     talks = iter(range(3))
-    monkeypatch.setattr(retention, "load_model", lambda name: (model, None))
     monkeypatch.setattr(retention, "fitted", lambda *given: next(talks))
     monkeypatch.setattr(retention, "turns", lambda tokenizer, row: talk(row))
     monkeypatch.setattr(retention, "find_method", lambda name, budget, fields: METHODS[name])
@@ -241,14 +239,14 @@ def test_a_study_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(retention, "scores", counted)
     settings = Settings(documents=3, batch=2)
     with pytest.raises(KeyboardInterrupt):
-        study(settings, Journal(tmp_path / "journal"))
+        study(model, None, settings, tmp_path)  # type: ignore[arg-type]
     assert held == [(arm, 2) for arm in ARMS]
     held.clear()
     talks = iter(range(3))
-    result = study(settings, Journal(tmp_path / "journal"))
+    result = study(model, None, settings, tmp_path)  # type: ignore[arg-type]
     assert held == [(arm, 1) for arm in ARMS]
     assert result["prompt_tokens"] == [100, 109, 118]
-    head = read(model, [talk(2)[0].given])
+    head = shared_prefill(model, [talk(2)[0].given])
     for arm in ARMS:
         assert len(result["documents"][arm]) == 3
         assert result["documents"][arm][2] == hold(model, METHODS[arm], head, [talk(2)])[0]

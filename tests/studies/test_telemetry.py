@@ -13,10 +13,11 @@ from torch import Tensor
 import rocketkv
 from rocketkv import RocketKVConfig
 from rocketkv.eval.measures.kl import Window
+from rocketkv.hf import loading
 from rocketkv.hf.models import CACHE_ARGUMENT
 from rocketkv.state.monitor import StepReport
-from studies import telemetry
-from studies.telemetry import errors, figures, main, spearman
+from studies.__main__ import main
+from studies.telemetry import errors, figures, spearman
 from tiny import SETTINGS, SKETCH_SPLIT, build, prompt
 
 PLUS = RocketKVConfig(method="rocketkv+", token_budget=24, split=SKETCH_SPLIT, **SETTINGS)
@@ -85,17 +86,17 @@ class Words:
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(telemetry, "load_model", lambda name: (build(), Words()))
+    monkeypatch.setattr(loading, "load_model", lambda name: (build(), Words()))
     output = tmp_path / "found"
-    arguments = ["--context", "300", "--steps", "3", "--budgets", "40,64", "--watched", "16", "-o", str(output)]
-    assert main(arguments) == 0
-    result = json.loads(output.with_name("found.json").read_text())
+    arguments = ["telemetry", "--context", "300", "--steps", "3", "--watched", "16", "-o", str(output)]
+    assert main([*arguments, "--budgets", "40", "64"]) == 0
+    result = json.loads((output / "telemetry.json").read_text())
     assert [one["budget"] for one in result["results"]] == [40, 64]
     assert result["results"][0]["points"] == 3 * 2 * 4
     assert set(result["milliseconds"]) == {"audit_every=16", "on_step", "on_loss='warn'"}
     assert all(0 < taken["watching"] < taken["step"] for taken in result["milliseconds"].values())
-    table = output.with_name("found.md").read_text()
+    table = (output / "telemetry.md").read_text()
     assert capsys.readouterr().out == table
     assert "| 64 | 24 |" in table
-    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
-        main(["--steps", "0", "-o", str(output)])
+    assert main([*arguments, "--steps", "0"]) == 2
+    assert "steps must be at least 1, got 0" in capsys.readouterr().err
