@@ -6,10 +6,9 @@ import argparse
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-_CACHE, _SHORT_CACHE = "--use_cache", "-c"
+MODEL = "rocketkv"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,75 +27,45 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         ImportError: lm-eval is not installed.
-        ValueError: the arguments name another model, or several methods would share a cache of answers.
+        ValueError: the arguments name another model.
     """
     if args.arguments[:1] in (["--help"], ["-h"]):
         args.print_help()
         return 0
     if importlib.util.find_spec("lm_eval") is None:
         raise ImportError("rocketkv lm-eval needs lm-eval: pip install 'rocketkv[eval]'")
-    arguments = with_model(args.arguments)
     importlib.import_module(".lm", __package__)  # registers the model
     command = importlib.import_module("lm_eval.__main__")
-    before, sys.argv = sys.argv, ["lm_eval", *arguments]
+    command.setup_logging()
+    before, sys.argv = sys.argv, ["lm_eval", *args.arguments]
     try:
-        command.cli_evaluate()
+        harness = command.HarnessCLI()
+        parsed = harness.parse_args()
     finally:
         sys.argv = before
+    if parsed.command == "run":
+        set_model(parsed)
+    harness.execute(parsed)
     return 0
 
 
-def with_model(arguments: Sequence[str]) -> list[str]:
-    """Return lm-eval's arguments with the model `rocketkv`, and with a cache of answers per model arguments.
+def set_model(args: argparse.Namespace) -> None:
+    """Set the model in lm-eval's parsed arguments, and give each set of model arguments a separate cache of answers.
 
     lm-eval's cache finds an answer by its prompt, so two methods would share it.
 
     Raises:
-        ValueError: the arguments name another model, or a --config file sets the cache.
+        ValueError: the arguments or the --config file name another model.
         OSError: the --config file cannot be read.
     """
-    found = list(arguments)
-    if found[:1] in (["ls"], ["validate"]):
-        return found  # without a model
-    models = _values(found, "--model", "-M")
-    if any(model != "rocketkv" for model in models):
-        raise ValueError(f"rocketkv lm-eval runs the model 'rocketkv', got --model {models[0]}; use lm_eval for others")
-    own = _own(_values(found, "--model_args", "-a"), _values(found, "--config", "-C"))
-    for i, argument in enumerate(found):
-        if argument.startswith((f"{_CACHE}=", f"{_SHORT_CACHE}=")):
-            found[i] = f"{argument}-{own}"
-        elif argument in (_CACHE, _SHORT_CACHE) and i + 1 < len(found):
-            found[i + 1] = f"{found[i + 1]}-{own}"
-    if models:
-        return found
-    run_first = found[:1] == ["run"]
-    return [*(["run"] if run_first else []), "--model", "rocketkv", *found[run_first:]]
-
-
-def _own(model_args: Sequence[str], files: Sequence[str]) -> str:
-    """Return the name of a method's cache: method and budget if given, and a digest of all arguments."""
     import yaml
 
     from .records import digest
 
-    texts = [Path(file).read_text(encoding="utf-8") for file in files]
-    for file, text in zip(files, texts, strict=True):
-        if (yaml.safe_load(text) or {}).get("use_cache"):
-            raise ValueError(f"{file} must not set use_cache, which methods would share; use {_CACHE} instead")
-    pairs = dict(pair.split("=", 1) for value in model_args for pair in value.split(",") if "=" in pair)
-    names = [pairs[name].replace("/", "_") for name in ("method", "token_budget") if name in pairs]
-    return "-".join([*names, digest([list(model_args), texts])[:12]])
-
-
-def _values(arguments: Sequence[str], *flags: str) -> list[str]:
-    """Return the values of a flag under any of its names: `--flag=value`, or all up to the next flag."""
-    found, taken = [], False
-    for argument in arguments:
-        flag, separator, value = argument.partition("=")
-        if argument.startswith("-"):
-            taken = flag in flags
-            if taken and separator:
-                found.append(value)
-        elif taken:
-            found.append(argument)
-    return found
+    config = yaml.safe_load(Path(args.config).read_text(encoding="utf-8")) if args.config else {}
+    model = args.model or config.get("model", MODEL)
+    if model != MODEL:
+        raise ValueError(f"rocketkv lm-eval runs the model {MODEL!r}, got --model {model}; use lm_eval for others")
+    args.model = MODEL
+    if cache := args.use_cache or config.get("use_cache"):
+        args.use_cache = f"{cache}-{digest([config, args.model_args])[:12]}"

@@ -66,7 +66,7 @@ def run(name: str, study: Any, args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from rocketkv._version import __version__
-    from rocketkv.eval.bench.command import machine
+    from rocketkv.environment import machine
     from rocketkv.eval.records import write_atomically
     from rocketkv.hf.loading import load_model
 

@@ -24,6 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rocketkv._version import __version__
 from rocketkv.config import RocketKVConfig
+from rocketkv.core.eviction import TORCH_OPS
+from rocketkv.core.params import AttentionParams
 from rocketkv.eval.generate import DecodeLoop
 from rocketkv.eval.progress import Progress
 from rocketkv.eval.records import digest
@@ -31,6 +33,7 @@ from rocketkv.eval.tasks.text import haystack
 from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.layer import RocketKVLayer, rocketkv_layers
 from rocketkv.hf.patch import patch
+from rocketkv.state.compress import evict_generated
 from rocketkv.state.store import KVStore
 
 from .settings import StudySettings, journal_of, option
@@ -57,15 +60,14 @@ class Settings(StudySettings):
 
 
 class _RandomEviction(RocketKVLayer):
-    """The control: a layer that ranks generated tokens by chance where its buffer is full."""
+    """The control: a layer that ranks generated tokens by chance when its buffer is full."""
 
-    def _settle_bounds(self, exact: dict[str, Any]) -> None:
-        super()._settle_bounds(exact)
-        if self.bounded is not None:
-            self.bounded |= {"scores": functools.partial(_random_scores, self.store), "kernel_size": 1}
+    def _evict_generated(self, kept: int, params: AttentionParams) -> None:
+        ops = TORCH_OPS._replace(window_scores=functools.partial(_random_scores, self.store))
+        evict_generated(self.store, kept, params, kernel_size=1, ops=ops)
 
 
-def _random_scores(store: KVStore, window: Tensor, keys: Tensor, **_: Any) -> Tensor:
+def _random_scores(store: KVStore, window: Tensor, keys: Tensor, params: AttentionParams, **_: Any) -> Tensor:
     """Stand in for `eviction.window_scores`: float32 scores of the generated tokens, equal over rows and heads."""
     generator = torch.Generator().manual_seed(store.seen)
     scores = torch.rand(store.generated - window.shape[2], generator=generator)
@@ -74,8 +76,6 @@ def _random_scores(store: KVStore, window: Tensor, keys: Tensor, **_: Any) -> Te
 
 def new_cache(model: PreTrainedModel, config: RocketKVConfig, prompt: int, *, kind: str = "evict") -> RocketKVCache:
     """Return an empty cache; of kind `random`, one that evicts generated tokens by chance."""
-    if kind == "random":
-        config = replace(config, backend="torch")  # the kernels rank by attention
     cache = RocketKVCache(model.config, config, prompt_length=prompt)
     for layer in rocketkv_layers(cache) if kind == "random" else ():
         layer.__class__ = _RandomEviction

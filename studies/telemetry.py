@@ -2,7 +2,7 @@
 
 A text is cut into a prompt and a continuation, read one token at a time as in task kl. At each step the output of every
 head is compared with exact attention, from the same query, to all tokens that its layer stores, and to all tokens of
-the text, evicted ones included. The step itself estimates the missed mass and the error (`rocketkv.state.loss`). The
+the text, evicted ones included. The step itself estimates the missed mass and the error (`rocketkv.state.missed`). The
 result is Spearman's rank correlation of estimates and true errors over steps and heads.
 """
 
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rocketkv.config import RocketKVConfig
 from rocketkv.core.attention import attend
-from rocketkv.core.masks import LazyMask
+from rocketkv.core.params import AttentionParams
 from rocketkv.eval.generate import DecodeLoop
 from rocketkv.eval.intervals import scipy_stats
 from rocketkv.eval.measures.kl import Window, teacher_forced, texts
@@ -29,10 +29,11 @@ from rocketkv.eval.progress import Progress
 from rocketkv.eval.tasks.base import Preparation
 from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.layer import RocketKVLayer, rocketkv_layers
+from rocketkv.hf.masks import LazyMask
 from rocketkv.hf.models import find_decoder
 from rocketkv.hf.patch import patch
 from rocketkv.hf.prefill import FastAttention
-from rocketkv.state.loss import attend_stored, estimated_error, missed_mass, relative_error
+from rocketkv.state.missed import attend_stored, estimated_error, missed_mass, relative_error
 from rocketkv.state.monitor import Monitor
 from rocketkv.state.store import KVStore
 
@@ -55,24 +56,24 @@ class _Compared(RocketKVLayer):
         self.found: dict[str, list[Tensor]] = {name: [] for name in (*TRUE, *ESTIMATES)}
         self._all: list[tuple[Tensor, Tensor]] = []
 
-    def attend(self, query: Tensor, mask: LazyMask | None, *, fast: FastAttention, **exact: Any) -> Tensor:
+    def attend(self, query: Tensor, mask: LazyMask | None, params: AttentionParams, *, fast: FastAttention) -> Tensor:
         """Attend as any layer; compare a decode step."""
         if self.pending is None:
             raise ValueError("attend follows update, which hands the keys and values over")
         self._all.append((self.pending[0].detach(), self.pending[1].detach()))
-        out = super().attend(query, mask, fast=fast, **exact)
+        out = super().attend(query, mask, params, fast=fast)
         if query.shape[2] > 1:
             return out
         keys, values = (torch.cat(parts, dim=2) for parts in zip(*self._all, strict=True))
         self._all = [(keys, values)]
         store, asked, given = self.store, query[:, :, 0], out[:, 0]
-        missed = missed_mass(store, query.shape[1])
-        if missed is None or store.value_sum is None or store.lengths is None:
+        missed, buffers = missed_mass(store), store.decoding.buffers
+        if missed is None or buffers.value_sum is None:
             raise ValueError(f"method {self.config.method!r} makes no estimate of what it misses: use 'rocketkv+'")
-        self.found["stored"].append(relative_error(given, attend_stored(asked, store, **exact)))
-        self.found["full"].append(relative_error(given, attend(asked, keys, values, **exact)))
+        self.found["stored"].append(relative_error(given, attend_stored(asked, store, params)))
+        self.found["full"].append(relative_error(given, attend(asked, keys, values, params)))
         self.found["missed"].append(missed)
-        self.found["estimated_error"].append(estimated_error(given, missed, store.value_sum, store.lengths))
+        self.found["estimated_error"].append(estimated_error(given, missed, buffers.value_sum, buffers.seq_lens))
         return out
 
 

@@ -6,6 +6,7 @@ W observation window, P page size, k tokens read.
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -174,8 +175,8 @@ class CaseBuffers:
             self._normal(batch, layer.kv_heads, kept, layer.head_dim),
         )
         store.prompt.remember(self.window[0], layer.window)
-        sizes = {"decode_reserve": layer.reserve, "kernel_size": layer.kernel_size, "decode_capacity": layer.reserve}
-        close_prompt(store, self.split, self.params, **sizes)
+        sizes: dict[str, Any] = {"decode_reserve": layer.reserve, "kernel_size": layer.kernel_size}
+        close_prompt(store, self.split, self.params, decode_capacity=layer.reserve, **sizes)
         return store
 
     def rewind(self) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...core.params import AttentionParams
 from ...hf.cache import cache_stats
 from ...hf.layer import RocketKVLayer, rocketkv_layers
 from ...hf.loading import load_model
@@ -251,18 +252,18 @@ class _TimedLayer(RocketKVLayer):
 
     spans: list[Callable[[], float]]  # each returns seconds; shared by the layers of a cache and its copies
 
-    def close_prompt(self, exact: dict[str, Any]) -> None:
+    def close_prompt(self, params: AttentionParams) -> None:
         """Run stage 1 and time it."""
         if self.store.keys is None or not self.store.keys.is_cuda:
             start = time.perf_counter()
-            super().close_prompt(exact)
+            super().close_prompt(params)
             seconds = time.perf_counter() - start
             self.spans.append(lambda: seconds)
             return
         # Events, as synchronizing after each layer would distort the times; read after a synchronization.
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         first.record()
-        super().close_prompt(exact)
+        super().close_prompt(params)
         last.record()
         self.spans.append(lambda: float(first.elapsed_time(last)) / 1e3)
 

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     arms |= {f"{args.method} {t}": RocketKVConfig(method=args.method, token_budget=t) for t in args.budgets}
     control = max(args.budgets)
     arms[f"streaming {control}"] = RocketKVConfig(method="streaming", token_budget=control)
-    from ..eval.measure import measured_generate
+    from ..eval.generate import measured_generate
     from ..eval.progress import Progress
     from ..eval.tasks.needle import found, needle_prompt
     from ..hf.loading import load_model

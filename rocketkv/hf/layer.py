@@ -400,9 +400,13 @@ class RocketKVLayer(CacheLayerMixin):
         if kept is not None and ranks and store.stored + count > capacity and store.generated > kept and self.params:
             if self.history is not None:
                 self.history.absorb(store)
-            sizes: dict[str, Any] = {"kernel_size": self.config.pool_size, "backend": self.backend}
-            evict_generated(store, kept, self.params, workspaces=self.workspaces, **sizes)
+            self._evict_generated(kept, self.params)
         store.next_fill()
+
+    def _evict_generated(self, kept: int, params: AttentionParams) -> None:
+        """Re-evict generated tokens, all but `kept` of them."""
+        size, backend = self.config.pool_size, self.backend
+        evict_generated(self.store, kept, params, kernel_size=size, backend=backend, workspaces=self.workspaces)
 
     @property
     def re_evicts(self) -> bool:

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from rocketkv.budget import READ_ON, BudgetSplit, sketch_bytes
-from rocketkv.core.indexes import index_of
+from rocketkv.core.index import index_of
 from rocketkv.core.pages import page_count
 
 from .choice import (

@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rocketkv.core.params import AttentionParams
 from rocketkv.eval.measures.kl import Window
 from rocketkv.eval.oracle.run import LayerTensors, each_layer, layer_numbers
 from rocketkv.eval.progress import Progress
@@ -56,7 +56,7 @@ class Layer:
         key: [B, Hkv, S, D].
         value: [B, Hkv, S, Dv].
         out: [B, m, H, Dv], exact attention of the steps.
-        exact: scaling, softcap and sinks.
+        params: the model's attention parameters.
         shared_by: the Hkv KV heads of the model's layer that share one here, see `one_head`; or None.
     """
 
@@ -65,7 +65,7 @@ class Layer:
     key: Tensor
     value: Tensor
     out: Tensor
-    exact: dict[str, Any]
+    params: AttentionParams
     shared_by: int | None = None
 
 
@@ -84,7 +84,7 @@ def capture(model: PreTrainedModel, windows: Sequence[Window], settings: Setting
         if row == 0:
             shapes = (taken.query[:, :, first:], taken.key, taken.value, taken.out[:, settings.prompt :])
             empty = [part.new_empty(len(windows), *part.shape[1:]) for part in shapes]
-            found.append(Layer(taken.number, empty[0], empty[1], empty[2], empty[3], taken.exact))
+            found.append(Layer(taken.number, empty[0], empty[1], empty[2], empty[3], taken.params))
         layer = found[taken.number]
         layer.query[row], layer.key[row] = taken.query[0, :, first:], taken.key[0]
         layer.value[row], layer.out[row] = taken.value[0], taken.out[0, settings.prompt :]
@@ -115,13 +115,13 @@ def joined_heads(layers: Sequence[Layer], count: int) -> list[Layer]:
         query, key, value = (
             torch.cat(column, -1) for column in zip(*parts[number * count : (number + 1) * count], strict=True)
         )
-        exact = {"scaling": key.shape[-1] ** -0.5, "softcap": None, "sinks": None}
+        scaling = key.shape[-1] ** -0.5
         steps = query.shape[2] - WIDEST_WINDOW
         mask = torch.ones(steps, key.shape[2], dtype=torch.bool).tril(key.shape[2] - steps)
         out = torch.nn.functional.scaled_dot_product_attention(
-            query[:, :, WIDEST_WINDOW:], key, value, attn_mask=mask, scale=exact["scaling"], enable_gqa=True
+            query[:, :, WIDEST_WINDOW:], key, value, attn_mask=mask, scale=scaling, enable_gqa=True
         )
-        found.append(Layer(number, query, key, value, out.transpose(1, 2), exact))
+        found.append(Layer(number, query, key, value, out.transpose(1, 2), AttentionParams(scaling)))
     return found
 
 

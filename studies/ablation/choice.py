@@ -13,15 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rocketkv.core.attention import score
-from rocketkv.core.eviction import pooled, select_top, window_scores
-from rocketkv.core.pages import build_index, page_count
-from rocketkv.core.sketch import rotation, rotation_norm, unpack
+from rocketkv.core.eviction import pooled, window_scores
+from rocketkv.core.pages import build_pages, page_count, score_pages
+from rocketkv.core.params import AttentionParams
+from rocketkv.core.sketch import Sketch, rotation_matrix, rotation_norm, unpack
+from rocketkv.core.topk import select_top
 from rocketkv.state.store import KVStore
 
 from .steps import Scored, Step, group_weights
@@ -128,7 +128,7 @@ class CostThreshold:
 
 
 def cost_threshold(
-    window: Tensor, keys: Tensor, values: Tensor, store: KVStore, *, most: tuple[float, float], **exact: Any
+    window: Tensor, keys: Tensor, values: Tensor, store: KVStore, params: AttentionParams, *, most: tuple[float, float]
 ) -> CostThreshold:
     """Return the state of steps with a cost threshold, before it is fitted."""
     return CostThreshold(most)
@@ -186,7 +186,7 @@ class Selection:
     rest: Tensor | None = None
 
 
-def no_selection(window: Tensor, keys: Tensor, values: Tensor, store: KVStore, **exact: Any) -> Selection:
+def no_selection(window: Tensor, keys: Tensor, values: Tensor, store: KVStore, params: AttentionParams) -> Selection:
     """Return the state with which `reuse_step` begins."""
     return Selection()
 
@@ -216,14 +216,15 @@ def scored_pages(pages: int, share: float) -> int:
     return math.ceil(pages * share)
 
 
-def near_tokens(query: Tensor, scored: Scored, page_size: int, channels: int, share: float, scaling: float) -> Tensor:
+def near_tokens(
+    query: Tensor, scored: Scored, params: AttentionParams, *, page_size: int, channels: int, share: float
+) -> Tensor:
     """Return the tokens [B, Hkv, N] bool of the pages that rank first by their bounds, for queries [B, H, D]."""
     size = scored.keys.shape[2]
-    index, pages = build_index(scored.keys, size, page_size), page_count(size, page_size)
-    bounds = score(
-        query, index, scored.keys, stored=size, lengths=None, page_size=page_size, channels=channels, scaling=scaling
-    )
-    weight = group_weights(bounds.view(*scored.logits.shape[:3], pages))
+    bounds, pages = build_pages(scored.keys, size, page_size), page_count(size, page_size)
+    sizes = {"page_size": page_size, "channels": channels}
+    logits = score_pages(query, bounds, scored.keys, params, stored=size, lengths=None, **sizes)
+    weight = group_weights(logits.view(*scored.logits.shape[:3], pages))
     near = mask_of(select_top(weight, scored_pages(pages, share)), pages)
     return near.repeat_interleave(page_size, dim=-1)[..., :size]
 
@@ -240,7 +241,7 @@ def coarse_step(step: Step, *, page_size: int, channels: int, share: float) -> T
         share: of the pages that are scored.
     """
     scored = step.score()
-    near = near_tokens(step.query, scored, page_size, channels, share, step.exact["scaling"])
+    near = near_tokens(step.query, scored, step.params, page_size=page_size, channels=channels, share=share)
     logits = scored.logits.masked_fill(~near[:, :, None], -torch.inf)
     chosen = mask_of(select_top(group_weights(logits), scored.k), scored.keys.shape[2])
     return attend_chosen(scored, chosen, logits.masked_fill(chosen[:, :, None], -torch.inf).logsumexp(-1, keepdim=True))
@@ -248,13 +249,14 @@ def coarse_step(step: Step, *, page_size: int, channels: int, share: float) -> T
 
 def high_bit_logits(scored: Scored, store: KVStore) -> Tensor:
     """Estimate the logits [B, Hkv, G, N] of a step by the high bits alone of the store's sketch of two."""
-    if store.codes is None or store.scales is None or store.mean is None:
-        raise ValueError("bits are those of a sketch: give the split sketch_bits")
+    if store.decoding.split.sketch_bits != 2:
+        raise ValueError("high bits are those of a sketch of two bits: give the split sketch_bits=2")
+    sketch = Sketch(*store.decoding.buffers.index_tensors)
     size, head_dim = scored.keys.shape[2:]
-    high = torch.where(unpack(store.codes[:, :, :size], 2, head_dim) >= 2, HIGH_BIT, -HIGH_BIT)
-    turned = scored.rows @ rotation(head_dim).T / rotation_norm(head_dim)
-    logits = turned @ high.transpose(-1, -2) * store.scales[:, :, None, :size].float()
-    return (logits + scored.rows @ store.mean[..., None]).masked_fill(~scored.filled[:, :, None], -torch.inf)
+    high = torch.where(unpack(sketch.codes[:, :, :size], 2, head_dim) >= 2, HIGH_BIT, -HIGH_BIT)
+    turned = scored.rows @ rotation_matrix(head_dim).T / rotation_norm(head_dim)
+    logits = turned @ high.transpose(-1, -2) * sketch.scales[:, :, None, :size].float()
+    return (logits + scored.rows @ sketch.mean[..., None]).masked_fill(~scored.filled[:, :, None], -torch.inf)
 
 
 def planes_step(step: Step, *, share: float, least: float = LEAST) -> Tensor:
@@ -288,11 +290,11 @@ def shared_storage(
     keys: Tensor,
     values: Tensor,
     kept: int,
+    params: AttentionParams,
     *,
     kernel_size: int,
     least: float = LEAST,
     by_values: bool = False,
-    **exact: Any,
 ) -> Tensor:
     """Return which tokens each head stores where the heads of a layer share Hkv * N (AdaKV, arXiv 2407.11550).
 
@@ -301,16 +303,16 @@ def shared_storage(
         keys: [B, Hkv, S, D].
         values: [B, Hkv, S, Dv].
         kept: N, of a head on average.
+        params: the model's attention parameters.
         kernel_size: of the pooling.
         least: share of N that each head stores at least.
         by_values: whether to rank by scores times the length of the value, over its mean in the head.
-        **exact: scaling, softcap and sinks.
 
     Returns:
         [B, Hkv, S] bool.
     """
     size = window.shape[2]
-    scores = window_scores(window, keys, **exact)
+    scores = window_scores(window, keys, params)
     if by_values:
         length = values[:, :, :-size].norm(dim=-1)
         scores = scores * length / length.mean(-1, keepdim=True)

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from rocketkv.budget import METHODS, BudgetSplit, rocketkv_plus_split, rocketkv_split
 from rocketkv.config import RocketKVConfig
+from rocketkv.core.eviction import TORCH_OPS, EvictionOps
 from rocketkv.state.stats import step_bytes
 
-from .steps import Ranks, plain_step
+from .steps import plain_step
 
 RESERVE = RocketKVConfig().decode_reserve
 WINDOW = RocketKVConfig().window_size
@@ -59,11 +60,11 @@ class Arm:
         fitted: the field of the split that makes bytes equal, or None where they stay unequal.
         window_size: W of stage 1.
         kernel_size: of its pooling.
-        ranks: from a layer's values and number to the scores of stage 1, or None for the library's.
-        summary: from the window's queries, the prompt's keys and values, the closed store, and scaling, softcap and
-            sinks to the state of its steps; or None.
-        storage: from the window's queries, the prompt's keys and values, N, the pooling, and scaling, softcap and sinks
-            to the tokens that each head stores, [B, Hkv, S] bool, where their numbers differ; or None.
+        ranks: from a layer's values and number to the operations of stage 1.
+        summary: from the window's queries, the prompt's keys and values, the closed store, and the model's attention
+            parameters to the state of its steps; or None.
+        storage: from the window's queries, the prompt's keys and values, N, the model's attention parameters, and the
+            pooling to the tokens that each head stores, [B, Hkv, S] bool, where their numbers differ; or None.
         step: the decode step.
         extra: tokens' worth of bytes that the step reads in addition to `stats()`.
         extra_a_head: likewise, for each query head of a group but one.
@@ -77,7 +78,7 @@ class Arm:
     fitted: str | None = "top_k"
     window_size: int = WINDOW
     kernel_size: int = KERNEL
-    ranks: Callable[[Tensor, int], Ranks] | None = None
+    ranks: Callable[[Tensor, int], EvictionOps] = lambda values, number: TORCH_OPS
     summary: Callable[..., Any] | None = None
     storage: Callable[..., Tensor] | None = None
     step: Callable[..., Tensor] = plain_step

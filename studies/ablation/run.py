@@ -28,17 +28,18 @@ from transformers import PreTrainedModel
 from rocketkv._version import __version__
 from rocketkv.budget import BudgetSplit
 from rocketkv.config import RocketKVConfig
-from rocketkv.core.eviction import prompt_scores
-from rocketkv.core.masks import LazyMask
+from rocketkv.core.params import AttentionParams
 from rocketkv.eval.generate import DecodeLoop
 from rocketkv.eval.measures.kl import Window
 from rocketkv.eval.progress import Progress
 from rocketkv.eval.records import digest
 from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.layer import RocketKVLayer
+from rocketkv.hf.masks import LazyMask
 from rocketkv.hf.models import find_decoder
 from rocketkv.hf.patch import patch
 from rocketkv.hf.prefill import FastAttention
+from rocketkv.state.compress import close_prompt
 from rocketkv.state.stats import step_bytes
 
 from ..settings import journal_of
@@ -85,23 +86,18 @@ class ArmLayer(RocketKVLayer):
         store.extend(key, value, expected=prompt)
         if arm.storage is not None and split.kept_tokens is not None:
             # Tokens that a head does not store are padding to it.
-            held = arm.storage(window, key, value, split.kept_tokens, kernel_size=arm.kernel_size, **layer.exact)
+            held = arm.storage(window, key, value, split.kept_tokens, layer.params, kernel_size=arm.kernel_size)
             store.reopen(key, value, torch.where(held, torch.arange(prompt, dtype=torch.int32), -1), prompt)
             split = replace(split, kept_tokens=None)
-        store.remember_queries(layer.query[:, :, :WIDEST_WINDOW], arm.window_size)
-        store.close_prompt(
-            split,
-            decode_reserve=RESERVE,
-            kernel_size=arm.kernel_size,
-            scores=prompt_scores if arm.ranks is None else arm.ranks(value, layer.number),
-            **layer.exact,
-        )
+        store.prompt.remember(layer.query[:, :, :WIDEST_WINDOW], arm.window_size)
+        ops = arm.ranks(value, layer.number)
+        close_prompt(store, split, layer.params, decode_reserve=RESERVE, kernel_size=arm.kernel_size, ops=ops)
         self.arm = arm
         self.shared_by = layer.shared_by
-        self.state = None if arm.summary is None else arm.summary(window, key, value, store, **layer.exact)
+        self.state = None if arm.summary is None else arm.summary(window, key, value, store, layer.params)
         self.read: list[float] = []
 
-    def attend(self, query: Tensor, mask: LazyMask | None, *, fast: FastAttention, **exact: Any) -> Tensor:
+    def attend(self, query: Tensor, mask: LazyMask | None, params: AttentionParams, *, fast: FastAttention) -> Tensor:
         """Append the pending token and attend by the arm's step; return [B, 1, H, Dv]."""
         if self.pending is None or query.shape[2] != 1:
             raise ValueError("attend follows update, and takes one token at a time")
@@ -109,28 +105,27 @@ class ArmLayer(RocketKVLayer):
         self.pending = None
         if self.shared_by is not None:
             query, key, value = one_head(query, key, value)
-        return self.step_of(query[:, :, 0], key[:, :, 0], value[:, :, 0], **exact)[:, None]
+        return self.step_of(query[:, :, 0], key[:, :, 0], value[:, :, 0], params)[:, None]
 
-    def step_of(self, query: Tensor, key: Tensor, value: Tensor, **exact: Any) -> Tensor:
+    def step_of(self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """Run the arm's step on [B, H, D] and [B, Hkv, D], as the store has them; return the model's [B, H, Dv]."""
         counted = self._next_bytes()
-        out = self.arm.step(Step(query, key, value, self.store, self.state, exact))
-        split = self.store.split
-        if isinstance(self.state, CostThreshold) and split is not None and split.top_k is not None:
-            counted += (self.state.attended - split.top_k) * 4 * query.shape[-1]
+        out = self.arm.step(Step(query, key, value, self.store, self.state, params))
+        top_k = self.store.decoding.split.top_k
+        if isinstance(self.state, CostThreshold) and top_k is not None:
+            counted += (self.state.attended - top_k) * 4 * query.shape[-1]
         self.read.append(counted)
         return out if self.shared_by is None else own_channels(out, self.shared_by)
 
     def _next_bytes(self) -> float:
         """Return the bytes that the next step reads, per row and KV head, counted in 16 bits."""
-        store = self.store
-        if store.keys is None or store.values is None or store.lengths is None:
-            raise ValueError("the prompt is not closed")
-        if store.uniform:
-            return self.stats().nominal_step_bytes / store.lengths.numel()
-        dims = (store.keys.shape[3], store.values.shape[3])
-        counts = store.lengths.flatten().tolist()
-        return fmean(step_bytes(store.split, count + 1, dims, (2, 2), nominal=True) for count in counts)
+        decoding = self.store.decoding
+        seq_lens = decoding.buffers.seq_lens
+        if self.store.uniform:
+            return self.stats().nominal_step_bytes / seq_lens.numel()
+        dims = (decoding.keys.shape[3], decoding.values.shape[3])
+        counts = seq_lens.flatten().tolist()
+        return fmean(step_bytes(decoding.split, count + 1, dims, (2, 2), nominal=True) for count in counts)
 
 
 def replay(made: ArmLayer, layer: Layer, prompt: int) -> list[list[float]]:
@@ -141,7 +136,7 @@ def replay(made: ArmLayer, layer: Layer, prompt: int) -> list[list[float]]:
     for step in range(steps):
         token = prompt + step
         query = layer.query[:, :, WIDEST_WINDOW + step]
-        outputs.append(made.step_of(query, layer.key[:, :, token], layer.value[:, :, token], **layer.exact))
+        outputs.append(made.step_of(query, layer.key[:, :, token], layer.value[:, :, token], layer.params))
     made.store.crop(prompt)
     grouped = (batch, steps, layer.key.shape[1], -1)
     exact = layer.out.reshape(grouped).double()
@@ -157,12 +152,12 @@ def fit_threshold(made: Sequence[ArmLayer], layers: Sequence[Layer], prompt: int
         The threshold, or None where the arm has none.
     """
     states = [own.state for own in made if isinstance(own.state, CostThreshold)]
-    split = made[0].store.split
-    if not states or split is None or split.top_k is None:
+    top_k = made[0].store.decoding.split.top_k
+    if not states or top_k is None:
         return None
     for own, layer in zip(made, layers, strict=True):
         replay(own, layer, prompt)
-    found = fitted_threshold(states, split.top_k)
+    found = fitted_threshold(states, top_k)
     for state in states:
         state.value = found
     return found
@@ -245,7 +240,7 @@ def run_arm(
     made = [ArmLayer(arm, split, layer, settings.prompt) for layer in layers]
     threshold = fit_threshold(made, layers, settings.prompt)
     errors = [replay(own, layer, settings.prompt) for own, layer in zip(made, layers, strict=True)]
-    stored = [own.store.lengths.double().mean().item() for own in made if own.store.lengths is not None]
+    stored = [own.store.decoding.buffers.seq_lens.double().mean().item() for own in made]
     read = extra + fmean(fmean(own.read) for own in made)
     kl = agreement = decoded = None
     if expected is not None:

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rocketkv.core.eviction import pooled, select_top, window_scores
-from rocketkv.core.indexes import index_of
-from rocketkv.core.pages import gather_tokens
-from rocketkv.core.sketch import Sketch, decode, rotation
+from rocketkv.core.eviction import TORCH_OPS, EvictionOps, pooled, window_scores
+from rocketkv.core.params import AttentionParams
+from rocketkv.core.sketch import Sketch, decode, rotation_matrix
+from rocketkv.core.topk import gather_tokens, select_top
 from rocketkv.dispatch import decode_step
 from rocketkv.state.store import KVStore
 
@@ -29,50 +28,43 @@ from rocketkv.state.store import KVStore
 FACTORS = (1e-4, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0, 1.15, 1.3, 1.6)
 WIDE_FACTORS = (*FACTORS, 2.0, 2.5, 3.0, 4.0, 6.0)  # where the weight stands for evicted tokens, too
 
-Ranks = Callable[..., Tensor]
+# Ranks of stage 1: its operations, given the layer's values and number.
 
 
-# Ranks of stage 1: in place of `eviction.prompt_scores`, given the layer's values and number.
-
-
-def random_ranks(values: Tensor, number: int) -> Ranks:
+def random_ranks(values: Tensor, number: int) -> EvictionOps:
     """Rank the tokens before the observation window by chance: the control."""
 
-    def ranks(window: Tensor, keys: Tensor, **_: Any) -> Tensor:
+    def scores(window: Tensor, keys: Tensor, params: AttentionParams, **_: Any) -> Tensor:
         generator = torch.Generator().manual_seed(number)
-        scores = torch.rand(*keys.shape[:2], keys.shape[2] - window.shape[2], generator=generator)
-        return _with_window(scores, window.shape[2])
+        return torch.rand(*keys.shape[:2], keys.shape[2] - window.shape[2], generator=generator)
 
-    return ranks
+    def unpooled(scores: Tensor, window: int, **_: Any) -> Tensor:
+        return _with_window(scores, window)
+
+    return TORCH_OPS._replace(window_scores=scores, pool_scores=unpooled)
 
 
-def unpooled_ties(values: Tensor, number: int) -> Ranks:
+def unpooled_ties(values: Tensor, number: int) -> EvictionOps:
     """Rank tokens of equal pooled scores by their own scores, not by their positions."""
 
-    def ranks(
-        window: Tensor, keys: Tensor, *, value: Any, kernel_size: int, pool_offset: int, valid: Any, **exact: Any
-    ) -> Tensor:
-        scores = window_scores(window, keys, **exact)
+    def places(scores: Tensor, window: int, *, kernel_size: int, pool_offset: int, **_: Any) -> Tensor:
         order = scores.argsort(dim=-1, stable=True)
         ranks_of = pooled(scores, kernel_size, pool_offset)
         order = order.gather(-1, ranks_of.gather(-1, order).argsort(dim=-1, stable=True))
         place = torch.arange(scores.shape[-1], dtype=torch.float32).expand_as(scores)
-        return _with_window(torch.zeros_like(scores).scatter_(-1, order, place), window.shape[2])
+        return _with_window(torch.zeros_like(scores).scatter_(-1, order, place), window)
 
-    return ranks
+    return TORCH_OPS._replace(pool_scores=places)
 
 
-def by_value_norms(values: Tensor, number: int) -> Ranks:
+def by_value_norms(values: Tensor, number: int) -> EvictionOps:
     """Rank tokens by attention times the length of their values."""
 
-    def ranks(
-        window: Tensor, keys: Tensor, *, value: Any, kernel_size: int, pool_offset: int, valid: Any, **exact: Any
-    ) -> Tensor:
-        size = window.shape[2]
-        scores = window_scores(window, keys, **exact) * values[:, :, :-size].norm(dim=-1)
-        return _with_window(pooled(scores, kernel_size, pool_offset), size)
+    def scores(window: Tensor, keys: Tensor, params: AttentionParams, **_: Any) -> Tensor:
+        norms: Tensor = values[:, :, : -window.shape[2]].norm(dim=-1)
+        return window_scores(window, keys, params) * norms
 
-    return ranks
+    return TORCH_OPS._replace(window_scores=scores)
 
 
 def _with_window(scores: Tensor, size: int) -> Tensor:
@@ -111,7 +103,7 @@ class Step(NamedTuple):
         value: [B, Hkv, Dv].
         store: the layer's.
         state: of the arm, from its `summary`; None without one.
-        exact: scaling, softcap and sinks.
+        params: the model's attention parameters.
     """
 
     query: Tensor
@@ -119,34 +111,33 @@ class Step(NamedTuple):
     value: Tensor
     store: KVStore
     state: Any
-    exact: dict[str, Any]
+    params: AttentionParams
 
     def score(self, *, uneven: bool = False) -> Scored:
         """Append the token and score all stored tokens by the index; rows may differ in length where `uneven`."""
-        store, query = self.store, self.query
+        store, query, params = self.store, self.query, self.params
         store.append(self.key, self.value)
-        index, split = index_of(store.split), store.split
-        if store.keys is None or store.values is None or split is None or split.top_k is None or index is None:
+        decoding, stored = store.decoding, store.stored
+        index, split, seq_lens = decoding.index, decoding.split, decoding.buffers.seq_lens
+        if split.top_k is None or index is None:
             raise ValueError("such a step needs a store that is scored")
-        if store.lengths is None or self.exact["softcap"] is not None or self.exact["sinks"] is not None:
-            raise ValueError("such a step takes no soft-cap and no sinks")
+        if params.softcap is not None or params.sinks is not None:
+            raise ValueError("such a step takes no soft-cap and no learned sinks")
         if not (store.uniform or uneven):
             raise ValueError("such a step takes no rows of fewer tokens than others")
-        stored, scaling = store.stored, self.exact["scaling"]
-        keys, values = store.keys[:, :, :stored], store.values[:, :, :stored]
-        lengths = None if store.uniform else store.lengths
-        logits = index.score(
-            query, store.index_parts(), store.keys, stored=stored, lengths=lengths, scaling=scaling, softcap=None
-        )
+        keys, values = decoding.keys[:, :, :stored], decoding.values[:, :, :stored]
+        lengths = None if store.uniform else seq_lens
+        tensors = decoding.buffers.index_tensors
+        logits = index.score(query, tensors, decoding.keys, params, stored=stored, lengths=lengths)
         grouped = (query.shape[0], keys.shape[1], query.shape[1] // keys.shape[1], -1)
-        filled = torch.arange(stored) < store.lengths[..., None]
+        filled = torch.arange(stored) < seq_lens[..., None]
         logits = logits.view(grouped).masked_fill(~filled[:, :, None], -torch.inf)
-        return Scored(keys, values, logits, query.view(grouped) * scaling, min(split.top_k, stored), filled)
+        return Scored(keys, values, logits, query.view(grouped) * params.scaling, min(split.top_k, stored), filled)
 
 
 def plain_step(step: Step) -> Tensor:
     """Run the library's own decode step."""
-    return decode_step(step.query, step.key, step.value, step.store, backend="torch", **step.exact)
+    return decode_step(step.query, step.key, step.value, step.store, step.params, backend="torch")
 
 
 def group_weights(logits: Tensor) -> Tensor:
@@ -241,13 +232,11 @@ class Evicted(NamedTuple):
 
 
 def evicted_summary(
-    window: Tensor, keys: Tensor, values: Tensor, store: KVStore, *, runs: int, **exact: Any
+    window: Tensor, keys: Tensor, values: Tensor, store: KVStore, params: AttentionParams, *, runs: int
 ) -> Evicted:
     """Summarise the evicted tokens of a prompt's keys [B, Hkv, S, D] and values [B, Hkv, S, Dv]."""
-    if store.positions is None:
-        raise ValueError("the prompt is not closed")
     batch, kv_heads, size = keys.shape[:3]
-    kept = store.positions[:, :, : store.stored].long()
+    kept = store.decoding.positions[:, :, : store.stored].long()
     left = torch.ones(batch, kv_heads, size, dtype=torch.bool).scatter_(2, kept, False)
     gone = size - kept.shape[2]
     if gone < runs:
@@ -292,7 +281,7 @@ class Calibrated(NamedTuple):
 
 
 def calibrate(
-    window: Tensor, keys: Tensor, values: Tensor, store: KVStore, *, learned: bool, **exact: Any
+    window: Tensor, keys: Tensor, values: Tensor, store: KVStore, params: AttentionParams, *, learned: bool
 ) -> Calibrated:
     """Choose the factors with the least error for the window's queries as steps.
 
@@ -303,24 +292,24 @@ def calibrate(
         keys: [B, Hkv, S, D], the prompt's.
         values: [B, Hkv, S, Dv].
         store: the closed store.
+        params: the model's attention parameters.
         learned: whether the value, too, is that of the window's queries.
-        **exact: scaling, softcap and sinks.
     """
-    split = store.split
-    if store.keys is None or store.values is None or store.positions is None:
-        raise ValueError("the prompt is not closed")
-    if split is None or split.top_k is None or split.sketch_bits is None or exact["softcap"] or exact["sinks"]:
-        raise ValueError("calibration needs a sketch, and takes no soft-cap and no sinks")
+    decoding = store.decoding
+    split = decoding.split
+    if split.top_k is None or split.sketch_bits is None or params.softcap is not None or params.sinks is not None:
+        raise ValueError("calibration needs a sketch, and takes no soft-cap and no learned sinks")
     batch, kv_heads, size, head_dim = keys.shape
     queries, stored, k = window.shape[2], store.stored, min(split.top_k, store.stored)
-    rows = window.view(batch, kv_heads, -1, queries, head_dim) * exact["scaling"]
+    rows = window.view(batch, kv_heads, -1, queries, head_dim) * params.scaling
     own = torch.arange(size - queries, size)[:, None]
     logits = (rows @ keys[:, :, None].transpose(-1, -2)).masked_fill(torch.arange(size) > own, -torch.inf)
     expected = logits.softmax(-1) @ values[:, :, None]
-    place = store.positions[:, :, None, :stored].long()
+    place = decoding.positions[:, :, None, :stored].long()
     hidden = place > own  # [B, Hkv, W, N]
-    kept_keys, kept = store.keys[:, :, None, :stored], store.values[:, :, None, :stored]
-    sketched = decode(Sketch(**store.index_parts()), stored, rotation(head_dim, keys.device), split.sketch_bits)
+    kept_keys, kept = decoding.keys[:, :, None, :stored], decoding.values[:, :, None, :stored]
+    sketch = Sketch(*decoding.buffers.index_tensors)
+    sketched = decode(sketch, stored, rotation_matrix(head_dim, keys.device), split.sketch_bits)
     estimate = (rows @ sketched[:, :, None].transpose(-1, -2)).masked_fill(hidden[:, :, None], -torch.inf)
     chosen = torch.zeros_like(hidden).scatter_(-1, select_top(estimate.softmax(-1).sum(2), k), True)
     others = ~(chosen | hidden)

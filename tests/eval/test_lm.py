@@ -14,7 +14,7 @@ from eval_case import make_session, save, tokenizer, words
 from presses import KeepFirst, module
 from rocketkv.cli.main import main
 from rocketkv.eval.lm import RocketKVLM
-from rocketkv.eval.lm_eval_cli import with_model
+from rocketkv.eval.lm_eval_cli import set_model
 from rocketkv.eval.methods import Full, find_method
 from rocketkv.eval.sweep.cells import Session, run_cell
 from rocketkv.eval.sweep.plan import Plan, cells
@@ -197,46 +197,44 @@ def test_a_rolling_log_likelihood_is_the_methods_and_cached_by_its_text(folder: 
     assert list(hook.dbdict.values()) == [total]
 
 
-def caches(*arguments: str) -> list[str]:
-    return [argument for argument in with_model(arguments) if "cache-" in argument]
+def parsed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> argparse.Namespace:
+    monkeypatch.setattr("sys.argv", ["lm_eval", *arguments])
+    args: argparse.Namespace = HarnessCLI().parse_args()
+    set_model(args)
+    return args
 
 
-def test_every_model_argument_is_in_the_name_of_the_cache(tmp_path: Path) -> None:
+def test_every_model_argument_is_in_the_name_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [
-        ("--model_args", "pretrained=a/b,method=quest,token_budget=8", "--use_cache", "cache"),
-        ("--model_args", "pretrained=a/b,method=quest,token_budget=16", "--use_cache", "cache"),
-        ("--model_args", "pretrained=a/c,method=quest,token_budget=8", "--use_cache", "cache"),
-        ("--model_args", "pretrained=a/b,method=quest,token_budget=8,window_size=4", "-c", "cache"),
-        ("-a", "pretrained=a/b", "method=snapkv", "token_budget=8", "--use_cache", "cache"),
-        ("-a", "pretrained=a/b", "method=streaming", "token_budget=8", "--use_cache", "cache"),
-        ("--model_args", '{"method": "quest"}', "--use_cache=cache"),
-        ("--model_args", '{"method": "snapkv"}', "--use_cache=cache"),
-        ("--use_cache", "cache"),
+        ("--model_args", "pretrained=a/b,method=quest,token_budget=8"),
+        ("--model_args", "pretrained=a/b,method=quest,token_budget=16"),
+        ("--model_args", "pretrained=a/c,method=quest,token_budget=8"),
+        ("--model_args", "pretrained=a/b,method=quest,token_budget=8,window_size=4"),
+        ("-a", "pretrained=a/b", "method=snapkv", "token_budget=8"),
+        ("--model_args", '{"method": "quest"}'),
+        (),
     ]
-    names = [caches(*arguments) for arguments in asked]
-    assert all(len(name) == 1 for name in names)
-    assert len({name[0].removeprefix("--use_cache=") for name in names}) == len(asked)
-    assert names[0][0].startswith("cache-quest-8-")
-    assert caches(*asked[0]) == names[0]
     files = []
     for method in ("quest", "snapkv"):
         file = tmp_path / f"{method}.yaml"
-        file.write_text(f"model_args: {{method: {method}}}\n", encoding="utf-8")
-        files += caches("--config", str(file), "--use_cache", "cache")
-    assert len(set(files)) == 2
-    file.write_text("use_cache: cache\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"snapkv.yaml must not set use_cache"):
-        with_model(["--config", str(file)])
+        file.write_text(f"model_args: {{method: {method}}}\nuse_cache: cache\n", encoding="utf-8")
+        files.append(("--config", str(file), "--limit", "1"))
+    caches = [parsed(monkeypatch, *arguments, "--use_cache", "cache").use_cache for arguments in asked]
+    caches += [parsed(monkeypatch, *arguments).use_cache for arguments in files]
+    assert all(cache.startswith("cache-") for cache in caches)
+    assert len(set(caches)) == len(asked) + len(files)
+    assert parsed(monkeypatch, *asked[0], "-c", "cache").use_cache == caches[0]
+    assert parsed(monkeypatch, *asked[0]).use_cache is None
 
 
-def test_the_model_is_ours() -> None:
-    assert with_model(["--tasks", "a"]) == ["--model", "rocketkv", "--tasks", "a"]
-    assert with_model(["run", "--tasks", "a"]) == ["run", "--model", "rocketkv", "--tasks", "a"]
-    assert with_model(["--model=rocketkv"]) == ["--model=rocketkv"]
-    assert with_model(["ls", "tasks"]) == ["ls", "tasks"]
-    for arguments in (["--model", "hf"], ["--model=hf"], ["-M", "hf"]):
+def test_the_model_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments in (["--tasks", "a"], ["run", "--tasks", "a"], ["--model=rocketkv", "--tasks", "a"]):
+        assert parsed(monkeypatch, *arguments).model == "rocketkv"
+    file = tmp_path / "hf.yaml"
+    file.write_text("model: hf\n", encoding="utf-8")
+    for arguments in (["--model", "hf"], ["--model=hf", "--limit", "1"], ["-M", "hf"], ["--config", str(file)]):
         with pytest.raises(ValueError, match="runs the model 'rocketkv', got --model hf; use lm_eval for others"):
-            with_model(arguments)
+            parsed(monkeypatch, *arguments)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from torch import Tensor
 import eval_case
 from ablation_case import BUDGET, CASE, PROMPT, SETTINGS, STEPS, captured, step_at, windows
 from rocketkv import METHODS, RocketKVConfig, patch
+from rocketkv.core.eviction import prompt_scores
 from rocketkv.eval.progress import Progress
 from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.models import CACHE_ARGUMENT
@@ -121,7 +122,7 @@ def test_an_arm_of_other_bytes_is_refused(model: Any, layers: list[Layer], stock
 
 def outputs(layers: list[Layer], arm: Arm, split: Any) -> Tensor:
     made = ArmLayer(arm, split, layers[0], PROMPT)
-    return made.step_of(*step_at(layers[0], 0), **layers[0].exact)
+    return made.step_of(*step_at(layers[0], 0), layers[0].params)
 
 
 def test_steps_of_the_ablation_agree_with_the_librarys_where_they_must(layers: list[Layer]) -> None:
@@ -142,17 +143,16 @@ def test_evicted_tokens_of_equal_keys_and_values_count_as_they_would(layers: lis
     split = fitted_split(arm, CASE)
     layer = layers[0]
     own = ArmLayer(arm, split, layer, PROMPT)
-    assert own.store.phase.positions is not None
     gone = torch.ones(*layer.key.shape[:2], PROMPT, dtype=torch.bool)
-    gone.scatter_(2, own.store.phase.positions[:, :, : own.store.stored].long(), False)
+    gone.scatter_(2, own.store.decoding.positions[:, :, : own.store.stored].long(), False)
     key, value = layer.key.clone(), layer.value.clone()
     key[:, :, :PROMPT][gone] = 0.25
     value[:, :, :PROMPT][gone] = 0.5
     made = ArmLayer(arm, split, replace(layer, key=key, value=value), PROMPT)
     prompt_part = (layer.query, layer.key[:, :, :PROMPT], layer.value[:, :, :PROMPT])
-    state = ablation_steps.evicted_summary(*prompt_part, own.store, runs=3)
+    state = ablation_steps.evicted_summary(*prompt_part, own.store, layer.params, runs=3)
     assert state.tokens.sum(2).eq(PROMPT - own.store.stored).all()
-    if torch.equal(made.store.phase.positions[:, :, :40], own.store.phase.positions[:, :, :40]):
+    if torch.equal(made.store.decoding.positions[:, :, :40], own.store.decoding.positions[:, :, :40]):
         assert made.state.variance.abs().max() < 1e-6
     torch.testing.assert_close((state.tokens * state.value).sum(2)[0, 0], layer.value[0, 0, :PROMPT][gone[0, 0]].sum(0))
 
@@ -164,7 +164,7 @@ def test_a_calibrated_residual_is_the_librarys_where_factors_are_one(layers: lis
     made.state = made.state._replace(factor=torch.ones_like(made.state.factor))
     token = step_at(layer, 0)
     own = outputs(layers, BY_NAME["rocketkv+"], split)
-    torch.testing.assert_close(made.step_of(*token, **layer.exact), own, atol=1e-5, rtol=0)
+    torch.testing.assert_close(made.step_of(*token, layer.params), own, atol=1e-5, rtol=0)
 
 
 def test_a_learned_value_is_what_attention_misses(layers: list[Layer]) -> None:
@@ -177,17 +177,17 @@ def test_a_learned_value_is_what_attention_misses(layers: list[Layer]) -> None:
 
 def test_ranks(layers: list[Layer]) -> None:
     window, keys = layers[0].query[:, :, 32:WIDEST_WINDOW], layers[0].key[:, :, :PROMPT]
-    exact: dict[str, Any] = {"kernel_size": 63, "valid": None, **layers[0].exact}
-    pooled = ablation_run.prompt_scores(window, keys, **exact)
-    own = ablation_run.prompt_scores(window, keys, **{**exact, "kernel_size": 1})
-    exact |= {"value": None, "pool_offset": 0}
-    found = unpooled_ties(keys, 0)(window, keys, **exact)
+    ranked = functools.partial(prompt_scores, window, keys, layers[0].params)
+    pooled, own = ranked(kernel_size=63), ranked(kernel_size=1)
+    found = ranked(kernel_size=63, ops=unpooled_ties(keys, 0))
     order = found[0, 0, :-32].argsort(descending=True)
     pairs = list(zip(pooled[0, 0][order].tolist(), own[0, 0][order].tolist(), strict=True))
     assert pairs == sorted(pairs, reverse=True)
     assert found[..., -32:].isinf().all()
-    assert torch.equal(random_ranks(keys, 3)(window, keys, **exact), random_ranks(keys, 3)(window, keys, **exact))
-    assert not torch.equal(random_ranks(keys, 3)(window, keys, **exact), random_ranks(keys, 4)(window, keys, **exact))
+    first, again, other = (ranked(kernel_size=63, ops=random_ranks(keys, number)) for number in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first[0, 0, :-32].unique().numel() == PROMPT - 32  # not pooled
 
 
 def test_joined_heads_are_wider_and_exact(layers: list[Layer]) -> None:
@@ -209,7 +209,7 @@ def test_multi_query_layers_are_of_the_same_function(heads: int, kv_heads: int, 
     case = replace(CASE, head_dim=width, group=heads)
     split = fitted_split(FULL, case)
     made = ArmLayer(FULL, split, wide[0], PROMPT)
-    outs = [made.step_of(*step_at(wide[0], step), **wide[0].exact) for step in range(STEPS)]
+    outs = [made.step_of(*step_at(wide[0], step), wide[0].params) for step in range(STEPS)]
     torch.testing.assert_close(torch.stack(outs, 1), own[0].out, atol=1e-5, rtol=0)
     assert wide[0].key.shape == (2, 1, PROMPT + STEPS, width)
     assert wide[0].key.norm(dim=2).min() > 1

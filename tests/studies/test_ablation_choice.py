@@ -35,7 +35,7 @@ def steps_of(layers: list[Layer], arm: Arm, count: int) -> tuple[ArmLayer, Tenso
     """Return a layer after its arm's first steps at `rocketkv+`'s own split, and their outputs [steps, B, H, Dv]."""
     layer = layers[0]
     made = ArmLayer(arm, fitted_split(BY_NAME["rocketkv+"], CASE), layer, PROMPT)
-    return made, torch.stack([made.step_of(*step_at(layer, step), **layer.exact) for step in range(count)])
+    return made, torch.stack([made.step_of(*step_at(layer, step), layer.params) for step in range(count)])
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_selection_is_used_again_without_its_index(layers: list[Layer]) -> Non
         made = steps_of(layers, arm, 1)[0]
         if spoilt:
             made.store.decoding.named_index()["codes"].zero_()
-        outs.append(made.step_of(*step_at(layer, 1), **layer.exact))
+        outs.append(made.step_of(*step_at(layer, 1), layer.params))
     assert torch.equal(*outs)
 
 
@@ -106,19 +106,19 @@ def test_pages_left_out_are_not_scored(layers: list[Layer]) -> None:
     token = step_at(layer, 0)
     made, own = steps_of(layers, arm, 1)
     made.store.crop(PROMPT)
-    scored = ablation_steps.Step(*token, made.store, None, layer.exact).score()
-    near = ablation_choice.near_tokens(token[0], scored, 32, 16, 0.5, layer.exact["scaling"])
+    scored = ablation_steps.Step(*token, made.store, None, layer.params).score()
+    near = ablation_choice.near_tokens(token[0], scored, layer.params, page_size=32, channels=16, share=0.5)
     size = near.shape[-1]
     assert 0.4 * size < near.sum(-1).min() < 0.6 * size
     made.store.crop(PROMPT)
     made.store.decoding.named_index()["scales"][:, :, :size][~near] = torch.nan
-    torch.testing.assert_close(made.step_of(*token, **layer.exact), own[0])
+    torch.testing.assert_close(made.step_of(*token, layer.params), own[0])
 
 
 def test_high_bits_are_of_the_same_sketch(layers: list[Layer]) -> None:
     made = steps_of(layers, BY_NAME["rocketkv+:planes"], 1)[0]
     made.store.decoding.named_index()["codes"].fill_(0xFF)  # all channels 1.5 steps from the mean
-    scored = ablation_steps.Step(*step_at(layers[0], 1), made.store, None, layers[0].exact).score()
+    scored = ablation_steps.Step(*step_at(layers[0], 1), made.store, None, layers[0].params).score()
     shift = scored.rows @ made.store.decoding.named_index()["mean"][..., None]
     rough = ablation_choice.high_bit_logits(scored, made.store)[..., :-1] - shift
     expected = (scored.logits[..., :-1] - shift) * ablation_choice.HIGH_BIT / 1.5
@@ -129,13 +129,13 @@ def test_low_bits_of_what_ranks_low_are_not_read(layers: list[Layer]) -> None:
     arm, layer = BY_NAME["rocketkv+:planes"], layers[0]
     made, own = steps_of(layers, arm, 1)
     made.store.crop(PROMPT)
-    scored = ablation_steps.Step(*step_at(layer, 0), made.store, None, layer.exact).score()
+    scored = ablation_steps.Step(*step_at(layer, 0), made.store, None, layer.params).score()
     rough = ablation_steps.group_weights(ablation_choice.high_bit_logits(scored, made.store))
     size = rough.shape[-1]
     low = ablation_choice.mask_of(rough.argsort(dim=-1)[..., : int(0.7 * size)], size)
     made.store.crop(PROMPT)
     made.store.decoding.named_index()["codes"][:, :, :size][low] &= 0b10101010
-    assert torch.equal(made.step_of(*step_at(layer, 0), **layer.exact), own[0])
+    assert torch.equal(made.step_of(*step_at(layer, 0), layer.params), own[0])
 
 
 def test_heads_that_share_storage_store_as_much_together(layers: list[Layer]) -> None:
@@ -145,7 +145,7 @@ def test_heads_that_share_storage_store_as_much_together(layers: list[Layer]) ->
     assert lengths.sum(1).tolist() == [2 * kept] * 2
     assert lengths.min() >= 32 + (kept - 32) // 4
     assert lengths.unique().numel() > 1
-    assert made.store.phase.positions.eq(PROMPT - 1).any(-1).all()
+    assert made.store.decoding.positions.eq(PROMPT - 1).any(-1).all()
     ablation_run.replay(made, layers[0], PROMPT)
     assert torch.equal(made.store.decoding.buffers.seq_lens, lengths)
     # Each row reads the sketch of its own tokens.

@@ -82,8 +82,7 @@ def test_random_eviction_keeps_the_window_and_others_by_chance() -> None:
             for token in prompt(97, seed=9).split(1, dim=1):
                 loop.step(token)
         store = rocketkv_layers(cache)[0].store
-        assert store.positions is not None
-        positions.append(store.positions[0, 0, : store.stored].tolist())
+        positions.append(store.decoding.positions[0, 0, : store.stored].tolist())
     by_chance, again, ranked = positions
     assert by_chance == again != ranked
     assert len(by_chance) == len(ranked)
