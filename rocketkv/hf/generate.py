@@ -23,7 +23,7 @@ from .chat import ChatMarks
 from .compiled import RoomCheck, many_forwards, say_uncompiled, uncompiled_reason
 from .models import CACHE_ARGUMENT, find_decoder, given_cache
 
-STATE = "_rocketkv"  # on the patched model: its PatchState
+STATE = "_rocketkv"  # attribute of a patched model that holds its PatchState
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,20 +98,20 @@ def _gone() -> None:
 
 
 def state_of(model: nn.Module) -> PatchState | None:
-    """Return what `patch` left on a model, or None where it is not patched."""
+    """Return the patch of a model, or None if it is not patched."""
     return model.__dict__.get(STATE)
 
 
 def convertible(cache: Any) -> bool:
-    """Whether a cache's empty layers can be replaced by ours."""
+    """Whether a cache's empty layers can be replaced by compressed ones."""
     return type(cache) is DynamicCache and not getattr(cache, "offloading", False)
 
 
 def refuse_empty_rows(mask: Tensor) -> None:
-    """Refuse a 2D attention mask with a row that has no token.
+    """Refuse a 2D attention mask [B, tokens] with a row that has no token.
 
     Raises:
-        ValueError: it has one.
+        ValueError: a row is only padding.
     """
     empty = (mask == 0).all(-1)
     if bool(empty.any()):
@@ -124,7 +124,13 @@ def refuse_empty_rows(mask: Tensor) -> None:
 
 
 class Generation:
-    """One call of `generate`: where its prompt ends, and the cache that it uses once that is known."""
+    """One call of `generate`: the end of its prompt, and its cache once that is known.
+
+    Args:
+        end: tokens of the sequence when the prompt ends, or None if there is no prompt.
+        speculative: whether forwards of several tokens verify drafts.
+        drafts: whether the model is the assistant that makes the drafts.
+    """
 
     def __init__(self, end: int | None, speculative: bool, drafts: bool) -> None:
         self.end = end
@@ -134,7 +140,7 @@ class Generation:
         self.compiles = False  # whether transformers may compile the decode steps
 
     def begin(self, cache: Any) -> None:
-        """Tell a cache of ours, before its first forward of this call, where the prompt ends."""
+        """Tell a compressed cache where the prompt ends, before its first forward of this call."""
         self.cache = cache
         if self.end is not None:
             begin_prompt(cache, self.end, speculative=self.speculative, drafts=self.drafts)
@@ -142,9 +148,9 @@ class Generation:
             make_croppable(cache)
 
     def begin_anew(self, cache: Any, given: int) -> None:
-        """Go over to a cache in the place of the first one, if its first forward, of `given` tokens, holds the prompt.
+        """Switch to another cache, if its first forward, of `given` tokens, holds the whole prompt.
 
-        LongRoPE models drop their cache at the first prompt beyond their short range, and where they outgrow it later.
+        LongRoPE models drop their cache at the first prompt beyond their short range, and when they outgrow it later.
         """
         if self.end is not None and given >= self.end:
             self.end_prompt()
@@ -152,7 +158,7 @@ class Generation:
             self.begin(cache)
 
     def end_prompt(self) -> None:
-        """Leave the cache to loops of the user's own."""
+        """Prepare the cache for a custom loop after this call."""
         for layer in rocketkv_layers(self.cache):
             layer.speculative = False
             layer.prompt_end = None
@@ -220,14 +226,14 @@ def _returned(output: Any, cache: Any) -> bool:
 def _watched(
     model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], running: Generation, warned: set[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments so that `generate` compiles decode steps only where it can, and notices the end of a cache.
+    """Return arguments with which `generate` compiles decode steps only if it can, and notices a full static buffer.
 
     Args:
         model: the model.
         args: the call's positional arguments.
-        kwargs: the others.
-        running: the generation, its cache one of ours.
-        warned: reasons that were given before.
+        kwargs: its keyword arguments.
+        running: the generation, with a compressed cache.
+        warned: reasons already given, which are not repeated.
     """
     if all(layer.config.decode_capacity is None for layer in rocketkv_layers(running.cache)):
         return args, kwargs
@@ -248,7 +254,7 @@ def _watched(
 
 
 def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
-    """Stand in the place of a patched model's `generate_batch`.
+    """Replace `generate_batch` of a patched model.
 
     Raises:
         ValueError: always.
@@ -260,7 +266,7 @@ def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def _setting(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    """Return a generation setting as `generate` will find it: argument, then its config, then the model's."""
+    """Return a generation setting as `generate` looks it up: argument, then its config, then the model's config."""
     if kwargs.get(name) is not None:
         return kwargs[name]
     given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
@@ -269,7 +275,7 @@ def _setting(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _uses_dynamic_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether to make the cache here; where `generate` is asked for a kind by name it makes its own."""
+    """Whether to make the cache here; if a kind is asked for by name, `generate` makes it."""
     use_cache = _setting(model, args, kwargs, "use_cache")
     return use_cache is not False and _setting(model, args, kwargs, "cache_implementation") is None
 
@@ -281,7 +287,7 @@ def _speculative(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _prompt_end(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Return the tokens of the sequence when the prompt ends, or None where there is no prompt."""
+    """Return the tokens of the sequence when the prompt ends, or None if there is no prompt."""
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return mask.shape[1]  # spans earlier turns too, also where only the new tokens are given

@@ -225,7 +225,7 @@ def patch(
 
 
 def _chat_marks(config: RocketKVConfig, tokenizer: Any) -> ChatMarks | None:
-    """Return what a chat template writes around messages, or None where nobody gave a tokenizer or needs to know."""
+    """Return the marks of the tokenizer's chat template, or None if there is no tokenizer and none is needed."""
     if tokenizer is not None:
         return chat_marks(tokenizer)  # also for caches with settings of their own
     if config.protect == "system" or config.fair_shares:
@@ -263,7 +263,7 @@ def unpatch(model: nn.Module) -> None:
 
 
 def _take_configs(model: PreTrainedModel) -> list[tuple[nn.Module, PretrainedConfig]]:
-    """Give a model configurations of its own, since others may share them, and return those that its modules had."""
+    """Replace a model's configurations by copies, since other models may share them, and return the former ones."""
     found = ((module, module.__dict__.get("config")) for module in model.modules())
     former = [(module, config) for module, config in found if isinstance(config, PretrainedConfig)]
     copies: dict[int, Any] = {}  # modules that shared a configuration share its copy
@@ -273,7 +273,7 @@ def _take_configs(model: PreTrainedModel) -> list[tuple[nn.Module, PretrainedCon
 
 
 def _give_configs_back(former: list[tuple[nn.Module, PretrainedConfig]]) -> None:
-    """Undo `_take_configs`, but keep what was set in the meantime."""
+    """Undo `_take_configs`, but keep values that were set in the meantime."""
     for module, config in former:
         for name, value in module.__dict__["config"].__dict__.items():
             kept = name.startswith("_attn_implementation") or isinstance(value, PretrainedConfig)
@@ -284,7 +284,7 @@ def _give_configs_back(former: list[tuple[nn.Module, PretrainedConfig]]) -> None
 
 
 def _outermost(model: Any) -> PreTrainedModel:
-    """Return the first transformers model in a module, which may be a wrapper of it."""
+    """Return the first transformers model in a module, which may wrap it."""
     if isinstance(model, nn.Module):
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
@@ -293,7 +293,7 @@ def _outermost(model: Any) -> PreTrainedModel:
 
 
 class _ForwardHook:
-    """Runs before each forward of a patched decoder and sees to it that its cache is one that compresses."""
+    """Runs before each forward of a patched decoder and makes its cache a compressed one."""
 
     def __init__(self, state: PatchState) -> None:
         self.state = state
@@ -324,7 +324,7 @@ class _ForwardHook:
     def _begin(
         self, decoder: PreTrainedModel, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Make a cache ready for the forward, or the forward a cache; return the forward's arguments."""
+        """Prepare the forward's cache, or make one; return the forward's arguments."""
         inputs = given_inputs(args, kwargs)
         _refuse_inputs(decoder, cache, inputs, kwargs)
         if _makes_cache(decoder, cache, kwargs):
@@ -341,7 +341,7 @@ class _ForwardHook:
         return args, kwargs
 
     def _prepare(self, decoder: PreTrainedModel, cache: Any) -> None:
-        """Compress an empty dynamic cache in place, warn of caches that stay as they are, and arm our layers."""
+        """Compress an empty dynamic cache in place, warn of caches that stay uncompressed, and arm the compressed layers."""
         if convertible(cache) and not decoder.training:
             compress_layers(cache, self.state.config, decoder.config)
         layers = rocketkv_layers(cache)
@@ -358,13 +358,13 @@ class _ForwardHook:
 
 
 def _makes_cache(decoder: PreTrainedModel, cache: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a forward without a cache would have one made."""
+    """Whether a forward without a cache makes one."""
     use_cache = kwargs.get("use_cache")
     return cache is None and not decoder.training and bool(decoder.config.use_cache if use_cache is None else use_cache)
 
 
 def _arm_static_step(cache: Any, inputs: Tensor | None) -> bool:
-    """Arm the layers of a cache whose next forward is a static step; return whether it is."""
+    """Arm a cache's layers if the next forward is a static step; return whether it is."""
     layers = rocketkv_layers(cache)
     if not step_statically(layers, inputs):
         return False
@@ -378,7 +378,7 @@ def _holds_full_attention(decoder: PreTrainedModel) -> bool:
 
 
 def _refuse_inputs(decoder: PreTrainedModel, cache: Any, inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
-    """Refuse what a compressed forward cannot give, before anything is computed."""
+    """Refuse arguments that a compressed forward does not support, before anything is computed."""
     if kwargs.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
         raise ValueError(
             "output_attentions=True asks for attention weights over all tokens, and RocketKV evicts tokens and forms "
