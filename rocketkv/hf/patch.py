@@ -341,7 +341,7 @@ class _ForwardHook:
         return args, kwargs
 
     def _prepare(self, decoder: PreTrainedModel, cache: Any) -> None:
-        """Compress an empty dynamic cache in place, warn of caches that stay uncompressed, and arm the compressed layers."""
+        """Compress an empty dynamic cache in place, warn of uncompressed ones, and arm the compressed layers."""
         if convertible(cache) and not decoder.training:
             compress_layers(cache, self.state.config, decoder.config)
         layers = rocketkv_layers(cache)
