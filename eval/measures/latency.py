@@ -10,14 +10,13 @@ new process (`measure_apart`).
 from __future__ import annotations
 
 import gc
-import json
-import subprocess
-import sys
+import multiprocessing
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -34,18 +33,10 @@ from ..methods import Compressed, Full, Method, find_method
 from ..progress import Progress
 from ..records import CostDict
 from .kl import decode_logprobs
-from .memory import OutOfMemory, cache_cost, is_out_of_memory, peak_bytes, release_free_memory, reset_peak
+from .memory import OutOfMemory, cache_cost, peak_bytes, release_free_memory, reset_peak
 
 CHECK_TOKENS, CHECK_STEPS = 512, 3
-_SIGKILL = -9  # as `subprocess` reports it
-# With the path of this process: `-m` would put the working directory first, where a folder `kernels` would hide the
-# package of that name.
-_PROGRAM = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[2])
-from rocketkv.eval.measures.latency import main
-raise SystemExit(main(sys.argv[1]))
-"""
+_SIGKILL = -9  # as `multiprocessing` reports it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +127,11 @@ def measure_latency(
         WrongResultError: within its budget the method does not give the stock model's logits; nothing is timed then.
     """
     numbers = {"prompt_tokens": prompt_tokens, "warmup": warmup, "repeats": repeats, "batch_size": batch_size}
-    for name, value in {**numbers, "new_tokens": new_tokens}.items():
-        least = 2 if name == "new_tokens" else 1
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if new_tokens < 2:
+        raise ValueError(f"new_tokens must be at least 2, got {new_tokens}")
     device = model.device
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"latency is measured on cpu or cuda, got a model on {device.type}; move it")
@@ -162,9 +154,9 @@ def measure_latency(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         batch_size=batch_size,
-        first_token_seconds=[run.first_token_seconds for run in timed],
+        first_token_seconds=[run.forward_seconds[0] for run in timed],
         compression_seconds=compression or None,
-        step_seconds=[seconds for run in timed for seconds in run.step_seconds],
+        step_seconds=[seconds for run in timed for seconds in run.forward_seconds[1:]],
         prefill_kv_bytes=timed[-1].prefill_kv_bytes,
         cache=timed[-1].cache,
         weight_bytes=sum(weights.values()),
@@ -202,9 +194,8 @@ def check_within_budget(model: PreTrainedModel, method: Method, ids: list[int]) 
 class _Run(NamedTuple):
     """One repeat."""
 
-    first_token_seconds: float
+    forward_seconds: list[float]
     compression_seconds: float | None
-    step_seconds: list[float]
     prefill_kv_bytes: int
     cache: CostDict
     base_bytes: int | None
@@ -217,30 +208,25 @@ def _run(model: PreTrainedModel, method: Method, prompt: Tensor, new_tokens: int
     device = prompt.device
 
     def begin_peak() -> int | None:
+        if not memory:
+            return None
         release_free_memory()
         return reset_peak(device)
 
-    base = begin_peak() if memory else None
+    base = begin_peak()
     cache = method.new_cache(model, prompt.shape[1])
     stage_1 = time_stage_1(cache)
     loop = DecodeLoop(model=model, cache=cache)
     loop.prefill(prompt)
     peak_prefill = None if base is None else peak_bytes(device)
     prefill_kv_bytes = cache_stats(cache).total_bytes
-    if memory:
-        begin_peak()
+    begin_peak()
     for _ in range(new_tokens - 1):
         loop.step(loop.token)
-    return _Run(
-        first_token_seconds=loop.seconds[0],
-        compression_seconds=None if stage_1 is None else stage_1(),
-        step_seconds=loop.seconds[1:],
-        prefill_kv_bytes=prefill_kv_bytes,
-        cache=cache_cost(cache_stats(cache)),
-        base_bytes=base,
-        peak_prefill_bytes=peak_prefill,
-        peak_decode_bytes=None if base is None else peak_bytes(device),
-    )
+    peak_decode = None if base is None else peak_bytes(device)
+    compression = None if stage_1 is None else stage_1()
+    kept = cache_cost(cache_stats(cache))
+    return _Run(loop.seconds, compression, prefill_kv_bytes, kept, base, peak_prefill, peak_decode)
 
 
 class _TimedLayer(RocketKVLayer):
@@ -289,76 +275,62 @@ class _Shared(list[Callable[[], float]]):
         return self
 
 
-@dataclass(frozen=True, kw_only=True)
-class Configuration:
-    """A measurement in a separate process: a model on the CPU, a method, and arguments of `measure_latency`.
+def measure_apart(**arguments: Any) -> LatencyResult:
+    """Call `measure_by_name` in a new process, so that nothing else counts as its memory.
 
-    Attributes:
-        model: see `load_model`; None for SmolLM2-135M-Instruct.
+    Raises:
+        OutOfMemory: the system killed the process, as Linux does where memory runs out.
+        RuntimeError: the process ended without a result for another reason.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_send_result, args=(sender, arguments))
+    child.start()
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:
+        result = None
+    child.join()
+    what = f"measuring {arguments['method']} at {arguments['prompt_tokens']} tokens"
+    if child.exitcode == _SIGKILL:
+        raise OutOfMemory(f"{what}: the system killed the process (SIGKILL), as it does where memory runs out")
+    if result is None:
+        raise RuntimeError(f"{what} failed with exit code {child.exitcode}")
+    if isinstance(result, Exception):
+        raise result
+    return cast(LatencyResult, result)
+
+
+def _send_result(sender: Connection, arguments: dict[str, Any]) -> None:
+    """Send the result of `measure_by_name`, or its exception."""
+    try:
+        sender.send(measure_by_name(**arguments))
+    except Exception as error:  # the parent raises it
+        sender.send(error)
+
+
+def measure_by_name(
+    *,
+    model: str,
+    dtype: str,
+    method: str,
+    token_budget: int | None,
+    settings: dict[str, Any],
+    threads: int,
+    **numbers: int,
+) -> LatencyResult:
+    """Load a model on the CPU and measure a method.
+
+    Args:
+        model: see `load_model`.
         dtype: of the weights, such as `float32`.
         method: see `find_method`.
         token_budget: likewise.
-        settings: likewise, of JSON's types.
+        settings: likewise.
         threads: of PyTorch.
-        prompt_tokens: see `measure_latency`.
-        new_tokens: likewise.
-        warmup: likewise.
-        repeats: likewise.
-        batch_size: likewise.
-        seed: likewise.
+        numbers: see `measure_latency`.
     """
-
-    model: str | None
-    dtype: str
-    method: str
-    token_budget: int | None
-    settings: dict[str, Any]
-    threads: int
-    prompt_tokens: int
-    new_tokens: int
-    warmup: int = 2
-    repeats: int = 5
-    batch_size: int = 1
-    seed: int = 0
-
-
-def measure_apart(configuration: Configuration) -> LatencyResult:
-    """Measure in a new process of the same interpreter, so that nothing else counts as its memory.
-
-    Raises:
-        OutOfMemory: memory ran out there, or the system killed the process, as Linux does then.
-        RuntimeError: it failed for another reason, which the message quotes.
-    """
-    command = [sys.executable, "-c", _PROGRAM, json.dumps(asdict(configuration)), json.dumps(sys.path)]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
-    what = f"measuring {configuration.method} at {configuration.prompt_tokens} tokens"
-    if child.returncode == _SIGKILL:
-        raise OutOfMemory(f"{what}: the system killed the process (SIGKILL), as it does where memory runs out")
-    if child.returncode:
-        raise RuntimeError(f"{what} failed with exit code {child.returncode}:\n{child.stderr.strip()[-2000:]}")
-    answer = json.loads(child.stdout.splitlines()[-1])
-    if answer["out_of_memory"] is not None:
-        raise OutOfMemory(f"{what}: {answer['out_of_memory']}")
-    return LatencyResult(**answer["result"])
-
-
-def main(document: str) -> int:
-    """Measure a configuration given as JSON and print the result as JSON; returns the exit code."""
-    configuration = Configuration(**json.loads(document))
-    answer: dict[str, Any] = {"result": None, "out_of_memory": None}
-    try:
-        answer["result"] = asdict(_measure(configuration))
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        answer["out_of_memory"] = str(error) or type(error).__name__
-    sys.stdout.write(json.dumps(answer) + "\n")
-    return 0
-
-
-def _measure(configuration: Configuration) -> LatencyResult:
-    fields = asdict(configuration)
-    torch.set_num_threads(fields.pop("threads"))
-    model, _ = load_model(fields.pop("model"), getattr(torch, fields.pop("dtype")))
-    method = find_method(fields.pop("method"), fields.pop("token_budget"), fields.pop("settings"))
-    return measure_latency(model, method, **fields)
+    torch.set_num_threads(threads)
+    found = find_method(method, token_budget, settings)
+    return measure_latency(load_model(model, getattr(torch, dtype))[0], found, **numbers)

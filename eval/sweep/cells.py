@@ -26,7 +26,7 @@ from ..intervals import mean_interval
 from ..journal import Journal
 from ..measures.kl import METRIC as KL
 from ..measures.kl import STEPS, divergence_sample, divergence_values, find_text, texts
-from ..measures.latency import Configuration, measure_apart, measure_latency
+from ..measures.latency import measure_apart, measure_latency
 from ..measures.memory import is_out_of_memory
 from ..methods import Method, find_method
 from ..records import (
@@ -193,16 +193,8 @@ def _latency(session: Session, cell: CellDict) -> Outcome:
         raise ValueError(f"length must be above the {LATENCY_TOKENS} tokens that latency generates, got {length}")
     lengths = {"prompt_tokens": length - LATENCY_TOKENS, "new_tokens": LATENCY_TOKENS, "seed": cell["seed"]}
     if session.model.device.type == "cpu":
-        configuration = Configuration(
-            model=cell["model"],
-            dtype=cell["dtype"],
-            method=cell["method"],
-            token_budget=cell["token_budget"],
-            settings=cell["settings"],
-            threads=torch.get_num_threads(),
-            **lengths,
-        )
-        result = measure_apart(configuration)
+        named = {name: cell[name] for name in ("model", "dtype", "method", "token_budget", "settings")}
+        result = measure_apart(**named, threads=torch.get_num_threads(), **lengths)
     else:
         result = measure_latency(session.model, _method(cell), **lengths)
     cost = result.cost()

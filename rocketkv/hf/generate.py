@@ -19,7 +19,13 @@ from .patch_state import Finished, PatchState, no_cache, state_of
 
 
 class Generation:
-    """One call of `generate`: where its prompt ends, and the cache that it uses once that is known."""
+    """One call of `generate`: the end of its prompt, and its cache once that is known.
+
+    Args:
+        end: tokens of the sequence when the prompt ends, or None if there is no prompt.
+        speculative: whether forwards of several tokens verify drafts.
+        drafts: whether the model is the assistant that makes the drafts.
+    """
 
     def __init__(self, end: int | None, speculative: bool, drafts: bool) -> None:
         self.end = end
@@ -29,7 +35,7 @@ class Generation:
         self.compiles = False  # whether transformers may compile the decode steps
 
     def begin(self, cache: Any) -> None:
-        """Tell a cache of ours, before its first forward of this call, where the prompt ends."""
+        """Tell a compressed cache where the prompt ends, before its first forward of this call."""
         self.cache = cache
         if self.end is not None:
             begin_prompt(cache, self.end, speculative=self.speculative, drafts=self.drafts)
@@ -37,9 +43,9 @@ class Generation:
             make_croppable(cache)
 
     def begin_anew(self, cache: Any, given: int) -> None:
-        """Go over to a cache in the place of the first one, if its first forward, of `given` tokens, holds the prompt.
+        """Switch to another cache, if its first forward, of `given` tokens, holds the whole prompt.
 
-        LongRoPE models drop their cache at the first prompt beyond their short range, and where they outgrow it later.
+        LongRoPE models drop their cache at the first prompt beyond their short range, and when they outgrow it later.
         """
         if self.end is not None and given >= self.end:
             self.end_prompt()
@@ -47,7 +53,7 @@ class Generation:
             self.begin(cache)
 
     def end_prompt(self) -> None:
-        """Leave the cache to loops of the user's own."""
+        """Prepare the cache for a custom loop after this call."""
         for layer in rocketkv_layers(self.cache):
             layer.speculative = False
             layer.prompt_end = None
@@ -115,14 +121,14 @@ def _returned(output: Any, cache: Any) -> bool:
 def _watched(
     model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], running: Generation, warned: set[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments so that `generate` compiles decode steps only where it can, and notices the end of a cache.
+    """Return arguments with which `generate` compiles decode steps only if it can, and notices a full static buffer.
 
     Args:
         model: the model.
         args: the call's positional arguments.
-        kwargs: the others.
-        running: the generation, its cache one of ours.
-        warned: reasons that were given before.
+        kwargs: its keyword arguments.
+        running: the generation, with a compressed cache.
+        warned: reasons already given, which are not repeated.
     """
     if all(layer.config.decode_capacity is None for layer in rocketkv_layers(running.cache)):
         return args, kwargs
@@ -143,7 +149,7 @@ def _watched(
 
 
 def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
-    """Stand in the place of a patched model's `generate_batch`.
+    """Replace `generate_batch` of a patched model.
 
     Raises:
         ValueError: always.
@@ -155,7 +161,7 @@ def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def _setting(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    """Return a generation setting as `generate` will find it: argument, then its config, then the model's."""
+    """Return a generation setting as `generate` looks it up: argument, then its config, then the model's config."""
     if kwargs.get(name) is not None:
         return kwargs[name]
     given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
@@ -164,7 +170,7 @@ def _setting(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _uses_dynamic_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether to make the cache here; where `generate` is asked for a kind by name it makes its own."""
+    """Whether to make the cache here; if a kind is asked for by name, `generate` makes it."""
     use_cache = _setting(model, args, kwargs, "use_cache")
     return use_cache is not False and _setting(model, args, kwargs, "cache_implementation") is None
 
@@ -176,7 +182,7 @@ def _speculative(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _prompt_end(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Return the tokens of the sequence when the prompt ends, or None where there is no prompt."""
+    """Return the tokens of the sequence when the prompt ends, or None if there is no prompt."""
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return mask.shape[1]  # spans earlier turns too, also where only the new tokens are given

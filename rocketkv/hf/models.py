@@ -8,10 +8,10 @@ from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import ALL_CACHE_NAMES
 
-# What this transformers calls the cache in `generate`, `forward` and their outputs: 5.24 gave it another name.
+# Name of the cache in `generate`, `forward` and their outputs: transformers 5.24 changed it.
 CACHE_ARGUMENT = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
 
-# By model type, what the attention interface alone does not tell.
+# Reasons, by model type, that the attention interface alone does not show.
 REFUSED = {
     "doge": "it reads the attention mask as a tensor",
     "diffllama": "it calls its attention twice for one layer",
@@ -25,9 +25,9 @@ REFUSED = {
 
 
 def given_cache(kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """Return a copy of the arguments, in which `cache` has the name that this transformers knows, and the cache.
+    """Return a copy of the arguments, with `cache` under the name that this transformers uses, and the cache.
 
-    The old name is left to transformers, which takes it too and says that it will not for ever.
+    The old name is left to transformers, which still accepts it and warns.
     """
     given = {name: kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None}
     kwargs = {name: value for name, value in kwargs.items() if name not in ("cache", "past_key_values")}

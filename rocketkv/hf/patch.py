@@ -214,7 +214,7 @@ def patch(
 
 
 def _chat_marks(config: RocketKVConfig, tokenizer: Any) -> ChatMarks | None:
-    """Return what a chat template writes around messages, or None where nobody gave a tokenizer or needs to know."""
+    """Return the marks of the tokenizer's chat template, or None if there is no tokenizer and none is needed."""
     if tokenizer is not None:
         return chat_marks(tokenizer)  # also for caches with settings of their own
     if config.protect == "system" or config.fair_shares:
@@ -252,7 +252,7 @@ def unpatch(model: nn.Module) -> None:
 
 
 def _take_configs(model: PreTrainedModel) -> list[tuple[nn.Module, PretrainedConfig]]:
-    """Give a model configurations of its own, since others may share them, and return those that its modules had."""
+    """Replace a model's configurations by copies, since other models may share them, and return the former ones."""
     found = ((module, module.__dict__.get("config")) for module in model.modules())
     former = [(module, config) for module, config in found if isinstance(config, PretrainedConfig)]
     copies: dict[int, Any] = {}  # modules that shared a configuration share its copy
@@ -262,7 +262,7 @@ def _take_configs(model: PreTrainedModel) -> list[tuple[nn.Module, PretrainedCon
 
 
 def _give_configs_back(former: list[tuple[nn.Module, PretrainedConfig]]) -> None:
-    """Undo `_take_configs`, but keep what was set in the meantime."""
+    """Undo `_take_configs`, but keep values that were set in the meantime."""
     for module, config in former:
         for name, value in module.__dict__["config"].__dict__.items():
             kept = name.startswith("_attn_implementation") or isinstance(value, PretrainedConfig)
@@ -273,7 +273,7 @@ def _give_configs_back(former: list[tuple[nn.Module, PretrainedConfig]]) -> None
 
 
 def _outermost(model: Any) -> PreTrainedModel:
-    """Return the first transformers model in a module, which may be a wrapper of it."""
+    """Return the first transformers model in a module, which may wrap it."""
     if isinstance(model, nn.Module):
         for module in model.modules():
             if isinstance(module, PreTrainedModel):

@@ -5,9 +5,7 @@ No test asks for a time: what is checked is that each is taken of the right work
 
 from __future__ import annotations
 
-import dataclasses
 import gc
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,13 +22,7 @@ from transformers.cache_utils import DynamicCache
 from rocketkv import RocketKVConfig
 from rocketkv.eval.checks import WrongResultError
 from rocketkv.eval.measures import latency
-from rocketkv.eval.measures.latency import (
-    Configuration,
-    LatencyResult,
-    main,
-    measure_apart,
-    measure_latency,
-)
+from rocketkv.eval.measures.latency import LatencyResult, measure_apart, measure_latency
 from rocketkv.eval.measures.memory import (
     OutOfMemory,
     cache_cost,
@@ -273,7 +265,6 @@ def test_weights_are_counted_once() -> None:
 
 def test_a_cost_is_of_json() -> None:
     result = measured(build(), ours(**SMALL))
-    assert LatencyResult(**json.loads(json.dumps(dataclasses.asdict(result)))) == result
     for figures in (result.cost(), result.values()):
         for name, value in figures.items():
             assert value is None or (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0), name
@@ -307,16 +298,10 @@ def test_what_pytorch_raises_means_that_memory_ran_out() -> None:
     assert is_out_of_memory(caught.value)
 
 
-CONFIGURATION = Configuration(
-    model=None,
-    dtype="float32",
-    method="full",
-    token_budget=None,
-    settings={},
-    threads=1,
-    prompt_tokens=40,
-    new_tokens=3,
-)
+ARGUMENTS: dict[str, Any] = {
+    "model": None, "dtype": "float32", "method": "full", "token_budget": None, "settings": {}, "threads": 1,
+    "prompt_tokens": 40, "new_tokens": 3,
+}  # fmt: skip
 
 
 def test_a_child_measures_what_it_is_told(tmp_path: Path) -> None:
@@ -326,7 +311,7 @@ def test_a_child_measures_what_it_is_told(tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
     settings = {name: value for name, value in SMALL.items() if name not in ("split", "token_budget")}
     given = {"model": str(tmp_path), "method": "rocketkv", "token_budget": 48, "settings": settings}
-    result = measure_apart(dataclasses.replace(CONFIGURATION, **given, prompt_tokens=90, warmup=1, repeats=2))
+    result = measure_apart(**ARGUMENTS | given | {"prompt_tokens": 90, "warmup": 1, "repeats": 2})
     here = measured(model, ours(token_budget=48, **settings), new_tokens=3, warmup=1, repeats=2)
     assert result.cache == here.cache
     assert result.prefill_kv_bytes == here.prefill_kv_bytes
@@ -336,41 +321,18 @@ def test_a_child_measures_what_it_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("program", "error", "message"),
+    ("method", "error", "message", "no_memory"),
     [
-        ("import os; os.kill(os.getpid(), 9)", OutOfMemory, r"full at 40 tokens: the system killed .*SIGKILL"),
-        ('print(\'{"out_of_memory": "it ran out"}\')', OutOfMemory, "full at 40 tokens: it ran out"),
-        ("raise SystemExit('it broke')", RuntimeError, r"full at 40 tokens failed with exit code 1:\nit broke"),
+        ("killed", OutOfMemory, r"killed at 40 tokens: the system killed .*SIGKILL", True),
+        ("exits", RuntimeError, r"exits at 40 tokens failed with exit code 3", False),
+        ("out_of_memory", RuntimeError, "DefaultCPUAllocator: can't allocate memory: 9 bytes", True),
+        ("broken", ValueError, "it broke", False),
     ],
 )
-def test_a_child_that_fails(
-    monkeypatch: pytest.MonkeyPatch, program: str, error: type[RuntimeError], message: str
-) -> None:
-    monkeypatch.setattr(latency, "_PROGRAM", program)
+def test_a_child_that_fails(method: str, error: type[Exception], message: str, no_memory: bool) -> None:
     with pytest.raises(error, match=message) as caught:
-        measure_apart(CONFIGURATION)
-    assert is_out_of_memory(caught.value) is (error is OutOfMemory)
-
-
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
-def test_a_child_says_that_memory_ran_out(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
-) -> None:
-    def fail(*args: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(latency, "load_model", fail)
-    assert main(json.dumps(dataclasses.asdict(CONFIGURATION))) == 0
-    assert json.loads(capsys.readouterr().out) == {"result": None, "out_of_memory": str(error) or "MemoryError"}
-
-
-def test_a_child_does_not_hide_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any) -> None:
-        raise RuntimeError("shapes do not match")
-
-    monkeypatch.setattr(latency, "load_model", fail)
-    with pytest.raises(RuntimeError, match="shapes do not match"):
-        main(json.dumps(dataclasses.asdict(CONFIGURATION)))
+        measure_apart(**ARGUMENTS | {"method": f"failing_methods:{method}", "token_budget": 8})
+    assert is_out_of_memory(caught.value) is no_memory
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval._cli import HarnessCLI
 
 from eval_case import make_session, save, tokenizer, words
 from presses import KeepFirst, module
