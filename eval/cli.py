@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 from dataclasses import fields
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..options import DTYPES, comma_separated, device_name, method_name, positive
+from .optional import optional
 
 if TYPE_CHECKING:
     import torch
@@ -36,37 +36,21 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="hub name, local folder, or smollm2 (the default)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default float32)")
     names, numbers = comma_separated(str), comma_separated(positive)
-    parser.add_argument(
-        "--tasks", type=names, help="tasks or groups, comma-separated; kl; latency; lm-eval:NAME for a stock task"
-    )
-    parser.add_argument(
-        "--methods",
-        type=comma_separated(_method),
-        help="methods of the library, kvpress:PRESS, module:function; comma-separated",
-    )
+    tasks = "tasks or groups, comma-separated; kl; latency; lm-eval:NAME for a stock task"
+    parser.add_argument("--tasks", type=names, help=tasks)
+    methods = "methods of the library, kvpress:PRESS, module:function; comma-separated"
+    parser.add_argument("--methods", type=comma_separated(_method), help=methods)
     parser.add_argument("--budgets", type=numbers, help="token budgets of a decode step, comma-separated")
     parser.add_argument("--lengths", type=numbers, help="tokens of prompt and answer, comma-separated")
     parser.add_argument("--samples", type=positive, metavar="N", help="of each task (default 50)")
     parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="upper bound for every answer")
     parser.add_argument("--seed", type=int, metavar="N", help="of the samples (default 0)")
-    parser.add_argument(
-        "--chat",
-        action=argparse.BooleanOptionalAction,
-        help="use the chat template (default: if there is one)",
-    )
-    parser.add_argument(
-        "--agnostic",
-        action=argparse.BooleanOptionalAction,
-        help="compress before the question is seen",
-    )
+    flag = argparse.BooleanOptionalAction
+    parser.add_argument("--chat", action=flag, help="use the chat template (default: if there is one)")
+    parser.add_argument("--agnostic", action=flag, help="compress before the question is seen")
     parser.add_argument("--data-dir", metavar="FOLDER", help="folder with the benchmarks' files, instead of the hub")
-    parser.add_argument(
-        "--set",
-        action="append",
-        type=_setting,
-        metavar="FIELD=VALUE",
-        help="a field of RocketKVConfig, such as window_size=64; repeatable",
-    )
+    setting = "a field of RocketKVConfig, such as window_size=64; repeatable"
+    parser.add_argument("--set", action="append", type=_setting, metavar="FIELD=VALUE", help=setting)
     run = parser.add_argument_group("this run")
     run.add_argument(
         "-o", "--output", type=Path, default=Path("results"), help="folder of the results (default %(default)s)"
@@ -170,8 +154,8 @@ def _run(args: argparse.Namespace) -> int:
     from .sweep.run import is_press, run_cells, run_presses
 
     plan = given_plan(args)
-    if any(task.startswith(LM_EVAL) for task in plan.tasks) and importlib.util.find_spec("lm_eval") is None:
-        raise ImportError("tasks of lm-eval need the package lm_eval: pip install 'rocketkv[eval]'")
+    if any(task.startswith(LM_EVAL) for task in plan.tasks):
+        optional("lm_eval")  # a missing package must show before hours of other cells, not after
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = _device(args.device)

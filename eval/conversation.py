@@ -13,23 +13,20 @@ Generation is greedy, one sequence at a time.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..hf.cache import cache_stats
 from ..hf.prompts import continued, encode, follow_up, longest, render
 from .generate import DecodeLoop
-from .measures.latency import time_stage_1
+from .measures.latency import step_cost, time_stage_1
 from .measures.memory import cache_cost, peak_bytes, reset_peak
 from .methods import Method
 from .records import CostDict, digest
 from .tasks.base import Sample, Turn
 
 AWARE, AGNOSTIC = "aware", "agnostic"
-TRACE_POINTS = 64  # most points of the cache's size over time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +37,11 @@ class Answers:
         predictions: the text of each turn, without special tokens.
         prompt_sha256: of the tokens of all prompts.
         cost: of all turns together; time to the first token is the first turn's, context included.
-        trace: [generated tokens, bytes of the cache] over the last turn.
     """
 
     predictions: tuple[str, ...]
     prompt_sha256: str
     cost: CostDict
-    trace: list[list[int]]
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -93,7 +88,7 @@ def answer_sample(
         return peak_bytes(model.device) if on_cuda else None
 
     history: list[int] = []  # tokens that the next question follows
-    predictions, prompts, steps, trace = [], [], [], list[list[int]]()
+    predictions, prompts, steps = [], [], list[float]()
     first_seconds, new_tokens = 0.0, 0
     peak_prefill = peak_decode = None
     with method.attached(model):
@@ -119,14 +114,10 @@ def answer_sample(
                 history = prompts[-1]
                 loop = shared if last else shared.fork()
             limit = turn.max_new_tokens if max_new_tokens is None else min(max_new_tokens, turn.max_new_tokens)
-            every, before = max(1, limit // TRACE_POINTS), len(loop.seconds)
-            written, trace = list[int](), []
+            before = len(loop.seconds)
             if on_cuda:
                 reset_peak(model.device)
-            for token in loop.greedy(limit, ends):
-                written.append(token)
-                if len(written) % every == 0:
-                    trace.append([len(written), cache_stats(loop.cache).total_bytes])
+            written = list(loop.greedy(limit, ends))
             peak_decode = peak()
             steps += loop.seconds[before:]
             new_tokens += len(written)
@@ -142,9 +133,8 @@ def answer_sample(
         "peak_decode_bytes": peak_decode,
     }
     if steps:
-        cost["step_seconds"] = median(steps)
-        cost["step_seconds_p95"] = float(np.quantile(steps, 0.95, method="inverted_cdf"))
-    return Answers(predictions=tuple(predictions), prompt_sha256=digest(prompts), cost=cost, trace=trace)
+        cost |= step_cost(steps)
+    return Answers(predictions=tuple(predictions), prompt_sha256=digest(prompts), cost=cost)
 
 
 def _read(loop: DecodeLoop, ids: list[int], sequence: list[int]) -> None:

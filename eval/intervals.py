@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from .optional import optional
+
 Interval = tuple[float, float]
 
 BATCH = 1000  # resamples that are held in memory at a time
@@ -53,13 +55,11 @@ def paired_interval(values: Sequence[float], reference: Sequence[float]) -> Inte
         ValueError: the two differ in length, are empty, or a value is not finite.
         ImportError: scipy is not installed.
     """
-    _check_pairs(values, reference)
     return mean_of_means_interval([[a - b for a, b in zip(values, reference, strict=True)]])
 
 
 def ratio_interval(values: Sequence[float], reference: Sequence[float]) -> Interval | None:
     """Return the interval of `mean(values) / mean(reference)`; arguments, result and errors as `paired_interval`."""
-    _check_pairs(values, reference)
     _check(values)
     if len(values) < 2:
         return None
@@ -97,26 +97,15 @@ def wilson(right: int, count: int) -> Interval:
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}; leave out a proportion of nothing")
-    low, high = scipy_stats().binomtest(right, count).proportion_ci(method="wilson")
+    low, high = optional("scipy.stats").binomtest(right, count).proportion_ci(method="wilson")
     return float(low), float(high)
-
-
-def scipy_stats() -> Any:
-    """Return the module `scipy.stats`.
-
-    Raises:
-        ImportError: scipy is not installed; the message names the extra.
-    """
-    try:
-        from scipy import stats  # here: records are read and written without it
-    except ImportError as error:
-        raise ImportError("statistics need scipy: pip install 'rocketkv[eval]'") from error
-    return stats
 
 
 def _bootstrap(data: Sequence[Sequence[float]], statistic: Callable[..., Any], *, paired: bool = False) -> Interval:
     rng = np.random.default_rng(0)
-    result = scipy_stats().bootstrap(data, statistic, paired=paired, method="percentile", batch=BATCH, rng=rng)
+    result = optional("scipy.stats").bootstrap(
+        data, statistic, paired=paired, method="percentile", batch=BATCH, rng=rng
+    )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
@@ -125,10 +114,3 @@ def _check(values: Sequence[float]) -> None:
         raise ValueError("values must hold at least one, got none; leave out tasks without samples")
     if not all(map(math.isfinite, values)):
         raise ValueError("values must be finite numbers; leave out samples without a score")
-
-
-def _check_pairs(values: Sequence[float], reference: Sequence[float]) -> None:
-    if len(values) != len(reference):
-        raise ValueError(
-            f"values and reference must be of the same samples, got {len(values)} and {len(reference)}; pair them first"
-        )

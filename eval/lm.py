@@ -19,8 +19,6 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
-from transformers.cache_utils import Cache
-from transformers.generation.streamers import BaseStreamer
 
 from ..config import RocketKVConfig
 from ..hf.cache import cache_stats
@@ -29,9 +27,7 @@ from ..hf.models import CACHE_ARGUMENT
 from .measures.kl import decode_logprobs
 from .measures.memory import cache_cost
 from .methods import FULL, Compressed, Full, Method, find_method
-from .records import SampleDict, digest
-
-GROWTH_STEP = 64  # tokens between two records of a cache's size
+from .records import CostDict, SampleDict, digest
 
 
 @register_model("rocketkv")
@@ -62,7 +58,7 @@ class RocketKVLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
             pretrained, kwargs["tokenizer"] = load_smollm2(getattr(torch, str(kwargs.pop("dtype", "float32"))))
         super().__init__(pretrained, **kwargs)
         self.method: Method = method
-        self.costs: dict[str, dict[str, Any]] = {}
+        self.costs: dict[str, CostDict] = {}
         self._contexts: list[str] = []
 
     def get_model_info(self) -> dict[str, Any]:
@@ -79,18 +75,18 @@ class RocketKVLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         with self.method.attached(self.model):
             # The cache of a single row is made here, so that it can be measured; `generate` makes that of a batch.
             rows = context.shape[0] * kwargs.get("num_return_sequences", 1) * kwargs.get("num_beams", 1)
-            alone = rows == 1
-            if not alone and not isinstance(self.method, (Full, Compressed)):
+            if rows > 1 and not isinstance(self.method, (Full, Compressed)):
                 raise ValueError(
                     f"method {self.method.name!r} makes a cache for one sequence, got {rows}; set batch_size to 1"
                 )
-            growth = _Growth(self.method.new_cache(self.model, context.shape[1])) if alone else None
-            if growth is not None:
-                kwargs |= {CACHE_ARGUMENT: growth.cache, "streamer": growth}
+            cache = self.method.new_cache(self.model, context.shape[1]) if rows == 1 else None
+            if cache is not None:
+                kwargs[CACHE_ARGUMENT] = cache
             output: torch.Tensor = super()._model_generate(context, max_length, stop, **kwargs)
-        cost = {"prompt_tokens": context.shape[1], "new_tokens": output.shape[1] - context.shape[1]}
-        for prompt in self._contexts:
-            self.costs[prompt] = cost if growth is None else cost | growth.cost()
+        cost: CostDict = {"prompt_tokens": context.shape[1], "new_tokens": output.shape[1] - context.shape[1]}
+        if cache is not None:
+            cost |= cache_cost(cache_stats(cache))
+        self.costs |= dict.fromkeys(self._contexts, cost)
         return output
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,41 +117,15 @@ class RocketKVLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         return scored
 
 
-class _Growth(BaseStreamer):
-    """A streamer that records the cache's size as it grows."""
-
-    def __init__(self, cache: Cache) -> None:
-        self.cache = cache
-        self._tokens = -1  # `generate` puts the prompt first
-        self._trace: list[list[int]] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        """Count a token, or the prompt."""
-        self._tokens += 1
-        if self._tokens % GROWTH_STEP == 0:
-            self._trace.append([self._tokens, cache_stats(self.cache).total_bytes])
-
-    def end(self) -> None:
-        """Record the size at the end."""
-        self._trace.append([self._tokens, cache_stats(self.cache).total_bytes])
-
-    def cost(self) -> dict[str, Any]:
-        """Return the cache's bytes, at the end and over time."""
-        return {**cache_cost(cache_stats(self.cache)), "trace": self._trace}
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hide log messages of lm-eval and datasets below an error inside the block."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    """Hide log messages below an error, of which lm-eval and datasets have many, inside the block."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 def evaluate_stock_task(
@@ -194,17 +164,14 @@ def evaluate_stock_task(
             )
         score = 100.0 * float(row[metric])
         prompt = str(row["arguments"][0][0])
-        cost = dict(lm.costs.get(prompt, {}))
-        trace = cost.pop("trace", [])
         evaluated.append(
             {
                 "id": str(row["doc_id"]),
                 "prompt_sha256": digest(prompt),
                 "score": score,
                 "turns": [{"prediction": response, "answers": [str(row["target"])], "score": score}],
-                "cost": cost,  # type: ignore[typeddict-item]  # made of its fields
+                "cost": lm.costs.get(prompt, {}),
                 "notes": {"metric": metric, "filter": kept, "task_version": results["versions"].get(name)},
-                "trace": trace,
             }
         )
     return evaluated

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import sys
 from pathlib import Path
+
+from .optional import optional
 
 MODEL = "rocketkv"
 
@@ -32,10 +33,8 @@ def run(args: argparse.Namespace) -> int:
     if args.arguments[:1] in (["--help"], ["-h"]):
         args.print_help()
         return 0
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ImportError("rocketkv lm-eval needs lm-eval: pip install 'rocketkv[eval]'")
+    command = optional("lm_eval.__main__")
     importlib.import_module(".lm", __package__)  # registers the model
-    command = importlib.import_module("lm_eval.__main__")
     command.setup_logging()
     before, sys.argv = sys.argv, ["lm_eval", *args.arguments]
     try:

@@ -193,8 +193,3 @@ def find_method(name: str, token_budget: int | None, settings: Mapping[str, Any]
     if missing:
         raise TypeError(f"{name} must return a method, but what it returned has no {', '.join(missing)}")
     return method
-
-
-def takes_budget(name: str) -> bool:
-    """Whether a method has budgets."""
-    return name != FULL

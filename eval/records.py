@@ -75,7 +75,6 @@ class SampleDict(TypedDict):
     turns: list[TurnDict]
     cost: CostDict
     notes: dict[str, Any]
-    trace: list[list[int]]  # [generated tokens, bytes of the cache], over time
 
 
 class DataDict(TypedDict):

@@ -22,7 +22,7 @@ from .operands import Buffers, Params
 from .select import select_kernel
 from .select_attend import ALL, GIVEN, RANKED, RECENT, select_attend_kernel
 
-TILE_PAGES = 128
+TILE_PAGES = 128  # of the page index; rocketkv.core.pages has the same, which a test compares
 REGISTER_PAGES = 8192
 ROW_CHUNK = 16  # channels of one product
 LINE_CHUNK = 32  # lines of the rotation of one product
@@ -197,7 +197,7 @@ class DecodeWorkspace:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
-def decode_step(
+def decode_step_triton(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -1,6 +1,6 @@
-"""Budget split: from a token budget to the settings of both stages, and the table of methods.
+"""Budget split: the settings of both stages for a token budget, and the table of methods.
 
-Integers and floats only: a plan needs neither torch nor a model.
+Uses integers and floats only: a plan needs neither torch nor a model.
 
 Letters: S sequence length, t token budget, c compression ratio S/t, D head dim, P page size, r channels, k tokens read,
 N tokens stored, W observation window, b bytes of a token's sketch.
@@ -15,16 +15,17 @@ from types import MappingProxyType
 # StreamingLLM (arXiv 2309.17453, section 3.2): four initial tokens are enough to hold the attention sink.
 STREAMING_SINKS = 4
 
-# The widest heads whose keys are sketched in 2 bits a channel; in wider ones 1 bit errs less at equal bytes.
+# Widest heads whose keys are sketched in 2 bits per channel; in wider heads, 1 bit has less error at equal bytes.
 WIDEST_OF_TWO_BITS = 128
 
-# Widths of stage 1's max-pooling: the paper's, and the one that loses least with a sketch (docs/beyond.md).
+# Widths of stage 1's max-pooling: the paper's (section 3.3), and the best one with a sketch (docs/beyond.md).
 PAPER_POOL, SKETCH_POOL = 63, 13
 
-# Tokens by which methods with a sketch move their pools back (docs/beyond.md): a head that found a match reads on.
+# Tokens by which methods with a sketch move their pools towards the beginning (docs/beyond.md): a head that has found a
+# match goes on to read the tokens after it.
 READ_ON = 2
 
-# Percentages of t that the attention gets: with 2 bits, with 1 bit, and at least where the next turn filters anew.
+# Percentages of t for the attention: with 2 bits, with 1 bit, and at least if every turn selects its own tokens.
 ATTENDED, ATTENDED_OF_ONE_BIT, ATTENDED_OF_FILTERED = 50, 70, 65
 
 
@@ -43,19 +44,21 @@ class BudgetSplit:
         kept_tokens: prompt tokens that stage 1 keeps, or None to evict nothing.
         page_size: P, consecutive stored tokens that share one min/max entry of the index.
         channels: r, channels of the pages' bounds that a decode step scores, or None to score no pages.
-        sketch_bits: bits a channel, 1 to 4, of the sketch of every stored key that a decode step scores instead of
-            pages, or None.
+        sketch_bits: bits per channel, 1 to 4, of the sketch index, which a decode step scores instead of pages; or
+            None.
         top_k: k, tokens that a decode step attends to, or None for all stored tokens.
         sinks: None to rank tokens by attention. A number ranks them by position: the first `sinks` tokens and the most
             recent ones win, in both stages.
-        oracle: whether the scores are not counted in the bytes read, because no real method could have them.
-        protected: tokens of the longest row that are stored before all others and attended to at every step.
-        residual: whether a step adds the mean value of the tokens it does not attend to, weighted by their scores.
+        oracle: whether the bytes read exclude the scores, because no real method can compute these scores within a
+            budget.
+        protected: protected tokens of the longest row, stored before all others and attended to at every step.
+        residual: whether a step adds the mean value of the tokens that it does not attend to, with their estimated
+            weight.
         by_largest: whether a token ranks by its largest weight over the query heads of a group, not by their average.
-        calibrated: whether the residual's weight is fitted per query head at a prompt's end, on its last queries.
-        value_aware: whether stage 1 ranks a token by how much its loss would change the output, not by attention alone.
-        pool_offset: tokens by which stage 1's pools are moved back, so that an attended token keeps more of the tokens
-            after it than of those before; the pool ends at the token itself at most.
+        calibrated: whether the residual's weight is fitted per query head at a prompt's end, on the observation window.
+        value_aware: whether stage 1 ranks a token by how much its eviction changes the output, not by attention alone.
+        pool_offset: tokens by which stage 1's pools move towards the beginning, so that more tokens are kept after an
+            attended token than before it; a pool ends at the token itself at the furthest.
 
     Raises:
         TypeError: a count is not an int, or a switch not a bool.
@@ -124,7 +127,7 @@ class BudgetSplit:
 
     @property
     def scored(self) -> bool:
-        """Whether a decode step scores the stored tokens, and so needs an index."""
+        """Whether a decode step scores the stored tokens, for which it needs an index."""
         return self.channels is not None or self.sketch_bits is not None
 
     @property
@@ -133,7 +136,7 @@ class BudgetSplit:
         return self.scored or (self.kept_tokens is not None and self.sinks is None)
 
     def ranks(self, prompt_tokens: int) -> bool:
-        """Whether the end of a prompt, whose longest row has `prompt_tokens` tokens, needs its last queries."""
+        """Whether the end of a prompt, whose longest row has `prompt_tokens` tokens, needs the observation window."""
         evicts = self.kept_tokens is not None and self.sinks is None and prompt_tokens > self.kept_tokens
         return evicts or (self.calibrated and prompt_tokens > self.token_budget)
 
@@ -149,9 +152,11 @@ def compression_ratio(sequence_length: int, token_budget: int) -> float:
 
 
 def rocketkv_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
-    """Split a budget over both stages as the paper does (adaptive compression decomposition).
+    """Split a budget over both stages (paper, arXiv 2502.14051, section 3.6, "Adaptive Compression Decomposition").
 
-    Stage 1 takes c^alpha of the compression c, stage 2 the rest, halved between the scores and the attention.
+    Stage 1 compresses by c^alpha with the split factor alpha = min(0.2 + 0.06 log2(c), 0.8), the paper's r. Stage 2
+    compresses by the rest, c2, divided between P = ceil(sqrt(c2)) tokens per page and the channels. Half of t is for
+    the scores, half for the attention.
 
     Args:
         prompt_length: tokens of the longest row's prompt.
@@ -193,16 +198,17 @@ def rocketkv_plus_split(
     most_stored: int | None = None,
     least_attended: int = 0,
 ) -> BudgetSplit:
-    """Split a budget over stage 1, the sketch of what it keeps, and the attention (beyond the paper).
+    """Split a budget over stage 1, the sketch of the kept tokens, and the attention (beyond the paper).
 
     Attending to a token reads 4D bytes, its key and value in 16 bits; scoring it reads b. The sketch's mean key and the
     residual's mean value count as one more token. So a step reads the bytes of t tokens if
 
         N b + 4D (k + 1) = 4D t.
 
-    A share of t goes to the attention, the rest to the sketch, N = (1 - share) 4D t / b: a half at 2 bits, 0.7 at 1
-    bit, whose coarser ranks need more tokens to choose. These shares, and 2 bits up to 128 channels, had the smallest
-    error. N is at most the sequence, and at least twice the reserve as in the paper's split; k takes the rest.
+    The attention gets a share of t, the sketch the rest, N = (1 - share) 4D t / b. The share is a half at 2 bits, and
+    0.7 at 1 bit, where the coarser ranks need a larger k. These shares, and 2 bits up to 128 channels, had the smallest
+    error. N is at most the sequence, and at least twice the reserve, as in `rocketkv_split`; k uses the remaining
+    bytes.
 
     Args:
         prompt_length: tokens of the longest row's prompt.
@@ -236,7 +242,7 @@ def rocketkv_plus_split(
 def rocketkv_mt_plus_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
     """Split a budget as `rocketkv_plus_split`, with 0.65 t for the attention at 2 bits (at 1 bit the same 0.7 t).
 
-    The next turn filters anew, so tokens that this turn's filter leaves out are not lost (docs/conversations.md).
+    Stage 1 selects again in the next turn, so tokens that it leaves out now are not lost (docs/conversations.md).
     """
     return rocketkv_plus_split(
         prompt_length, token_budget, head_dim, decode_reserve, least_attended=ATTENDED_OF_FILTERED
@@ -246,7 +252,7 @@ def rocketkv_mt_plus_split(prompt_length: int, token_budget: int, head_dim: int,
 def with_protected(split: BudgetSplit, count: int) -> BudgetSplit:
     """Return a split that stores and reads `count` protected tokens in addition to all others.
 
-    Protection takes nothing from the other tokens: a token that is kept without it is kept with it.
+    Protection costs the other tokens nothing: a token that is kept without it is kept with it.
     """
     if count == 0:
         return split
@@ -261,7 +267,7 @@ def with_protected(split: BudgetSplit, count: int) -> BudgetSplit:
 
 
 def full_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
-    """Store and read all tokens: the baseline, through the same code path."""
+    """Store and read all tokens: the full-cache baseline on the same code path."""
     return BudgetSplit(token_budget=token_budget)
 
 
@@ -271,7 +277,7 @@ def snapkv_split(prompt_length: int, token_budget: int, head_dim: int, decode_re
 
 
 def quest_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
-    """Store all tokens, score pages of ceil(c) tokens on all channels (after Quest, arXiv 2406.10774)."""
+    """Store all tokens, score pages of ceil(c) tokens on all channels (Quest, arXiv 2406.10774; paper, A.3)."""
     ratio = compression_ratio(prompt_length + decode_reserve, token_budget)
     return BudgetSplit(
         token_budget=token_budget, page_size=math.ceil(ratio), channels=head_dim, top_k=max(1, token_budget // 2)
@@ -279,7 +285,7 @@ def quest_split(prompt_length: int, token_budget: int, head_dim: int, decode_res
 
 
 def sparq_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
-    """Store all tokens, score each on floor(D/c) channels (after SparQ, arXiv 2312.04985)."""
+    """Store all tokens, score each on floor(D/c) channels (SparQ, arXiv 2312.04985; paper, A.3)."""
     ratio = compression_ratio(prompt_length + decode_reserve, token_budget)
     return BudgetSplit(
         token_budget=token_budget, channels=max(1, math.floor(head_dim / ratio)), top_k=max(1, token_budget // 2)
@@ -297,27 +303,27 @@ def streaming_split(prompt_length: int, token_budget: int, head_dim: int, decode
 
 
 def exact_topk_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
-    """Store all tokens, read the t of largest attention weight: an oracle, whose scores are not counted."""
+    """Store all tokens, read the t of largest attention weight: an oracle without cost (Exact-TopK; paper, A.3)."""
     return BudgetSplit(token_budget=token_budget, channels=head_dim, top_k=token_budget, oracle=True)
 
 
 def stored_topk_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
-    """Evict as `rocketkv` does, then read the k tokens of largest attention weight: the oracle of the selection."""
+    """Evict as `rocketkv`, then read the k stored tokens of largest attention weight: an oracle of stage 2."""
     evicted = rocketkv_split(prompt_length, token_budget, head_dim, decode_reserve)
     return replace(evicted, page_size=1, channels=head_dim, oracle=True)
 
 
 def _least_of_stage_1(window_size: int, decode_reserve: int) -> int:
-    # Stage 1 keeps at least max(t, 2 * reserve) - reserve tokens, and the window must be fewer than those.
+    # Stage 1 keeps at least max(t, 2 * reserve) - reserve tokens; the observation window must be smaller.
     return window_size + decode_reserve + 1 if decode_reserve <= window_size else 2
 
 
 def _least_of_sketch(window_size: int, decode_reserve: int, attended: int = ATTENDED) -> int:
-    # With 8 channels, the fewest, a token's sketch takes an eighth of the token: 2 * reserve tokens and k = 1.
+    # At D = 8, the least, a sketch has an eighth of a token's bytes: this budget holds 2 * reserve tokens and k = 1.
     least = max(4, -(-decode_reserve // 4) + 2)
     if decode_reserve > window_size:
         return least
-    # The sketch's share of t must hold more tokens than the window and the reserve.
+    # The sketch's share of t must cover more tokens than the observation window and the reserve.
     sketched = -(-(window_size + decode_reserve + 1) // 8)
     return max(least, 100 * (sketched - 1) // (100 - attended) + 1)
 
@@ -327,43 +333,43 @@ SplitFunction = Callable[[int, int, int, int], BudgetSplit]
 
 @dataclass(frozen=True)
 class Method:
-    """A compression method: how it splits a budget, and the settings that no split holds.
+    """A compression method: how it splits a budget, and its settings outside of the split.
 
     Attributes:
         name: its name in `RocketKVConfig(method=...)` and on the command line.
         split: function of (prompt_length, token_budget, head_dim, decode_reserve), all integers, that returns the
             `BudgetSplit` of a prompt.
         least_budget: function of (window_size, decode_reserve) that returns the smallest token budget with which stage
-            1 keeps more than the window and a step attends to a token.
-        pool_width: odd width, in tokens, of stage 1's max-pooling, unless `kernel_size` is given.
-        multi_turn: whether the cache keeps every token, and each prompt selects anew which of them its turn decodes
-            from (RocketKV-MT).
+            1 keeps more than the observation window and a step attends to at least one token.
+        kernel_size: odd width, in tokens, of stage 1's max-pooling, unless the config gives another.
+        multi_turn: whether the cache keeps every token, and each prompt selects the tokens that its turn decodes from
+            (paper, section 3.5, RocketKV-MT).
 
     Raises:
-        ValueError: `pool_width` is not a positive odd number.
+        ValueError: `kernel_size` is not a positive odd number.
     """
 
     name: str
     split: SplitFunction
     least_budget: Callable[[int, int], int] = field(default=lambda window_size, decode_reserve: 2, kw_only=True)
-    pool_width: int = field(default=PAPER_POOL, kw_only=True)
+    kernel_size: int = field(default=PAPER_POOL, kw_only=True)
     multi_turn: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.pool_width < 1 or self.pool_width % 2 == 0:
-            raise ValueError(f"pool_width must be odd and at least 1, got {self.pool_width} in method {self.name!r}")
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and at least 1, got {self.kernel_size} in method {self.name!r}")
 
 
 _TABLE = (
     Method("full", full_split, least_budget=lambda window, reserve: 1),
     Method("rocketkv", rocketkv_split, least_budget=_least_of_stage_1),
-    Method("rocketkv+", rocketkv_plus_split, least_budget=_least_of_sketch, pool_width=SKETCH_POOL),
+    Method("rocketkv+", rocketkv_plus_split, least_budget=_least_of_sketch, kernel_size=SKETCH_POOL),
     Method("rocketkv-mt", rocketkv_split, least_budget=_least_of_stage_1, multi_turn=True),
     Method(
         "rocketkv-mt+",
         rocketkv_mt_plus_split,
         least_budget=partial(_least_of_sketch, attended=ATTENDED_OF_FILTERED),
-        pool_width=SKETCH_POOL,
+        kernel_size=SKETCH_POOL,
         multi_turn=True,
     ),
     Method("snapkv", snapkv_split, least_budget=lambda window, reserve: window + 1),
@@ -380,7 +386,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(_METHODS)
 
 
 def register_method(method: Method) -> None:
-    """Add a method, which `patch`, caches, plans and evaluations then know by its name.
+    """Add a method; `patch`, caches, plans and evaluations then accept its name.
 
     Raises:
         TypeError: `method` is not a `Method`.

@@ -19,7 +19,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _ON_LOSS = ("warn", "widen", "dense")
 _COUNTS = ("token_budget", "decode_reserve", "window_size", "kernel_size", "decode_capacity", "audit_every")
 _MAY_BE_NONE = ("kernel_size", "decode_capacity", "audit_every")
-# A method's split of such a prompt shows what the method does: tokens, and channels of a head.
+# The split of a long prompt shows which features a method uses: its tokens, and D.
 _LONG_PROMPT, _HEAD_DIM = 1 << 20, 128
 
 
@@ -32,7 +32,7 @@ class RocketKVConfig:
     Attributes:
         method: name of the method; `rocketkv.METHODS` lists them.
         token_budget: t, in tokens per KV head and decode step: the keys and values, in 16 bits, that one step may read,
-            scores included (paper, "token budget").
+            scores included (paper, arXiv 2502.14051, section 3.6).
         decode_capacity: generated tokens that fit after each prompt, in static buffers, so that decode steps can be
             compiled and captured in CUDA graphs. None: the cache grows.
         protect: tokens that stage 1 never evicts and every step attends to, in addition to the budget. `system`: the
@@ -46,14 +46,15 @@ class RocketKVConfig:
             `max_new_tokens`: the first token must not depend on how many may follow. Set it to the number of generated
             tokens to reproduce the paper.
         window_size: W, the observation window: the last W queries of a prompt rank its tokens, and their own tokens are
-            always kept (paper, and SnapKV section 3: 32).
+            always kept (paper, appendix A.3: 32 for single-turn tasks).
         kernel_size: odd width, in tokens, of the max-pooling of those ranks. None: the method's own, 63 as in the paper
-            or 13 for methods with a sketch (docs/beyond.md). Generated tokens are ranked with a width of at most 5.
+            (section 3.3), or 13 for methods with a sketch (docs/beyond.md). Generated tokens are ranked with a width of
+            at most 5.
         split: a custom budget split for every prompt length. None: derived from the prompt's length by the method.
         fair_shares: whether every message of a conversation, found by the chat template, keeps the same share of its
             tokens in stage 1.
 
-    Exceptions by layer (negative numbers count from the last layer):
+    Exceptions by layer (negative numbers count from the end):
         skip_layers: layers that keep a full, stock cache; not with `decode_capacity`.
         layer_budgets: token budgets that replace `token_budget`, as a mapping {layer: budget}; stored as a tuple of
             pairs.
@@ -70,10 +71,10 @@ class RocketKVConfig:
     Diagnostics (for caches that grow):
         audit_every: compare one head with exact attention every `audit_every` tokens, another layer and head each time
             (`CacheStats.audits`). It reads one head's keys and values and waits for the device. None: never.
-        on_loss: reaction of a step whose estimated missed mass is above `loss_bound`, for the rows and KV heads
-            concerned. `warn`: one warning a generation, with layer and value. `widen`: double k until the missed mass
-            is within the bound. `dense`: attend to all stored tokens. It needs a method with a residual, such as
-            `rocketkv+`, and waits for the device in every layer and step. None: nothing.
+        on_loss: reaction of a step to a missed mass above `loss_bound`, in each row and KV head.
+            `warn`: one warning per generation, with layer and value. `widen`: double k until the missed mass is within
+            the bound. `dense`: attend to all stored tokens. It needs a method with a residual, such as `rocketkv+`, and
+            waits for the device in every layer and step. None: nothing.
         loss_bound: tolerated missed mass, at least 0 and less than 1: the share of a query head's attention weight on
             stored tokens that the step does not attend to. Evicted tokens do not count. None: 0.5.
 
@@ -137,7 +138,7 @@ class RocketKVConfig:
             self._check_history_device(self.history_device)
 
     def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)  # the dataclass is frozen for everybody else
+        object.__setattr__(self, name, value)  # the dataclass is frozen after __post_init__
 
     def _check_budgets(self) -> None:
         given = self.layer_budgets
@@ -158,7 +159,7 @@ class RocketKVConfig:
                 )
 
     def _check_split(self, split: BudgetSplit) -> None:
-        """Check the settings that depend on what the method's split, or the custom one, does."""
+        """Check the settings that depend on the method's split, or on the custom one."""
         kept = split.kept_tokens
         if self.split is not None and kept is not None and split.sinks is None and kept < self.window_size:
             raise ValueError(
@@ -209,7 +210,7 @@ class RocketKVConfig:
             raise TypeError(
                 f"history_device must be the name of a device, such as 'cpu', or None; got {type(device).__name__}"
             )
-        import torch  # only here: settings are made without it
+        import torch  # imported here: other settings need no torch
 
         try:
             torch.device(device)
@@ -223,9 +224,9 @@ class RocketKVConfig:
             )
 
     @property
-    def pool_size(self) -> int:
+    def stage_1_kernel_size(self) -> int:
         """Odd width of stage 1's max-pooling: `kernel_size`, or the method's own."""
-        return METHODS[self.method].pool_width if self.kernel_size is None else self.kernel_size
+        return METHODS[self.method].kernel_size if self.kernel_size is None else self.kernel_size
 
     @property
     def watched(self) -> bool:
@@ -239,7 +240,7 @@ class RocketKVConfig:
 
     @property
     def keeps_history(self) -> bool:
-        """Whether all tokens stay and every prompt selects from them anew (RocketKV-MT)."""
+        """Whether all tokens stay, and every prompt selects from all of them (RocketKV-MT)."""
         return METHODS[self.method].multi_turn
 
     def split_for(self, prompt_length: int, head_dim: int) -> BudgetSplit:

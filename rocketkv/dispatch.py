@@ -1,8 +1,8 @@
-"""Which backend runs both stages: PyTorch, or the Triton kernels; and the decode step as an operator of PyTorch.
+"""Run both stages on a backend, PyTorch or the Triton kernels; and the decode step as a PyTorch operator.
 
-This is the only importer of `kernels`. Importing it registers the operator `rocketkv::decode_step`, with which a
-forward over static buffers can be traced without a break and captured in a CUDA graph: all that changes from one step
-to the next is read from tensors on the device, which the step itself writes.
+Only this module imports `kernels`. Importing it registers the operator `rocketkv::decode_step`. With it, a forward over
+static buffers is traced without a graph break and captured in a CUDA graph: the step reads all state that changes
+between steps from device tensors, and writes it there.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim, Dv value dim, N stored tokens, k selected tokens.
 """
@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,6 @@ from .core.index import index_of
 from .core.params import AttentionParams
 from .core.sketch import encoding, rotation_matrix
 from .core.token_index import TokenIndex
-from .state import compress
 from .state.decoding import DecodeTokens
 from .state.store import KVStore
 
@@ -36,11 +36,11 @@ VARIABLE = "ROCKETKV_BACKEND"
 
 @dataclass(eq=False)
 class Workspaces:
-    """What the layers of one cache share: the kernels' scratch buffers, and the warnings that were given.
+    """State that the layers of one cache share: the kernels' scratch buffers, and the warnings already given.
 
     Attributes:
-        buffers: a `DecodeWorkspace` for each device, dtype and geometry of a layer.
-        warned: messages that were given.
+        buffers: a `DecodeWorkspace` for each device, dtype and layer shape.
+        warned: messages already given.
     """
 
     buffers: dict[Any, Any] = field(default_factory=dict)
@@ -54,14 +54,15 @@ class Workspaces:
 
 
 def backend_name(device: torch.device, requested: str = "auto") -> str:
-    """Return the implementation that runs on a device: `torch`, the reference, or `triton`, the kernels.
+    """Return the backend for a device: `torch`, the reference, or `triton`, the kernels.
 
     Args:
-        device: where keys and values are.
-        requested: `auto` leaves it to the environment variable ROCKETKV_BACKEND, and that to the device.
+        device: device of keys and values.
+        requested: `torch`, `triton` or `auto`. For `auto`, the environment variable ROCKETKV_BACKEND decides; if it is
+            unset or `auto` too, the device decides.
 
     Raises:
-        ValueError: the variable names no backend, or `triton` is asked for where it cannot run.
+        ValueError: the variable names no backend, or `triton` is requested and cannot run on the device.
     """
     wanted = os.environ.get(VARIABLE, "auto") if requested == "auto" else requested
     if wanted not in BACKENDS:
@@ -70,16 +71,16 @@ def backend_name(device: torch.device, requested: str = "auto") -> str:
         return "torch"
     reason = _no_triton(device.type, os.environ.get("TRITON_INTERPRET") == "1")
     if reason is None:
-        # The interpreter is for tests: nobody wants it unasked.
+        # Triton's interpreter is for tests: it must be requested.
         return "triton" if wanted == "triton" or device.type == "cuda" else "torch"
     if wanted == "triton":
         raise ValueError(f"backend='triton' cannot run on {device.type!r}: {reason}; use 'auto' or 'torch'")
     return "torch"
 
 
-@functools.cache  # of the installation
+@functools.cache  # constant for an installation
 def _no_triton(device_type: str, interpreted: bool) -> str | None:
-    """Return why the kernels cannot run on a kind of device, or None if they can."""
+    """Return why the kernels cannot run on a device type, or None if they can."""
     if device_type != "cuda" and not interpreted:
         return "the kernels need an NVIDIA or AMD GPU"
     if importlib.util.find_spec("triton") is None:
@@ -87,77 +88,39 @@ def _no_triton(device_type: str, interpreted: bool) -> str | None:
     return None
 
 
-def close_prompt(
-    store: KVStore,
-    split: BudgetSplit,
-    params: AttentionParams,
-    *,
-    backend: str = "auto",
-    workspaces: Workspaces | None = None,
-    **settings: Any,
-) -> None:
-    """End a store's prompt as `compress.close_prompt` does, by the kernels where they run.
+def eviction_ops(keys: Tensor, *, backend: str = "auto", workspaces: Workspaces | None = None) -> EvictionOps:
+    """Return the operations of stage 1 for a layer: the PyTorch reference, or the kernels.
 
     Args:
-        store: the layer's store, which reads a prompt.
-        split: the tokens to keep, and how to index them.
-        params: the model's attention parameters.
+        keys: [B, Hkv, S, D], any keys of the layer.
         backend: see `backend_name`.
-        workspaces: shared by the layers of a cache.
-        **settings: the other arguments of `compress.close_prompt`.
+        workspaces: shared by the layers of a cache; they warn if the kernels do not support these keys.
 
     Raises:
-        ValueError: there is no prompt, or the backend cannot run here.
+        ValueError: the backend cannot run on the device.
     """
-    index_dtype = None if split.channels is None else settings.get("index_dtype")
-    ops = _eviction_ops(store.prompt.keys, backend, index_dtype, workspaces or Workspaces())
-    with _current(store.prompt.keys.device, ops):
-        compress.close_prompt(store, split, params, ops=ops, **settings)
-
-
-def evict_generated(
-    store: KVStore,
-    kept: int,
-    params: AttentionParams,
-    *,
-    kernel_size: int,
-    backend: str = "auto",
-    workspaces: Workspaces | None = None,
-) -> None:
-    """Evict generated tokens as `compress.evict_generated` does, ranking them by the kernels where they run.
-
-    Args:
-        store: the layer's store, its prompt closed.
-        kept: generated tokens to keep.
-        params: the model's attention parameters.
-        kernel_size: odd width of stage 1's max-pooling.
-        backend: see `backend_name`.
-        workspaces: shared by the layers of a cache.
-
-    Raises:
-        ValueError: there is nothing to evict, or the backend cannot run here.
-    """
-    ops = _eviction_ops(store.decoding.keys, backend, None, workspaces or Workspaces())
-    with _current(store.decoding.keys.device, ops):
-        compress.evict_generated(store, kept, params, kernel_size=kernel_size, ops=ops)
-
-
-def _eviction_ops(keys: Tensor, backend: str, index_dtype: torch.dtype | None, workspaces: Workspaces) -> EvictionOps:
-    """Return the operations of stage 1 for such keys; warn where the kernels would run but do not take them."""
+    workspaces = workspaces or Workspaces()
     if backend_name(keys.device, backend) == "torch":
         if keys.is_cuda and backend == "auto" and os.environ.get(VARIABLE, "auto") == "auto":
             reason = _no_triton("cuda", False)
             workspaces.warn(f"RocketKV runs on PyTorch, several times slower than its kernels: {reason}")
         return TORCH_OPS
-    from .kernels import evict  # only where it runs: triton is not everywhere
+    from .kernels import evict  # imported where it runs: triton may not be installed
 
     reason = evict.refusal(keys)
     if reason is not None:
         workspaces.warn(f"the ends of this layer's prompts run on PyTorch, not on the kernels: {reason}")
         return TORCH_OPS
-    # Buffers may be written in a later call that is not in inference mode.
-    compact = torch.inference_mode(False)(evict.compact)
-    return EvictionOps(evict.window_scores, evict.pool_scores, evict.select_top, compact)
+
+    def here(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            # Buffers may be written in a later call that is not in inference mode.
+            with _current(keys.device), torch.inference_mode(False):
+                return operation(*args, **kwargs)
+
+        return run
+
+    return EvictionOps(here(evict.window_scores), here(evict.pool_scores), here(evict.select_top), here(evict.compact))
 
 
 def decode_step(
@@ -170,7 +133,7 @@ def decode_step(
     backend: str = "auto",
     workspaces: Workspaces | None = None,
 ) -> Tensor:
-    """Append one token to the store and attend to the tokens that stage 2 selects; the new token competes too.
+    """Append one token to the store and attend to the tokens that stage 2 selects, possibly the new one.
 
     Args:
         query: [B, H, D], after rotary embedding.
@@ -185,7 +148,7 @@ def decode_step(
         [B, H, Dv] in the query's dtype.
 
     Raises:
-        ValueError: the store's prompt is not closed, or the backend cannot run here.
+        ValueError: the store's prompt is not closed, or the backend cannot run on its device.
     """
     decoding, fill = store.next_fill()
     out = None
@@ -194,7 +157,7 @@ def decode_step(
         out = _kernel_step(query, key, value, decoding, params, workspaces or Workspaces())
     if out is None:
         buffers, index, split = decoding.buffers, decoding.index, decoding.split
-        out = decode.decode_step(query, key, value, buffers, index, split, params, fill)
+        out = decode.decode_step_torch(query, key, value, buffers, index, split, params, fill)
     store.lens.advance()
     return out
 
@@ -202,7 +165,7 @@ def decode_step(
 def _kernel_step(
     query: Tensor, key: Tensor, value: Tensor, decoding: DecodeTokens, params: AttentionParams, workspaces: Workspaces
 ) -> Tensor | None:
-    """Run the step by the kernels, or warn and return None where they do not take the layer's shape."""
+    """Run the step with the kernels, or warn and return None if they do not support the layer."""
     if torch.is_grad_enabled() and query.requires_grad:
         workspaces.warn(
             "decode steps of this layer run on PyTorch, not on the kernels: the kernels have no backward; decode under "
@@ -225,15 +188,15 @@ def _run_kernels(
     params: AttentionParams,
     out: Tensor | None = None,
 ) -> Tensor:
-    from .kernels.decode import decode_step as kernel_step  # only where it runs: triton is not everywhere
+    from .kernels.decode import decode_step_triton  # imported where it runs: triton may not be installed
 
     with _current(query.device):
-        result: Tensor = kernel_step(query, key, value, buffers, workspace, params, out)
+        result: Tensor = decode_step_triton(query, key, value, buffers, workspace, params, out)
     return result
 
 
 def _decode_shape(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit) -> Any:
-    """Return the `DecodeShape` of a layer's steps, of queries [B, H, D]."""
+    """Return the `DecodeShape` of a layer's steps with queries [B, H, D]."""
     from .kernels.append_sketch import SketchRule
     from .kernels.decode import DecodeShape
 
@@ -259,11 +222,11 @@ def _decode_shape(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit) -> 
 
 
 def _workspace(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit, workspaces: Workspaces) -> Any:
-    """Return the kernels' workspace for a layer's steps, or warn and return None where they do not take its shape."""
+    """Return the kernels' workspace for a layer's steps, or warn and return None if they do not support its shape."""
     from .kernels.decode import DecodeWorkspace, refusal
 
     shape, dtype, device = _decode_shape(query, buffers, split), buffers.keys.dtype, query.device
-    # Prompts one after another have shapes of their own: the last one's workspace stands for the layer.
+    # Prompts of different lengths have different shapes: keep only the workspace of the last one.
     place = (device, dtype, shape.heads, shape.kv_heads, shape.head_dim, shape.value_dim)
     workspace = workspaces.buffers.get(place)
     if workspace is not None and workspace.shape == shape:
@@ -272,21 +235,21 @@ def _workspace(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit, worksp
     if reason is not None:
         workspaces.warn(f"decode steps of this layer run on PyTorch, not on the kernels: {reason}")
         return None
-    # Exact in 16 bits: the rotation's entries are whole numbers of less than 256.
+    # Exact in 16 bits: the rotation's entries are integers below 256.
     rotation = None if shape.sketch is None else rotation_matrix(shape.head_dim, device).to(dtype)
     workspace = workspaces.buffers[place] = DecodeWorkspace(shape, device, rotation=rotation)
     return workspace
 
 
-def _current(device: torch.device, ops: EvictionOps | None = None) -> AbstractContextManager[None]:
-    """Return a context in which Triton launches on this device."""
-    if ops is TORCH_OPS or device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+def _current(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context that makes this device current: Triton launches on the current device."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return nullcontext()
     context: AbstractContextManager[None] = torch.cuda.device(device)
     return context
 
 
-# The numbers of a split that a decode step needs, as the operator takes them; None is -1.
+# Fields of a split that a decode step needs. The operator takes them as integers, with -1 for None.
 _RULE = (
     "token_budget",
     "page_size",
@@ -302,12 +265,12 @@ _RULE = (
 
 @functools.lru_cache(maxsize=256)
 def _split_of(rule: tuple[int, ...]) -> BudgetSplit:
-    """Return the split of an operator call's numbers."""
+    """Return the split of the operator's integers."""
     fields: dict[str, Any] = {name: None if value < 0 else value for name, value in zip(_RULE, rule, strict=True)}
     return BudgetSplit(**fields | {name: bool(fields[name]) for name in ("by_largest", "residual")})
 
 
-# Spelled out, since PyTorch 2.6 infers none from `list[Tensor]`; (a!) marks what a step writes.
+# An explicit schema, since PyTorch 2.6 infers none from `list[Tensor]`; (a!) marks the arguments that a step writes.
 @torch.library.custom_op(
     "rocketkv::decode_step",
     mutates_args=("buffers", "workspace", "out"),
@@ -329,17 +292,17 @@ def decode_step_op(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> None:
-    """Run a decode step over static buffers: `decode.decode_step`, or the kernels where a workspace is given.
+    """Run a decode step over static buffers: `decode.decode_step_torch`, or the kernels if there is a workspace.
 
     Args:
         query: [B, H, D], after rotary embedding.
         key: [B, Hkv, D], after rotary embedding.
         value: [B, Hkv, Dv].
         buffers: the tensors of a `DecodeBuffers`; written.
-        workspace: the kernels' scratch buffers, empty where PyTorch runs; written.
+        workspace: the kernels' scratch buffers; written. Empty for PyTorch.
         out: [B, H, Dv] in the query's dtype; written.
-        names: of `buffers`, separated by commas; those that are no fields are the index's.
-        rule: the numbers of the split, in the order of `_RULE`.
+        names: names of `buffers`, separated by commas; a name that is no field of `DecodeBuffers` is an index tensor.
+        rule: integers of the split, in the order of `_RULE`.
         scaling: factor of the logits.
         softcap: the model's soft-cap of the logits, or None.
         sinks: [H], the model's learned sinks, or None.
@@ -367,7 +330,7 @@ def _static_step(
     split: BudgetSplit,
     params: AttentionParams,
 ) -> None:
-    """Run a step over static buffers into `out`, reading nothing that only the host knows."""
+    """Run a step over static buffers into `out`, without reading host state."""
     if workspace:
         from .kernels.decode import DecodeWorkspace
 
@@ -375,22 +338,22 @@ def _static_step(
         _run_kernels(query, key, value, buffers, DecodeWorkspace(shape, query.device, buffers=workspace), params, out)
         return
     fill = Fill(buffers.keys.shape[2] - 1, 0, None)
-    out.copy_(decode.decode_step(query, key, value, buffers, index, split, params, fill))
+    out.copy_(decode.decode_step_torch(query, key, value, buffers, index, split, params, fill))
 
 
 @dataclass(eq=False)
 class StaticStep:
-    """The decode step of one static store: what a traced or captured forward refers to, and nothing that counts.
+    """The decode step of one static store: the tensors and constants of a traced or captured forward.
 
     Attributes:
         decoding: the store's tokens.
-        workspace: the kernels' scratch buffers, empty where PyTorch runs.
+        workspace: the kernels' scratch buffers, empty for PyTorch.
         out: [B, H, Dv], the last step's output; the next step overwrites it.
         capacity: slots of the buffers.
         clock: [1] int32, tokens of the sequence.
-        tensors: the buffers, as the operator takes them.
-        names: their names.
-        rule: the numbers of the split, as the operator takes them.
+        tensors: the buffers, in the operator's form.
+        names: names of the buffers, in the operator's form.
+        rule: integers of the split, in the operator's form.
     """
 
     decoding: DecodeTokens
@@ -420,16 +383,16 @@ class StaticStep:
 def static_step(
     query: Tensor, store: KVStore, *, backend: str = "auto", workspaces: Workspaces | None = None
 ) -> StaticStep:
-    """Return the decode step of a static store whose prompt is closed, its tensors marked as ones that never move.
+    """Return the decode step of a static store whose prompt is closed; marks its tensors as static addresses.
 
     Args:
-        query: [B, H, D], of any step.
+        query: [B, H, D], the query of any step.
         store: the layer's store.
         backend: see `backend_name`.
         workspaces: shared by the layers of a cache.
 
     Raises:
-        ValueError: the store grows, its prompt is not closed, or the backend cannot run here.
+        ValueError: the store grows, its prompt is not closed, or the backend cannot run on its device.
     """
     decoding = store.decoding
     if decoding.decode_capacity is None:
@@ -442,7 +405,7 @@ def static_step(
     rule = [-1 if value is None else int(value) for value in (getattr(split, name) for name in _RULE)]
     named = decoding.tensors() | {"clock": clock}
     for tensor in (*named.values(), *scratch, out):
-        # Without it a CUDA graph of torch.compile copies what a step writes, or is not made at all.
+        # Otherwise torch.compile copies the written tensors into its CUDA graphs, or makes no CUDA graph.
         torch._dynamo.mark_static_address(tensor, guard=False)
     capacity = decoding.keys.shape[2]
     return StaticStep(decoding, scratch, out, capacity, clock, list(named.values()), ",".join(named), rule)

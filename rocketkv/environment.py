@@ -10,7 +10,7 @@ import torch
 from ._version import __version__
 from .dispatch import backend_name
 
-PACKAGES = ("transformers", "triton", "accelerate", "flash-attn")
+PACKAGES = ("transformers", "triton", "accelerate", "flash-attn", "lm_eval", "datasets", "kvpress")
 
 
 def environment() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 STUDIES = {
     "ablation": (".ablation.command", "rocketkv+ part by part, at equal bytes read"),
-    "long_output": (".long_output", "bounded decoding: KL by capacity, and whether its steps stay as quick"),
+    "long_output": (".long_output", "re-eviction of generated tokens: KL by decode capacity, and step times"),
     "questions": (".questions", "many questions on one context: rollback against new caches"),
     "recall": (".recall", "needles by budget, every method after one shared prefill"),
     "retention": (".retention", "recall of a document over the turns of a conversation"),

@@ -1,4 +1,4 @@
-"""Bounded decoding: what it costs in accuracy, and whether its steps stay as quick.
+"""Re-eviction of generated tokens: KL to a growing cache, and step times over a long output.
 
 A model writes texts (sampled, fixed seed) with a growing cache, while caches of several decode capacities read the same
 tokens (teacher forcing). Each is compared with the growing one at every step after its capacity was reached; before,
@@ -6,7 +6,7 @@ both are the same. `evict` ranks generated tokens by stage 1; the control `rando
 `snapkv`, which reads all stored tokens, so that only the eviction differs, and `rocketkv`, whose stage 2 selects from
 them.
 
-The study also times every step of one long generation: with a bound, steps must not become slower.
+The study also times every step of one long generation: with re-eviction, steps must not become slower.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Settings(StudySettings):
     budget: int = option(512, "tokens a decode step")
     speed_tokens: int = option(4000, "steps to time")
     speed_capacity: int = option(512, "decode capacity of the timed steps")
-    methods: tuple[str, ...] = option(METHODS, "to bound")
+    methods: tuple[str, ...] = option(METHODS, "whose generated tokens are re-evicted")
     parts: tuple[str, ...] = option(PARTS, "to measure", choices=PARTS)
 
 
@@ -102,7 +102,7 @@ def sampled(logprobs: Tensor, end: int | None, generator: torch.Generator) -> Te
 def divergence(
     model: PreTrainedModel, prompts: Tensor, end: int | None, method: str, settings: Settings
 ) -> list[dict[str, Any]]:
-    """Compare bounded caches with a growing one, on the tokens that the model samples with the latter.
+    """Compare caches of fixed decode capacity with a growing one, on the tokens that the model samples with the latter.
 
     Args:
         model: a model that is not patched.
@@ -150,7 +150,7 @@ def divergence(
 
 
 def speed(model: PreTrainedModel, prompts: Tensor, settings: Settings) -> dict[str, Any]:
-    """Time every step of a bounded greedy generation, in wall-clock and processor time."""
+    """Time every step of a greedy generation with re-eviction, in wall-clock and processor time."""
     config = RocketKVConfig(token_budget=settings.budget, decode_capacity=settings.speed_capacity)
     loop = DecodeLoop(model=model, cache=new_cache(model, config, prompts.shape[1]))
     sizes = set()
@@ -212,7 +212,7 @@ def markdown(result: dict[str, Any]) -> str:
         lines += [
             (
                 f"{settings['texts']} texts of {settings['new_tokens']} tokens that the model wrote, after prompts of "
-                f"{settings['prompt']}; budget {settings['budget']}; KL in nats a token to the run without a bound, "
+                f"{settings['prompt']}; budget {settings['budget']}; KL in nats a token to the growing cache, "
                 "over the steps after the capacity was reached."
             ),
             "",

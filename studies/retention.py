@@ -247,8 +247,8 @@ def study(
             shared: SharedPrefill | None = None
             for method in methods:
                 progress.say(method.name)
-                bound = [method.name, method.token_budget, None if method.name == FULL else fields]
-                key = digest([VERSION, __version__, settings.model, *bound, talks])
+                settings_of = [method.name, method.token_budget, None if method.name == FULL else fields]
+                key = digest([VERSION, __version__, settings.model, *settings_of, talks])
                 if journal.get(key) is None:
                     shared = shared_prefill(model, [talk[0].given for talk in talks]) if shared is None else shared
                     journal.put(key, scores(model, method, shared, talks))

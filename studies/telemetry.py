@@ -23,8 +23,8 @@ from rocketkv.config import RocketKVConfig
 from rocketkv.core.attention import attend
 from rocketkv.core.params import AttentionParams
 from rocketkv.eval.generate import DecodeLoop
-from rocketkv.eval.intervals import scipy_stats
 from rocketkv.eval.measures.kl import Window, teacher_forced, texts
+from rocketkv.eval.optional import optional
 from rocketkv.eval.progress import Progress
 from rocketkv.eval.tasks.base import Preparation
 from rocketkv.hf.cache import RocketKVCache
@@ -104,7 +104,7 @@ def spearman(first: Tensor, second: Tensor) -> float:
     """Return Spearman's rank correlation of values [n]; 0 if one of the two is constant."""
     if bool((first == first[0]).all() or (second == second[0]).all()):
         return 0.0
-    return float(scipy_stats().spearmanr(first, second).statistic)
+    return float(optional("scipy.stats").spearmanr(first, second).statistic)
 
 
 def figures(found: dict[str, Tensor]) -> dict[str, Any]:

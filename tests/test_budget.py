@@ -275,8 +275,8 @@ def test_the_table_of_methods_is_read_only_and_takes_new_ones() -> None:
         register_method(Method("quest", METHODS["quest"].split))
     with pytest.raises(TypeError, match="method must be a Method, got function"):
         register_method(METHODS["quest"].split)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="pool_width must be odd and at least 1, got 4 in method 'mine'"):
-        Method("mine", METHODS["quest"].split, pool_width=4)
+    with pytest.raises(ValueError, match="kernel_size must be odd and at least 1, got 4 in method 'mine'"):
+        Method("mine", METHODS["quest"].split, kernel_size=4)
     assert all(name == method.name for name, method in METHODS.items())
 
 

@@ -20,17 +20,22 @@ NUMBERS = ["token_budget", "decode_reserve", "window_size", "kernel_size"]
 
 def test_defaults_are_the_papers() -> None:
     config = RocketKVConfig()
-    assert (config.method, config.window_size, config.pool_size, config.decode_reserve) == ("rocketkv", 32, 63, 128)
+    assert (config.method, config.window_size, config.stage_1_kernel_size, config.decode_reserve) == (
+        "rocketkv",
+        32,
+        63,
+        128,
+    )
     assert config.split is None
 
 
 def test_pools_are_the_methods_own_unless_given() -> None:
     sketched = {"rocketkv+", "rocketkv-mt+"}
-    assert {name: RocketKVConfig(method=name).pool_size for name in METHODS} == {
+    assert {name: RocketKVConfig(method=name).stage_1_kernel_size for name in METHODS} == {
         name: 13 if name in sketched else 63 for name in METHODS
     }
-    assert RocketKVConfig(method="rocketkv+", kernel_size=63).pool_size == 63
-    assert dataclasses.replace(RocketKVConfig(), method="rocketkv+").pool_size == 13
+    assert RocketKVConfig(method="rocketkv+", kernel_size=63).stage_1_kernel_size == 63
+    assert dataclasses.replace(RocketKVConfig(), method="rocketkv+").stage_1_kernel_size == 13
 
 
 def test_settings_are_frozen_and_named() -> None:
@@ -212,9 +217,11 @@ def test_a_registered_method_is_a_setting_like_any_other(request: pytest.Fixture
 
     name = "a-registered-method"
     request.addfinalizer(lambda: budget._METHODS.pop(name))
-    register_method(Method(name, split, least_budget=lambda window, reserve: window + 7, pool_width=7, multi_turn=True))
+    register_method(
+        Method(name, split, least_budget=lambda window, reserve: window + 7, kernel_size=7, multi_turn=True)
+    )
     config = RocketKVConfig(method=name, token_budget=39)
-    assert config.pool_size == 7
+    assert config.stage_1_kernel_size == 7
     assert config.keeps_history
     assert config.split_for(1000, 64) == split(1000, 39, 64, 128)
     with pytest.raises(ValueError, match=f"token_budget must be at least 39 for method '{name}'"):

@@ -70,11 +70,11 @@ class Walk:
     def of_layer(self, layer: int | None) -> list[CodeType]:
         return [code for code, where in self.calls if where == layer]
 
-    def row(self) -> str:
-        """Return the figures that the module's docstring defines."""
+    def figures(self) -> tuple[int, int, int, int]:
+        """Return files, calls a layer, switches a layer and calls outside, as the module's docstring defines them."""
         inside = self.of_layer(SHOWN_LAYER)
         switches = 1 + sum(file_of(a) != file_of(b) for a, b in itertools.pairwise(inside))
-        return f"{len(self.files):6}{len(inside):15}{switches:18}{len(self.of_layer(None)):15}"
+        return len(self.files), len(inside), switches, len(self.of_layer(None))
 
 
 @functools.cache
@@ -223,7 +223,8 @@ def main() -> None:
             found[f"prompt, {settings['method']}"] = prefill
     print(f"{'':32}{'files':>6}{'calls a layer':>15}{'switches a layer':>18}{'calls outside':>15}")
     for name, walk in sorted(found.items()):
-        print(f"{name:32}{walk.row()}")
+        files, calls, switches, outside = walk.figures()
+        print(f"{name:32}{files:6}{calls:15}{switches:18}{outside:15}")
     imports = module_imports()
     for what, graph in (("files", imports), ("packages", package_imports(imports))):
         names = longest_chain(graph)

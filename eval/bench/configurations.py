@@ -14,7 +14,7 @@ from ...budget import PAPER_POOL, READ_ON, SKETCH_POOL
 from ...core.decode import DecodeBuffers
 from ...core.params import AttentionParams
 from ...kernels.append_sketch import SketchRule
-from ...kernels.decode import TILE_PAGES, DecodeShape, DecodeWorkspace, decode_step
+from ...kernels.decode import TILE_PAGES, DecodeShape, DecodeWorkspace, decode_step_triton
 from ...kernels.dense_decode import DenseWorkspace, dense_decode
 from ...kernels.evict import compact, pool_scores, select_top, window_scores
 
@@ -108,7 +108,7 @@ def decode(
             residual_bias=None if rule is None else meta(batch, query_heads, dtype=torch.float32),
             clock=meta(1, dtype=torch.int32),
         )
-        return decode_step(
+        return decode_step_triton(
             meta(batch, query_heads, head_dim, dtype=dtype),
             meta(batch, kv_heads, head_dim, dtype=dtype),
             meta(batch, kv_heads, head_dim, dtype=dtype),

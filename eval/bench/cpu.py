@@ -88,7 +88,7 @@ def bench_attention(
         store.extend(key, value)
         store.prompt.remember(window, settings.window_size)
         split = settings.split_for(context, head_dim)
-        close_prompt(store, split, params, decode_reserve=128, kernel_size=settings.pool_size)
+        close_prompt(store, split, params, decode_reserve=128, kernel_size=settings.stage_1_kernel_size)
         return store
 
     grouped = query.view(1, kv_heads, heads // kv_heads, head_dim)

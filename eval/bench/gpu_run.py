@@ -51,7 +51,7 @@ def report(args: argparse.Namespace, make: Callable[[], dict[str, Any]], table: 
         with torch.inference_mode():
             result = make()
     except WrongResultError as error:
-        sys.stderr.write(f"rocketkv bench {args.what}: {error}\n")
+        sys.stderr.write(f"rocketkv bench {args.benchmark}: {error}\n")
         return 1
     if not args.json:
         sys.stdout.write(table(result) + "\n")

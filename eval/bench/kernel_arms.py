@@ -102,7 +102,9 @@ class _Step:
         """Run a whole step on one set."""
         store, buffers = self.buffers.stores[number], self.buffers
         new = buffers.query[number], buffers.key[number], buffers.value[number]
-        return decode.decode_step(*new, store.decoding.buffers, self.workspace, buffers.params, self.outs[number])
+        return decode.decode_step_triton(
+            *new, store.decoding.buffers, self.workspace, buffers.params, self.outs[number]
+        )
 
     def check(self) -> None:
         """Check as many steps as fill a page, and one more, on the first set."""

@@ -140,7 +140,7 @@ def model_arms(model: PreTrainedModel, case: Case, *, kernel: str = "auto") -> d
                 split,
                 AttentionParams(config.head_dim**-0.5),
                 decode_reserve=settings.decode_reserve,
-                kernel_size=settings.pool_size,
+                kernel_size=settings.stage_1_kernel_size,
                 decode_capacity=DECODE_CAPACITY,
             )
             layer.prompt_tokens = case.context

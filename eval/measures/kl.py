@@ -16,7 +16,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median_low
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -52,18 +52,6 @@ class Window(NamedTuple):
     id: str
     ids: list[int]
     notes: dict[str, Any]
-
-
-class DivergenceDict(TypedDict):
-    """Differences of a method's predictions from the full cache's, over the steps that count."""
-
-    kl: float  # mean KL(full || method), nats a token
-    perplexity: float
-    full_perplexity: float
-    nll_difference: float  # the method's mean negative log-likelihood less the full cache's, nats a token
-    greedy_agreement: float  # share of the steps with the same most likely token
-    first_divergence: int | None  # first decode step, from 1, whose most likely token differs; None: none does
-    prefill_kl: float  # KL of row 0, in no other figure: 0 unless a method changes the prefill
 
 
 def find_text(folder: Path | None) -> Path | None:
@@ -168,7 +156,7 @@ def full_logprobs(
     continuation_ids: Sequence[int],
     *,
     model_name: str,
-    folder: Path | None,
+    folder: Path,
 ) -> Tensor:
     """Return `decode_logprobs` of the stock model and its own cache, computed once and then read from a file.
 
@@ -181,7 +169,7 @@ def full_logprobs(
         prompt_ids: see `decode_logprobs`.
         continuation_ids: likewise.
         model_name: identifies the model in the file's key.
-        folder: of the files; None keeps none.
+        folder: of the files.
     """
     key = {
         "version": VERSION,
@@ -195,38 +183,39 @@ def full_logprobs(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    path = None if folder is None else folder / f"full-logprobs-{digest(key)[:16]}.safetensors"
-    if path is not None and path.exists():
+    path = folder / f"full-logprobs-{digest(key)[:16]}.safetensors"
+    if path.exists():
         with contextlib.suppress(SafetensorError, KeyError):
             return safetensors.torch.load(path.read_bytes())["logprobs"]
         quarantine(path)
     logprobs = decode_logprobs(model, Full(), prompt_ids, continuation_ids)
-    if path is not None:
-        write_atomically(path, safetensors.torch.save({"logprobs": logprobs}))
+    write_atomically(path, safetensors.torch.save({"logprobs": logprobs}))
     return logprobs
 
 
-def divergence(reference: Tensor, other: Tensor, targets: Sequence[int]) -> DivergenceDict:
-    """Compare log-probabilities row by row; row 0, from the prefill, counts in `prefill_kl` alone.
+def divergence(reference: Tensor, other: Tensor, targets: Sequence[int]) -> dict[str, Any]:
+    """Compare a method's predictions with the full cache's, row by row; row 0, from the prefill, counts apart.
 
     Rows are normalised again and summed in float64: equal rows give exactly 0.
 
     Args:
         reference: [m, vocabulary], of the full cache.
         other: [m, vocabulary], of the method.
-        targets: the m tokens of the continuation.
+        targets: the m tokens of the continuation, at least 2.
+
+    Returns:
+        `kl`, the mean KL(full || method) in nats a token; `perplexity`, `full_perplexity`; `nll_difference`, the
+        method's mean negative log-likelihood less the full cache's; `greedy_agreement`, the share of steps with the
+        same most likely token; `first_divergence`, the first step, from 1, whose most likely token differs, or None;
+        `prefill_kl`, the KL of row 0: 0 unless a method changes the prefill.
 
     Raises:
-        ValueError: shapes do not match, there are fewer than 2 rows, or a log-probability is not a number.
+        ValueError: shapes do not match, or a log-probability is not a number.
     """
     if reference.shape != other.shape or len(reference) != len(targets):
         raise ValueError(
             f"reference, other and targets must have a row a step, got {list(reference.shape)}, {list(other.shape)} "
             f"and {len(targets)} targets"
-        )
-    if len(targets) < 2:
-        raise ValueError(
-            f"there must be at least 2 rows, as the first is the prefill's and does not count, got {len(targets)}"
         )
     kl, nll, full_nll, alike = [], [], [], []
     for number, target in enumerate(targets):
@@ -252,7 +241,7 @@ def divergence(reference: Tensor, other: Tensor, targets: Sequence[int]) -> Dive
 
 
 def divergence_sample(
-    model: PreTrainedModel, method: Method, window: Window, *, steps: int = STEPS, model_name: str, folder: Path | None
+    model: PreTrainedModel, method: Method, window: Window, *, steps: int = STEPS, model_name: str, folder: Path
 ) -> SampleDict:
     """Measure one window, whose last `steps` tokens are the continuation.
 
@@ -265,7 +254,7 @@ def divergence_sample(
         folder: likewise.
 
     Returns:
-        A sample whose score is the mean KL and whose notes have the fields of `DivergenceDict`.
+        A sample whose score is the mean KL and whose notes have the figures of `divergence`.
 
     Raises:
         ValueError: the window leaves no room for a prompt, or there are fewer than 2 steps.
@@ -288,7 +277,6 @@ def divergence_sample(
         "turns": [],
         "cost": {"prompt_tokens": len(prompt), "new_tokens": steps, **cache_cost(cache_stats(cache))},
         "notes": {**window.notes, **figures},
-        "trace": [],
     }
 
 
@@ -298,11 +286,7 @@ def divergence_values(samples: Sequence[SampleDict]) -> dict[str, float | None]:
     Perplexity is that of all tokens; the first divergence is the lower median over windows, None where most never
     diverge.
 
-    Raises:
-        ValueError: there is no sample.
     """
-    if not samples:
-        raise ValueError("there must be at least one sample, got none")
 
     def column(name: str) -> list[Any]:
         return [sample["notes"][name] for sample in samples]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from statistics import median
@@ -80,8 +80,7 @@ class LatencyResult:
             "new_tokens": self.new_tokens,
             "first_token_seconds": median(self.first_token_seconds),
             "compression_seconds": None if compression is None else median(compression),
-            "step_seconds": median(self.step_seconds),
-            "step_seconds_p95": float(np.quantile(self.step_seconds, 0.95, method="inverted_cdf")),
+            **step_cost(self.step_seconds),
             "peak_prefill_bytes": self.peak_prefill_bytes,
             "peak_decode_bytes": self.peak_decode_bytes,
         }
@@ -123,15 +122,9 @@ def measure_latency(
         seed: of the prompts.
 
     Raises:
-        ValueError: a number is too small, or the device is of another kind.
+        ValueError: the device is of another kind.
         WrongResultError: within its budget the method does not give the stock model's logits; nothing is timed then.
     """
-    numbers = {"prompt_tokens": prompt_tokens, "warmup": warmup, "repeats": repeats, "batch_size": batch_size}
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if new_tokens < 2:
-        raise ValueError(f"new_tokens must be at least 2, got {new_tokens}")
     device = model.device
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"latency is measured on cpu or cuda, got a model on {device.type}; move it")
@@ -164,6 +157,12 @@ def measure_latency(
         peak_prefill_bytes=watched.peak_prefill_bytes,
         peak_decode_bytes=watched.peak_decode_bytes,
     )
+
+
+def step_cost(seconds: Sequence[float]) -> CostDict:
+    """Return median and 95th percentile of the decode steps, as fields of a record."""
+    p95 = float(np.quantile(seconds, 0.95, method="inverted_cdf"))
+    return {"step_seconds": median(seconds), "step_seconds_p95": p95}
 
 
 def check_within_budget(model: PreTrainedModel, method: Method, ids: list[int]) -> None:
@@ -238,18 +237,18 @@ class _TimedLayer(RocketKVLayer):
 
     spans: list[Callable[[], float]]  # each returns seconds; shared by the layers of a cache and its copies
 
-    def close_prompt(self, params: AttentionParams) -> None:
+    def end_prompt(self, params: AttentionParams) -> None:
         """Run stage 1 and time it."""
         if self.store.keys is None or not self.store.keys.is_cuda:
             start = time.perf_counter()
-            super().close_prompt(params)
+            super().end_prompt(params)
             seconds = time.perf_counter() - start
             self.spans.append(lambda: seconds)
             return
         # Events, as synchronizing after each layer would distort the times; read after a synchronization.
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         first.record()
-        super().close_prompt(params)
+        super().end_prompt(params)
         last.record()
         self.spans.append(lambda: float(first.elapsed_time(last)) / 1e3)
 
@@ -306,7 +305,7 @@ def _send_result(sender: Connection, arguments: dict[str, Any]) -> None:
     """Send the result of `measure_by_name`, or its exception."""
     try:
         sender.send(measure_by_name(**arguments))
-    except Exception as error:  # the parent raises it
+    except Exception as error:  # noqa: BLE001  # the parent raises it
         sender.send(error)
 
 

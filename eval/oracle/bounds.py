@@ -159,12 +159,7 @@ def decompose(outputs: Sequence[Tensor], total: Tensor) -> Parts:
     Args:
         outputs: of each stage, [m, n]; the first is full attention, the last the method.
         total: [m, n], the last less the first, computed independently of `outputs`.
-
-    Raises:
-        ValueError: there are fewer than two stages.
     """
-    if len(outputs) < 2:
-        raise ValueError(f"outputs must hold full attention and at least one stage more, got {len(outputs)}")
     full = outputs[0].double()
     norm = full.square().sum(-1, keepdim=True).sqrt()
     norm = torch.where(norm > 0, norm, 1.0)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from ...options import add_method_options, add_model_options, positive
@@ -26,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("context", positive, 4096, "tokens of a prompt"),
         ("steps", positive, 64, "teacher-forced decode steps after it"),
         ("error", float, 0.1, "relative L2 error of the oracles"),
-        ("bandwidth", float, 2000, "GB/s of the latency bound"),
+        ("bandwidth", positive, 2000, "GB/s of the latency bound"),
         ("seed", int, 0, "of the texts"),
     )
     for name, kind, default, text in numbers:
@@ -69,8 +68,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    with Progress("loading the model", total=1) as progress, _quiet_where_piped():
-        model, tokenizer = load_model(args.model, args.dtype, args.device)
+    model, tokenizer = load_model(args.model, args.dtype, args.device)
     preparation = Preparation(
         tokenizer=tokenizer, length=settings.context + settings.steps, count=args.samples, seed=args.seed
     )
@@ -88,18 +86,3 @@ def run(args: argparse.Namespace) -> int:
         write_atomically(args.output / name, picture)
     sys.stdout.write(f"{tables}\n{args.output}: oracle.json, oracle.md and the heat maps\n")
     return 0
-
-
-@contextlib.contextmanager
-def _quiet_where_piped() -> Iterator[None]:
-    """Disable the progress bars of transformers inside the block if stderr is piped."""
-    from transformers.utils import logging as transformers_logging
-
-    shown = transformers_logging.is_progress_bar_enabled()
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -36,13 +36,8 @@ def document(settings: Settings, windows: Sequence[Window], results: Sequence[Se
     Args:
         settings: of the measurement.
         windows: the texts.
-        results: the layers of each text.
-
-    Raises:
-        ValueError: there is no text.
+        results: the layers of each text, at least one.
     """
-    if not results:
-        raise ValueError("there must be a text at least, got none")
     layers, heads = [], []
     for column in zip(*results, strict=True):
         by_head = [list(head) for head in zip(*(layer["heads"] for layer in column), strict=True)]

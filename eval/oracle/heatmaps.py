@@ -6,11 +6,14 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from ..optional import optional
 from .bounds import PARTS
 from .document import Figures
 
-Grid = list[list[float | None]]
-
+Grid = npt.NDArray[np.float64]
 
 TITLES = {
     "stored": "storage oracle, tokens",
@@ -34,8 +37,8 @@ def heat_maps(result: Mapping[str, Any]) -> dict[str, bytes]:
     pictures = {}
     for key in (*TITLES, *PARTS):
         columns = [[_value(head, key) for head in layer["heads"]] for layer in result["layers"]]
-        grid = [list(row) for row in zip(*columns, strict=True)]
-        if any(value for row in grid for value in row):
+        grid = np.array(columns, dtype=float).T  # a missing value is NaN
+        if np.nan_to_num(grid).any():
             share = key in PARTS
             name = f"share-{key}.png" if share else f"{key.replace('_', '-')}.png"
             title = f"share of {key} in the error, %" if share else TITLES[key]
@@ -50,7 +53,7 @@ def _value(head: Figures, key: str) -> float | None:
 
 
 def heat_map_png(grid: Grid, title: str, columns: list[str], *, signed: bool = False) -> bytes:
-    """Return a grid as a PNG file, rows from the top; a cell that is None is grey.
+    """Return a grid as a PNG file, rows from the top; a cell that is NaN is grey.
 
     Args:
         grid: values, KV heads by layers.
@@ -61,18 +64,13 @@ def heat_map_png(grid: Grid, title: str, columns: list[str], *, signed: bool = F
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import colormaps  # here: an optional dependency
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("heat maps need matplotlib: pip install 'rocketkv[eval]'") from error
-    values = [[float("nan") if value is None else value for value in row] for row in grid]
-    largest = max(abs(value) for row in grid for value in row if value is not None) if signed else None
-    rows, width = len(grid), len(columns)
-    figure = Figure(figsize=(max(4.5, 1.5 + min(0.28 * width, 12)), 1.2 + 0.28 * rows), layout="constrained")
+    colors = optional("matplotlib").colormaps["PuOr" if signed else "viridis"].with_extremes(bad="0.85")
+    rows, width = grid.shape
+    size = max(4.5, 1.5 + min(0.28 * width, 12)), 1.2 + 0.28 * rows
+    figure = optional("matplotlib.figure").Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot(title=title, xlabel="layer", ylabel="KV head")
-    colors = colormaps["PuOr" if signed else "viridis"].with_extremes(bad="0.85")
-    image = axes.imshow(values, aspect="auto", cmap=colors, vmin=None if largest is None else -largest, vmax=largest)
+    largest = np.nanmax(np.abs(grid)) if signed else None
+    image = axes.imshow(grid, aspect="auto", cmap=colors, vmin=None if largest is None else -largest, vmax=largest)
     every = max(1, width // 16)
     axes.set_xticks(range(0, width, every), columns[::every])
     axes.set_yticks(range(0, rows, max(1, rows // 16)))

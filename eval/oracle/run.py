@@ -95,14 +95,7 @@ class _Recorder(RocketKVLayer):
         super().__init__(config)
         self._number, self._visit = number, visit
 
-    def attend(
-        self,
-        query: Tensor,
-        mask: LazyMask | None,
-        params: AttentionParams,
-        *,
-        fast: FastAttention,
-    ) -> Tensor:
+    def attend(self, query: Tensor, mask: LazyMask | None, params: AttentionParams, *, fast: FastAttention) -> Tensor:
         """Attend densely and pass the tensors on."""
         if self.pending is None:
             raise ValueError("attend must follow update, which passes the keys and values")
@@ -189,7 +182,7 @@ def stages(tensors: LayerTensors, config: RocketKVConfig, prompt: int) -> Stages
         bare = RocketKVLayer(replace(config, split=replace(split, residual=False, calibrated=False)))
         bare.prompt_end = prompt
         _feed(bare, tensors, 0, prompt)
-    found: list[list[Tensor]] = [[], [], [], [], []]
+    steps: list[list[Tensor]] = []
     read: list[int] = []
     dense: list[int] = []
     for token in range(prompt, size):
@@ -201,10 +194,10 @@ def stages(tensors: LayerTensors, config: RocketKVConfig, prompt: int) -> Stages
         # Without a residual these are one stage.
         without = own if bare is None else _feed(bare, tensors, token, token + 1)[:, 0]
         keys, values = tensors.key[:, :, : token + 1], tensors.value[:, :, : token + 1]
-        steps = (attend(query, keys, values, tensors.params), *_stored_attention(layer, query, split, tensors.params))
-        for place, out in enumerate((*steps, without, own)):
-            found[place].append(out[0])
-    return Stages([torch.stack(outputs) for outputs in found], fmean(read), fmean(dense), layer.store.stored)
+        full = attend(query, keys, values, tensors.params)
+        steps.append([full, *_stored_attention(layer, query, split, tensors.params), without, own])
+    outputs = [torch.cat(stage) for stage in zip(*steps, strict=True)]
+    return Stages(outputs, fmean(read), fmean(dense), layer.store.stored)
 
 
 def _stored_attention(
@@ -317,15 +310,6 @@ class Settings:
     steps: int
     error: float
     bandwidth: float
-
-    def __post_init__(self) -> None:
-        for name, least in (("context", 2), ("steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least} tokens, got {getattr(self, name)}")
-        if not 0 < self.error < 1:
-            raise ValueError(f"error must be between 0 and 1, a share of the output's norm; got {self.error}")
-        if not self.bandwidth > 0:
-            raise ValueError(f"bandwidth must be positive, in GB/s; got {self.bandwidth}")
 
 
 def measure(

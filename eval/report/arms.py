@@ -91,14 +91,13 @@ def arms_of(records: Sequence[Record]) -> list[Arm]:
 def with_metrics(records: Sequence[Record]) -> list[Record]:
     """Copy metric and direction from complete records of a task to those that ran out of memory, which lack them."""
     known = {_task(record): record for record in reversed(records) if record["status"] == "complete"}
-    result: list[Record] = []
-    for record in records:
+
+    def named(record: Record) -> Record:
         other = known.get(_task(record), record)
-        metric, direction = other["metric"], other["higher_is_better"]
-        result.append(
-            record if record["status"] == "complete" else record | {"metric": metric, "higher_is_better": direction}
-        )
-    return result
+        result: Record = record | {"metric": other["metric"], "higher_is_better": other["higher_is_better"]}
+        return result
+
+    return [record if record["status"] == "complete" else named(record) for record in records]
 
 
 def _task(record: Record) -> tuple[str, int]:

@@ -87,12 +87,10 @@ def cost_row(columns: Sequence[Column], arm: Arm, full: Arm | None) -> dict[str,
 
 def make_point(arm: Arm, figure: Figure, columns: Sequence[Column], costs: Costs) -> Point:
     """Return an arm's mark in the plots."""
-    shares = [_memory_share(column, arm) for column in columns]
-    known = [share for share in shares if share is not None]
     return Point(
         arm=arm,
         figure=figure,
-        memory_share=fmean(known) if len(known) == len(shares) else None,
+        memory_share=_mean([_memory_share(column, arm) for column in columns]),
         step_seconds=costs.rows[arm]["step_seconds"].value if arm in costs.rows else None,
         step_bytes=_mean_cost(columns, arm, "step_bytes"),
     )
@@ -101,7 +99,10 @@ def make_point(arm: Arm, figure: Figure, columns: Sequence[Column], costs: Costs
 def _mean_cost(columns: Sequence[Column], arm: Arm, key: str) -> float | None:
     """Return the mean over tasks, None if one of them lacks it."""
     costs: list[Mapping[str, Any]] = [column.cells[arm]["cost"] for column in columns]
-    values = [cost.get(key) for cost in costs]
+    return _mean([cost.get(key) for cost in costs])
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return fmean(known) if values and len(known) == len(values) else None
 

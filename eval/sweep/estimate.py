@@ -6,19 +6,17 @@ weights and cache, computed from the model's configuration.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch.utils.benchmark import Timer
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from ...budget import METHODS
 from ...hf.loading import SMOLLM2, load_smollm2
 from ...hf.plan import plan as make_plan
 from ..methods import FULL
-from ..records import CellDict, label, read_record, record_path
+from ..records import CellDict, label, record_path
 from .plan import Plan, cells, shard
 
 NEW_TOKENS = 64  # of an answer where the plan does not limit it
@@ -40,7 +38,7 @@ def dry_run(plan: Plan, results: Path, device: torch.device, part: tuple[int, in
     total, largest, known = 0.0, 0.0, True
     for cell in shard(cells(plan, chat=chat), *part):
         row = f"{cell['task']:24} {cell['length'] or '-':>7} {label(cell):24} {cell['samples']:>7}"
-        if _is_done(record_path(results, cell)):
+        if record_path(results, cell).exists():
             lines.append(f"{row} {'':>10} {'done':>8}")
             continue
         figures = _figures(config, cell, flops, bandwidth)
@@ -57,15 +55,6 @@ def dry_run(plan: Plan, results: Path, device: torch.device, part: tuple[int, in
         f"{flops / 1e9:.0f} GFLOP/s and read {bandwidth / 1e9:.0f} GB/s"
     )
     return "\n".join(lines) + "\n"
-
-
-def _is_done(path: Path) -> bool:
-    """Whether a readable record exists; a dry run leaves a damaged one in place."""
-    try:
-        read_record(path)
-    except (FileNotFoundError, ValueError):
-        return False
-    return True
 
 
 def _configuration(name: str) -> tuple[PretrainedConfig, bool]:
@@ -85,13 +74,8 @@ def _figures(
         return None
     new = cell["max_new_tokens"] or NEW_TOKENS
     prompt = max(1, length - new)
-    planned = make_plan(
-        config,
-        context=prompt,
-        token_budget=cell["token_budget"] or prompt,
-        method=cell["method"],
-        dtype=cell["dtype"],
-    )
+    budget = cell["token_budget"] or prompt
+    planned = make_plan(config, context=prompt, token_budget=budget, method=cell["method"], dtype=cell["dtype"])
     total = planned.cache.total
     layers = max(1, len(planned.cache.layers))
     itemsize = getattr(torch, cell["dtype"]).itemsize
@@ -107,20 +91,12 @@ def _figures(
 
 
 def _speed(device: torch.device) -> tuple[float, float]:
-    """Return float operations and bytes a second of this device, the best of a few short runs each."""
+    """Return float operations and bytes a second of this device, from a few short runs each."""
     size = 1024 if device.type == "cpu" else 8192
-    left = torch.rand(size, size, device=device)
+    matrix = torch.rand(size, size, device=device)
     line = torch.rand(2**25, device=device)  # 128 MiB: larger than processor caches
-    flops = 2 * size**3 / _best(lambda: left @ left, device)
-    return flops, line.nbytes / _best(line.sum, device)
-
-
-def _best(call: Callable[[], Tensor], device: torch.device, rounds: int = 4) -> float:
-    seconds: list[float] = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    product, total = (
+        Timer(statement, globals={"x": x}, num_threads=torch.get_num_threads()).timeit(4).mean
+        for statement, x in (("x @ x", matrix), ("x.sum()", line))
+    )
+    return 2 * size**3 / product, line.nbytes / total

@@ -12,7 +12,7 @@ from ...hf.loading import SMOLLM2
 from ...options import DTYPES
 from ..measures.kl import METRIC as KL
 from ..measures.kl import VERSION as KL_VERSION
-from ..methods import KVPRESS, SETTINGS, find_method, takes_budget
+from ..methods import FULL, KVPRESS, SETTINGS, find_method
 from ..records import CellDict, cell_key
 from ..tasks.base import find_tasks
 
@@ -20,6 +20,15 @@ LATENCY = "latency"
 LATENCY_VERSION = 1
 LM_EVAL = "lm-eval:"  # before the name of a stock task
 MEASURED = {KL: KL_VERSION, LATENCY: LATENCY_VERSION}  # tasks without questions
+_TYPES: Mapping[str, tuple[type, ...]] = {  # of the fields that are no lists, which YAML may give any type
+    "samples": (int,),
+    "max_new_tokens": (int, type(None)),
+    "seed": (int,),
+    "model": (str,),
+    "chat": (bool, type(None)),
+    "agnostic": (bool,),
+    "settings": (dict,),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,27 +81,20 @@ class Plan:
                 raise ValueError(f"{name} must not name anything twice, got {', '.join(map(str, values))}")
             if kind is int and min(values, default=1) < 1:
                 raise ValueError(f"{name} must be at least 1, got {values}")
-        types: dict[str, tuple[str, tuple[type, ...]]] = {
-            "samples": ("an int", (int,)),
-            "max_new_tokens": ("an int", (int, type(None))),
-            "seed": ("an int", (int,)),
-            "model": ("a str", (str,)),
-            "chat": ("true, false or null", (bool, type(None))),
-            "agnostic": ("true or false", (bool,)),
-            "settings": ("a mapping of fields to values", (Mapping,)),
-        }
-        for name, (kinds, known) in types.items():
+        for name, kinds in _TYPES.items():
             value = getattr(self, name)
-            if not isinstance(value, known) or (type(value) is bool and bool not in known):
-                raise TypeError(f"{name} must be {kinds}, got {value!r}")
-            least = 0 if name == "seed" else 1
-            if type(value) is int and value < least:
+            if type(value) not in kinds:
+                wanted = " or ".join(kind.__name__ for kind in kinds)
+                raise TypeError(f"{name} must be of type {wanted}, got {value!r}")
+        for name, least in (("samples", 1), ("max_new_tokens", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
         if not self.tasks or not self.methods:
             raise ValueError("a sweep needs at least one task and one method")
-        if not self.budgets and any(map(takes_budget, self.methods)):
+        if not self.budgets and set(self.methods) != {FULL}:
             raise ValueError(f"budgets must name at least one, for methods {', '.join(self.methods)}")
         unknown = sorted(set(self.settings) - set(SETTINGS))
         if unknown:
@@ -176,13 +178,13 @@ def arms(plan: Plan) -> list[tuple[str, int | None]]:
     """Return every pair of method and budget, the full cache first."""
     return [
         (method, budget)
-        for method in sorted(plan.methods, key=takes_budget)
-        for budget in (plan.budgets if takes_budget(method) else (None,))
+        for method in sorted(plan.methods, key=lambda name: name != FULL)
+        for budget in ((None,) if method == FULL else plan.budgets)
     ]
 
 
 def _settings(plan: Plan, method: str) -> dict[str, Any]:
-    return dict(plan.settings) if method in METHODS and takes_budget(method) else {}
+    return dict(plan.settings) if method in METHODS and method != FULL else {}
 
 
 def shard(all_cells: Sequence[CellDict], number: int, count: int) -> list[CellDict]:

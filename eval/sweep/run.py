@@ -44,14 +44,12 @@ def try_lock(path: Path) -> Iterator[bool]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path.with_suffix(".lock"), blocking=False)
     try:
-        lock.acquire()
+        held = lock.acquire()
     except filelock.Timeout:
         yield False
         return
-    try:
+    with held:
         yield True
-    finally:
-        lock.release()
 
 
 def run_cells(session: Session, cells: Sequence[CellDict]) -> Counts:

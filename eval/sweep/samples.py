@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,19 +43,13 @@ def prepare(results: Path, task: Task, preparation: Preparation) -> Prepared:
         samples = task.samples(preparation)
         if not samples:
             raise ValueError(f"task {task.name!r} has no samples for length {preparation.length}")
-        body = "".join(json.dumps(asdict(plain(sample)), ensure_ascii=False) + "\n" for sample in samples)
+        body = "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
         text = f"{digest(body)}\n{body}"
         write_atomically(path, text)
     checksum, _, body = text.partition("\n")
     # Not `splitlines`: it also splits at characters that JSON leaves inside a text, such as U+2028.
     samples = [_sample(json.loads(line)) for line in body.split("\n")[:-1]]
-    return Prepared(list(samples), {"sha256": checksum, "source": task.source})
-
-
-def plain(sample: Sample) -> Sample:
-    """Return a sample whose mappings are dicts, as `asdict` needs."""
-    turns = tuple(replace(turn, answers=tuple(turn.answers), extra=dict(turn.extra)) for turn in sample.turns)
-    return replace(sample, turns=turns, notes=dict(sample.notes))
+    return Prepared(samples, {"sha256": checksum, "source": task.source})
 
 
 def _sample(fields: dict[str, Any]) -> Sample:

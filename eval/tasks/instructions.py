@@ -16,7 +16,8 @@ from typing import Any
 
 from .base import Preparation, Sample, Task, Turn, generated
 from .length import fill
-from .text import insert_at, prose_sentences, split_list
+from .sources import templates
+from .text import insert_at, prose_sentences
 
 RULES = 6
 _MAX_NEW_TOKENS = 256
@@ -29,14 +30,7 @@ _REQUEST = (
     "\n\nWrite a short letter about {topic}. Keep every standing rule that was given between the notes."
     " Write the letter alone, with nothing before or after it.\n\nLetter:\n"
 )
-_TOPICS = split_list(
-    "a walk along the coast, the opening of a library, a lost umbrella, the first snow of the year,"
-    " a visit from an old friend, the repair of a clock, a long journey by train, the choice of a new teacher"
-)
-_WORDS = split_list(
-    "anchor, canyon, compass, feather, lantern, magnet, marble, orchid, pepper, ribbon, saddle, thunder, velvet,"
-    " violin, walnut, willow"
-)
+_TOPICS, _WORDS = (templates("instructions")[part] for part in ("topics", "words"))
 
 
 def _words(text: str) -> list[str]:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ...hf.prompts import encode, render, truncate_middle
-from ..prompts import sample_tokens
 from .base import Preparation, Sample
 
 _NEAR = 0.98  # of the limit: full enough to stop the search
@@ -27,6 +26,13 @@ def prompt_limit(prepared: Preparation, new_tokens: int) -> int:
             " ask for a longer one"
         )
     return prepared.length - new_tokens
+
+
+def sample_tokens(prepared: Preparation, sample: Sample) -> int:
+    """Return the number of tokens of a sample's first prompt, chat template included if there is one."""
+    turn = sample.turns[0]
+    prompt = render(prepared.tokenizer, sample.context, turn.question, turn.answer_prefix, chat=prepared.chat)
+    return len(encode(prepared.tokenizer, prompt)[0])
 
 
 def fill(prepared: Preparation, build: Callable[[int], Sample], *, least: int) -> Sample:

@@ -19,9 +19,8 @@ from fractions import Fraction
 from itertools import combinations, islice, pairwise, product
 from typing import Any, NamedTuple
 
-from ..prompts import sample_tokens
 from .base import Preparation, Sample, Task, Turn, generated
-from .length import prompt_limit
+from .length import prompt_limit, sample_tokens
 
 _MARGIN = 8  # tokens that may be generated in addition to the right answer's, for its end
 _ENOUGH = 0.8  # share of the length that counts as full

@@ -1,20 +1,22 @@
 """Scores of an answer, from 0 to 100: the official metrics of LongBench, of RULER, and of SCBench, in this order.
 
-Each takes one prediction and its right answers. They follow the official programs exactly, oddities included, so that
-scores compare with published ones: LongBench (THUDM/LongBench, `LongBench/metrics.py` and `eval.py`), RULER
-(NVIDIA/RULER, `scripts/eval`), SCBench (microsoft/MInference, `scbench/compute_scores.py`).
+Each takes one prediction and its right answers; those of LongBench return the best answer's score. They follow the
+official programs exactly, oddities included, so that scores compare with published ones: LongBench (THUDM/LongBench,
+`LongBench/metrics.py` and `eval.py`), RULER (NVIDIA/RULER, `scripts/eval`), SCBench (microsoft/MInference,
+`scbench/compute_scores.py`).
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from .sources import INSTALL
+from ..optional import optional
 
 Metric = Callable[[str, Sequence[str]], float]
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -27,8 +29,19 @@ def first_line(prediction: str) -> str:
     return prediction.lstrip("\n").split("\n")[0]
 
 
-def qa_f1(prediction: str, answers: Sequence[str]) -> float:
-    """F1 of the words shared with an answer, the best of several.
+def _best_of(score: Callable[[str, str], float]) -> Metric:
+    """Return the metric of several right answers: 100 times the best score of a prediction with one of them."""
+
+    @functools.wraps(score)
+    def metric(prediction: str, answers: Sequence[str]) -> float:
+        return 100 * max((score(prediction, answer) for answer in answers), default=0.0)
+
+    return metric
+
+
+@_best_of
+def qa_f1(prediction: str, answer: str) -> float:
+    """F1 of the words shared with an answer.
 
     Case, ASCII punctuation and English articles are ignored; repeated words count as often as both texts have them.
     """
@@ -37,16 +50,14 @@ def qa_f1(prediction: str, answers: Sequence[str]) -> float:
         # Punctuation goes before articles are removed: `the-end` is one word, and keeps its article.
         return Counter(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split())
 
-    def score(prediction: str, answer: str) -> float:
-        predicted, right = words(prediction), words(answer)
-        total = predicted.total() + right.total()
-        return 2 * (predicted & right).total() / total if total else 0.0
-
-    return _best(score, prediction, answers)
+    predicted, right = words(prediction), words(answer)
+    total = predicted.total() + right.total()
+    return 2 * (predicted & right).total() / total if total else 0.0
 
 
-def rouge_l(prediction: str, answers: Sequence[str]) -> float:
-    """ROUGE-L F1 of the `rouge` package (summary level, sentences split at full stops), the best of several.
+@_best_of
+def rouge_l(prediction: str, answer: str) -> float:
+    """ROUGE-L F1 of the `rouge` package (summary level, sentences split at full stops).
 
     0 where the package fails, as in the official program: for a text without words, and for sentences longer than its
     recursion limit.
@@ -54,19 +65,11 @@ def rouge_l(prediction: str, answers: Sequence[str]) -> float:
     Raises:
         ImportError: `rouge` is not installed.
     """
+    scorer = optional("rouge").Rouge(metrics=["rouge-l"])
     try:
-        from rouge import Rouge
-    except ImportError as error:
-        raise ImportError(f"ROUGE-L needs the rouge package; run: {INSTALL}") from error
-    scorer = Rouge(metrics=["rouge-l"])
-
-    def score(prediction: str, answer: str) -> float:
-        try:
-            return float(scorer.get_scores([prediction], [answer], avg=True)["rouge-l"]["f"])
-        except (ValueError, RecursionError):
-            return 0.0
-
-    return _best(score, prediction, answers)
+        return float(scorer.get_scores([prediction], [answer], avg=True)["rouge-l"]["f"])
+    except (ValueError, RecursionError):
+        return 0.0
 
 
 def classification(prediction: str, answers: Sequence[str], all_classes: Sequence[str]) -> float:
@@ -75,6 +78,7 @@ def classification(prediction: str, answers: Sequence[str], all_classes: Sequenc
     A class whose name is part of the right one's does not count.
     """
 
+    @_best_of
     def score(prediction: str, answer: str) -> float:
         named = [name for name in all_classes if name in prediction]
         # The official program removes names from the list that it iterates over, and so skips the next one.
@@ -85,17 +89,14 @@ def classification(prediction: str, answers: Sequence[str], all_classes: Sequenc
             position += 1
         return 1 / len(named) if answer in named else 0.0
 
-    return _best(score, prediction, answers)
+    return score(prediction, answers)
 
 
-def count(prediction: str, answers: Sequence[str]) -> float:
-    """Share of the numbers in the prediction that equal the answer, the best of several."""
-
-    def score(prediction: str, answer: str) -> float:
-        numbers = re.findall(r"\d+", prediction)
-        return numbers.count(answer) / len(numbers) if numbers else 0.0
-
-    return _best(score, prediction, answers)
+@_best_of
+def count(prediction: str, answer: str) -> float:
+    """Share of the numbers in the prediction that equal the answer."""
+    numbers = re.findall(r"\d+", prediction)
+    return numbers.count(answer) / len(numbers) if numbers else 0.0
 
 
 def retrieval(prediction: str, answers: Sequence[str]) -> float:
@@ -110,23 +111,16 @@ def retrieval(prediction: str, answers: Sequence[str]) -> float:
     return count(prediction, [match[1] for match in paragraphs if match])
 
 
-def code_sim(prediction: str, answers: Sequence[str]) -> float:
-    """Edit similarity of the first line of code to an answer, in whole percents, the best of several.
+@_best_of
+def code_sim(prediction: str, answer: str) -> float:
+    """Edit similarity of the first line of code to an answer, in whole percents.
 
     The line is the first, after leading line feeds, without a backquote, `#` or `//`. The official program calls
     `fuzz.ratio` of fuzzywuzzy, which is difflib's ratio rounded; RapidFuzz's function of that name is another measure.
     """
     lines = prediction.lstrip("\n").split("\n")
     code = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
-
-    def score(code: str, answer: str) -> float:
-        return 1.0 if code == answer else round(100 * difflib.SequenceMatcher(None, code, answer).ratio()) / 100
-
-    return _best(score, code, answers)
-
-
-def _best(score: Callable[[str, str], float], prediction: str, answers: Sequence[str]) -> float:
-    return 100 * max((score(prediction, answer) for answer in answers), default=0.0)
+    return 1.0 if code == answer else round(100 * difflib.SequenceMatcher(None, code, answer).ratio()) / 100
 
 
 def string_match_all(prediction: str, answers: Sequence[str]) -> float:
@@ -220,9 +214,6 @@ def rouge_lsum(prediction: str, answers: Sequence[str]) -> float:
     Raises:
         ImportError: `rouge_score` is not installed.
     """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise ImportError(f"ROUGE-Lsum needs the package rouge-score, which is missing; run: {INSTALL}") from error
-    scores = RougeScorer(["rougeLsum"]).score_multi(list(answers), prediction)
+    scorer = optional("rouge_score.rouge_scorer").RougeScorer(["rougeLsum"])
+    scores = scorer.score_multi(list(answers), prediction)
     return 100.0 * float(scores["rougeLsum"].fmeasure)

@@ -14,9 +14,8 @@ from itertools import accumulate, islice
 
 from transformers import PreTrainedTokenizerBase
 
-from ..prompts import sample_tokens
 from .base import Preparation, Sample, Task, Turn, generated
-from .length import prompt_limit
+from .length import prompt_limit, sample_tokens
 from .text import prose_sentences
 
 _NEEDLE = "One special magic number is hidden here: the special magic number is: {answer}."
@@ -100,12 +99,8 @@ def needle_grid(tokenizer: PreTrainedTokenizerBase, *, tokens: int, count: int, 
         seed: of the whole grid.
 
     Raises:
-        ValueError: `count` is less than 1, or `needle_prompt` refuses an argument.
+        ValueError: `needle_prompt` refuses an argument.
     """
-    if count < 1:
-        raise ValueError(f"count must be 1 or more, got {count}; pass how many prompts to compose")
-    if seed < 0:
-        raise ValueError(f"seed must be 0 or more, got {seed}; pass a non-negative whole number")
     seeds = random.Random(seed).sample(range(2**32), count)
     depths = [0.05 + 0.9 * i / (count - 1) for i in range(count)] if count > 1 else [0.5]
     return [

@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-INSTALL = "pip install 'rocketkv[eval]'"
-
 
 @functools.cache
 def templates(benchmark: str) -> Mapping[str, Any]:

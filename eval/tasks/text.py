@@ -7,48 +7,19 @@ import importlib.resources
 import importlib.util
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from .sources import INSTALL, read_json
+from ..optional import optional
+from .sources import read_json, templates
 
 ESSAYS = "PaulGrahamEssays.json"
 TEXT = "haystack.txt"
 
 _GENERATED = 12_000  # sentences: about 130 thousand tokens
 _LONGEST = 60  # words of a sentence: text without full stops is cut too
-
-
-def split_list(text: str) -> list[str]:
-    """Split a text at its commas."""
-    return text.split(", ")
-
-
-_PEOPLE = split_list(
-    "baker, farmer, teacher, gardener, sailor, doctor, painter, carpenter, miller, shepherd, fisherman, neighbour,"
-    " grandmother, student, tailor, musician, postman, cook, librarian"
-)
-_DEEDS = split_list("carried, cleaned, found, washed, moved, fetched, painted, mended, sold, borrowed, hid")
-_THINGS = split_list(
-    "a basket of apples, the wooden chair, a jar of honey, the old lamp, a pair of boots, the kettle,"
-    " a bundle of sticks, the blue blanket, a loaf of bread, the small table, a bag of flour, the rope,"
-    " the garden tools, a bucket of water, the copper pan, a box of candles, the window frame, a hat"
-)
-_PLACES = split_list(
-    "in the kitchen, near the river, behind the barn, at the market, by the harbour, under the bridge,"
-    " beside the church, in the orchard, along the road, at the station, on the hill, in the garden,"
-    " outside the school, next to the well, in the village square, at the edge of the forest"
-)
-_TIMES = split_list(
-    "In the morning, After lunch, Before sunset, Late in the evening, On a rainy day, In early spring,"
-    " During the summer, When the bell rang, After the storm, On market day, At dawn, In the autumn"
-)
-_SCENES = split_list("the sky, the water, the path, the house, the field, the street, the air, the room, the grass")
-_LOOKS = split_list("quiet, warm, cold, bright, dry, green, empty, clean, dark, fresh, calm, soft, wet")
-_ANIMALS = split_list("dog, cat, horse, goat, hen, sparrow, rabbit, donkey, duck, sheep")
-_RESTED = split_list("slept, waited, sat, rested, walked around, stood still, looked for food, played")
 
 
 def prose(seed: int, sentences: int) -> str:
@@ -61,13 +32,11 @@ def prose(seed: int, sentences: int) -> str:
     Raises:
         ValueError: `seed` or `sentences` is negative.
     """
-    if sentences < 0:
-        raise ValueError(f"sentences must be 0 or more, got {sentences}; pass how many to generate")
     return " ".join(islice(prose_sentences(seed), sentences))
 
 
 def prose_sentences(seed: int) -> Iterator[str]:
-    """Return the endless iterator over the sentences of `prose`.
+    """Yield the sentences of `prose` without end.
 
     Raises:
         ValueError: `seed` is negative.
@@ -75,21 +44,29 @@ def prose_sentences(seed: int) -> Iterator[str]:
     # random.Random takes the absolute value: -1 and 1 would silently give the same text.
     if seed < 0:
         raise ValueError(f"seed must be 0 or more, got {seed}; pass a non-negative whole number")
-    return _sentences(random.Random(seed))
+    rng, parts = random.Random(seed), templates("prose")
 
+    def pick(part: str) -> str:
+        return str(rng.choice(parts[part]))
 
-def _sentences(rng: random.Random) -> Iterator[str]:
-    pick = rng.choice
     while True:
         pattern = rng.randrange(4)
         if pattern == 0:
-            yield f"The {pick(_PEOPLE)} {pick(_DEEDS)} {pick(_THINGS)} {pick(_PLACES)}."
+            yield f"The {pick('people')} {pick('deeds')} {pick('things')} {pick('places')}."
         elif pattern == 1:
-            yield f"{pick(_TIMES)} the {pick(_PEOPLE)} {pick(_DEEDS)} {pick(_THINGS)}."
+            yield f"{pick('times')} the {pick('people')} {pick('deeds')} {pick('things')}."
         elif pattern == 2:
-            yield f"{pick(_TIMES)} {pick(_SCENES)} was {' and '.join(rng.sample(_LOOKS, 2))}."
+            yield f"{pick('times')} {pick('scenes')} was {' and '.join(rng.sample(parts['looks'], 2))}."
         else:
-            yield f"The {pick(_ANIMALS)} {pick(_RESTED)} {pick(_PLACES)}."
+            yield f"The {pick('animals')} {pick('rested')} {pick('places')}."
+
+
+def distinct(count: int, draw: Callable[[], str]) -> list[str]:
+    """Draw until there are `count` different texts, and return them in the order drawn."""
+    drawn: dict[str, None] = {}
+    while len(drawn) < count:
+        drawn[draw()] = None
+    return list(drawn)
 
 
 def insert_at(pieces: Sequence[str], places: Sequence[int], texts: Sequence[str]) -> list[str]:
@@ -194,10 +171,6 @@ def english() -> Words:
     Raises:
         ImportError: `wonderwords` is not installed.
     """
-    if importlib.util.find_spec("wonderwords") is None:
-        raise ImportError(
-            f"RULER draws from the words of the package wonderwords, which is not installed; run: {INSTALL}"
-        )
-    folder = importlib.resources.files("wonderwords") / "assets"
+    folder = importlib.resources.files(optional("wonderwords")) / "assets"
     lists = ((folder / f"{part}list.txt").read_text(encoding="utf-8") for part in ("noun", "adjective", "verb"))
     return Words(*(tuple(sorted({word.strip() for word in text.splitlines()} - {""})) for text in lists))

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     read = load_inputs(args.file)["input_ids"]
     model, tokenizer = load_model(args.model, args.dtype, args.device)
     cache = load_cache(args.file, model)
-    # As `compress` encoded the text: apart from any question.
+    # Encoded separately, as `compress` encoded the text.
     tail = continued(tokenizer, question_prompt(tokenizer, "", args.question).tail)
     ids = torch.cat((read, torch.tensor([tail])), dim=1).to(model.device)
     settings: dict[str, Any] = {"max_new_tokens": args.new_tokens, "do_sample": False, CACHE_ARGUMENT: cache}

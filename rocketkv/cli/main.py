@@ -1,7 +1,7 @@
 """The command line: `rocketkv demo | compress | ask | plan | env | bench | eval | oracle | lm-eval`.
 
 A command is a module with `add_arguments(parser)` and `run(args)`, which returns the exit code. Only the module of the
-given command is imported, and it imports torch in `run`, so that help and wrong arguments are answered at once.
+given command is imported, and it imports torch in `run`, so that help and argument errors take no time.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: the arguments without the program's name; None for those of the process.
+        argv: the arguments without the program's name; None for the arguments of the process.
 
     Returns:
         The exit code: the command's, 2 for invalid input, 130 after an interrupt.

@@ -20,7 +20,7 @@ def attend(
     *,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Attend exactly from one query to selected tokens.
+    """Attend exactly from one query per head to selected tokens.
 
     Args:
         query: [B, H, D].
@@ -28,7 +28,7 @@ def attend(
         values: [B, Hkv, N, Dv].
         params: the model's attention parameters.
         positions: [B, Hkv, k] (an integer dtype), the tokens to attend to, or None for all N.
-        mask: [B, Hkv, k or N] bool, False at tokens to leave out, or None. A row with none left gives zeros.
+        mask: [B, Hkv, k or N] bool, False at tokens to leave out, or None. A row without tokens returns zeros.
 
     Returns:
         [B, H, Dv] in the query's dtype.
@@ -58,13 +58,13 @@ def softmax_attention(
     mask: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention in float32, also under autocast, with a soft-cap or learned sinks, which PyTorch's own does not have.
+    """Compute softmax attention in float32, also under autocast; unlike SDPA, with a soft-cap or learned sinks.
 
     Args:
-        rows: [B, Hkv, R, D], queries, those of a group as rows.
+        rows: [B, Hkv, R, D], queries; the heads of a group are rows over their KV head.
         keys: [B, Hkv, N, D].
         values: [B, Hkv, N, Dv].
-        params: the model's attention parameters; here `sinks` broadcasts to [B, Hkv, R], the sink of each row.
+        params: the model's attention parameters; here `sinks` broadcasts to [B, Hkv, R], the learned sink of each row.
         mask: broadcastable to [B, Hkv, R, N] bool, False at pairs to leave out, or None.
         dropout: probability of dropping a weight.
 

@@ -1,9 +1,10 @@
-"""How much the value residual weighs: calibrated at a prompt's end, by its last queries as if each were a decode step.
+"""Calibrate the value residual at a prompt's end: fit its weight per query head on the observation window.
 
-The residual gives the tokens that a step does not attend to one value, the mean of theirs, with the weight that their
-estimated logits have. Estimates are noisy and the mean is not their weighted mean, so that in some heads less of it, or
-nothing, comes nearer to exact attention. What the window's queries would have given with a weight f times as large,
-relative to a total that hardly depends on f, is linear in f, so the f of least squared error has a closed form.
+Beyond the paper. The residual adds the mean value of the tokens that a step does not attend to, with the sum of their
+estimated weights. The estimates are noisy, and the plain mean differs from the weighted mean. So in some heads a
+smaller weight, or none, comes closer to exact attention. The fit treats each query of the window as a decode step and
+multiplies the residual's weight by a factor f. The softmax total hardly depends on f; if it is taken as constant, the
+output is linear in f, and the least-squares f has a closed form.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, Dv of values, N stored tokens, W window.
 """
@@ -19,17 +20,17 @@ from .params import AttentionParams
 from .token_index import TokenIndex
 from .topk import full_precision, select
 
-# The logits of some queries, [B, H, queries, N] in float32, and each of their few copies, stay under this; those of one
-# query may be larger.
+# Upper bound for the float32 logits [B, H, queries, N] of a block of queries, and for each of their few copies. A block
+# has at least one query.
 BLOCK_BYTES = 4 * 2**20
 
 # Pseudo-count of the ridge prior at f = 1, in observation windows.
 PRIOR = 0.1
 
-# Squared relative errors of all queries together that are not worth fitting: far above rounding's.
+# Keeps f near 1 where the squared relative errors of all queries sum to less than this; far above rounding errors.
 NEGLIGIBLE = 1e-6
 
-# The factors that can be. More than some would be to stand for what stage 1 evicted, which no step can know.
+# Bounds of f. A larger f would make up for tokens that stage 1 evicted, which no step can estimate.
 LEAST, MOST = 1e-4, 1.6
 
 
@@ -43,21 +44,21 @@ def fitted_bias(
     stored: int,
     seen: int,
 ) -> Tensor:
-    """Return the logarithm of the factor of each query head's residual, what `residual_attend` takes as its bias.
+    """Return log f of each query head, the `bias` of `residual_attend`.
 
-    Errors are against exact attention to what is stored. No host sync.
+    Errors are measured against exact attention to all stored tokens. No host sync.
 
     Args:
-        query: [B, H, W, D], the queries of the prompt's last W tokens.
+        query: [B, H, W, D], the queries of the prompt's last W tokens (the observation window).
         buffers: the prompt's compacted tokens and their index.
-        index: a sketch of the keys.
+        index: the sketch index of the keys.
         params: the model's attention parameters.
-        split: what a step may read.
+        split: the tokens that a step may read.
         stored: N, tokens of the longest row.
         seen: tokens of the sequence.
 
     Returns:
-        [B, H] float32; 0 for rows that a step reads whole.
+        [B, H] float32; 0 in rows whose steps attend to all stored tokens.
     """
     keys, values, positions, lengths = buffers[:4]
     batch, heads, window, _ = query.shape
@@ -69,12 +70,12 @@ def fitted_bias(
             for start in range(0, window, count):
                 part = query[:, :, start : start + count]
                 last = torch.arange(start, start + part.shape[2], device=query.device) + (seen - window)
-                # A step sees what came up to it.
+                # A query sees the tokens up to its own position.
                 seen_by = (positions[:, :, None, :stored] <= last[:, None]) & (
                     torch.arange(stored, device=query.device) < lengths[..., None, None]
                 )
                 found = _terms(part, keys, values, seen_by, index, buffers.index_tensors, params, split, stored)
-                # At padding there is no query.
+                # Padding has no query.
                 real = (seen_by & (positions[:, :, None, :stored] == last[:, None])).any(-1)
                 terms += torch.where(real[:, :, None] & found.isfinite(), found, 0).sum(-1)
     cross, square = terms
@@ -94,9 +95,10 @@ def _terms(
     split: BudgetSplit,
     stored: int,
 ) -> Tensor:
-    """Return [2, B, Hkv, G, n], of queries [B, H, n, D] that see [B, Hkv, n, N] bool.
+    """Return the terms of the least-squares fit, [2, B, Hkv, G, n], for queries [B, H, n, D].
 
-    With the error `u + f v` of a query's output over the output's length: the products `-u v` and `v v`.
+    The error of a query's output, relative to the output's length, is `u + f v`; the terms are `-u v` and `v v`. `seen`
+    [B, Hkv, n, N] bool is True at the tokens that a query sees.
     """
     batch, heads, count, head_dim = query.shape
     kv_heads = keys.shape[1]
@@ -105,7 +107,7 @@ def _terms(
     estimates = index.score(rows.flatten(1, 3), index_tensors, keys, params, stored=stored, lengths=None)
     estimates = estimates.view(*grouped, stored)
     estimates = estimates.masked_fill(~seen[:, :, None], -torch.inf)
-    # Each query is a row of its own.
+    # The selection treats each query as a separate row.
     places, _ = select(
         estimates.permute(0, 3, 1, 2, 4).reshape(batch * count, heads, stored),
         min(split.top_k or stored, stored),
@@ -121,11 +123,11 @@ def _terms(
     places = places.view(batch, count, kv_heads, -1).transpose(1, 2)
     chosen = torch.zeros_like(seen).scatter_(-1, places.long(), True) & seen
     rest = estimates.masked_fill_((chosen | ~seen)[:, :, None], -torch.inf).logsumexp(-1)
-    found = []
-    for head in range(kv_heads):  # keys and values are turned to float32 one head at a time
+    by_head = []
+    for head in range(kv_heads):  # one head at a time bounds the float32 copies of keys and values
         own = slice(head, head + 1)
         sink = None if params.sinks is None else params.sinks.view(kv_heads, -1)[head].float()
-        found.append(
+        by_head.append(
             _head_terms(
                 rows[:, head].float() * params.scaling,
                 keys[:, head, :stored].float(),
@@ -137,7 +139,7 @@ def _terms(
                 sink,
             )
         )
-    return torch.stack(found, 2)
+    return torch.stack(by_head, 2)
 
 
 def _head_terms(
@@ -150,19 +152,19 @@ def _head_terms(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Return [2, B, G, n] of one KV head: see `_terms`.
+    """Return the terms of one KV head, [2, B, G, n]; see `_terms`.
 
     Args:
         rows: [B, G, n, D], queries times the scaling.
         keys: [B, N, D].
         values: [B, N, Dv].
         seen: [B, 1, n, N] bool.
-        chosen: [B, 1, n, N] bool, those of them that a step would attend to.
-        rest: [B, G, n], the logit of the others together, by the estimates.
-        softcap: of the logits, or None.
-        sinks: [G], or None.
+        chosen: [B, 1, n, N] bool, the seen tokens that a step attends to.
+        rest: [B, G, n], log-sum-exp of the estimated logits of the other seen tokens.
+        softcap: soft-cap of the logits, or None.
+        sinks: [G], learned sinks, or None.
     """
-    # The group's queries as rows of one matrix: keys and values are not copied for each head.
+    # The group's queries are rows of one matrix, so that keys and values are not copied per head.
     logits = torch.bmm(rows.flatten(1, 2), keys.transpose(1, 2)).view(*rows.shape[:3], -1)
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
@@ -173,7 +175,7 @@ def _head_terms(
     out, own = (torch.bmm(weight.flatten(1, 2), values).view(*rows.shape[:3], -1) for weight in weights)
     others = (seen & ~chosen).float()
     mean = torch.bmm(others[:, 0], values)[:, None] / others.sum(-1, keepdim=True).clamp(min=1)
-    # Shares of the chosen and of the others in a step's total, in which sinks have no value.
+    # Shares of the softmax total: chosen tokens, residual, learned sink. The sink has no value.
     sink = torch.full_like(rest, -torch.inf) if sinks is None else sinks[:, None].expand_as(rest)
     share = torch.stack((columns[1], rest, sink), -1).softmax(-1)
     out = out * torch.sigmoid(columns[0] - sink)[..., None]

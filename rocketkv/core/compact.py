@@ -22,25 +22,25 @@ def compact(
     page_size: int | None,
     index_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Copy the kept tokens of each row to the front of new buffers, and build the index of their pages.
+    """Gather the kept tokens of each row at the front of new buffers, and build their page index.
 
     Args:
-        keys: [B, Hkv, S, D], the prompt's.
+        keys: [B, Hkv, S, D], keys of the prompt.
         values: [B, Hkv, S, Dv].
         slots: [B, Hkv, chosen] integers, the kept slots in their new order, or None for the first `count`.
-        valid: [B, 1 or Hkv, S] bool, False at slots without a token, or None where all hold one.
-        positions: [B, 1 or Hkv, S or more] int32, each slot's position in the sequence, or None where they are equal.
-        count: tokens of the longest row; without `valid`, all chosen.
+        valid: [B, 1 or Hkv, S] bool, False at slots without a token, or None if every slot has one.
+        positions: [B, 1 or Hkv, S or more] int32, each slot's position in the sequence, or None if they are equal.
+        count: tokens that the longest row keeps.
         capacity: slots of the new buffers, at least `count`.
-        page_size: P, or None where nothing is scored.
-        index_dtype: of the index, or None for the keys'.
+        page_size: P, or None to build no page index.
+        index_dtype: dtype of the page bounds, or None for the dtype of the keys.
 
     Returns:
         keys: [B, Hkv, capacity, D], zero from `count` on.
-        values: [B, Hkv, capacity, Dv], likewise.
+        values: [B, Hkv, capacity, Dv], zero from `count` on.
         positions: [B, Hkv, capacity] int32, -1 behind a row's tokens.
         seq_lens: [B, Hkv] int32.
-        bounds: [B, Hkv, tiles, D or 2D, 128], or None.
+        bounds: [B, Hkv, tiles, D or 2D, 128], the page index, or None.
     """
     rows, stored = keys.shape[:2], keys.shape[2]
     new_positions = torch.full((*rows, capacity), -1, dtype=torch.int32, device=keys.device)
@@ -50,7 +50,7 @@ def compact(
         lengths = new_positions.new_full(rows, count)
     else:
         if valid is not None:
-            # Padding among the chosen goes behind the tokens.
+            # Chosen padding moves behind the tokens.
             chosen = valid.expand(*rows, -1).gather(2, slots)
             order = (~chosen).byte().argsort(dim=-1, stable=True)[..., :count]
             slots, chosen = slots.gather(2, order), chosen.gather(2, order)

@@ -1,7 +1,7 @@
-"""The decode step in PyTorch, for growing and static buffers alike: append, score, select, attend.
+"""The decode step in PyTorch, for growing and static buffers: append, score, select, attend.
 
-This is the readable reference of stage 2 (paper, section "hybrid attention"). `dispatch` runs it, or a kernel that
-takes the same record of buffers.
+Source: paper (arXiv 2502.14051), section 3.4, "Hybrid Sparse Attention", and Algorithm 1. This is the readable
+reference of stage 2: `dispatch` runs it, or a kernel on the same `DecodeBuffers`.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim of keys, Dv of values, N stored tokens, P page size, W query
 ring, k selected tokens, t token budget.
@@ -21,19 +21,19 @@ from .topk import full_precision, select
 
 
 class DecodeBuffers(NamedTuple):
-    """The tensors that a decode step reads and writes, of one layer.
+    """The tensors of one layer that a decode step reads and writes.
 
     Attributes:
         keys: [B, Hkv, capacity, D]; written.
         values: [B, Hkv, capacity, Dv]; written.
         positions: [B, Hkv, capacity] int32, each slot's position in the sequence, -1 without a token; written.
-        seq_lens: [B, Hkv] int32, tokens stored in each row; raised by one.
-        index_tensors: tensors of the index in the order of its names, empty where nothing is scored; written.
-        value_sum: [B, Hkv, Dv] float64, exact sum of each row's values; raised. None without a residual.
-        residual_bias: [B, H] float32, added to the logit of the residual, or None where that is not calibrated.
-        missed: [B, H] float32, the weight of what the step did not attend to; written. None without a residual.
-        query_ring: [B, H, W, D], the query of token i at place i mod W; written. None where nothing ranks by it.
-        clock: [1] int32, tokens of the sequence; raised by one. None where only the host counts them.
+        seq_lens: [B, Hkv] int32, tokens stored in each row; incremented.
+        index_tensors: tensors of the index in the order of its `names`; written. Empty without an index.
+        value_sum: [B, Hkv, Dv] float64, exact sum of each row's values; updated. None without a residual.
+        residual_bias: [B, H] float32, added to the residual's logit, or None if it is not calibrated.
+        missed: [B, H] float32, the weight of the residual in the last step; written. None without a residual.
+        query_ring: [B, H, W, D], the query of token i at place i mod W; written. None if nothing is re-evicted.
+        clock: [1] int32, tokens of the sequence; incremented. None if only the host counts them.
     """
 
     keys: Tensor
@@ -52,10 +52,9 @@ class Fill(NamedTuple):
     """How full the buffers are before a step, as far as the host knows.
 
     Attributes:
-        longest: tokens that the longest row stores; the capacity less one in static buffers, where only the device
-            knows.
-        shortest: tokens that the shortest row stores; 0 where only the device knows.
-        seen: tokens of the sequence, or None where only the device's clock knows.
+        longest: tokens that the longest row stores; the capacity less one if only the device knows it (static buffers).
+        shortest: tokens that the shortest row stores; 0 if only the device knows it.
+        seen: tokens of the sequence; None if only the device's clock knows it.
     """
 
     longest: int
@@ -63,7 +62,7 @@ class Fill(NamedTuple):
     seen: int | None
 
 
-def decode_step(
+def decode_step_torch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -73,16 +72,16 @@ def decode_step(
     params: AttentionParams,
     fill: Fill,
 ) -> Tensor:
-    """Append one token to every row and attend to the tokens that stage 2 selects; the new token competes too.
+    """Append one token to every row and attend to the tokens that stage 2 selects, possibly the new one.
 
-    A full row of static buffers stays as it is.
+    A full row of static buffers does not change.
 
     Args:
         query: [B, H, D], after rotary embedding.
         key: [B, Hkv, D], after rotary embedding.
         value: [B, Hkv, Dv].
-        buffers: the layer's; written in place.
-        index: scores the stored tokens, or None where nothing is scored.
+        buffers: the layer's buffers; written in place.
+        index: the index that scores the stored tokens, or None.
         split: the tokens and bytes that the step may read.
         params: the model's attention parameters.
         fill: how full the buffers are.
@@ -115,14 +114,14 @@ def decode_step(
 def append_token(
     query: Tensor | None, key: Tensor, value: Tensor, buffers: DecodeBuffers, index: TokenIndex | None, fill: Fill
 ) -> None:
-    """Append one token to every row that has room, and raise the counts of tokens.
+    """Append one token to every row that has room, and increment the token counts.
 
     Args:
-        query: [B, H, D] for the query ring, or None to leave that alone.
+        query: [B, H, D] for the query ring, or None to leave the ring unchanged.
         key: [B, Hkv, D].
         value: [B, Hkv, Dv].
-        buffers: the layer's; written in place.
-        index: scores the stored tokens, or None where nothing is scored.
+        buffers: the layer's buffers; written in place.
+        index: the index that scores the stored tokens, or None.
         fill: how full the buffers are.
     """
     keys, values, positions, seq_lens = buffers[:4]
@@ -153,7 +152,7 @@ def append_token(
 
 
 def _append_ragged(key: Tensor, value: Tensor, buffers: DecodeBuffers, position: Tensor | int) -> None:
-    """Append a token at a position of the sequence behind each row's last one; a full row stays as it is."""
+    """Append a token of sequence position `position` behind each row's last one; a full row does not change."""
     keys, values, positions, seq_lens = buffers[:4]
     capacity = keys.shape[2]
     room = (seq_lens < capacity)[..., None]
@@ -185,17 +184,17 @@ def attend_selected(
     lengths: Tensor | None,
     short: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Score the stored tokens, select k, attend to them, and add the residual of the others where the split wants it.
+    """Score the stored tokens, select k, attend to them, and add the residual if the split has one.
 
     Args:
         query: [B, H, D].
-        buffers: the layer's, the query's own token included.
-        index: scores the stored tokens.
+        buffers: the layer's buffers, which include the query's token.
+        index: the index that scores the stored tokens.
         split: the tokens that the step may read.
         params: the model's attention parameters.
         stored: N, tokens of the longest row.
-        lengths: [B, Hkv] int32, tokens of each row, or None where every row has N.
-        short: whether there may be rows of at most t tokens, which attend to all of them.
+        lengths: [B, Hkv] int32, tokens of each row, or None if every row has N.
+        short: whether rows of at most t tokens may exist, which attend to all of their tokens.
 
     Returns:
         [B, H, Dv] in the query's dtype; and the missed mass [B, H] float32 with a residual, else None.
@@ -221,7 +220,7 @@ def attend_selected(
     if value_sum is None:
         return attend(query, keys, values, params, positions, mask=mask), None
     if mask is not None:
-        positions = torch.where(mask, positions, stored)  # a position beyond every row's length does not count
+        positions = torch.where(mask, positions, stored)  # `residual_attend` ignores positions beyond a row's length
     if split.page_size > 1:
         logits = logits.repeat_interleave(split.page_size, dim=-1)[..., :stored]
     with full_precision(query.device):
@@ -233,16 +232,16 @@ def recent_slots(lengths: Tensor, k: int, sinks: int) -> Tensor:
     """Return the slots [B, Hkv, k] of each row's first `sinks` tokens and its most recent `k - sinks`.
 
     Args:
-        lengths: [B, Hkv] int32, tokens of each row; a row of fewer than k also gets slots without a token.
+        lengths: [B, Hkv] int32, tokens of each row; for a row of fewer than k, slots without a token fill up.
         k: number of slots.
-        sinks: how many of them are sink tokens, the first ones.
+        sinks: number of sink tokens among them.
     """
     slot = torch.arange(k, device=lengths.device)
     return torch.where(slot < sinks, slot, slot + (lengths.long()[..., None] - k).clamp(min=0))
 
 
 def all_where_short(positions: Tensor, lengths: Tensor, token_budget: int) -> tuple[Tensor, Tensor]:
-    """Let rows of at most t tokens attend to all of them, and the others to their selection.
+    """Select all tokens in rows of at most t tokens, and keep the selection in all others.
 
     Args:
         positions: [B, Hkv, k], the selection, k <= t.
@@ -250,7 +249,7 @@ def all_where_short(positions: Tensor, lengths: Tensor, token_budget: int) -> tu
         token_budget: t.
 
     Returns:
-        Positions [B, Hkv, t] and which of them count, [B, Hkv, t] bool.
+        Positions [B, Hkv, t], and a mask [B, Hkv, t] bool, True at positions that count.
     """
     slot = torch.arange(token_budget, device=lengths.device)
     short = (lengths <= token_budget)[..., None]

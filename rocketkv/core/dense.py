@@ -1,4 +1,4 @@
-"""Exact attention of many queries by blocks of rows, for masks that the model's own kernel does not take.
+"""Exact attention of many queries in blocks of rows, for masks that the model's own attention does not support.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, n queries, S keys.
 """
@@ -13,14 +13,14 @@ from torch.nn import functional as F
 from .attention import softmax_attention
 from .params import AttentionParams
 
-# A block's mask, one byte for each query row and key, stays under this; so do, where a soft-cap or sinks need our own
-# softmax, its logits and their copies, 16 bytes together for each query row and key.
+# Upper bound for a block's mask, one byte per query row and key; and, with a soft-cap or learned sinks, for its logits
+# and their copies in `softmax_attention`, 16 bytes per query row and key.
 BLOCK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
 class VisibleBlock:
-    """What a block of queries may see: keys from `start` to `stop`, and of those where `mask` is True (None: all)."""
+    """The keys that a block of queries may see: from `start` to `stop`, where `mask` is True (None: all of them)."""
 
     start: int
     stop: int
@@ -28,7 +28,7 @@ class VisibleBlock:
 
 
 def causal_block(start: int, stop: int, offset: int, device: torch.device) -> VisibleBlock:
-    """Return what queries `start` to `stop` see where query i comes after `offset + i` keys, all of them visible."""
+    """Return the keys that queries `start` to `stop` see under a causal mask: query i follows `offset + i` keys."""
     last = offset + stop
     query = torch.arange(start, stop, device=device)[:, None] + offset
     return VisibleBlock(0, last, (torch.arange(last, device=device) <= query)[None, None])
@@ -54,17 +54,17 @@ def dense_attention(
         visible: maps (start, stop) to the keys that those queries see; its mask broadcasts to
             [B, Hkv, stop - start, keys].
         dropout: probability of dropping a weight.
-        mask_heads: 1, or Hkv where the masks differ between KV heads; it sizes the blocks.
+        mask_heads: 1, or Hkv if the masks differ between KV heads; it determines the block size.
 
     Returns:
-        [B, n, H, Dv] in the query's dtype. A query that sees nothing gives zeros.
+        [B, n, H, Dv] in the query's dtype. A query that sees no key returns zeros.
     """
     batch, heads, length, _ = query.shape
     kv_heads, size = key.shape[1], key.shape[2]
     group = heads // kv_heads
-    own = params.softcap is not None or params.sinks is not None
-    if own and kv_heads > 1:
-        # One KV head at a time: its keys and values are turned to float32 once, and a block has more rows.
+    unfused = params.softcap is not None or params.sinks is not None
+    if unfused and kv_heads > 1:
+        # One KV head at a time: its keys and values are converted to float32 once, and a block has more rows.
         def one(head: int) -> Tensor:
             def seen(start: int, stop: int) -> VisibleBlock:
                 block = visible(start, stop)
@@ -83,7 +83,7 @@ def dense_attention(
             )
 
         return torch.cat([one(head) for head in range(kv_heads)], dim=2)
-    bytes_a_query = batch * size * (16 * heads if own else group * mask_heads)
+    bytes_a_query = batch * size * (16 * heads if unfused else group * mask_heads)
     block = max(1, min(length, BLOCK_BYTES // bytes_a_query))
     out = query.new_empty(batch, length, heads, value.shape[-1])
     for start in range(0, length, block):
@@ -93,12 +93,12 @@ def dense_attention(
         # The heads of a group are rows over one KV head: [B, Hkv, G * count, D].
         rows = query[:, :, start:stop].reshape(batch, kv_heads, group * count, -1)
         keys, values = key[:, :, seen.start : seen.stop], value[:, :, seen.start : seen.stop]
-        # Layers of one model may be on several devices, and share one mask.
+        # Layers on several devices share one mask.
         mask = None if seen.mask is None else seen.mask.to(query.device).repeat(1, 1, group, 1)
         blind = None if mask is None else ~mask.any(-1, keepdim=True)
         if mask is not None and blind is not None:
-            mask |= blind  # a softmax over nothing is NaN, and so would be the gradients behind the zeros below
-        if own:
+            mask |= blind  # a softmax over no key is NaN, and its gradient stays NaN behind the zeros below
+        if unfused:
             sinks = params.sinks
             per_row = None if sinks is None else sinks.view(1, kv_heads, group).repeat_interleave(count, dim=-1)
             part = softmax_attention(rows, keys, values, params._replace(sinks=per_row), mask=mask, dropout=dropout)

@@ -1,7 +1,7 @@
 """Stage 1, permanent eviction at the end of a prompt: importance scores of its tokens.
 
-Source: paper, section "permanent KV cache eviction": SnapKV's observation window with a larger pooling kernel and one
-selection per KV head.
+Source: paper (arXiv 2502.14051), section 3.3, "First Stage: SnapKV": SnapKV (arXiv 2404.14469) with a larger pooling
+kernel and one selection per KV head.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, S tokens, W window queries.
 """
@@ -17,7 +17,7 @@ from .compact import compact
 from .params import AttentionParams
 from .topk import full_precision, select_top
 
-# Scores of one block of keys, [B, H, W, block] in float32, stay under this: 128K tokens need no score matrix.
+# Upper bound for the float32 scores [B, H, W, block] of a block of keys: no score matrix over all keys is built.
 SCORE_BLOCK_BYTES = 8 * 2**20
 
 
@@ -28,15 +28,16 @@ def window_scores(
     *,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """Return how much the last W queries attend to every earlier token, summed over them and over each group's heads.
+    """Sum the attention weights of the observation window's queries on every earlier token, per KV head.
 
-    Softmax attention in float32, causal inside the window, by blocks of keys in two passes: no [W, S] matrix lives.
+    The sum is over the W queries and the heads of a group. Softmax attention in float32, causal inside the window, in
+    two passes over blocks of keys: no [W, S] matrix is built.
 
     Args:
-        query: [B, H, W, D], the queries of the last W tokens.
-        key: [B, Hkv, S, D], all keys, the window's own last.
+        query: [B, H, W, D], the queries of the last W tokens (the observation window).
+        key: [B, Hkv, S, D], all keys; the last W are those of the window.
         params: the model's attention parameters.
-        valid: [B, 1 or Hkv, S] bool, False at padding, or None where all are tokens.
+        valid: [B, 1 or Hkv, S] bool, False at padding, or None without padding.
 
     Returns:
         [B, Hkv, S - W] float32; 0 at padding.
@@ -86,11 +87,11 @@ def window_scores(
 
 
 def pool_reach(kernel_size: int, offset: int) -> tuple[int, int]:
-    """Return how many tokens before a token and how many behind it are in its pool.
+    """Return how many tokens before a token, and how many after it, its pool covers.
 
     Args:
         kernel_size: odd width of the pool.
-        offset: tokens by which it is moved back, towards the beginning; no further than to end at the token itself.
+        offset: tokens by which the pool moves towards the beginning; it ends at the token itself at the furthest.
     """
     half = kernel_size // 2
     moved = min(offset, half)
@@ -98,7 +99,7 @@ def pool_reach(kernel_size: int, offset: int) -> tuple[int, int]:
 
 
 def pooled(scores: Tensor, kernel_size: int, offset: int = 0) -> Tensor:
-    """Return the maximum of each token's neighbourhood of odd width (see `pool_reach`), of scores [B, Hkv, S]."""
+    """Max-pool scores [B, Hkv, S] over each token's pool (see `pool_reach`)."""
     if offset:
         scores = F.pad(scores, pool_reach(kernel_size, offset), value=-torch.inf)
         return F.max_pool1d(scores, kernel_size, stride=1)
@@ -106,25 +107,25 @@ def pooled(scores: Tensor, kernel_size: int, offset: int = 0) -> Tensor:
 
 
 def value_aware(scores: Tensor, value: Tensor) -> Tensor:
-    """Return each token's score times the distance of its value from the output: how far its loss would move that.
+    """Multiply each token's score by the distance between its value and the output.
 
-    Without a token of weight a and value v, an output o would be o + a / (1 - a) (o - v). Here o is that of the scores,
-    the mean of all values by them, and a the score itself (beyond the paper; after value-aware eviction, VATP, arXiv
-    2406.12335, which takes the length of v).
+    Without a token of weight a and value v, an output o becomes o + a / (1 - a) (o - v). This function estimates the
+    length of that change: the score replaces a / (1 - a), and the mean of all values, weighted by the scores, is o.
+    Beyond the paper; after VATP (arXiv 2406.12335), which multiplies by the length of v.
 
     Args:
-        scores: [B, Hkv, S - W] float32, of `window_scores`.
-        value: [B, Hkv, S, Dv], all values, the window's own last.
+        scores: [B, Hkv, S - W] float32, from `window_scores`.
+        value: [B, Hkv, S, Dv], all values; the last W are those of the window.
 
     Returns:
-        [B, Hkv, S - W] float32; 0 where the score is.
+        [B, Hkv, S - W] float32; 0 where the score is 0.
     """
     batch, kv_heads, size = scores.shape
     block = max(1, SCORE_BLOCK_BYTES // (4 * batch * kv_heads * value.shape[3]))
     blocks = [slice(start, min(start + block, size)) for start in range(0, size, block)]
 
     def scored(part: slice) -> Tensor:
-        # A value at padding may be anything, and counts for nothing.
+        # Values at padding are arbitrary: replace them by zeros.
         return value[:, :, part].float().masked_fill(scores[:, :, part, None] == 0, 0)
 
     out = value.new_zeros(batch, kv_heads, 1, value.shape[3], dtype=torch.float32)
@@ -141,15 +142,15 @@ def value_aware(scores: Tensor, value: Tensor) -> Tensor:
 def pool_scores(
     scores: Tensor, window: int, *, kernel_size: int, pool_offset: int = 0, valid: Tensor | None = None
 ) -> Tensor:
-    """Return the maximum of each token's neighbourhood, with the window above everything and padding below.
+    """Max-pool the scores, and set the observation window to +inf and padding to -inf.
 
-    The tokens of a row are pooled as neighbours even where padding separates them.
+    Tokens that only padding separates are neighbours.
 
     Args:
         scores: [B, Hkv, S - W] float32.
         window: W.
-        kernel_size: odd width of the neighbourhood.
-        pool_offset: tokens by which it is moved back, see `pool_reach`.
+        kernel_size: odd width of the pools.
+        pool_offset: tokens by which pools move towards the beginning, see `pool_reach`.
         valid: [B, 1 or Hkv, S] bool, False at padding, or None.
 
     Returns:
@@ -167,7 +168,7 @@ def pool_scores(
 
 
 class EvictionOps(NamedTuple):
-    """The four operations of stage 1 that a backend implements; each field documents itself in `TORCH_OPS`."""
+    """The four operations of stage 1 that a backend implements; `TORCH_OPS` has the documented reference of each."""
 
     window_scores: Callable[..., Tensor]
     pool_scores: Callable[..., Tensor]
@@ -189,15 +190,15 @@ def prompt_scores(
     valid: Tensor | None = None,
     ops: EvictionOps = TORCH_OPS,
 ) -> Tensor:
-    """Return the importance scores of a prompt's tokens: max-pooled window scores, the window forced to +inf.
+    """Return the importance scores of a prompt's tokens: max-pooled attention weights, +inf in the window.
 
     Args:
         query: [B, H, W, D], the queries of the prompt's last W tokens (the observation window).
         key: [B, Hkv, S, D], all keys of the prompt.
         params: the model's attention parameters.
-        value: [B, Hkv, S, Dv], all values, to weight scores by `value_aware`; or None.
+        value: [B, Hkv, S, Dv], all values, to multiply scores by `value_aware`; or None.
         kernel_size: odd width of the max-pooling over positions.
-        pool_offset: tokens by which pools are moved back, see `pool_reach`.
+        pool_offset: tokens by which pools move towards the beginning, see `pool_reach`.
         valid: [B, 1 or Hkv, S] bool, False at padding, or None.
         ops: the backend's operations.
 

@@ -1,4 +1,4 @@
-"""Which index of stage 2 a split asks for."""
+"""The index of stage 2 that a budget split needs."""
 
 from ..budget import BudgetSplit
 from .pages import PageIndex
@@ -7,7 +7,7 @@ from .token_index import TokenIndex
 
 
 def index_of(split: BudgetSplit | None) -> TokenIndex | None:
-    """Return the index that a split asks for, or None where nothing is scored."""
+    """Return the index that a split needs, or None if its steps score nothing."""
     if split is None:
         return None
     if split.sketch_bits is not None:

@@ -1,11 +1,13 @@
-"""The page index of stage 2: per-channel maxima and minima of each page's keys (paper, section "hybrid attention").
+"""The page index of stage 2: per-channel maxima and minima of each page's keys.
 
-Full pages are immutable and stored. The open page, the last partial one, is derived from its few keys when it is
-scored. So crop, fork and reorder only change lengths, and padding pollutes nothing.
+Source: paper (arXiv 2502.14051), section 3.4, steps 1 and 2, and Algorithm 1; r is its k1.
 
-Layout: `[B, Hkv, tile, rows, 128 pages]`, rows = 2D (the maxima, then the minima), or D where a page is one token and
-both are the key itself. A channel of a tile is contiguous, so scoring r channels reads r rows a tile; growth adds
-tiles.
+Full pages are stored and never change. The open page, the last partial one, is computed from its few keys when it is
+scored. So crop, fork and reorder only change lengths, and padding never enters the bounds.
+
+Layout: `[B, Hkv, tile, rows, 128 pages]`. There are 2D rows (the maxima, then the minima), or D for pages of one token,
+whose bounds are the key itself. A channel of a tile is contiguous, so scoring r channels reads r rows of each tile;
+growth appends tiles.
 
 The index has the keys' dtype or 8 bits (`RocketKVConfig.index_dtype`). In 8 bits the bounds of full pages are rounded
 to nearest, so they are coarser than those of the open page and may lie up to one rounding inside the true bounds.
@@ -29,54 +31,54 @@ from .topk import gather_tokens, multiples, scalar
 TILE_PAGES = 128
 FLOAT8 = torch.float8_e5m2
 
-# Avoids a division by zero: a head may be zero in all channels that its group chose.
+# Avoids a division by zero: a query head may be zero in all channels that its group selects.
 _TINY = 1e-30
 
 
 def index_dtype_of(name: str) -> torch.dtype | None:
-    """Return the dtype that a value of `RocketKVConfig.index_dtype` names, or None for the keys' own."""
+    """Return the dtype for a value of `RocketKVConfig.index_dtype`, or None for the dtype of the keys."""
     return FLOAT8 if name == "float8_e5m2" else None
 
 
 def movable(tensor: Tensor) -> Tensor:
-    """Return a view in a dtype that PyTorch can gather, scatter and join everywhere: 8-bit floats as their bytes."""
+    """Return a view that PyTorch can gather, scatter and concatenate on every device: 8-bit floats as bytes."""
     return tensor.view(torch.uint8) if tensor.dtype == FLOAT8 else tensor
 
 
 def restored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a result computed on a `movable` view, viewed in the original dtype again."""
+    """View the result of an operation on a `movable` view in the original dtype again."""
     return tensor if tensor.dtype == dtype else tensor.view(dtype)
 
 
 def rounded(bounds: Tensor, dtype: torch.dtype) -> Tensor:
     """Round bounds to the index's dtype, to nearest; 8-bit values out of range saturate, NaN stays NaN."""
     if dtype == FLOAT8:
-        # PyTorch's releases differ in how they convert values that are too large.
+        # PyTorch releases differ in how they convert values out of range.
         limit = torch.finfo(dtype).max
         bounds = bounds.clamp(-limit, limit)
     return bounds.to(dtype)
 
 
 def page_count(tokens: int, page_size: int) -> int:
-    """Return how many pages hold `tokens` tokens, the open one included."""
+    """Return the number of pages of `tokens` tokens, the open one included."""
     return -(-tokens // page_size)
 
 
 def tile_count(tokens: int, page_size: int) -> int:
-    """Return how many tiles the index of `tokens` tokens has."""
+    """Return the number of index tiles of `tokens` tokens."""
     return -(-page_count(tokens, page_size) // TILE_PAGES)
 
 
 def index_rows(head_dim: int, page_size: int) -> int:
-    """Return the rows of a tile: maxima and minima of D channels, or the key's own D channels for single tokens."""
+    """Return the rows of a tile: 2D for maxima and minima, or D for pages of one token."""
     return head_dim if page_size == 1 else 2 * head_dim
 
 
 def page_bounds(keys: Tensor, page_size: int) -> Tensor:
-    """Return the maxima and minima of pages, whole or partial, given as [..., <= P, D].
+    """Return the per-channel maxima and minima of pages, full or partial, from their keys [..., <= P, D].
 
     Returns:
-        [..., 2D], or [..., D] where a page is one token and both are the key itself.
+        [..., 2D], or [..., D] for pages of one token, whose bounds are the key itself.
     """
     if page_size == 1:
         return keys[..., 0, :]
@@ -84,13 +86,13 @@ def page_bounds(keys: Tensor, page_size: int) -> Tensor:
 
 
 def build_pages(keys: Tensor, tokens: int, page_size: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Build the index of all pages that are full within the first `tokens` tokens, with room for the whole buffer.
+    """Build the index of all full pages of the first `tokens` tokens, with room for the whole buffer.
 
     Args:
         keys: [B, Hkv, N, D], the buffer of stored keys.
-        tokens: how many of the N are filled, in the longest row.
-        page_size: P, tokens a page.
-        dtype: of the index, or None for the keys'.
+        tokens: slots that the longest row fills.
+        page_size: P, tokens per page.
+        dtype: dtype of the index, or None for the dtype of the keys.
 
     Returns:
         [B, Hkv, T, rows, 128]; entries of pages that are not full are zero.
@@ -121,13 +123,13 @@ def grow_pages(index: Tensor, capacity: int, page_size: int) -> Tensor:
 
 
 def close_page(index: Tensor, keys: Tensor, page: int, page_size: int) -> None:
-    """Write the bounds of page number `page`, just filled in every row, into `index` in place.
+    """Write the bounds of a page that has just become full in every row, in place.
 
     Args:
         index: [B, Hkv, T, rows, 128].
         keys: [B, Hkv, N, D], the buffer of stored keys.
         page: number of the page.
-        page_size: P, tokens a page.
+        page_size: P, tokens per page.
     """
     tile, column = divmod(page, TILE_PAGES)
     bounds = page_bounds(keys[:, :, page * page_size : (page + 1) * page_size], page_size)
@@ -135,13 +137,13 @@ def close_page(index: Tensor, keys: Tensor, page: int, page_size: int) -> None:
 
 
 def close_pages(index: Tensor, keys: Tensor, lengths: Tensor, page_size: int) -> None:
-    """Write the bounds of each row's last page where it has just been filled, in place and without a host sync.
+    """Write the bounds of each row's last page if it has just become full, in place and without a host sync.
 
     Args:
         index: [B, Hkv, T, rows, 128].
         keys: [B, Hkv, N, D], the buffer of stored keys.
         lengths: [B, Hkv] int32, tokens of each row.
-        page_size: P, tokens a page.
+        page_size: P, tokens per page.
     """
     batch, kv_heads, tiles, rows, _ = index.shape
     page = (lengths.long() - 1).clamp(min=0) // page_size
@@ -166,18 +168,19 @@ def score_pages(
     page_size: int,
     channels: int,
 ) -> Tensor:
-    """Estimate the logits of every page from its bounds in the r channels where the group's queries are largest.
+    """Estimate the logit of every page from its bounds in the r channels where the group's queries are largest.
 
-    For each channel the score takes the page's maximum where the group's sum of q is positive, else its minimum. The
-    temperature sqrt(|q_r|_1 / |q|_1) makes up for the channels left out (SparQ, arXiv 2312.04985, section 3).
+    In each channel the score uses the page's maximum if the group's sum of q is positive, else its minimum (paper,
+    Algorithm 1). The temperature sqrt(|q_r|_1 / |q|_1) corrects for the channels left out (SparQ, arXiv 2312.04985,
+    Equation 9).
 
     Args:
         query: [B, H, D].
         bounds: [B, Hkv, T, rows, 128], the bounds of full pages, in any float dtype.
-        keys: [B, Hkv, capacity, D], the buffer of stored keys, from which the open page is derived.
+        keys: [B, Hkv, capacity, D], the buffer of stored keys, for the bounds of the open page.
         params: the model's attention parameters; learned sinks change no logit.
         stored: N, tokens of the longest row.
-        lengths: [B, Hkv] int32, tokens of each row, or None where every row has N.
+        lengths: [B, Hkv] int32, tokens of each row, or None if every row has N.
         page_size: P.
         channels: r.
 
@@ -187,7 +190,7 @@ def score_pages(
     batch, heads, head_dim = query.shape
     kv_heads, tiles, rows = bounds.shape[1:4]
     grouped = query.float().view(batch * kv_heads, heads // kv_heads, head_dim)
-    # The rule of `select_top`, by a stable sort: the order of channels does not matter, ties go to the lower one.
+    # The rule of `select_top`, by a stable sort: ties go to the lower channel, and the order does not matter.
     size = grouped.abs()
     chosen = size.sum(1).sort(dim=-1, descending=True, stable=True).indices.narrow(-1, 0, channels)
     scored = grouped.gather(-1, chosen.unsqueeze(1).expand(-1, grouped.shape[1], -1))
@@ -196,14 +199,14 @@ def score_pages(
     missed = size.sum(-1, keepdim=True) / scored.abs().sum(-1, keepdim=True).clamp_min_(_TINY)
     scored = scored * (missed.sqrt_() * scalar(params.scaling))
 
-    # Only the tiles in use are read, and of them the chosen rows of 128 pages.
+    # Read only the tiles in use, and only their chosen rows of 128 pages.
     pages = page_count(stored, page_size)
     used = -(-pages // TILE_PAGES)
     first_row = multiples(batch * kv_heads * tiles, rows, bounds.device).view(-1, 1, tiles)
     row = bound_row.unsqueeze(-1) + first_row.narrow(-1, 0, used)
     read = restored(F.embedding(row, movable(bounds).view(-1, TILE_PAGES)), bounds.dtype).float().flatten(2)
 
-    # The open page's bounds are exact; those of full pages are as coarse as the index's dtype.
+    # The open page's bounds are exact; those of full pages have the precision of the index's dtype.
     if lengths is None and stored % page_size:
         own = page_bounds(keys[:, :, (pages - 1) * page_size : stored], page_size).flatten(0, 1)
         read.select(-1, pages - 1).copy_(own.gather(-1, bound_row))
@@ -211,7 +214,7 @@ def score_pages(
     if lengths is not None and page_size > 1:
         page = lengths.long() // page_size
         token = page[..., None] * page_size + torch.arange(page_size, device=keys.device)
-        # Repeating the page's first token leaves its bounds alone.
+        # Repeating the page's first token does not change its bounds.
         token = torch.where(token < lengths[..., None], token, token[..., :1]).clamp(max=keys.shape[2] - 1)
         own = page_bounds(gather_tokens(token, keys)[0], page_size).flatten(0, 1)
         open_page = torch.bmm(scored, own.gather(-1, bound_row).float().unsqueeze(-1))
@@ -223,7 +226,7 @@ def score_pages(
 
 @dataclass(frozen=True)
 class PageIndex:
-    """Scores pages of P tokens on r channels of their bounds; `tensors` are always `[bounds]`. See `TokenIndex`."""
+    """The page index: scores pages of P tokens on r channels of their bounds, its only tensor. See `TokenIndex`."""
 
     page_size: int
     channels: int

@@ -1,4 +1,4 @@
-"""The parameters of a model's attention, as every stage takes them.
+"""The attention parameters of a model, which both stages use.
 
 Letters: H query heads, D head dim.
 """
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class AttentionParams(NamedTuple):
-    """How a model's attention turns products of queries and keys into weights.
+    """Parameters that turn query-key products into attention weights.
 
     Attributes:
         scaling: factor of the logits, 1/sqrt(D) in most models.
         softcap: c of `c * tanh(logit / c)` (Gemma 2), or None.
-        sinks: learned sinks: [H], one logit a head that joins the softmax's denominator (GPT-OSS), or None.
+        sinks: [H], learned sinks: one logit per head in the softmax's denominator (GPT-OSS), or None.
     """
 
     scaling: float

@@ -1,9 +1,9 @@
-"""The value residual: the tokens that a step does not attend to count as one, of their mean value.
+"""The value residual: a step adds the mean value of the tokens that it does not attend to.
 
-Their mean needs the sum of all stored values, which is kept beside them, since to add them up would read them all. It
-is exact, so that it depends on what is stored and on nothing else: a token that was taken back leaves no trace, and a
-sum made anew has the bits of one that grew. Each value is rounded to a multiple of 2^-32, and of those float64 holds
-every sum below 2^21.
+Beyond the paper. The mean needs the sum of all stored values. Each step updates that sum, since recomputing it would
+read all values. The sum is exact: values are rounded to multiples of 2^-32, and float64 represents every sum of those
+below 2^21. So it depends on the stored values alone: a removed token leaves no rounding error, and a recomputed sum has
+the same bits as an updated one.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim of keys, Dv of values, N stored tokens, k tokens.
 """
@@ -15,26 +15,26 @@ from torch.nn import functional
 from .params import AttentionParams
 from .topk import gather_tokens, scalar
 
-# A float64 this large has 2^-32 as its last bit: adding it and taking it away rounds what it is added to.
+# A float64 this large has 2^-32 as its last bit: adding and subtracting it rounds a value to multiples of 2^-32.
 ROUNDER = 1.5 * 2.0**20
 
-# Blocks of tokens whose values, [B, Hkv, block, Dv] in float64, stay under this.
+# Upper bound for the float64 values [B, Hkv, block, Dv] of a block of tokens.
 BLOCK_BYTES = 4 * 2**20
 
 
 def summable(values: Tensor) -> Tensor:
-    """Return values, of any shape and float dtype, in float64, as multiples of 2^-32: what is summed of them."""
+    """Round values of any shape and float dtype to multiples of 2^-32 in float64, whose sums are exact."""
     rounder = scalar(ROUNDER, torch.float64)
     return values.double().add_(rounder).sub_(rounder)
 
 
 def sum_values(values: Tensor, stored: int, lengths: Tensor | None = None) -> Tensor:
-    """Return the sum of the values of each row's tokens, [B, Hkv, Dv] float64, by blocks of tokens.
+    """Sum the values of each row's tokens in blocks of tokens; returns [B, Hkv, Dv] float64.
 
     Args:
         values: [B, Hkv, capacity, Dv].
         stored: N, tokens of the longest row.
-        lengths: [B, Hkv], tokens of each row, or None where every row has N.
+        lengths: [B, Hkv], tokens of each row, or None if every row has N.
     """
     batch, kv_heads, _, value_dim = values.shape
     total = values.new_zeros(batch, kv_heads, value_dim, dtype=torch.float64)
@@ -60,26 +60,26 @@ def residual_attend(
     bias: Tensor | None = None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attend exactly to chosen tokens, and to all others as one: their mean value, with their estimated weight.
+    """Attend exactly to chosen tokens, and add the mean value of all others with their estimated weight.
 
-    The weight of the chosen tokens comes from their exact logits, that of the others from the estimates (the mean value
-    is SparQ's, arXiv 2312.04985, section 3; there it is of all tokens, and both weights are estimates).
+    Exact logits weight the chosen tokens, estimated logits the others. After SparQ (arXiv 2312.04985, Equation 10),
+    which adds the mean of all values and estimates both weights.
 
     Args:
         query: [B, H, D].
         keys: [B, Hkv, capacity, D].
         values: [B, Hkv, capacity, Dv].
-        positions: [B, Hkv, k] (an integer dtype), the chosen tokens, none twice; those beyond a row's length do not
-            count.
-        logits: [B, H, N] float32, the estimated logits of all tokens; those of the chosen are not used.
-        value_sum: [B, Hkv, Dv] float32 or float64, the sum of the values of all of a row's tokens.
+        positions: [B, Hkv, k] (an integer dtype), the chosen tokens, without duplicates; positions beyond a row's
+            length are ignored.
+        logits: [B, H, N] float32, the estimated logits of all tokens; those of chosen tokens are not used.
+        value_sum: [B, Hkv, Dv] float32 or float64, the sum of all stored values of a row.
         params: the model's attention parameters.
-        bias: [B, H] float32, added to the logit of the others together, or None (`rocketkv.core.calibration`).
-        lengths: [B, Hkv], tokens of each row, or None where every row has N.
+        bias: [B, H] float32, log of the factor on the others' weight, or None (`rocketkv.core.calibration`).
+        lengths: [B, Hkv], tokens of each row, or None if every row has N.
 
     Returns:
-        Out, [B, H, Dv] in the query's dtype, zeros for a row without tokens; and the estimated weight of the tokens
-        that were not chosen, [B, H] float32.
+        The output [B, H, Dv] in the query's dtype, zeros for a row without tokens; and the estimated weight of the
+        tokens that were not chosen, bias included, [B, H] float32.
     """
     batch, heads, _ = query.shape
     kv_heads, stored = keys.shape[1], logits.shape[-1]
@@ -87,7 +87,7 @@ def residual_attend(
     real = None if lengths is None else positions < lengths[..., None]
     place = positions.long()
     if real is not None:
-        # Those that do not count take no token's place.
+        # Ignored positions point behind the last token, so that they mask no real one.
         place = torch.where(real, place, stored)
         positions = positions.clamp(max=stored - 1)
         logits = functional.pad(logits, (0, 1))
@@ -97,7 +97,7 @@ def residual_attend(
     if params.softcap is not None:
         exact = torch.tanh(exact / params.softcap) * params.softcap
     if bias is not None:
-        # Taken from the few exact logits in place of being added to the many estimates: the softmax is the same.
+        # Subtracted from the few exact logits, not added to the many estimates: the softmax is the same.
         bias = bias.view(*grouped, 1)
         exact = exact - bias
     chosen = place[:, :, None].expand(*grouped, -1)
@@ -110,7 +110,7 @@ def residual_attend(
         others = others.masked_fill(~filled[:, :, None], -torch.inf)
         left = (lengths - real.sum(-1)).clamp(min=1)[..., None]
     mean = ((value_sum - own_values.sum(2)) / left).float()
-    # One softmax over exact logits and estimates; of what it gives the others only the sum counts.
+    # One softmax over exact and estimated logits; only the sum of the others' weights is used.
     columns = [exact, others]
     if params.sinks is not None:
         own_sinks = params.sinks.float().view(1, kv_heads, -1, 1).expand(*grouped, 1)

@@ -1,26 +1,27 @@
-"""Stage 2's other index: a sketch of every stored key in 1 to 4 bits a channel, by which each token has its own score.
+"""The sketch index of stage 2: every stored key in 1 to 4 bits per channel, so that each token has its own score.
 
-A key's difference from a mean key is rotated, which spreads it evenly over its channels, and each channel is rounded to
-one of 2^bits equally spaced levels (those that fit a Gaussian best; J. Max, "Quantizing for minimum distortion", 1960).
-A 16-bit scale a token makes the sketch's product with the key itself right, |x|^2 = <x, sketch>, so that estimates have
-no bias over rotations (RaBitQ, arXiv 2405.12497, section 3.2).
+Beyond the paper. The difference between a key and a mean key is rotated, which spreads it evenly over the channels.
+Each channel is rounded to one of 2^bits equally spaced levels, the best ones for a Gaussian (J. Max, "Quantizing for
+minimum distortion", 1960). A 16-bit scale per token makes the product of sketch and key exact, |x|^2 = <x, sketch>, so
+that estimates have no bias over random rotations (RaBitQ, arXiv 2405.12497, section 3.2).
 
     sketch of key = mean + scale * R^T (code - (2^bits - 1) / 2)
     logit         = scaling * (q . mean + scale * (R q) . (code - (2^bits - 1) / 2))
 
-The mean is fixed when the sketch is built. It counts in every logit, so these stand beside exact ones in one softmax.
+The mean is fixed when the sketch is built. Every estimate includes it, so one softmax can mix estimates and exact
+logits.
 
-Exact in any order: a difference is first rounded to integers of at most `grid` in size and R's entries are integers, so
-that all sums are of integers that float32 holds. A token's bits are the same whether it is written alone or with
-thousands, by any library and device.
+Results do not depend on the order of operations: differences are first rounded to integers of at most `grid`, and R's
+entries are integers, so float32 represents all sums exactly. A token has the same bits whether it is encoded alone or
+with thousands, by any library and on any device.
 
 Layout: codes `[B, Hkv, N, C]` uint8, scales `[B, Hkv, N]` bfloat16, mean `[B, Hkv, D]` float32. A token's C bytes are
-contiguous and owe nothing to its neighbours: growth, crop, fork and reorder are those of the buffer of keys. Byte c
-holds the channels c, c + C, c + 2C, ... in its digits from the lowest up, so digit i of all bytes is a contiguous piece
-of the channels. 3 bits are the low two of all channels, C = ceil(D/4) bytes, then the high one, ceil(D/8).
+contiguous and independent of other tokens: growth, crop, fork and reorder work as for the key buffer. Byte c has the
+channels c, c + C, c + 2C, ... in its digits, lowest first, so digit i of all bytes is a contiguous range of channels.
+3 bits are stored in two planes: the low two bits of all channels in ceil(D/4) bytes, then the high bits in ceil(D/8).
 
-A NaN or infinite key (or one so large that its scale is infinite) has a logit that is not finite, and where the mean is
-built with it, so have all of its row and KV head. A key equal to the mean has the scale 0 and an exact logit.
+A NaN or infinite key, or one whose scale overflows, has a logit that is not finite. If the mean includes such a key,
+all logits of its row and KV head are not finite. A key equal to the mean has the scale 0 and an exact logit.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, N stored tokens, k selected tokens, C code bytes.
 """
@@ -40,10 +41,10 @@ from ..budget import sketch_bytes
 from .params import AttentionParams
 from .topk import full_precision, scalar
 
-# Distance of equally spaced levels that fit a normal distribution best, by bits (Max 1960, table II).
+# Spacing of the equally spaced levels that fit a normal distribution best, by bits (Max 1960, table II).
 LEVEL_STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352}
 
-# Blocks of tokens whose channels, [B, Hkv, block, D] in float32, stay under this.
+# Upper bound for the float32 channels [B, Hkv, block, D] of a block of tokens.
 BLOCK_BYTES = 8 * 2**20
 
 
@@ -62,7 +63,7 @@ class Sketch(NamedTuple):
 
 
 def planes(bits: int) -> tuple[tuple[int, int], ...]:
-    """Return the digits that a code is packed as: how far each is shifted within the code, and its width in bits.
+    """Return the bit planes of a packed code: the shift of each within the code, and its width in bits.
 
     Raises:
         ValueError: bits are not 1 to 4.
@@ -80,7 +81,7 @@ def code_bytes(head_dim: int, bits: int) -> int:
 @functools.cache
 @torch.inference_mode(False)
 def _place_values(width: int, device: torch.device) -> Tensor:
-    """Return what a byte's digits of some bits count, from the lowest up, [8 / width, 1] uint8; a constant."""
+    """Return the place values of a byte's digits of `width` bits, lowest first, [8 / width, 1] uint8; a constant."""
     return torch.tensor([[1 << place] for place in range(0, 8, width)], dtype=torch.uint8, device=device)
 
 
@@ -99,7 +100,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, head_dim: int) -> Tensor:
-    """Return the codes [..., D] uint8 of which `pack` made [..., C]."""
+    """Return the codes [..., D] uint8 that `pack` packed to [..., C]."""
     planar = []
     start = 0
     for shift, width in planes(bits):
@@ -125,16 +126,16 @@ def rotation_norm(head_dim: int) -> float:
 @functools.cache  # a constant
 @torch.inference_mode(False)  # it may be used in a later call that is not in inference mode
 def rotation_matrix(head_dim: int, device: torch.device | str | None = None) -> Tensor:
-    """Return R times the length of its rows, [D, D] float32, all entries integers; do not write into it.
+    """Return the rotation R times `rotation_norm`, [D, D] float32 with integer entries; do not write into it.
 
-    Random signs, then a Hadamard matrix of the largest power of two in D, times (Kronecker) the reflection m I - 2 J of
-    the odd rest m, which is 1 up to a sign where D is a power of two. The same for every call, version and device.
+    Random signs, then the Kronecker product of a Hadamard matrix, of the largest power of two in D, and the reflection
+    m I - 2 J, where m is the odd part of D; for m = 1 it is -1. The same for every call, version and device.
     """
     odd = odd_part(head_dim)
     matrix = odd * torch.eye(odd, dtype=torch.float32, device="cpu") - 2
     while matrix.shape[0] < head_dim:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
-    draw = random.Random(head_dim)  # whose `random()` is the same in all versions of Python
+    draw = random.Random(head_dim)  # its `random()` is the same in all versions of Python
     signs = [1.0 if draw.random() < 0.5 else -1.0 for _ in range(head_dim)]
     return (matrix * matrix.new_tensor(signs)).to(device)
 
@@ -142,9 +143,9 @@ def rotation_matrix(head_dim: int, device: torch.device | str | None = None) -> 
 def grid(head_dim: int) -> int:
     """Return the largest integer to which differences are rounded: a power of two, at most 256.
 
-    With entries up to it a rotated vector has at most sqrt(m) D^1.5 times it as the sum of its sizes; times the largest
-    level, 15 half steps, that must be within the integers that float32 holds. Numbers up to 256 are exact even in
-    bfloat16, so no matrix multiplication in lower precision changes a bit.
+    The absolute values of a rotated vector sum to at most sqrt(m) D^1.5 times this integer. That sum times the largest
+    level, 15 half steps, must be an integer that float32 represents. Integers up to 256 are exact even in bfloat16, so
+    matrix multiplication in lower precision changes no bit.
     """
     most = 2**24 / (15 * head_dim * rotation_norm(head_dim))
     return min(256, 1 << max(0, math.floor(math.log2(most))))
@@ -152,10 +153,10 @@ def grid(head_dim: int) -> int:
 
 @functools.cache  # constants
 def encoding(head_dim: int, bits: int) -> tuple[int, float, float]:
-    """Return the numbers that keys are encoded by.
+    """Return the constants of `encode`.
 
     Returns:
-        `grid`, `rotation_norm`, and the distance of levels over the length of a difference in whole numbers.
+        `grid`, `rotation_norm`, and the spacing of levels over the length of the integer difference.
     """
     return grid(head_dim), rotation_norm(head_dim), LEVEL_STEP[bits] * math.sqrt(odd_part(head_dim))
 
@@ -165,8 +166,8 @@ def mean_key(keys: Tensor, tokens: int, lengths: Tensor | None = None) -> Tensor
 
     Args:
         keys: [B, Hkv, N, D], the buffer of stored keys.
-        tokens: how many of the N are filled, in the longest row.
-        lengths: [B, Hkv], tokens of each row, or None where all have as many.
+        tokens: slots that the longest row fills.
+        lengths: [B, Hkv], tokens of each row, or None if all rows have `tokens`.
     """
     if lengths is None:
         return keys[:, :, :tokens].sum(2, dtype=torch.float32) / max(tokens, 1)
@@ -176,13 +177,13 @@ def mean_key(keys: Tensor, tokens: int, lengths: Tensor | None = None) -> Tensor
 
 
 def encode(keys: Tensor, mean: Tensor, rotation: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return the packed codes and the scales of keys, each token for itself.
+    """Return the packed codes and the scales of keys; each token is encoded independently.
 
     Args:
         keys: [B, Hkv, n, D], any float dtype.
         mean: [B, Hkv, D] float32.
         rotation: [D, D], of `rotation_matrix(D)`.
-        bits: of a channel, 1 to 4.
+        bits: bits per channel, 1 to 4.
 
     Returns:
         [B, Hkv, n, C] uint8 and [B, Hkv, n] bfloat16.
@@ -191,12 +192,13 @@ def encode(keys: Tensor, mean: Tensor, rotation: Tensor, bits: int) -> tuple[Ten
     top, norm, spacing = encoding(keys.shape[-1], bits)
     difference = keys.float() - mean.unsqueeze(2)
     largest = difference.abs().amax(-1, keepdim=True)
-    # NaN where the key is not finite, or is the mean itself: 0 / 0.
+    # NaN if the key is not finite, or equals the mean: 0 / 0.
     whole = (difference / largest).mul_(scalar(top)).round_().nan_to_num_(nan=0.0)
     with full_precision(keys.device):
         rotated = functional.linear(whole, rotation)
         square = torch.linalg.vecdot(whole, whole).unsqueeze(-1)
-    # Steps from the middle, which is a border; the largest difference is `top`, so only zeros have squares under 1.
+    # Levels count from the middle, a border of two. The largest entry is `top`: only zero vectors have a square under
+    # 1.
     step = square.clamp_min(1).sqrt_().mul_(scalar(spacing))
     level = (rotated / step).floor_().clamp_(-half, half - 1)
     product = rotated.mul_(level + scalar(0.5)).sum(-1, keepdim=True)
@@ -209,10 +211,10 @@ def build_sketch(keys: Tensor, tokens: int, rotation: Tensor, bits: int, lengths
 
     Args:
         keys: [B, Hkv, N, D], the buffer of stored keys.
-        tokens: how many of the N are filled, in the longest row.
+        tokens: slots that the longest row fills.
         rotation: [D, D], of `rotation_matrix(D)`.
-        bits: of a channel, 1 to 4.
-        lengths: [B, Hkv], tokens of each row, or None where all have as many.
+        bits: bits per channel, 1 to 4.
+        lengths: [B, Hkv], tokens of each row, or None if all rows have `tokens`.
 
     Returns:
         The sketch; zeros from `tokens` on.
@@ -228,14 +230,14 @@ def build_sketch(keys: Tensor, tokens: int, rotation: Tensor, bits: int, lengths
 
 
 def write_tokens(sketch: Sketch, keys: Tensor, start: int | Tensor, rotation: Tensor, bits: int) -> None:
-    """Write the sketch of tokens that are stored from `start` on, in place; with a tensor, without a host sync.
+    """Write the sketch of consecutive tokens in place, from slot `start` on; no host sync.
 
     Args:
-        sketch: of the buffer, with room for them.
+        sketch: the sketch of the buffer, with room for the tokens.
         keys: [B, Hkv, n, D], the tokens.
-        start: where the first of them is stored, in all rows, or in each, [B, Hkv] (an integer dtype).
+        start: slot of the first token, one for all rows, or [B, Hkv] (an integer dtype).
         rotation: [D, D], of `rotation_matrix(D)`.
-        bits: of a channel, 1 to 4.
+        bits: bits per channel, 1 to 4.
     """
     count = keys.shape[2]
     block = _block_tokens(keys)
@@ -262,7 +264,7 @@ def grow_sketch(sketch: Sketch, capacity: int) -> Sketch:
 
 
 def decode(sketch: Sketch, tokens: int, rotation: Tensor, bits: int) -> Tensor:
-    """Return the keys of which the sketch gives the logits, [B, Hkv, tokens, D] float32."""
+    """Return the keys [B, Hkv, tokens, D] float32 whose exact logits are the estimates of the sketch."""
     head_dim = sketch.mean.shape[-1]
     level = unpack(sketch.codes[:, :, :tokens], bits, head_dim).float() - (2**bits - 1) / 2
     difference = torch.matmul(level, rotation) / rotation_norm(head_dim)
@@ -274,8 +276,8 @@ def score_sketch(query: Tensor, sketch: Sketch, bits: int, params: AttentionPara
 
     Args:
         query: [B, H, D].
-        sketch: of the stored keys.
-        bits: of a channel, 1 to 4.
+        sketch: the sketch of the stored keys.
+        bits: bits per channel, 1 to 4.
         params: the model's attention parameters; learned sinks change no logit.
         stored: N, tokens of the longest row.
 
@@ -293,11 +295,11 @@ def score_sketch(query: Tensor, sketch: Sketch, bits: int, params: AttentionPara
     block = _block_tokens(sketch.mean.unsqueeze(2))
     for start in range(0, stored, block):
         count = min(block, stored - start)
-        # With tokens last multiplication is so much faster that turning the bytes pays.
+        # With tokens last, multiplication saves more time than the transpose of the bytes costs.
         bytes_first = codes.narrow(1, start, count).transpose(1, 2).contiguous()
         product, column = weight.narrow(-1, weight.shape[-1] - 1, 1), 0
         for first, size, masks in _digits(head_dim, bits, query.device):
-            # In their places within a byte, which the weights make up for.
+            # Digits keep their place values within the byte; the weights divide by them.
             digits = (bytes_first.narrow(1, first, size).unsqueeze(1) & masks).float().flatten(1, 2)
             product = torch.baddbmm(product, weight.narrow(-1, column, digits.shape[1]), digits)
             column += digits.shape[1]
@@ -309,9 +311,9 @@ def score_sketch(query: Tensor, sketch: Sketch, bits: int, params: AttentionPara
 @functools.cache
 @torch.inference_mode(False)
 def _digits(head_dim: int, bits: int, device: torch.device) -> tuple[tuple[int, int, Tensor], ...]:
-    """Return where the digits of packed codes are: a plane's first byte, its bytes, and masks of digits [m, 1, 1].
+    """Return the digits of packed codes: a plane's first byte, its number of bytes, and masks of digits [m, 1, 1].
 
-    Half of a plane's digits at a time: all of them, as floats, would be as large as the keys. Constants; uint8.
+    Each entry has half of a plane's digits: all of them, as floats, would be as large as the keys. Constants; uint8.
     """
     found, first = [], 0
     for _, width in planes(bits):
@@ -325,10 +327,10 @@ def _digits(head_dim: int, bits: int, device: torch.device) -> tuple[tuple[int, 
 @functools.cache
 @torch.inference_mode(False)
 def _digit_rotation(head_dim: int, bits: int, device: torch.device) -> Tensor:
-    """Return what turns queries to the weights of `_digits`, [D, all digits' bytes + 1] float32; a constant.
+    """Return the matrix that maps queries to weights of `_digits`, [D, all digits' bytes + 1] float32; a constant.
 
-    A digit's columns are those of R^T for its channels, over the digit's place value; the last column is minus the sum
-    of R^T's columns times the middle of the codes.
+    A digit's columns are the columns of R^T for its channels, over the digit's place value. The last column is minus
+    the sum of R^T's columns times the middle of the codes.
     """
     rotation = rotation_matrix(head_dim, device).t() / rotation_norm(head_dim)
     parts = []
@@ -341,16 +343,16 @@ def _digit_rotation(head_dim: int, bits: int, device: torch.device) -> Tensor:
 
 
 def _block_tokens(keys: Tensor) -> int:
-    """Return how many tokens of [B, Hkv, any, D] make up a block."""
+    """Return the number of tokens in a block of keys [B, Hkv, any, D]."""
     batch, kv_heads, _, head_dim = keys.shape
     return max(1, BLOCK_BYTES // (4 * batch * kv_heads * head_dim))
 
 
 @dataclass(frozen=True)
 class SketchIndex:
-    """Scores every token by a sketch of its key; `tensors` are `[codes, scales, mean]`. See `TokenIndex`.
+    """The sketch index: scores every token by the sketch of its key. See `TokenIndex`.
 
-    The mean is that of the compacted prompt and stays, so that a token's sketch depends on the token alone.
+    The mean key of the compacted prompt stays fixed, so that a token's sketch depends on the token alone.
     """
 
     bits: int

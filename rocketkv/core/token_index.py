@@ -1,9 +1,9 @@
-"""The seam between the two indexes of stage 2: pages of key bounds, and a sketch of every key.
+"""The interface of the two indexes of stage 2: the page index and the sketch index.
 
-An index is a small frozen object, which knows how to build, update and score, and a tuple of tensors in the order of
-its `names`, which a store holds. So stores, snapshots and files treat both kinds alike.
+An index is a small frozen object that builds, updates and scores, and a tuple of tensors in the order of its `names`,
+which the store owns. So stores, snapshots and files treat both indexes alike.
 
-Letters: B batch, H query heads, Hkv KV heads, D head dim, N stored tokens, U units that have one score each.
+Letters: B batch, H query heads, Hkv KV heads, D head dim, N stored tokens, U units (pages, or single tokens).
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from .params import AttentionParams
 
 
 class TokenIndex(Protocol):
-    """An index that scores stored tokens, one score a unit (a page, or one token of a sketch).
+    """An index that estimates logits of stored tokens, one per unit: a page, or a single token of a sketch.
 
     Attributes:
         names: names of its tensors, in order.
@@ -27,33 +27,33 @@ class TokenIndex(Protocol):
     slotted: ClassVar[tuple[str, ...]]
 
     def build(self, keys: Tensor, tokens: int, lengths: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-        """Return the tensors of an index of a key buffer [B, Hkv, capacity, D].
+        """Return the index tensors of a key buffer [B, Hkv, capacity, D].
 
         Args:
             keys: the buffer.
             tokens: slots that the longest row fills.
-            lengths: [B, Hkv] int32, tokens of each row, or None where all rows have `tokens`.
-            dtype: dtype of page bounds, or None for the keys'.
+            lengths: [B, Hkv] int32, tokens of each row, or None if all rows have `tokens`.
+            dtype: dtype of page bounds, or None for the dtype of the keys.
         """
         ...
 
     def grow(self, tensors: Sequence[Tensor], capacity: int) -> tuple[Tensor, ...]:
-        """Return the tensors with room for a buffer of at least as many slots as before."""
+        """Return the tensors with room for `capacity` slots, at least as many as before."""
         ...
 
     def append(self, tensors: Sequence[Tensor], keys: Tensor, lengths: Tensor, slot: int | None) -> None:
         """Index the last token of every row, in place and without a host sync.
 
         Args:
-            tensors: the index's.
-            keys: [B, Hkv, capacity, D], the token included.
+            tensors: the index tensors.
+            keys: [B, Hkv, capacity, D], which include the token.
             lengths: [B, Hkv] int32, tokens of each row, the new one included.
-            slot: the token's slot in all rows, or None where rows differ.
+            slot: the token's slot in all rows, or None if rows differ.
         """
         ...
 
     def rebuild(self, tensors: Sequence[Tensor], keys: Tensor, tokens: int) -> None:
-        """Index the first `tokens` slots of keys [B, Hkv, capacity, D] anew, in place, after tokens were moved."""
+        """Recompute the index of the first `tokens` slots of keys [B, Hkv, capacity, D], in place."""
         ...
 
     def score(
@@ -84,6 +84,7 @@ class TokenIndex(Protocol):
             stored: N.
             head_dim: D.
             itemsize: bytes of a page bound.
-            nominal: whether to count whole pages in 16 bits, as budgets do, or whole tiles, as they are read.
+            nominal: whether to count as budgets do (16 bits, only the pages in use), or the bytes that kernels read
+                (whole tiles).
         """
         ...

@@ -1,7 +1,7 @@
-"""The one rule for every top-k, and the small tensor helpers that selection shares.
+"""The one rule for every top-k, and tensor helpers of the selection.
 
-`select_top` defines the rule: everything above the n-th largest value, then the lowest positions at that value, in
-position order. `select` applies it to the tokens of scored units (pages, or single tokens of a sketch).
+`select_top` defines the rule: all scores above the n-th largest, then the lowest positions among its ties, in position
+order. `select` applies the rule to the tokens of scored units (pages, or single tokens of a sketch).
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim, N stored tokens, U units, k selected tokens.
 """
@@ -16,16 +16,16 @@ from torch.nn import functional as F
 # Cached aranges stay small: 64 tensors of at most 64 KiB.
 MOST_CACHED = 8192
 
-# Up to here a stable sort, two operations, is quicker than the ten that find the threshold.
+# Up to this size a stable sort (two operations) is faster than finding the threshold (ten operations).
 SORTED_SIZE = 256
 
 
 @functools.lru_cache(maxsize=256)
 @torch.inference_mode(False)  # it may be used in a later call that is not in inference mode
 def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return a cached 0-dimensional tensor on the CPU, which combines with tensors of any device; do not write into it.
+    """Return a cached 0-dimensional CPU tensor, which combines with tensors of any device; do not write into it.
 
-    On a CPU, turning a Python number into a tensor costs about as much as an operation that matters.
+    On a CPU, converting a Python number to a tensor costs about as much as a small operation.
     """
     return torch.tensor(value, dtype=dtype, device="cpu")
 
@@ -45,7 +45,7 @@ def _multiples(count: int, step: int) -> Tensor:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context in which autocast, if it is on, leaves scores in float32."""
+    """Return a context that disables autocast, so that scores stay in float32."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -66,12 +66,12 @@ def gather_tokens(positions: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
 def select_top(scores: Tensor, n: int) -> Tensor:
     """Return the positions of the n largest scores, the one rule for every top-k of this library.
 
-    Everything above the n-th largest value, then the lowest positions at that value, in position order. `torch.topk`
-    breaks ties as it likes, differently with padding and on each device, and pooling and pages make ties all the time.
+    All scores above the n-th largest, then the lowest positions among its ties, in position order. `torch.topk` breaks
+    ties in an undefined way that changes with padding and device, and pooling and pages produce many ties.
 
     Args:
         scores: [..., S], any float dtype; NaN ranks with minus infinity.
-        n: how many positions, 1 <= n <= S.
+        n: number of positions, 1 <= n <= S.
 
     Returns:
         [..., n] int64, ascending.
@@ -91,7 +91,7 @@ def select_top(scores: Tensor, n: int) -> Tensor:
     above = (scores > threshold).cumsum(-1)
     tied = (scores == threshold).cumsum(-1)
     taken = above + torch.minimum(tied, n - above[..., -1:])
-    # The i-th taken position is the first one up to which i are taken.
+    # The i-th taken position is the first whose running count is i.
     number = torch.arange(1, n + 1, device=scores.device).expand(*scores.shape[:-1], n).contiguous()
     return torch.searchsorted(taken, number)
 
@@ -111,32 +111,33 @@ def select(
 ) -> tuple[Tensor, Tensor]:
     """Choose the k stored tokens of largest estimated weight for each KV head.
 
-    The weights are a softmax over stored tokens, each of a page with the page's logit; of those of a group's heads the
-    average counts, or the largest.
+    The weights are a softmax over stored tokens, where each token of a page has the page's logit. Tokens are ranked by
+    their average weight over the heads of a group, or by the largest.
 
     Args:
-        logits: [B, H, U] float32, one a unit (a page of tokens, or a single token).
+        logits: [B, H, U] float32, one per unit (a page of tokens, or a single token).
         k: tokens to choose, at most N.
         stored: N, tokens of the longest row.
-        lengths: [B, Hkv] int32, tokens of each row, or None where every row has N.
+        lengths: [B, Hkv] int32, tokens of each row, or None if every row has N.
         kv_heads: Hkv.
-        unit_size: tokens a unit stands for.
-        sinks: [H], one learned logit a head that joins the softmax's denominator, or None.
-        protected: how many first tokens are chosen before all others, by whole units.
-        by_largest: whether the largest weight of the group's heads counts, not their average.
-        ordered: whether positions must ascend, for which attention does not care.
+        unit_size: tokens of a full unit.
+        sinks: [H], learned sinks: one logit per head in the softmax's denominator; or None.
+        protected: number of first tokens that are chosen before all others, in whole units.
+        by_largest: whether the largest weight over the group's heads ranks a token, not the average.
+        ordered: whether positions must ascend; attention does not need it.
 
     Returns:
-        Positions [B, Hkv, k] int32, ascending (a row with fewer tokens than k has others make up the number), and the
-        estimated weight of one token of each unit, [B, H, U] float32: summed over chosen tokens, the estimated mass.
+        Positions [B, Hkv, k] int32, ascending if `ordered`; in a row of fewer than k tokens, positions without a token
+        fill up. And the estimated weight of one token of each unit, [B, H, U] float32; its sum over the chosen tokens
+        is the estimated attention mass.
     """
     batch, heads, units = logits.shape
     group = heads // kv_heads
-    # Equal logits give equal weights, bit for bit: each is the unit's softmax, over the tokens that it should count.
+    # Equal logits must give equal weights, bit for bit: a softmax over units, divided by the total over tokens.
     total: Tensor | int = unit_size
     if lengths is None:
         weight = logits.softmax(-1)
-        missing = units * unit_size - stored  # tokens that the last unit is short of
+        missing = units * unit_size - stored  # tokens that the last unit lacks
         if missing:
             total = torch.rsub(weight.narrow(-1, units - 1, 1), unit_size, alpha=missing)
     else:
@@ -161,30 +162,30 @@ def select(
 
 
 def _unit_tokens(units: int, unit_size: int, lengths: Tensor) -> Tensor:
-    """Return how many tokens each unit holds, [B, Hkv, U], of rows of these lengths [B, Hkv]."""
+    """Return the number of tokens in each unit, [B, Hkv, U], for rows of these lengths [B, Hkv]."""
     start = torch.arange(0, units * unit_size, unit_size, device=lengths.device)
     return (lengths[..., None] - start).clamp(min=0, max=unit_size)
 
 
 def ranked_even(weight: Tensor, k: int, stored: int, unit_size: int) -> Tensor:
-    """Do what `select_units` does where all rows have as many tokens, in fewer operations and in no order.
+    """Apply `select_units` to rows of equal length, in fewer operations; positions are not ordered.
 
-    A unit's rank is one integer: its weight, whose bits are ordered as it is, over its place from the end. No two are
-    equal, so any top-k gives the one choice.
+    A unit's rank is one integer: the bits of its weight, which sort as the weight does, above its place from the end.
+    No two ranks are equal, so every top-k returns the same choice.
 
     Args:
         weight: [..., U] float32, at least 0; NaN ranks last.
         k: tokens to choose, at most `stored`.
-        stored: tokens of every row; the last unit has what the others leave.
+        stored: tokens of every row; the last unit has the remainder.
         unit_size: tokens of a full unit.
 
     Returns:
-        Positions [..., k] int64, those of a unit side by side.
+        Positions [..., k] int64; the tokens of a unit are adjacent.
     """
     units = weight.shape[-1]
     bits = weight.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).view(torch.int32)
     rank = torch.add(multiples(units, -1, weight.device), bits, alpha=1 << 32)
-    # A unit more where one has fewer tokens: together they are k at least.
+    # One more unit if the last one is partial, so that the units have at least k tokens.
     short = units * unit_size - stored
     unit = rank.topk(min(units, -(-k // unit_size) + (short > 0)), dim=-1, sorted=unit_size > 1).indices
     if unit_size == 1:
@@ -193,15 +194,15 @@ def ranked_even(weight: Tensor, k: int, stored: int, unit_size: int) -> Tensor:
     first = token.narrow(-1, 0, k)
     if not short:
         return first
-    # The tokens that the last unit lacks are neighbours: what comes after them moves up.
+    # The tokens that the last unit lacks are adjacent: later tokens move up.
     lacking = first.cummax(-1).values >= stored
     return torch.where(lacking, token.narrow(-1, short, k), first)
 
 
 def select_units(weight: Tensor, count: Tensor, k: int, unit_size: int) -> Tensor:
-    """Apply the rule of `select_top` to tokens, given one weight a unit and how many tokens each unit holds.
+    """Apply the rule of `select_top` to tokens, given one weight per unit and the number of tokens in each unit.
 
-    Equal to `select_top` of the weights repeated for every token, without making them.
+    Equal to `select_top` of the weights repeated for every token, without repeating them.
 
     Args:
         weight: [..., U] float; NaN ranks with minus infinity.
@@ -210,12 +211,11 @@ def select_units(weight: Tensor, count: Tensor, k: int, unit_size: int) -> Tenso
         unit_size: tokens of a full unit; unit u starts at token `u * unit_size`.
 
     Returns:
-        Positions [..., k] int64, ascending; where there are fewer than k tokens, those that follow the last one make up
-        the number.
+        Positions [..., k] int64, ascending; with fewer than k tokens, the positions after the last token fill up.
     """
     weight = torch.where(count > 0, weight.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), -torch.inf)
     units = weight.shape[-1]
-    # Only one unit, the last, is partial: one more than would do if all were full covers k tokens.
+    # Only the last unit is partial: one unit more than k tokens fill is enough.
     largest, unit = weight.topk(min(units, -(-k // unit_size) + 1), dim=-1)
     before = (count.gather(-1, unit).cumsum(-1) < k).sum(-1, keepdim=True)
     threshold = largest.gather(-1, before.clamp(max=largest.shape[-1] - 1))
@@ -234,11 +234,11 @@ def recent_positions(valid: Tensor, kept: int, sinks: int) -> Tensor:
 
     Args:
         valid: [..., S] bool, False where there is no token.
-        kept: how many positions, 1 <= kept <= S.
-        sinks: how many of them are the first tokens.
+        kept: number of positions, 1 <= kept <= S.
+        sinks: number of sink tokens among them.
 
     Returns:
-        [..., kept] int64, ascending; where a row has fewer tokens, positions without one make up the number.
+        [..., kept] int64, ascending; in a row of fewer tokens, positions without a token fill up.
     """
     position = torch.arange(valid.shape[-1], dtype=torch.float32, device=valid.device)
     scores = torch.where(valid.cumsum(-1) <= sinks, torch.inf, position)

@@ -1,1 +1,1 @@
-"""The way into Hugging Face transformers."""
+"""The integration with Hugging Face transformers."""

@@ -1,4 +1,4 @@
-"""What transformers calls by the name of this library: an attention function, and the mask function that goes with it.
+"""The attention function and the mask function that transformers calls under the name `rocketkv`.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim, n queries, S keys.
 """
@@ -18,14 +18,14 @@ from .masks import LazyMask, MaskFunction
 from .prefill import FastAttention
 
 NAME = "rocketkv"
-# What some models give their attention beside what `rocketkv_attention` names, and what changes its weights.
+# Arguments that some models pass to their attention, that change its weights, and that are not supported here.
 UNKNOWN = ("position_bias", "sinks", "indices", "block_indices")
 _JUST_CAUSAL: Any = causal_mask_function  # declared for ints, called with tensors
-IMPLEMENTATION = "_rocketkv_implementation"  # on each attention module of a patched model: what ran before
+IMPLEMENTATION = "_rocketkv_implementation"  # on each attention module of a patched model: its former implementation
 
 
 class _Disguise:
-    """An object as it was before some of its attributes changed; flash-attention reads its name from the config."""
+    """A view of an object with former values of some attributes; flash attention reads its name from the config."""
 
     def __init__(self, target: Any, **before: Any) -> None:
         self.__dict__.update(before)
@@ -48,27 +48,27 @@ def rocketkv_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as a patched model does; registered with transformers under the name `rocketkv`.
+    """Attention function of a patched model, registered with transformers as `rocketkv`.
 
     Args:
         module: the model's attention module.
         query: [B, H, n, D], after rotary embedding.
-        key: [B, Hkv, S, D], what the cache's `update` returned.
+        key: [B, Hkv, S, D], as the cache's `update` returned it.
         value: [B, Hkv, S, Dv].
-        attention_mask: what `rocketkv_mask` made, or a 4D mask of the user's.
+        attention_mask: the mask from `rocketkv_mask`, or the caller's 4D mask.
         scaling: factor of the logits; None for 1/sqrt(D).
         dropout: probability of dropping a weight, in training.
         softcap: c of `c * tanh(logit / c)`, or None.
         s_aux: [H], learned sinks, or None.
         sliding_window: tokens that this layer sees, or None for all.
-        **kwargs: whatever else the model gives; handed on to its own attention.
+        **kwargs: other arguments of the model, passed to its own attention.
 
     Returns:
-        The output [B, n, H, Dv], and None: there is no weight matrix.
+        The output [B, n, H, Dv], and None in place of a weight matrix.
 
     Raises:
-        ValueError: a compressed layer got a 4D mask, the call comes from continuous batching, or the model gives its
-            attention something that changes the weights and that is not known here.
+        ValueError: a compressed layer got a 4D mask, the call comes from continuous batching, or the model passes an
+            argument of `UNKNOWN`, which changes the weights.
     """
     if kwargs.get("cache") is not None:
         raise ValueError(
@@ -111,7 +111,7 @@ def rocketkv_attention(
 
 
 def _takes_flash(mask: LazyMask | Tensor | None, module: nn.Module, sliding_window: int | None) -> TypeGuard[LazyMask]:
-    """Whether the model's own flash attention reads this prompt, in a layer that is not compressed."""
+    """Whether the model's own flash attention supports this prompt, in a layer that is not compressed."""
     if "flash" not in getattr(module, IMPLEMENTATION, "sdpa") or not isinstance(mask, LazyMask) or not mask.at_end:
         return False
     return mask.causal or (mask.window is not None and mask.window == sliding_window)
@@ -120,7 +120,7 @@ def _takes_flash(mask: LazyMask | Tensor | None, module: nn.Module, sliding_wind
 def _model_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, **kwargs: Any
 ) -> Tensor | None:
-    """Run what the model ran before it was patched on causal queries at the end of the keys, or return None.
+    """Run the model's former attention on causal queries at the end of the keys, or return None.
 
     Args:
         module: the attention module.
@@ -128,14 +128,14 @@ def _model_attention(
         key: [B, Hkv, S, D].
         value: [B, Hkv, S, Dv].
         padding: [B, S] bool, True at tokens, or None.
-        **kwargs: the attention call's own.
+        **kwargs: the other arguments of the attention call.
 
     Returns:
-        [B, n, H, Dv], or None where that implementation cannot do it without an S x S mask, or not exactly.
+        [B, n, H, Dv], or None if the implementation needs an S x S mask or is not exact.
     """
     implementation = getattr(module, IMPLEMENTATION, "sdpa")
     if "flash" in implementation:
-        # Flash attention aligns queries to the end of the keys, and takes padding, soft-cap and sinks itself.
+        # Flash attention aligns queries to the end of the keys, and supports padding, soft-cap and learned sinks.
         config = _Disguise(module.config, _attn_implementation=implementation)
         disguised = _Disguise(module, config=config)
         mask = None if padding is None else padding[:, : key.shape[2]]
@@ -145,7 +145,7 @@ def _model_attention(
         return None
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         return None
-    # Eager attention would build the S x S matrix; SDPA gives the same numbers without it.
+    # Eager attention would build the S x S matrix; SDPA computes the same without it.
     attended: Tensor = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, **kwargs)[0]
     return attended
 
@@ -160,7 +160,7 @@ def _uncompressed(
     dropout: float,
     sliding_window: int | None,
 ) -> Tensor:
-    """Attend exactly as stock: sliding-window layers, caches that are not ours, and forwards without a cache."""
+    """Attend as the stock model: sliding-window layers, caches of other kinds, and forwards without a cache."""
     if mask is None or (isinstance(mask, LazyMask) and mask.plain):
         out = own(query, key, value, None)
         if out is not None:
@@ -172,7 +172,7 @@ def _uncompressed(
             return mask.block(start, stop, size, window=sliding_window)
         if mask is None:
             return causal_block(start, stop, size - query.shape[2], query.device)
-        # A 4D mask of the user's: True, or zero in an additive one, where a key is seen.
+        # The caller's 4D mask: a key is visible where it is True, or zero if it is additive.
         rows = mask[:, :, start:stop, :size]
         return VisibleBlock(0, size, rows if rows.dtype == torch.bool else rows >= 0)
 
@@ -194,22 +194,23 @@ def rocketkv_mask(
     dtype: torch.dtype = torch.bool,
     **kwargs: Any,
 ) -> LazyMask:
-    """Make a lazy mask out of what transformers would make an S x S one of; registered under `rocketkv`.
+    """Return a lazy mask in place of transformers' S x S mask; registered with transformers as `rocketkv`.
 
     Args:
         batch_size: rows.
         kv_length: keys of the layer.
-        mask_function: says for index tensors who sees whom.
-        attention_mask: [B, tokens] bool, False at padding, or None; a mask already made is returned as it is.
+        mask_function: maps index tensors to bool, True where a query sees a key.
+        attention_mask: [B, tokens] bool, False at padding, or None; a `LazyMask` is returned unchanged.
         q_length: queries.
         q_offset: position of the first query.
         kv_offset: position of the first key.
-        cache_position: [n] positions of the queries, which transformers before 5.4 gives in place of the former two.
-        local_size: window or chunk of the layer, below which its mask is just causal.
-        allow_is_causal_skip: whether `mask_function` is causal and no more, up to `local_size`.
-        device: of the mask.
-        dtype: of the mask that eager attention would want; only reported.
-        **kwargs: what other mask functions need.
+        cache_position: [n] positions of the queries, which transformers before 5.4 passes instead of `q_length` and
+            `q_offset`.
+        local_size: sliding window or chunk of the layer; with fewer keys, its mask is plain causal.
+        allow_is_causal_skip: whether `mask_function` is plain causal up to `local_size`.
+        device: device of the mask.
+        dtype: dtype of the mask for eager attention; only reported.
+        **kwargs: arguments of other mask functions, ignored.
     """
     if isinstance(attention_mask, LazyMask):
         return attention_mask
@@ -218,7 +219,7 @@ def rocketkv_mask(
         if device.type == "cpu":
             q_offset = int(q_offset)
     if isinstance(q_offset, Tensor):
-        q_offset = q_offset.clone()  # a static cache counts its tokens in place, before this mask is evaluated
+        q_offset = q_offset.clone()  # a static cache increments its clock in place before this mask is evaluated
     return LazyMask(
         mask_function=mask_function,
         padding=attention_mask,
@@ -227,7 +228,7 @@ def rocketkv_mask(
         query_offset=q_offset,
         kv_length=kv_length,
         kv_offset=kv_offset,
-        # Before transformers 5 a compileable cache has its masks made in full; a function that is just causal shows.
+        # Before transformers 5 a compileable cache gets full masks; a plain causal function is recognized by identity.
         causal=mask_function is _JUST_CAUSAL
         or (allow_is_causal_skip and (local_size is None or kv_length < local_size)),
         window=local_size if allow_is_causal_skip else None,

@@ -1,4 +1,4 @@
-"""The cache that transformers sees: full-attention layers are compressed, all others are stock.
+"""The cache class for transformers: full-attention layers are compressed, all others are stock.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim, n tokens of a forward, W observation window.
 """
@@ -26,12 +26,12 @@ from .turns import check_prompt_length
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """The state of a cache at one time: what `RocketKVCache.snapshot` returns, and `rollback` goes back to.
+    """The state of a cache at one time, from `RocketKVCache.snapshot`, for `RocketKVCache.rollback`.
 
     Attributes:
-        cache: the cache that it is of.
-        life: of the cache, from one `reset` to the next.
-        layers: the cache's layers, and the state of each.
+        cache: weak reference to the cache.
+        life: identifies the cache's life, from one `reset` to the next.
+        layers: each layer of the cache, with its state.
     """
 
     cache: "weakref.ref[RocketKVCache]"
@@ -42,8 +42,8 @@ class Snapshot:
 class RocketKVCache(DynamicCache):
     """A cache for one batch of sequences: full-attention layers are compressed, all others are stock.
 
-    A patched model's `generate` makes one for every generation. Pass your own as `cache` to keep it over turns, or to
-    give it the prompt's length in a hand-written loop, so that stage 1 runs inside the prefill.
+    A patched model's `generate` creates one per call. Pass your own as `cache` to keep it over turns, or to set the
+    prompt's length in a custom loop, so that stage 1 runs inside the prefill.
 
     Args:
         model_config: the model's configuration (`model.config`).
@@ -68,6 +68,7 @@ class RocketKVCache(DynamicCache):
         ...     cache = rocketkv.RocketKVCache(model.config, token_budget=128, prompt_length=900)
         ...     _ = model(context, cache=cache)
         ...     after_context = cache.snapshot()
+        ...     cache.begin_turn()
         ...     answer = model(question, cache=cache).logits[:, -1].argmax(-1)
         ...     cache.rollback(after_context)  # ask something else
         >>> cache.get_seq_length()
@@ -93,43 +94,43 @@ class RocketKVCache(DynamicCache):
             begin_prompt(self, prompt_length)
 
     def stats(self) -> CacheStats:
-        """Count tokens and bytes of every layer."""
+        """Return the tokens and bytes of every layer."""
         return cache_stats(self)
 
     def begin_turn(self, prompt_length: int | None = None) -> None:
-        """Begin a turn: the next forward brings its prompt, at whose end stage 1 runs again.
+        """Begin a turn: the next forward starts a prompt, and stage 1 runs again at the prompt's end.
 
-        Without it, a forward of several tokens after the prompt's end verifies a draft, and nothing is evicted in it.
+        Without it, a forward of several tokens after the prompt's end verifies a draft and evicts nothing.
         `model.generate` begins turns by itself.
 
         Args:
-            prompt_length: tokens of the prompt, padding included, where several forwards bring it; None: those of the
-                next forward.
+            prompt_length: tokens of the prompt, padding included, if it spans several forwards; None for the tokens of
+                the next forward.
 
         Raises:
-            TypeError: `prompt_length` is no int.
+            TypeError: `prompt_length` is not an int.
             ValueError: it is less than 1.
         """
         for layer in rocketkv_layers(self):
             layer.begin_turn(prompt_length)
 
     def snapshot(self) -> Snapshot:
-        """Return the present state, to which `rollback` goes back: between two forwards, at any time.
+        """Return the present state, for `rollback`; possible between any two forwards.
 
-        For many questions on one context, or drafts that may be dropped. It copies no keys and values of compressed or
-        sliding-window layers; what would be written over later is copied then, while the snapshot lives.
+        Use it for many questions on one context, or for drafts that may be rejected. It copies no keys and values of
+        compressed or sliding-window layers. While the snapshot lives, slots are copied before they are overwritten.
         """
         states = tuple((layer, _state(layer)) for layer in self.layers)
         return Snapshot(weakref.ref(self), self._life, states)
 
     def rollback(self, snapshot: Snapshot) -> None:
-        """Go back to a snapshot, as often as you like and in any order: exactly, and without a forward.
+        """Return to a snapshot exactly and without a forward, any number of times and in any order.
 
-        What stage 1 has evicted since is there again. Buffers of a static cache are those of the snapshot's time, at
-        the same addresses.
+        It restores tokens that stage 1 has evicted since then. A static cache returns to the buffers of the snapshot,
+        at the same addresses.
 
         Raises:
-            TypeError: it is no snapshot.
+            TypeError: `snapshot` is not a `Snapshot`.
             ValueError: the snapshot is of another cache, or was taken before this one was reset.
         """
         if not isinstance(snapshot, Snapshot):
@@ -149,23 +150,23 @@ class RocketKVCache(DynamicCache):
                 set_object_state(layer, state, written=_writes(layer))
 
     def reset(self) -> None:
-        """Forget everything; snapshots too."""
+        """Drop everything; snapshots become invalid."""
         super().reset()  # type: ignore[no-untyped-call]  # transformers does not say that it returns nothing
         self._life = object()
 
 
 def _state(layer: Any) -> Any:
-    """Return the state of a cache's layer, for its snapshot."""
+    """Return the state of one layer, for the cache's snapshot."""
     return layer.snapshot() if isinstance(layer, RocketKVLayer) else object_state(layer, written=_writes(layer))
 
 
 def _writes(layer: Any) -> bool:
-    """Whether a layer of transformers writes into its tensors; those that keep keys and values alone replace them."""
+    """Whether a stock layer writes into its tensors; layers of only keys and values replace them."""
     return type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def convertible(cache: Any) -> bool:
-    """Whether a cache's empty layers can be replaced by ours."""
+    """Whether compressed layers can replace a cache's empty layers."""
     return type(cache) is DynamicCache and not getattr(cache, "offloading", False)
 
 
@@ -175,15 +176,15 @@ def compress_layers(cache: DynamicCache, config: RocketKVConfig, model_config: P
     Args:
         cache: the cache.
         config: the compression's settings, with their exceptions by layer.
-        model_config: the model's, for a cache that makes its layers lazily; such a cache keeps all tokens of
-            sliding-window layers too.
+        model_config: the model's configuration, for a cache that creates its layers lazily; such a cache keeps all
+            tokens of sliding-window layers too.
 
     Raises:
         ValueError: the settings name a layer that the model does not have or that cannot be compressed, or leave no
             layer to compress.
     """
     if rocketkv_layers(cache):
-        return  # done before; what is a plain layer now is to stay one
+        return  # already done: the layers that are plain now stay plain
     lazy = not cache.layers and model_config is not None
     if lazy:
         cache.layers.extend(DynamicCache(config=model_config).layers)
@@ -221,20 +222,20 @@ def add_monitor(layers: list[RocketKVLayer]) -> None:
 
 
 def begin_prompt(cache: Any, end: int, *, speculative: bool = False, drafts: bool = False) -> None:
-    """Tell a cache that the next prompt ends when the sequence has `end` tokens, and whether drafts are verified.
+    """Set where the next prompt of a cache ends, and whether forwards verify drafts.
 
-    A single token after decoded ones is no prompt: `generate` goes on where it stopped, with the last it wrote.
+    A single token after decoded ones is no prompt: `generate` continues from the last token that it returned.
 
     Args:
         cache: the cache.
         end: tokens of the sequence when the prompt ends.
         speculative: whether forwards of several tokens verify a draft.
-        drafts: whether it is an assistant's, which takes in after its prompt what the model has said to its drafts.
+        drafts: whether it is an assistant's cache, which after its prompt reads the model's corrections of its drafts.
     """
     for layer in rocketkv_layers(cache):
         seen = layer.tokens_seen
         catches_up = drafts and layer.store.closed
-        begins = end > seen + 1 or not layer.store.closed  # what has not ended goes on, if by a single token
+        begins = end > seen + 1 or not layer.store.closed  # an open prompt continues, even with a single token
         layer.prompt_end = end if begins and not catches_up else None
         layer.speculative = speculative or catches_up
 
@@ -244,12 +245,12 @@ def mark_prompt(cache: Any, ids: Tensor | None, mask: Any, chat: ChatMarks | Non
 
     Args:
         cache: the cache.
-        ids: [B, n] token ids of the forward, or None where it gets embeddings.
-        mask: the forward's attention mask [B, tokens], or anything else where there is none.
-        chat: of the tokenizer, or None where it is not known.
+        ids: [B, n] token ids of the forward, or its embeddings [B, n, hidden], or None.
+        mask: the forward's attention mask [B, tokens], a tensor, a `LazyMask`, or a dict of them; or None.
+        chat: marks of the tokenizer's chat template, or None.
 
     Raises:
-        ValueError: messages are to be found, and there is no chat template to find them by, or no token ids.
+        ValueError: the settings need the messages, and there is no chat template or no token ids to find them.
     """
     layers = rocketkv_layers(cache)
     if not layers or not layers[0].config.marks_prompts or ids is None or not layers[0].prompt_part(ids.shape[1]):
@@ -281,8 +282,8 @@ def mark_prompt(cache: Any, ids: Tensor | None, mask: Any, chat: ChatMarks | Non
 
 
 def _padding_before(mask: Any, rows: int) -> list[int]:
-    """Return the slots of padding before each row's first token, by the mask that a forward was given."""
-    # A static cache has its masks made before the forward, in hybrids one for each kind of layer.
+    """Return the number of padding slots before each row's first token, from a forward's mask."""
+    # For a static cache, masks are created before the forward, in hybrid models one for each kind of layer.
     masks = mask.values() if isinstance(mask, dict) else (mask,)
     for each in masks:
         held = each.padding if isinstance(each, LazyMask) else each
@@ -293,9 +294,9 @@ def _padding_before(mask: Any, rows: int) -> list[int]:
 
 
 def make_croppable(cache: Any) -> None:
-    """Prepare an empty cache for drafts, whose rejected tokens are taken back from it.
+    """Prepare an empty cache for drafts, whose rejected tokens are cropped.
 
-    Before transformers 5.16 a sliding-window layer cannot give tokens back once it is full, so it must not slide.
+    Before transformers 5.16 a full sliding-window layer cannot be cropped, so it must not slide.
     """
     if hasattr(cache, "activate_past_recording"):
         cache.activate_past_recording()
@@ -304,14 +305,14 @@ def make_croppable(cache: Any) -> None:
 
 
 def keep_whole(cache: Any) -> None:
-    """Let the empty sliding-window layers of a cache keep all tokens; masks hide what lies outside of the window."""
+    """Let the empty sliding-window layers of a cache keep all tokens; masks hide tokens outside of the window."""
     for i, layer in enumerate(getattr(cache, "layers", ())):
         if type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized:
             cache.layers[i] = DynamicLayer()
 
 
 def cache_stats(cache: Any) -> CacheStats:
-    """Count tokens and bytes of every layer of a cache; layers that are not ours count as stock."""
+    """Return the tokens and bytes of every layer of a cache; layers that are not compressed count as stock."""
     layers = []
     workspaces = {id(space): space for layer in rocketkv_layers(cache) for space in layer.workspaces.buffers.values()}
     for layer in cache.layers:
@@ -330,7 +331,7 @@ def cache_stats(cache: Any) -> CacheStats:
 
 
 def _stock_stats(layer: Any) -> LayerStats:
-    """Count a layer that is not ours; linear-attention layers hold states in place of keys and values."""
+    """Return the tokens and bytes of a stock layer; linear-attention layers have states, not keys and values."""
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     others = [value for name, value in vars(layer).items() if name not in ("keys", "values")]
     states = [state for value in others for state in (value.values() if isinstance(value, dict) else [value])]

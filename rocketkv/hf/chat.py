@@ -1,4 +1,4 @@
-"""Where the messages of a conversation begin in its token ids, by a tokenizer's chat template."""
+"""Find the messages of a conversation in its token ids, by a tokenizer's chat template."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,19 +6,19 @@ from typing import Any
 
 from ..state.protection import Ranges, RowMarks, shifted
 
-# What messages of a probe say: nothing that a template writes itself, or that a tokenizer joins with its neighbours.
+# Contents of the probe's messages: no template writes these words, and no tokenizer joins them with their neighbours.
 _SAID = ("Alpha", "Bravo", "Charlie", "Delta")
 _ROLES = ("system", "user", "assistant", "user")
 
 
 @dataclass(frozen=True)
 class ChatMarks:
-    """What a chat template writes before and between messages, in token ids.
+    """Token ids that a chat template writes before and between messages.
 
     Attributes:
-        opening: before a system message, at the beginning of a conversation.
-        after_system: between a system message and the user's first.
-        between: what separates messages of the user and the assistant, in both orders.
+        opening: ids before a system message at the beginning of a conversation.
+        after_system: ids between a system message and the first user message.
+        between: ids between messages of the user and the assistant, in both orders.
     """
 
     opening: tuple[int, ...]
@@ -26,35 +26,35 @@ class ChatMarks:
     between: tuple[tuple[int, ...], ...]
 
     def system(self, ids: Sequence[int]) -> Ranges:
-        """Return the range of the system message with which ids begin, or nothing where they begin with none."""
+        """Return the range of the system message at the beginning of ids, or () without one."""
         if tuple(ids[: len(self.opening)]) != self.opening:
             return ()
         ends = occurrences(ids, self.after_system)
         return ((0, ends[0] + len(self.after_system)),) if ends else ()
 
     def messages(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """Return where messages begin, but for the first one at the beginning."""
+        """Return the start of every message except for the first."""
         return tuple(sorted({at for marks in (self.after_system, *self.between) for at in occurrences(ids, marks)}))
 
 
 def occurrences(ids: Sequence[int], wanted: Sequence[int]) -> list[int]:
-    """Return where a sequence of ids occurs in another."""
+    """Return the positions at which `wanted` occurs in `ids`."""
     size, wanted = len(wanted), list(wanted)
     return [i for i, token in enumerate(ids) if token == wanted[0] and list(ids[i : i + size]) == wanted]
 
 
 def chat_marks(tokenizer: Any) -> ChatMarks:
-    """Return what a tokenizer's chat template writes around messages.
+    """Return the token ids that a tokenizer's chat template writes around messages.
 
     Args:
         tokenizer: a tokenizer of transformers with a chat template.
 
     Raises:
-        ValueError: it has none, the template knows no system message, or its marks depend on what a message says.
+        ValueError: there is no template, it has no system message, or its token ids depend on the messages.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("tokenizer has no chat template, by which messages could be found; give ranges to protect")
-    from jinja2 import TemplateError  # only here: transformers too needs it for templates alone
+    from jinja2 import TemplateError  # imported here: transformers too needs it for templates only
 
     probe = [{"role": role, "content": said} for role, said in zip(_ROLES, _SAID, strict=True)]
     try:
@@ -92,22 +92,22 @@ def row_marks(
     fair_shares: bool,
     chat: ChatMarks | None,
 ) -> RowMarks:
-    """Return what is marked in a row once a prompt of it is known.
+    """Return the marks of a row, including its present prompt.
 
     Args:
         ids: the prompt's token ids, without padding.
-        before: what was marked in earlier prompts of the row, or None for the first.
-        start: position in the sequence of the first of those ids.
+        before: marks of the row's earlier prompts, or None for the first prompt.
+        start: position in the sequence of the first id.
         protect: `system`, ranges from the row's first token on, or None.
-        fair_shares: whether each message is to have its share.
-        chat: of the tokenizer's template, where those need it.
+        fair_shares: whether each message gets its fair share.
+        chat: marks of the tokenizer's chat template, or None.
     """
     protected: Ranges = () if before is None else before.protected
     if before is None and protect == "system" and chat is not None:
         protected = shifted(chat.system(ids), start)
     elif before is None and protect is not None and not isinstance(protect, str):
         protected = shifted(protect, start)
-    # A prompt in chunks is looked through again with each: what was found in it comes anew.
+    # Each chunk of a prompt searches the whole prompt again: drop the messages found in its earlier chunks.
     messages = () if before is None else tuple(at for at in before.messages if at < start)
     if fair_shares and chat is not None:
         messages += tuple(start + at for at in chat.messages(ids))

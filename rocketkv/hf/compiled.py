@@ -1,6 +1,6 @@
-"""Decode steps of a static cache under `torch.compile`: when they can be compiled, and the end of the cache's room.
+"""Decode steps of a static cache under `torch.compile`: when they can be compiled, and checks for a full buffer.
 
-A compiled forward neither reads nor raises the host's counts, so the room is watched outside of it.
+A compiled forward neither reads nor updates the host's counts, so the room is checked outside of it.
 """
 
 import inspect
@@ -16,16 +16,16 @@ from transformers import LogitsProcessor
 from .layer import RocketKVLayer, rocketkv_layers
 from .models import given_cache
 
-# A forward is compiled for each budget split, and prompts of many lengths have as many: more than dynamo's own eight.
+# Dynamo compiles a forward for each budget split. Prompts of many lengths have more splits than its limit of eight.
 COMPILED_FORWARDS = 1024
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def many_forwards() -> AbstractContextManager[None]:
-    """Return a context in which one model's decode step may be compiled for as many splits as come."""
+    """Return a context in which dynamo may compile one model's decode step for many splits."""
     if TORCH < (2, 7):
         return nullcontext()
-    import torch._dynamo  # only where something is compiled: it takes seconds
+    import torch._dynamo  # imported where something is compiled: it takes seconds
 
     limits = {"recompile_limit": COMPILED_FORWARDS, "accumulated_recompile_limit": COMPILED_FORWARDS}
     context: AbstractContextManager[None] = torch._dynamo.config.patch(limits)
@@ -33,7 +33,7 @@ def many_forwards() -> AbstractContextManager[None]:
 
 
 def uncompiled_reason(cache: Any) -> str | None:
-    """Return why the decode steps of a cache cannot be compiled, whatever its prompt, or None if they can."""
+    """Return why the decode steps of a cache cannot be compiled after any prompt, or None if they can."""
     if TORCH < (2, 7):
         return f"PyTorch {torch.__version__} does not trace the models that it should compile; 2.7 is the first to try"
     layers = rocketkv_layers(cache)
@@ -49,17 +49,17 @@ def uncompiled_reason(cache: Any) -> str | None:
 
 
 def say_uncompiled(reason: str, warned: set[str]) -> None:
-    """Warn that decode steps run without being compiled, once for each reason."""
+    """Warn that decode steps run eagerly, once for each reason."""
     if reason not in warned:
         warned.add(reason)
         warnings.warn(f"RocketKV runs these decode steps eagerly, not compiled: {reason}", stacklevel=3)
 
 
 class RoomCheck(LogitsProcessor):
-    """Evicts, or ends a compiled `generate` with an error, where its static cache is full; leaves the logits alone.
+    """Re-evicts, or ends a compiled `generate` with an error, if its static cache is full; logits do not change.
 
     Args:
-        running: the generation, whose `cache` may be replaced by another one.
+        running: the generation; its `cache` may be replaced.
     """
 
     def __init__(self, running: Any) -> None:
@@ -71,45 +71,45 @@ class RoomCheck(LogitsProcessor):
         """Return the scores.
 
         Raises:
-            ValueError: the forward that they come from had no room for its token.
+            ValueError: the forward of these scores had no room for its token.
         """
         layers = rocketkv_layers(self.running.cache)
         layer, length = layers[0], input_ids.shape[1]
         if layer is not self.layer or length > self.last or (length == self.last and layer.re_evicts):
             for each in layers:
                 if each.re_evicts:
-                    each.make_room()
-            # Asked for its tokens, the store counts what the device has done, and raises where that was too much.
+                    each.ensure_room()
+            # Reading `stored` counts the device's steps, and raises if the buffer had no room for them.
             self.layer, self.last = layer, length + layer.store.capacity - layer.store.stored
         return scores
 
 
 def _alone(value: Any) -> Any:
-    """Return a tensor with strides of its own: those of a slice change with what it is a slice of."""
+    """Return a contiguous copy of a tensor: the strides of a slice depend on its base."""
     return value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
 
 
 class CompiledStep:
-    """A model's forward for a loop of one's own: compiled for decode steps of a static cache, eager for all else.
+    """A model's forward for a custom loop: compiled for decode steps of a static cache, eager otherwise.
 
-    The steps under `torch.compile` do not watch the cache's room; this does, and counts for them.
+    Steps under `torch.compile` neither check the cache's room nor update the host's counts; this object does both.
 
     Args:
         model: the patched model.
-        warned: reasons that were given before.
-        **options: of `torch.compile`; by default `mode="reduce-overhead"` (CUDA graphs) and `fullgraph=True`.
+        warned: reasons already warned of.
+        **options: options of `torch.compile`; by default `mode="reduce-overhead"` (CUDA graphs) and `fullgraph=True`.
     """
 
     def __init__(self, model: nn.Module, warned: set[str], **options: Any) -> None:
         self.model = model
         self._warned = warned
-        named = "backend" in options or "options" in options  # those take no mode
+        named = "backend" in options or "options" in options  # with these, torch.compile accepts no mode
         defaults: dict[str, Any] = {"fullgraph": True} if named else {"fullgraph": True, "mode": "reduce-overhead"}
         self._compiled: Callable[..., Any] = torch.compile(model.__call__, **(defaults | options))
         self._takes_positions = "cache_position" in inspect.signature(model.forward).parameters
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's forward; give it what you would give the model.
+        """Run the model's forward, with the arguments of the model.
 
         Raises:
             ValueError: the cache has no room for the token.
@@ -127,12 +127,12 @@ class CompiledStep:
             say_uncompiled(reason, self._warned)
             return self.model(*args, **kwargs)
         for layer in layers:
-            layer.make_room()
+            layer.ensure_room()
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2:
-            del kwargs["attention_mask"]  # it grows from step to step, and every row's tokens lie without padding
+            del kwargs["attention_mask"]  # it grows with every step, and compacted rows have no padding
         if self._takes_positions and kwargs.get("cache_position") is None:
-            kwargs["cache_position"] = layers[0].static_clock()  # transformers before 5 would ask the device for it
+            kwargs["cache_position"] = layers[0].static_clock()  # transformers before 5 would wait for the device
         if isinstance(ids, Tensor) and ids.is_cuda:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # PyTorch's own is not typed
         with many_forwards():

@@ -1,7 +1,7 @@
-"""Save a cache to a file and load it: a long context is read once and used again later.
+"""Save a cache to a file and load it, to read a long context once and use it again later.
 
-A file holds the tensors in use, and a JSON document with the model, the settings, the version and the cache's other
-state. A file that is damaged or does not fit is refused; nothing in a file is ever executed.
+A file contains the tensors in use, and a JSON document with the model, the settings, the version and the other state of
+the cache. A file that is damaged or does not fit is refused; nothing in a file is ever executed.
 
 Letters: B batch, Hkv KV heads, N slots in use.
 """
@@ -37,8 +37,8 @@ from .patch_state import state_of
 from .tensorfile import open_tensors, raw_bytes, refuse_difference, write_tensors
 
 _STOCK = {kind.__name__: kind for kind in (DynamicLayer, DynamicSlidingWindowLayer)}
-_STOCK_FIELDS = ("cumulative_length", "record_past")  # of the sliding one; which it has depends on transformers
-# Fields of `DecodeTokens` that a file holds as they are.
+_STOCK_FIELDS = ("cumulative_length", "record_past")  # of the sliding-window layer; which exist depends on transformers
+# Fields of `DecodeTokens` that the document contains unchanged.
 _DECODING = ("decode_capacity", "prompt_end", "prompt_stored", "moved", "aligned")
 _INPUTS = ("input_ids", "attention_mask")
 # Fields of a model's configuration that keys and values do not depend on.
@@ -47,7 +47,7 @@ _TRANSIENT = (
     *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
     *("pad_token_id", "bos_token_id", "eos_token_id"),
 )
-_SAMPLED = 8  # numbers at either end of each weight that tell one model from another of the same shape
+_SAMPLED = 8  # numbers at both ends of each weight, which identify the model among others of the same shape
 
 
 def save_cache(
@@ -60,19 +60,19 @@ def save_cache(
 ) -> None:
     """Write a cache to a file; the cache that `load_cache` returns continues exactly where this one is.
 
-    The file appears under its name when it is complete. `model.generate` continues from all token ids of the sequence,
-    so save those too; `load_inputs` returns them.
+    The file is written atomically. `model.generate` continues from all token ids of the sequence, so save these too;
+    `load_inputs` returns them.
 
     Args:
-        cache: after a prompt's end; it stays as it is.
-        path: the file, which is replaced if there is one; `.safetensors` is the usual ending.
+        cache: the cache, after a prompt's end; it does not change.
+        path: the file, with the usual suffix `.safetensors`; an existing file is replaced.
         model: the model that filled the cache, patched or not; the file identifies it.
-        ids: [B, n] token ids of the sequence, padding included: all that the cache has seen, or more.
+        ids: [B, n] token ids of the sequence, padding included: at least all tokens that the cache has seen.
         attention_mask: [B, n], 0 at padding, for rows of different lengths.
 
     Raises:
-        TypeError: `cache` is no RocketKVCache, `model` no transformers model, or `ids` are no integers.
-        ValueError: the cache is in a state that a file cannot hold, or `ids` are not its tokens; the message says why.
+        TypeError: `cache` is not a RocketKVCache, `model` is not a transformers model, or `ids` are not integers.
+        ValueError: a file cannot represent the cache's state, or `ids` are not its tokens; the message says why.
         FileNotFoundError: there is no such folder.
 
     Example:
@@ -106,13 +106,13 @@ def load_cache(path: str | os.PathLike[str], model: nn.Module) -> RocketKVCache:
     It has the settings that it was saved with; a patched model must have the same.
 
     Args:
-        path: the file, which is only read.
-        model: the model that continues with it.
+        path: the file; it is not changed.
+        model: the model that continues from the cache.
 
     Raises:
-        TypeError: `model` is no transformers model.
+        TypeError: `model` is not a transformers model.
         ValueError: the file is damaged, is of another model, other settings or another version of this library, or is
-            no saved cache at all; the message names what differs.
+            not a saved cache; the message lists the differences.
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
@@ -121,7 +121,7 @@ def load_cache(path: str | os.PathLike[str], model: nn.Module) -> RocketKVCache:
     refuse_difference(path, "model", document.get("model"), _model_mark(outer, decoder))
     state = state_of(outer)
     if state is not None:
-        # As JSON holds them: a tuple of ranges to protect is a list there.
+        # JSON turns tuples into lists, in `protect` for instance.
         here = json.loads(json.dumps(asdict(state.config)))
         refuse_difference(path, "settings", document.get("settings"), here)
     tensors = read(lambda name: True)
@@ -147,7 +147,7 @@ def load_inputs(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _models(model: nn.Module) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Return the outermost transformers model in a module, and the decoder in that."""
+    """Return the outermost transformers model in a module, and its decoder."""
     if isinstance(model, nn.Module):
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
@@ -156,7 +156,7 @@ def _models(model: nn.Module) -> tuple[PreTrainedModel, PreTrainedModel]:
 
 
 def _refuse_unfinished(cache: RocketKVCache) -> None:
-    """Refuse a cache that a file cannot hold."""
+    """Refuse a cache whose state a file cannot represent."""
     if not rocketkv_layers(cache):
         raise ValueError("this cache has no compressed layer: there is nothing that save_cache is needed for")
     layer: Any
@@ -210,7 +210,7 @@ def _inputs(cache: RocketKVCache, ids: Tensor | None, mask: Tensor | None) -> It
 
 
 def _packed(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors of a layer, as far as they are in use, and what it knows beside them."""
+    """Return the used part of a layer's tensors, and the rest of its state for JSON."""
     if not isinstance(layer, RocketKVLayer):
         fields = {name: getattr(layer, name) for name in _STOCK_FIELDS if hasattr(layer, name)}
         return {"keys": layer.keys, "values": layer.values}, {"kind": type(layer).__name__, "fields": fields}
@@ -244,7 +244,7 @@ def _packed(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _cache(decoder: PreTrainedModel, document: dict[str, Any], tensors: dict[str, Tensor]) -> RocketKVCache:
-    """Make the cache that a document describes."""
+    """Build the cache of a document and its tensors."""
     settings = document["settings"]
     split = None if settings["split"] is None else BudgetSplit(**settings["split"])
     config = RocketKVConfig(**{**settings, "split": split})
@@ -273,21 +273,21 @@ def _cache(decoder: PreTrainedModel, document: dict[str, Any], tensors: dict[str
             layer.backend = backend_name(held["keys"].device, config.backend)
             continue
         if kind == "DynamicLayer" and type(layer) is DynamicSlidingWindowLayer:
-            layer = DynamicLayer()  # one that was told to keep all tokens, for drafts
+            layer = DynamicLayer()  # a sliding-window layer that kept all tokens, for drafts
             cache.layers[i] = layer
         if kind not in _STOCK or type(layer) is not _STOCK[kind]:
             raise ValueError(f"layer {i} is a {kind} in the file, and the model wants a {type(layer).__name__}")
         fields = {name: value for name, value in entry["fields"].items() if name in _STOCK_FIELDS}
         for name, value in fields.items():
-            setattr(layer, name, value)  # one that records the past keeps all that it gets
+            setattr(layer, name, value)  # a layer that records the past keeps all tokens of `update`
         layer.update(held["keys"].clone(), held["values"].clone())
         for name, value in fields.items():
-            setattr(layer, name, value)  # it has counted the tokens once more
+            setattr(layer, name, value)  # `update` has counted the tokens again
     return cache
 
 
 def _fill(store: KVStore, held: dict[str, Tensor], entry: dict[str, Any]) -> None:
-    """Fill an empty store with the saved slots, in buffers as large as they were."""
+    """Fill an empty store with the saved slots, in buffers of their former capacity."""
     split, marks, ring_start = BudgetSplit(**entry["split"]), entry["marks"], entry["ring_start"]
     seen, stored, shortest, capacity = (int(entry[name]) for name in ("seen", "stored", "shortest", "capacity"))
     batch, kv_heads, _, head_dim = held["keys"].shape
@@ -309,7 +309,7 @@ def _fill(store: KVStore, held: dict[str, Tensor], entry: dict[str, Any]) -> Non
         expected["residual_bias"] = (batch, held["residual_bias"].shape[1])
     found = {name: tuple(tensor.shape) for name, tensor in held.items()}
     seq_lens = held["seq_lens"]
-    # Rows may have been left out since, the longest or the shortest among them.
+    # Rows may have been dropped since, also the longest or the shortest one.
     ordered = 0 <= shortest <= int(seq_lens.min()) and int(seq_lens.max()) <= stored <= capacity
     if found != expected or not ordered:
         raise ValueError(f"shapes, lengths and settings of a layer do not go together: {found} for {expected}")
@@ -347,12 +347,12 @@ def _fill(store: KVStore, held: dict[str, Tensor], entry: dict[str, Any]) -> Non
 
 
 def _marks(protected: list[list[int]], messages: list[int]) -> RowMarks:
-    """Return a row's marks from what a file says of them."""
+    """Return a row's marks from JSON."""
     return RowMarks(tuple((int(start), int(stop)) for start, stop in protected), tuple(map(int, messages)))
 
 
 def _model_mark(outer: PreTrainedModel, decoder: PreTrainedModel) -> dict[str, Any]:
-    """Return what tells a model from others, as far as its cache depends on it."""
+    """Return the properties that identify a model, as far as its cache depends on them."""
     config = _plain(outer.config.to_dict())
     return {
         "class": type(outer).__name__,
@@ -364,7 +364,7 @@ def _model_mark(outer: PreTrainedModel, decoder: PreTrainedModel) -> dict[str, A
 
 
 def _plain(value: Any) -> Any:
-    """Return a configuration as JSON holds it, without what its cache does not depend on."""
+    """Return a configuration as JSON values, without the fields of `_TRANSIENT`."""
     if isinstance(value, Mapping):
         kept = ((str(name), each) for name, each in value.items())
         return {name: _plain(each) for name, each in kept if not name.startswith("_") and name not in _TRANSIENT}
@@ -374,7 +374,7 @@ def _plain(value: Any) -> Any:
 
 
 def _weights_digest(decoder: PreTrainedModel) -> str:
-    """Return a digest of every weight's name and shape, and of its first and last numbers where it has plain ones."""
+    """Return a digest of every weight's name and shape, and of the first and last numbers of plain weights."""
     digest = hashlib.sha256()
     samples: dict[torch.device, list[Tensor]] = {}
     for name, weight in decoder.named_parameters():

@@ -1,7 +1,7 @@
-"""A patched decoder's forward: the hook that prepares its cache, and what `torch.compile` traces of it.
+"""A patched decoder's forward: the hook that prepares its cache, and the part that `torch.compile` traces.
 
-Static decode steps are traced; all else runs eagerly. A cache that grows changes counts on the host with every token,
-and dynamo would compile anew for each of them.
+Static decode steps are traced; everything else runs eagerly. A cache that grows changes counts on the host with every
+token, and dynamo would recompile for each of them.
 """
 
 import inspect
@@ -25,7 +25,7 @@ from .patch_state import PatchState
 
 
 def eagerly(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function eagerly, also where `torch.compile` traces the caller or has given up tracing it."""
+    """Call a function eagerly, also if `torch.compile` traces the caller or has given up tracing it."""
     if torch.compiler.is_dynamo_compiling() or "torch._dynamo" in sys.modules:
         from .untraced import call_untraced
 
@@ -44,12 +44,12 @@ def step_statically(layers: list[RocketKVLayer], inputs: Tensor | None) -> bool:
 
 
 class DecoderForward:
-    """Stands in the place of a patched decoder's `forward`.
+    """Replaces a patched decoder's `forward`.
 
     Args:
         decoder: the decoder.
-        former: what stood in that place before, on the decoder itself, or None for its class's `forward`.
-        warned: reasons that were given before.
+        former: the `forward` in the decoder's `__dict__` before the patch, or None for its class's `forward`.
+        warned: reasons already warned of.
     """
 
     def __init__(self, decoder: nn.Module, former: Callable[..., Any] | None, warned: set[str]) -> None:
@@ -59,7 +59,7 @@ class DecoderForward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """That of the decoder's own."""
+        """The signature of the decoder's own `forward`."""
         own = type(self.decoder).forward.__get__(self.decoder) if self.former is None else self.former
         return inspect.signature(own)
 
@@ -67,7 +67,7 @@ class DecoderForward:
         """Run the decoder's own forward.
 
         Raises:
-            ValueError: a layer's new keys reached no attention.
+            ValueError: no attention function has read a layer's new keys.
         """
         cache = given_cache(kwargs)[1]
         layers = rocketkv_layers(cache)
@@ -88,7 +88,7 @@ class DecoderForward:
         return self._checked(layers, args, kwargs)
 
     def _checked(self, layers: list[RocketKVLayer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a forward and see to it that the attention has taken every layer's new keys."""
+        """Run a forward, and check that the attention function has read every layer's new keys."""
         out = self._forward(args, kwargs)
         for layer in layers:
             if layer.pending is not None:
@@ -107,10 +107,10 @@ class DecoderForward:
 
 
 def arm(layers: list[RocketKVLayer], on_step: OnStep | None = None) -> None:
-    """Make the layers of a cache ready for a patched model's forward, whose decode steps are reported to `on_step`.
+    """Prepare the layers of a cache for a patched model's forward, whose decode steps are reported to `on_step`.
 
     Raises:
-        ValueError: there are reports to make of a static cache.
+        ValueError: `on_step` is given for a static cache.
     """
     if on_step is not None and layers:
         refuse_static(layers[0].config)
@@ -126,7 +126,7 @@ def arm(layers: list[RocketKVLayer], on_step: OnStep | None = None) -> None:
 
 
 class ForwardHook:
-    """Runs before each forward of a patched decoder and sees to it that its cache is one that compresses."""
+    """Runs before each forward of a patched decoder, and makes its cache a compressed one."""
 
     def __init__(self, state: PatchState) -> None:
         self.state = state
@@ -134,7 +134,7 @@ class ForwardHook:
     def __call__(
         self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the forward's arguments, with a cache that is ready.
+        """Return the forward's arguments, with a prepared cache.
 
         Raises:
             ValueError: the model is a shallow copy, its attention was changed, or the forward asks for attentions.
@@ -153,7 +153,7 @@ class ForwardHook:
         kwargs, cache = given_cache(kwargs)
         if torch.compiler.is_dynamo_compiling():
             if _arm_static_step(cache, given_inputs(args, kwargs)):
-                return args, kwargs  # what follows is for prompts and for caches yet to be made
+                return args, kwargs  # the rest is for prompts and for forwards that create a cache
             if not (_makes_cache(decoder, cache, kwargs) or convertible(cache) or rocketkv_layers(cache)):
                 return self._begin(decoder, cache, args, kwargs)
         return eagerly(self._begin, decoder, cache, args, kwargs)  # type: ignore[no-any-return]
@@ -161,7 +161,7 @@ class ForwardHook:
     def _begin(
         self, decoder: PreTrainedModel, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Make a cache ready for the forward, or the forward a cache; return the forward's arguments."""
+        """Prepare the forward's cache, or create one; return the forward's arguments."""
         inputs = given_inputs(args, kwargs)
         layers = rocketkv_layers(cache)
         _refuse_inputs(decoder, layers, inputs, kwargs)
@@ -181,7 +181,7 @@ class ForwardHook:
         return args, kwargs
 
     def _prepare(self, decoder: PreTrainedModel, cache: Any) -> None:
-        """Compress an empty dynamic cache in place, warn of caches that stay as they are, and arm our layers."""
+        """Compress an empty dynamic cache in place, warn of caches that stay uncompressed, and arm the layers."""
         if convertible(cache) and not decoder.training:
             compress_layers(cache, self.state.config, decoder.config)
         layers = rocketkv_layers(cache)
@@ -198,7 +198,7 @@ class ForwardHook:
 
 
 def _makes_cache(decoder: PreTrainedModel, cache: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a forward without a cache would have one made."""
+    """Whether this forward creates a cache."""
     use_cache = kwargs.get("use_cache")
     return cache is None and not decoder.training and bool(decoder.config.use_cache if use_cache is None else use_cache)
 
@@ -216,7 +216,7 @@ def _arm_static_step(cache: Any, inputs: Tensor | None) -> bool:
 def _refuse_inputs(
     decoder: PreTrainedModel, layers: list[RocketKVLayer], inputs: Tensor | None, kwargs: dict[str, Any]
 ) -> None:
-    """Refuse what a compressed forward cannot give, before anything is computed."""
+    """Refuse inputs that a compressed forward does not support, before anything is computed."""
     if kwargs.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
         raise ValueError(
             "output_attentions=True asks for attention weights over all tokens, and RocketKV evicts tokens and forms "

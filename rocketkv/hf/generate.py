@@ -1,6 +1,6 @@
-"""`generate` of a patched model: it tells the cache where the prompt ends, and records the finished generation.
+"""`generate` of a patched model: it sets where the prompt ends, and records the finished generation.
 
-All state of a patch lives on the model that it patches.
+All state of a patch is stored on the patched model.
 """
 
 import weakref
@@ -19,12 +19,12 @@ from .patch_state import Finished, PatchState, no_cache, state_of
 
 
 class Generation:
-    """One call of `generate`: the end of its prompt, and its cache once that is known.
+    """One call of `generate`: the end of its prompt, and its cache once it exists.
 
     Args:
         end: tokens of the sequence when the prompt ends, or None if there is no prompt.
         speculative: whether forwards of several tokens verify drafts.
-        drafts: whether the model is the assistant that makes the drafts.
+        drafts: whether the model is the assistant that writes the drafts.
     """
 
     def __init__(self, end: int | None, speculative: bool, drafts: bool) -> None:
@@ -35,7 +35,7 @@ class Generation:
         self.compiles = False  # whether transformers may compile the decode steps
 
     def begin(self, cache: Any) -> None:
-        """Tell a compressed cache where the prompt ends, before its first forward of this call."""
+        """Set where a compressed cache's prompt ends, before its first forward of this call."""
         self.cache = cache
         if self.end is not None:
             begin_prompt(cache, self.end, speculative=self.speculative, drafts=self.drafts)
@@ -43,9 +43,10 @@ class Generation:
             make_croppable(cache)
 
     def begin_anew(self, cache: Any, given: int) -> None:
-        """Switch to another cache, if its first forward, of `given` tokens, holds the whole prompt.
+        """Switch to another cache if its first forward, of `given` tokens, has the whole prompt.
 
-        LongRoPE models drop their cache at the first prompt beyond their short range, and when they outgrow it later.
+        LongRoPE models drop their cache at the first prompt beyond their short range, or when a generation grows beyond
+        it.
         """
         if self.end is not None and given >= self.end:
             self.end_prompt()
@@ -62,8 +63,8 @@ class Generation:
 def generate(model: PreTrainedModel, state: PatchState, /, *args: Any, **kwargs: Any) -> Any:
     """Run the model's own `generate` with a compressed cache; installed in its place on a patched model.
 
-    It makes the cache, so that every layer evicts inside its own prefill call, and counts it at the end. After
-    `unpatch`, a wrapper around it may still call it: then it is the model's own `generate` alone.
+    It creates the cache, so that every layer evicts inside its own prefill call, and records its statistics at the end.
+    After `unpatch`, a wrapper may still call this function: then it only runs the model's own `generate`.
     """
     own: Any = type(model)
     stock: Callable[..., Any] = state.former.get("generate") or own.generate.__get__(model)
@@ -109,7 +110,7 @@ def _finished(cache: Any, held: bool) -> Finished:
 
 
 def _held(state: PatchState, cache: Any) -> bool:
-    """Whether the patch keeps this cache alive, as the last generation's."""
+    """Whether the patch keeps this cache alive as the cache of the last generation."""
     return state.finished is not None and state.finished.held and state.finished.cache() is cache
 
 
@@ -121,14 +122,14 @@ def _returned(output: Any, cache: Any) -> bool:
 def _watched(
     model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], running: Generation, warned: set[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return arguments with which `generate` compiles decode steps only if it can, and notices a full static buffer.
+    """Return arguments with which `generate` compiles decode steps only if possible, and checks for a full buffer.
 
     Args:
         model: the model.
         args: the call's positional arguments.
         kwargs: its keyword arguments.
         running: the generation, with a compressed cache.
-        warned: reasons already given, which are not repeated.
+        warned: reasons already warned of, which are not repeated.
     """
     if all(layer.config.decode_capacity is None for layer in rocketkv_layers(running.cache)):
         return args, kwargs
@@ -161,7 +162,7 @@ def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def _setting(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    """Return a generation setting as `generate` looks it up: argument, then its config, then the model's config."""
+    """Return a generation setting in the order of `generate`: argument, its config, the model's config."""
     if kwargs.get(name) is not None:
         return kwargs[name]
     given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
@@ -170,7 +171,7 @@ def _setting(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _uses_dynamic_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether to make the cache here; if a kind is asked for by name, `generate` makes it."""
+    """Whether to create the cache here; `generate` creates a kind that is requested by name."""
     use_cache = _setting(model, args, kwargs, "use_cache")
     return use_cache is not False and _setting(model, args, kwargs, "cache_implementation") is None
 
@@ -185,7 +186,7 @@ def _prompt_end(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """Return the tokens of the sequence when the prompt ends, or None if there is no prompt."""
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        return mask.shape[1]  # spans earlier turns too, also where only the new tokens are given
+        return mask.shape[1]  # includes earlier turns, even if only the new tokens are passed
     for inputs in (
         kwargs.get("inputs_embeds"),
         kwargs.get("input_ids"),

@@ -1,7 +1,7 @@
-"""A compressed layer of a cache: its store, and the way of new keys and values to the attention function.
+"""A compressed layer of a cache: its store, and the path of new keys and values to the attention function.
 
-`update` marks the key tensor that it returns with the layer, and the attention function reads the mark (`layer_of`). So
-no state of a call lives outside of its tensors, also under `torch.compile`.
+`update` marks the key tensor that it returns with its layer, and the attention function reads the mark (`layer_of`). So
+a call keeps no state outside of its tensors, also under `torch.compile`.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim, n tokens of a forward, W observation window.
 """
@@ -23,12 +23,11 @@ from ..dispatch import (
     StaticStep,
     Workspaces,
     backend_name,
-    close_prompt,
     decode_step,
-    evict_generated,
+    eviction_ops,
     static_step,
 )
-from ..state.compress import kept_of
+from ..state.compress import close_prompt, evict_generated, kept_of
 from ..state.history import History, HistorySnapshot
 from ..state.monitor import Monitor
 from ..state.protection import warn_unprotected
@@ -39,7 +38,7 @@ from .masks import LazyMask
 from .prefill import FastAttention, attend_prompt
 from .turns import check_prompt_length, check_queries, prompt_part
 
-# What a layer's snapshot holds beside its store's.
+# Fields of a layer that its snapshot has, in addition to the store's snapshot.
 _SNAPPED = ("prompt_end", "prompt_tokens", "prompt_ids", "turn_begins", "speculative", "step", "backend", "params")
 
 VERIFIES = (
@@ -47,13 +46,13 @@ VERIFIES = (
     "it is the prompt of a new turn, call begin_turn() of its RocketKVCache before it"
 )
 
-# The attribute of a key tensor by which its layer is found.
+# Attribute of a key tensor that refers to its layer.
 _MARK = "rocketkv_layer"
 
 
 @dataclass(frozen=True, eq=False)
 class LayerSnapshot:
-    """The state of one layer at one time: its store's, its history's, and its own fields by name."""
+    """The state of one layer at one time: of its store, of its history, and its fields by name."""
 
     store: StoreSnapshot
     history: HistorySnapshot | None
@@ -61,7 +60,7 @@ class LayerSnapshot:
 
 
 def layer_of(key: Tensor) -> "RocketKVLayer | None":
-    """Return the layer whose `update` returned this very key tensor, or None for keys of other cache layers."""
+    """Return the layer whose `update` returned this key tensor, or None for keys of other cache layers."""
     layer: RocketKVLayer | None = getattr(key, _MARK, None)
     if layer is not None:
         setattr(key, _MARK, None)  # a key that outlives the call must not keep the cache alive
@@ -69,25 +68,25 @@ def layer_of(key: Tensor) -> "RocketKVLayer | None":
 
 
 class RocketKVLayer(CacheLayerMixin):
-    """One full-attention layer's cache: transformers calls `update`, the attention function claims it and `attend`s.
+    """One compressed layer of a cache: transformers calls `update`, and the attention function calls `attend`.
 
-    Lengths reported to transformers are those of the sequence, evicted tokens included: positions stay true.
+    Lengths reported to transformers count the whole sequence, evicted tokens included, so that positions stay correct.
 
     Attributes:
         config: the compression's settings.
-        number: of the layer in the model.
-        monitor: what decode steps are shown to, of the cache; or None where nobody asked for one.
+        number: number of the layer in the model.
+        monitor: the monitor of the cache's decode steps, or None.
         store: keys, values and index.
-        history: all tokens of the sequence while the store holds one turn's selection of them, for `rocketkv-mt`.
-        prompt_end: tokens of the sequence when the present prompt ends, or None where unknown.
-        prompt_tokens: tokens of the longest row up to the last prompt's end, evicted ones included, padding not.
-        prompt_ids: token ids [B, n] of the present prompt so far, in the layer that its tokens are marked by.
-        turn_begins: whether the next forward begins a turn, however few tokens it has.
+        history: all tokens of the sequence, for multi-turn methods, whose store has one turn's selection; or None.
+        prompt_end: tokens of the sequence when the present prompt ends, or None if unknown.
+        prompt_tokens: tokens of the longest row up to the last prompt's end, evicted ones included, padding excluded.
+        prompt_ids: token ids [B, n] of the present prompt so far, in the cache's first compressed layer; or None.
+        turn_begins: whether the next forward begins a turn, even with a single token.
         speculative: whether forwards of several tokens verify a draft.
         armed: whether a patched model's forward is about to use this layer.
-        pending: key and value [B, Hkv, n, D] handed over and not yet in the store.
+        pending: key and value [B, Hkv, n, D] that `update` received and the store does not have yet.
         step: the decode step of a static store, or None in prompts and in stores that grow.
-        backend: what runs decode steps, settled at the end of each prompt.
+        backend: the backend of decode steps, chosen at the end of each prompt.
         params: the model's attention parameters, from the first forward on; None before.
     """
 
@@ -117,7 +116,7 @@ class RocketKVLayer(CacheLayerMixin):
         return f"RocketKVLayer(method={self.config.method!r}, seen={self.store.seen}, stored={self.store.stored})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RocketKVLayer":
-        """Copy into tensors that may be written anywhere, also where a copy would be made of inference tensors."""
+        """Copy into tensors that are no inference tensors, so that the copy can be written in any mode."""
         other = type(self).__new__(type(self))
         memo[id(self)] = other
         with torch.inference_mode(False):
@@ -137,7 +136,7 @@ class RocketKVLayer(CacheLayerMixin):
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]  # derived from the store
-        """Whether any token has come."""
+        """Whether the layer has any token."""
         return self.store.keys is not None or self.pending is not None
 
     @property
@@ -148,11 +147,11 @@ class RocketKVLayer(CacheLayerMixin):
         return self.step is not None or self.prompt_end is not None
 
     def steps_statically(self, given: int) -> bool:
-        """Whether a forward of that many tokens is a static step."""
+        """Whether a forward of `given` tokens is a static step."""
         return given == 1 and self.step is not None and self.prompt_end is None and not self.turn_begins
 
     def static_clock(self) -> Tensor:
-        """Return [1] int64, the tokens of the sequence so far as the device knows them.
+        """Return [1] int64, the tokens of the sequence so far, as counted on the device.
 
         Raises:
             ValueError: no static step is ready.
@@ -162,13 +161,13 @@ class RocketKVLayer(CacheLayerMixin):
         return self.step.clock.long()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        """Do nothing: the first tokens bring shape, dtype and device."""
+        """Do nothing: shape, dtype and device come from the first tokens."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Hand the new key and value [B, Hkv, n, D] over to the attention function, which will append them.
+        """Keep the new key and value [B, Hkv, n, D] for the attention function, which appends them.
 
         Raises:
-            ValueError: the model is not patched, so nobody would claim them.
+            ValueError: the model is not patched, or uses the layer twice in one forward.
         """
         if torch.compiler.is_dynamo_compiling() and not self.steps_statically(key_states.shape[2]):
             from .untraced import call_untraced
@@ -187,7 +186,7 @@ class RocketKVLayer(CacheLayerMixin):
         return key_states, value_states
 
     def _settle(self) -> None:
-        """Append what an interrupted forward handed over and nobody claimed."""
+        """Append the pending tokens of an interrupted forward."""
         if self.pending is None:
             return
         key, value = self.pending
@@ -199,7 +198,7 @@ class RocketKVLayer(CacheLayerMixin):
             self.store.extend(key, value)
 
     def _reopen(self, given: int) -> None:
-        """Make ready for a prompt, or a chunk of one, of so many tokens."""
+        """Prepare for a prompt, or a chunk of one, of `given` tokens."""
         self.step, self.turn_begins = None, False
         if self.history is not None and self.store.closed:
             rest = 0 if self.prompt_end is None else self.prompt_end - self.store.seen
@@ -212,10 +211,10 @@ class RocketKVLayer(CacheLayerMixin):
         return prompt_part(seen, given, self.prompt_end, **phase)
 
     def begin_turn(self, prompt_length: int | None = None) -> None:
-        """Have the next forward begin a turn, whose prompt has `prompt_length` tokens, or as many as that forward.
+        """Let the next forward begin a turn; for None, its prompt has all tokens of that forward.
 
         Raises:
-            TypeError: `prompt_length` is no int.
+            TypeError: `prompt_length` is not an int.
             ValueError: it is less than 1.
         """
         if prompt_length is not None:
@@ -232,11 +231,11 @@ class RocketKVLayer(CacheLayerMixin):
         *,
         fast: FastAttention,
     ) -> Tensor:
-        """Take the pending tokens in and attend: a prompt densely, then stage 1 at its end; decoded tokens by stage 2.
+        """Append the pending tokens and attend: a prompt densely, with stage 1 at its end; decoded tokens by stage 2.
 
         Args:
             query: [B, H, n, D], after rotary embedding.
-            mask: the model's mask, or None where it has none: causal.
+            mask: the model's mask, or None for a causal one.
             params: the model's attention parameters.
             fast: the model's own attention for plain causal prompts.
 
@@ -255,27 +254,28 @@ class RocketKVLayer(CacheLayerMixin):
         key, value = self.pending
         self.pending = None
         given = query.shape[2]
-        if self.decodes(given):
+        if self.decodes(given) and (self.step is not None or self.config.decode_capacity is None):
             return self._decode(query, key, value, params)
         prompt = self.prompt_part(given)
         if self.params is None:
-            # For re-eviction outside of a forward. A model's sinks are parameters: detached, no graph hangs on them.
+            # Re-eviction may run outside of a forward. Learned sinks are parameters: detach them from the autograd
+            # graph.
             self.params = params._replace(sinks=None if params.sinks is None else params.sinks.detach())
         parts = []
         if prompt:
             query_part, key_part, value_part = (tensor[:, :, :prompt] for tensor in (query, key, value))
             parts.append(self._prefill(query_part, key_part, value_part, mask, fast, params))
             if self.prompt_end is not None and self.store.seen >= self.prompt_end:
-                self.close_prompt(params)
+                self.end_prompt(params)
         elif not self.store.closed:
-            self.close_prompt(params)
+            self.end_prompt(params)
         if self.store.closed and self.step is None and self.config.decode_capacity is not None:
             self.step = static_step(query[:, :, 0], self.store, backend=self.backend, workspaces=self.workspaces)
         if prompt == 0 and given > 1 and not self.speculative:
             self.workspaces.warn(VERIFIES)
         if given - prompt > 1:
-            # A verify step evicts nothing, and a crop takes its queries back.
-            self.make_room(given - prompt)
+            # A verify step evicts nothing, and a crop may remove its queries.
+            self.ensure_room(given - prompt)
             self._save_ring(query[:, :, prompt:])
         for i in range(prompt, given):
             now = slice(i, i + 1)
@@ -283,16 +283,16 @@ class RocketKVLayer(CacheLayerMixin):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def decodes(self, given: int) -> bool:
-        """Whether a forward of that many tokens is a decode step, whatever the cache."""
+        """Whether a forward of `given` tokens is a decode step, of a static or a growing cache."""
         return given == 1 and self.prompt_end is None and not self.turn_begins and self.store.closed
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-        """Take one decode step of queries [B, H, 1, D] and return [B, 1, H, Dv]."""
+        """Run one decode step for queries [B, H, 1, D] and return [B, 1, H, Dv]."""
         if self.step is not None:
             if torch.compiler.is_dynamo_compiling() or (query.is_cuda and torch.cuda.is_current_stream_capturing()):
                 return self._step_statically(self.step, query, key, value, params)
             if self.store.lens.uncounted or self.store.lens.longest >= self.step.capacity:
-                self.make_room()
+                self.ensure_room()
         store, monitor = self.store, self.monitor
         watched = monitor is not None and monitor.asks(self.number, store)
         new, backend, workspaces = query[:, :, 0], self.backend, self.workspaces
@@ -307,7 +307,7 @@ class RocketKVLayer(CacheLayerMixin):
         """Run a step that is traced or captured, and return [B, 1, H, Dv].
 
         Raises:
-            ValueError: gradients are asked for.
+            ValueError: the query requires gradients.
         """
         if torch.is_grad_enabled() and query.requires_grad:
             raise ValueError("a compiled decode step has no gradients: run it under torch.inference_mode()")
@@ -327,7 +327,7 @@ class RocketKVLayer(CacheLayerMixin):
         fast: FastAttention,
         params: AttentionParams,
     ) -> Tensor:
-        """Append a prompt's tokens and attend from them to everything stored and, causally, to themselves."""
+        """Append a prompt's tokens and attend from them to all stored tokens and, causally, to themselves."""
         store = self.store
         start, length = store.seen, query.shape[2]
         valid = None if mask is None else mask.valid_tokens(start, start + length)
@@ -338,11 +338,11 @@ class RocketKVLayer(CacheLayerMixin):
         self.prompt_tokens = store.seen if mask is None else mask.longest_row(store.seen)
         return attend_prompt(store, query, key, value, mask, fast, params)
 
-    def close_prompt(self, params: AttentionParams) -> None:
+    def end_prompt(self, params: AttentionParams) -> None:
         """Run stage 1 at the end of a prompt.
 
         Raises:
-            ValueError: there is no prompt, or a crop has taken all queries that are to rank its tokens.
+            ValueError: there is no prompt, or a crop has removed all queries of its observation window.
         """
         store, config = self.store, self.config
         prompt = store.prompt
@@ -357,10 +357,9 @@ class RocketKVLayer(CacheLayerMixin):
             store,
             split,
             params,
-            backend=config.backend,
-            workspaces=self.workspaces,
+            ops=eviction_ops(prompt.keys, backend=config.backend, workspaces=self.workspaces),
             decode_reserve=config.decode_reserve,
-            kernel_size=config.pool_size,
+            kernel_size=config.stage_1_kernel_size,
             decode_capacity=config.decode_capacity,
             ring_size=0 if self._kept_when_full(split) is None else config.window_size,
             index_dtype=index_dtype_of(config.index_dtype),
@@ -375,21 +374,21 @@ class RocketKVLayer(CacheLayerMixin):
             self.monitor.begin(self.number)
 
     def _kept_when_full(self, split: BudgetSplit) -> int | None:
-        """Return how many generated tokens stay where the room for them ends, or None where that is an error."""
+        """Return how many generated tokens re-eviction keeps, or None if a full buffer is an error."""
         config = self.config
         ranked = split.kept_tokens is not None and split.sinks is None
         if config.decode_capacity is None or config.when_full == "raise" or not ranked:
             return None
         return kept_of(config.decode_capacity, config.window_size)
 
-    def make_room(self, count: int = 1) -> None:
-        """Have room for the next token: evict generated ones where there is none and the settings allow it.
+    def ensure_room(self, count: int = 1) -> None:
+        """Make room for the next tokens: re-evict generated tokens if the buffer is full and the settings allow it.
 
         Args:
-            count: tokens to have room for; where those are more than eviction would leave room for, for some of them.
+            count: tokens to make room for; if re-eviction frees fewer slots, there is room for at least one token.
 
         Raises:
-            ValueError: there is none for a single one, and the settings do not allow it.
+            ValueError: there is no room for a single token, and the settings do not allow re-eviction.
         """
         store, decoding = self.store, self.store.decoding
         capacity = decoding.buffers.keys.shape[2]
@@ -404,17 +403,17 @@ class RocketKVLayer(CacheLayerMixin):
         store.next_fill()
 
     def _evict_generated(self, kept: int, params: AttentionParams) -> None:
-        """Re-evict generated tokens, all but `kept` of them."""
-        size, backend = self.config.pool_size, self.backend
-        evict_generated(self.store, kept, params, kernel_size=size, backend=backend, workspaces=self.workspaces)
+        """Re-evict generated tokens, and keep `kept` of them."""
+        ops = eviction_ops(self.store.decoding.keys, backend=self.backend, workspaces=self.workspaces)
+        evict_generated(self.store, kept, params, kernel_size=self.config.stage_1_kernel_size, ops=ops)
 
     @property
     def re_evicts(self) -> bool:
-        """Whether generated tokens are evicted when the static buffer is full."""
+        """Whether generated tokens are re-evicted when the static buffer is full."""
         return self.store.closed and self.store.decoding.ring is not None
 
     def _save_ring(self, query: Tensor) -> None:
-        """Save the query ring before a verify step of queries [B, H, n, D], which evicts nothing and may be cropped."""
+        """Save the query ring before a verify step of queries [B, H, n, D], some of which a crop may remove."""
         decoding = self.store.decoding
         if decoding.ring is not None and decoding.buffers.query_ring is not None:
             decoding.ring.save(decoding.buffers.query_ring, query, self.store.lens.seen)
@@ -427,8 +426,8 @@ class RocketKVLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         """Return the tokens of the sequence so far, evicted ones included.
 
-        While a forward is compiled or captured, and after such steps that the host did not count, it is a tensor of no
-        dimensions, as that of transformers' own static cache.
+        While a forward is compiled or captured, and after steps that the host did not count, it is a 0-dimensional
+        tensor, as in transformers' static cache.
         """
         if self.step is not None and (
             torch.compiler.is_dynamo_compiling() or self.store.lens.uncounted or self._captured()
@@ -442,9 +441,9 @@ class RocketKVLayer(CacheLayerMixin):
         return self.step is not None and self.step.out.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """Return (keys of the sequence, 0) for a forward of that many tokens (a tensor of positions before 5.4).
+        """Return (keys of the sequence, 0) for a forward of `query_length` tokens (before 5.4: a tensor of positions).
 
-        A static step needs no mask and must have the same sizes every time: those of its buffers.
+        A static step needs no mask, but constant sizes: the sizes of its buffers.
         """
         given = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
         if self.step is not None and self.steps_statically(given):
@@ -460,13 +459,13 @@ class RocketKVLayer(CacheLayerMixin):
         return -1
 
     def crop(self, max_length: int) -> None:
-        """Forget tokens at the end.
+        """Remove tokens at the end.
 
         Args:
-            max_length: negative, how many to remove; positive, how many of the sequence stay.
+            max_length: if positive, the tokens of the sequence to keep; if negative, minus the tokens to remove.
 
         Raises:
-            ValueError: tokens that stage 1 evicted would be needed, or there are not as many tokens as to be removed.
+            ValueError: the crop needs tokens that stage 1 evicted, or removes more tokens than the sequence has.
         """
         self._settle()
         seen = self.store.seen
@@ -489,13 +488,13 @@ class RocketKVLayer(CacheLayerMixin):
             self.step = None
 
     def snapshot(self) -> LayerSnapshot:
-        """Return the present state, to which `restore` goes back."""
+        """Return the present state, for `restore`."""
         self._settle()
         history = None if self.history is None else self.history.snapshot(self.store)
         return LayerSnapshot(self.store.snapshot(), history, {name: getattr(self, name) for name in _SNAPPED})
 
     def restore(self, snapshot: LayerSnapshot) -> None:
-        """Go back to a snapshot.
+        """Return to a snapshot.
 
         Raises:
             ValueError: it is of another layer, or was taken before this one was reset.
@@ -510,10 +509,10 @@ class RocketKVLayer(CacheLayerMixin):
         for name, value in snapshot.fields.items():
             setattr(self, name, value)
         if step is not None and self.store.closed and step.decoding.keys is self.store.keys:
-            self.step = step  # what was compiled or captured since holds on to it
+            self.step = step  # forwards compiled or captured since then refer to it
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Drop everything."""
         self.store.clear()
         if self.history is not None:
             self.history.clear()
@@ -521,7 +520,7 @@ class RocketKVLayer(CacheLayerMixin):
         self.turn_begins = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the rows for beam search by `beam_idx` [rows], integers; a row may come several times."""
+        """Reorder the rows for beam search by `beam_idx` [rows], integers; a row may occur several times."""
         self._settle()
         self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
@@ -532,13 +531,13 @@ class RocketKVLayer(CacheLayerMixin):
         self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows only, by `indices` [rows], integers or a mask."""
+        """Keep only the rows of `indices` [rows], integers or a mask."""
         self._settle()
         self.step = None
         self._map(lambda tensor: tensor[indices.to(tensor.device)])
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor by a function of it, which changes rows."""
+        """Replace every tensor by a function of it, which reorders or selects rows."""
         if self.store.closed and self.store.decoding.ring is not None:
             self.store.decoding.ring.saved = None
         self.store.map(function)
@@ -551,7 +550,7 @@ class RocketKVLayer(CacheLayerMixin):
             self.prompt_ids = function(self.prompt_ids)
 
     def stats(self) -> LayerStats:
-        """Count this layer."""
+        """Return the tokens and bytes of this layer."""
         stats = store_stats(self.store)
         if self.step is not None:
             stats = replace(stats, other_bytes=stats.other_bytes + live_bytes(self.step.out))
@@ -563,5 +562,5 @@ class RocketKVLayer(CacheLayerMixin):
 
 
 def rocketkv_layers(cache: Any) -> list[RocketKVLayer]:
-    """Return the layers of ours in a cache of any kind."""
+    """Return the compressed layers of a cache of any kind."""
     return [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, RocketKVLayer)]

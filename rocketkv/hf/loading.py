@@ -27,8 +27,8 @@ def load_model(
 
     Args:
         name: a hub name or a local folder; None or `smollm2` for SmolLM2-135M-Instruct.
-        dtype: of the weights, such as `torch.bfloat16` or "bfloat16".
-        device: of the weights, such as "cuda:1".
+        dtype: dtype of the weights, such as `torch.bfloat16` or "bfloat16".
+        device: device of the weights, such as "cuda:1".
 
     Raises:
         ImportError: the package of SmolLM2 is not installed.
@@ -58,7 +58,7 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, P
     ends at `<|im_end|>` and pads on the left.
 
     Args:
-        dtype: of the weights.
+        dtype: dtype of the weights.
 
     Returns:
         The model (30 layers, 9 query and 3 key-value heads of width 64, 8192 positions) and its tokenizer.

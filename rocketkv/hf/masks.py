@@ -1,4 +1,4 @@
-"""Which key a query may see, evaluated for a block of queries at a time: no S x S mask is ever built.
+"""Attention masks that are evaluated for a block of queries at a time: no S x S mask is built.
 
 Letters: B batch, Hkv KV heads, S tokens of a sequence so far, n queries of this forward, N stored tokens.
 """
@@ -18,22 +18,22 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(eq=False, kw_only=True)
 class LazyMask:
-    """A model's attention mask, kept as the function that it is until a block of it is needed.
+    """A model's attention mask, kept as a function until a block of it is needed.
 
-    It travels through a model in the place of a mask tensor, so it answers to the few tensor methods that models call.
+    It replaces a mask tensor in a model's forward, so it implements the few tensor methods that models call.
 
     Attributes:
-        mask_function: says for index tensors who sees whom, padding apart.
+        mask_function: maps index tensors to bool, True where a query sees a key; ignores padding.
         padding: [B, >= kv_offset + kv_length] bool, True at tokens, or None.
         batch_size: B.
         query_length: n.
         query_offset: position of the first query; an int, or a tensor in static caches.
         kv_length: keys of this layer.
-        kv_offset: position of the first of them.
-        causal: True where, padding apart, the mask is just causal.
-        window: tokens that a query sees where, padding apart, the mask is causal but for a sliding window; else None.
-        device: where blocks are made.
-        dtype: reported to models that ask.
+        kv_offset: position of the first key.
+        causal: whether the mask is plain causal, apart from padding.
+        window: tokens that a query sees if the mask is causal with a sliding window, apart from padding; else None.
+        device: device of the blocks.
+        dtype: dtype reported to models.
     """
 
     mask_function: MaskFunction
@@ -70,7 +70,7 @@ class LazyMask:
         return self.shape if dim is None else self.shape[dim]
 
     def to(self, *args: Any, **kwargs: Any) -> "LazyMask":
-        """Return itself: its function may hold tensors of this device; what is made of it moves to the layer's."""
+        """Return itself: its function may refer to tensors of this device; blocks move to the layer's device."""
         return self
 
     def contiguous(self) -> "LazyMask":
@@ -79,23 +79,23 @@ class LazyMask:
 
     @property
     def padded(self) -> bool:
-        """Whether any key is padding. Asks the device once a forward, so only prefill may ask."""
+        """Whether any key is padding. Waits for the device once per forward, so only prefill may use it."""
         if self._padded is None:
             self._padded = self.padding is not None and not bool(self._key_padding().all())
         return self._padded
 
     @property
     def offset(self) -> int | Tensor:
-        """The first query's position: an int for every prompt, at the price of asking the device once a forward."""
+        """Position of the first query, an int in every prompt. May wait for the device once per forward."""
         if isinstance(self.query_offset, Tensor) and self.query_length > 1:
             self.query_offset = int(self.query_offset)
         return self.query_offset
 
     @property
     def plain(self) -> bool:
-        """Whether this layer's attention is the common one: causal, keys ending with the queries, no padding.
+        """Whether the mask is plain: causal, with the queries at the end of the keys, and no padding.
 
-        Then it needs no mask, for one query or where queries and keys are the same tokens.
+        Then attention needs no mask, for one query or if queries and keys are the same tokens.
         """
         if not self.causal or self.query_length not in (1, self.kv_length):
             return False
@@ -106,13 +106,13 @@ class LazyMask:
 
     @property
     def at_end(self) -> bool:
-        """Whether this is a prompt's mask, and its queries are those of the last keys."""
+        """Whether this is a prompt's mask, with the queries at the end of the keys."""
         offset = self.offset
         last = self.kv_offset + self.kv_length
         return self.query_length > 1 and isinstance(offset, int) and offset + self.query_length == last
 
     def key_padding(self) -> Tensor | None:
-        """Return [B, kv_length] bool, True at tokens, for this layer's keys, or None where none is padding."""
+        """Return [B, kv_length] bool, True at tokens, for this layer's keys, or None without padding."""
         return self._key_padding() if self.padded else None
 
     def _key_padding(self) -> Tensor:
@@ -127,11 +127,11 @@ class LazyMask:
         return found if missing <= 0 else torch.nn.functional.pad(found, (0, missing))
 
     def valid_tokens(self, start: int, stop: int) -> Tensor | None:
-        """Return [B, stop - start] bool, True at tokens, for sequence positions, or None where nothing is padding."""
+        """Return [B, stop - start] bool, True at tokens, for sequence positions, or None without padding."""
         return self._padding_between(start, stop) if self.padded else None
 
     def longest_row(self, stop: int) -> int:
-        """Return the tokens of the longest row among the sequence's first `stop`; asks the device once a forward."""
+        """Return the longest row's tokens of the sequence's first `stop`; waits for the device once per forward."""
         if not self.padded or self.padding is None:
             return stop
         if stop not in self._longest:
@@ -144,14 +144,14 @@ class LazyMask:
         Args:
             start: first query.
             stop: one past the last query.
-            keys: how many of this layer's keys there are to look at.
-            window: keys at least this far before a query are hidden by `mask_function`, so they need not be looked at.
+            keys: number of this layer's keys to evaluate.
+            window: `mask_function` hides keys at least this far before a query, so these are skipped; or None.
 
         Returns:
             The range of keys, and [1 or B, 1 or H, stop - start, keys] bool.
         """
         if self.query_length == 1 and (keys, window) in self._rows:
-            return self._rows[keys, window]  # one row serves every layer of its kind
+            return self._rows[keys, window]  # all layers of a kind share one row
         first, last = 0, min(keys, self.kv_length)
         offset = self.offset
         if isinstance(offset, int):
@@ -161,7 +161,7 @@ class LazyMask:
                 last = max(first + 1, min(last, offset + stop - self.kv_offset))
         position = torch.arange(first, last, device=self.device) + self.kv_offset
         mask = self._evaluate(start, stop, position[None, None, None, :])
-        # A single query takes padding as it comes: a decode step asks no device whether there is any.
+        # A decode step applies padding without asking the device whether there is any.
         if self.padding is not None and (self.query_length == 1 or self.padded):
             mask = mask & self._key_padding()[:, None, None, first:last]
         seen = VisibleBlock(first, last, mask)

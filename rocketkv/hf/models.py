@@ -11,7 +11,7 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 # Name of the cache in `generate`, `forward` and their outputs: transformers 5.24 changed it.
 CACHE_ARGUMENT = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
 
-# Reasons, by model type, that the attention interface alone does not show.
+# Reasons, by model type, that the attention interface does not show.
 REFUSED = {
     "doge": "it reads the attention mask as a tensor",
     "diffllama": "it calls its attention twice for one layer",
@@ -27,7 +27,7 @@ REFUSED = {
 def given_cache(kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """Return a copy of the arguments, with `cache` under the name that this transformers uses, and the cache.
 
-    The old name is left to transformers, which still accepts it and warns.
+    transformers handles the old name: it still accepts it, and warns.
     """
     given = {name: kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None}
     kwargs = {name: value for name, value in kwargs.items() if name not in ("cache", "past_key_values")}
@@ -37,7 +37,7 @@ def given_cache(kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
 
 
 def given_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the ids or embeddings that a forward gets."""
+    """Return the ids or embeddings of a forward."""
     for inputs in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), args[0] if args else None):
         if isinstance(inputs, Tensor):
             return inputs
@@ -130,7 +130,7 @@ def refuse_unsupported(model: PreTrainedModel, decoder: PreTrainedModel, attenti
 
 
 def _uneven_heads(model: PreTrainedModel, attentions: list[nn.Module]) -> str | None:
-    """Return why tensor parallel cannot divide a model's KV heads among its ranks, or None where it can.
+    """Return why tensor parallel cannot divide a model's KV heads among its ranks, or None if it can.
 
     transformers shards the rows of `k_proj` and replicates no KV heads, so an uneven share fails within the model.
     """

@@ -1,6 +1,6 @@
-"""`patch` and `unpatch` of a transformers model, and the hook before each forward of a patched decoder.
+"""`patch` and `unpatch` of a transformers model.
 
-All state of a patch lives on the model that it patches.
+All state of a patch is stored on the patched model.
 """
 
 import copy
@@ -26,7 +26,7 @@ _CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
 
 
 class PatchHandle:
-    """A patched model: its settings, its last generation, and a context manager that undoes the patch.
+    """A patched model: its settings and its last generation. As a context manager it undoes the patch.
 
     Attributes:
         model: the patched model.
@@ -48,9 +48,9 @@ class PatchHandle:
         return self._state.config
 
     def stats(self) -> CacheStats:
-        """Return tokens and bytes of the last `generate` that ended, in any thread; its cache may be gone.
+        """Return tokens and bytes of the last finished `generate` of any thread; its cache may be gone.
 
-        Where several threads generate at once, ask each one's own cache: `cache.stats()`.
+        If several threads generate at once, use `cache.stats()` of each thread's cache.
 
         Raises:
             ValueError: no `generate` has ended, or the last one had no cache.
@@ -63,11 +63,11 @@ class PatchHandle:
 
     @property
     def cache(self) -> Any:
-        """The cache of the last `generate` that ended, in any thread: to continue from, or to snapshot.
+        """The cache of the last finished `generate` of any thread, to continue from or to snapshot.
 
-        It holds the sequence but for the last generated token. The patch keeps it alive until the next `generate`
-        begins, `release()` or `unpatch`. It does not keep alive a cache that you have a reference to: one that you
-        passed to `generate`, or got back with `return_dict_in_generate=True`.
+        It has all tokens of the sequence except for the last generated one. The patch keeps it alive until the next
+        `generate`, `release()` or `unpatch`. It does not keep a cache alive that the caller has: one passed to
+        `generate`, or returned by it (`return_dict_in_generate=True`).
 
         Raises:
             ValueError: no `generate` has ended, or its cache is gone.
@@ -82,18 +82,19 @@ class PatchHandle:
         return cache
 
     def release(self) -> None:
-        """Free the cache that the last `generate` left behind, unless somebody else has a reference to it."""
+        """Free the cache of the last `generate`, unless there are other references to it."""
         self._state.release()
 
     def compile_step(self, **options: Any) -> CompiledStep:
         """Return the model's forward, compiled for the decode steps of a custom loop with a static cache.
 
-        Call it in place of the model, from the prompt on: forwards that are no decode step of a static cache run
-        eagerly. The cache is a `RocketKVCache` with a `decode_capacity` and, best, its `prompt_length`; rows of
-        different lengths need their `position_ids`. With CUDA graphs, a step overwrites the previous step's output.
+        Call it in place of the model, from the prompt on: forwards other than decode steps of a static cache run
+        eagerly. Use a `RocketKVCache` with a `decode_capacity` and preferably its `prompt_length`; rows of different
+        lengths need their `position_ids`. With CUDA graphs, a step overwrites the previous step's output.
 
         Args:
-            **options: of `torch.compile`; by default `mode="reduce-overhead"` (CUDA graphs) and `fullgraph=True`.
+            **options: options of `torch.compile`; by default `mode="reduce-overhead"` (CUDA graphs) and
+                `fullgraph=True`.
         """
         return CompiledStep(self.model, self._state.warned, **options)
 
@@ -123,21 +124,21 @@ def patch(
     """Compress a model's KV cache from now on: `model.generate(...)`, pipelines and loops work as before.
 
     Patching again changes the settings. Only full-attention layers are compressed; sliding-window and linear layers of
-    hybrid models stay as they are. Caches that are not dynamic run exactly as without the patch, with a warning. Under
-    your own `torch.compile`, decode steps with `decode_capacity` are compiled, but do not notice a full buffer
+    hybrid models do not change. Caches that are not dynamic run exactly as without the patch, with a warning. Under
+    your own `torch.compile`, decode steps with `decode_capacity` are compiled, but do not check for a full buffer
     (`handle.compile_step()` does); a cache that grows runs eagerly.
 
     Args:
         model: a causal language model of transformers, bare or wrapped (PEFT).
         config: the settings, or None for the defaults.
         tokenizer: the model's tokenizer; its chat template finds messages for `protect="system"` and `fair_shares`.
-        on_step: called with a `rocketkv.state.monitor.StepReport` after each decode step, within the forward: the
-            estimated missed mass of every head. It waits for no device unless the callback does. Copies of the model
-            have none.
+        on_step: called with a `rocketkv.state.monitor.StepReport`, the missed mass of every head, after each decode
+            step, inside the forward. It waits for the device only if the callback does. Copies of the model have no
+            callback.
         **fields: fields of `RocketKVConfig` that replace those of `config`.
 
     Returns:
-        A handle; the end of `with rocketkv.patch(model, ...):` restores the state before: no patch, or the earlier
+        A handle. The end of `with rocketkv.patch(model, ...):` restores the former state: no patch, or the earlier
         settings.
 
     Raises:
@@ -216,7 +217,7 @@ def patch(
 def _chat_marks(config: RocketKVConfig, tokenizer: Any) -> ChatMarks | None:
     """Return the marks of the tokenizer's chat template, or None if there is no tokenizer and none is needed."""
     if tokenizer is not None:
-        return chat_marks(tokenizer)  # also for caches with settings of their own
+        return chat_marks(tokenizer)  # also for caches with other settings
     if config.protect == "system" or config.fair_shares:
         wanted = "protect='system'" if config.protect == "system" else "fair_shares=True"
         raise ValueError(f"{wanted} finds messages by the chat template: give patch(..., tokenizer=...), or ranges")
@@ -224,9 +225,10 @@ def _chat_marks(config: RocketKVConfig, tokenizer: Any) -> ChatMarks | None:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undo `patch`: the model is as it was, bit for bit. Does nothing to a model that is not patched.
+    """Undo `patch`: the model is as before, bit for bit. Does nothing to a model that is not patched.
 
-    A wrapper that somebody put on `generate` or on the decoder's `forward` since stays, and calls the model's own.
+    A wrapper installed on `generate` or on the decoder's `forward` after `patch` stays, and calls the model's own
+    method.
     """
     outer = _outermost(model)
     state = state_of(outer)
@@ -239,12 +241,12 @@ def unpatch(model: nn.Module) -> None:
             delattr(module, IMPLEMENTATION)
     if state.hook is not None:
         state.hook.remove()
-    if isinstance(decoder.__dict__.get("forward"), DecoderForward):  # or it has been wrapped since: it goes on working
+    if isinstance(decoder.__dict__.get("forward"), DecoderForward):  # if wrapped since, it stays and works
         del decoder.__dict__["forward"]
         if state.former_forward is not None:
             decoder.__dict__["forward"] = state.former_forward
     for name, method in state.installed.items():
-        if outer.__dict__.get(name) is method:  # or somebody has wrapped or replaced it since
+        if outer.__dict__.get(name) is method:  # not if wrapped or replaced since
             del outer.__dict__[name]
             outer.__dict__.update({name: state.former[name]} if name in state.former else {})
     del outer.__dict__[STATE]
@@ -273,7 +275,7 @@ def _give_configs_back(former: list[tuple[nn.Module, PretrainedConfig]]) -> None
 
 
 def _outermost(model: Any) -> PreTrainedModel:
-    """Return the first transformers model in a module, which may wrap it."""
+    """Return the outermost transformers model in a module, which may wrap it."""
     if isinstance(model, nn.Module):
         for module in model.modules():
             if isinstance(module, PreTrainedModel):

@@ -1,4 +1,4 @@
-"""The state of a patch, which lives on the model that it patches."""
+"""The state of a patch, stored on the patched model."""
 
 import threading
 from collections.abc import Callable
@@ -22,9 +22,9 @@ class Finished:
     """A generation that has ended.
 
     Attributes:
-        stats: of its cache, or None if it had none.
+        stats: statistics of its cache, or None if it had none.
         cache: returns the cache, or None once it is gone.
-        held: whether `cache` keeps it alive.
+        held: whether this record keeps the cache alive.
     """
 
     stats: CacheStats | None
@@ -34,21 +34,21 @@ class Finished:
 
 @dataclass(eq=False)
 class PatchState:
-    """The patch of a model: enough to run it and to undo it. It is copied and pickled with the model.
+    """The patch of a model: all that is needed to run and to undo it. It is copied and pickled with the model.
 
     Attributes:
         config: the settings in force.
-        chat: the chat template's marks, or None where no tokenizer was given.
-        former_configs: modules and the configurations that they had.
-        former: methods that the model had in its own `__dict__`, by name.
-        installed: methods that the patch put there, by name.
-        former_forward: the decoder's own `forward` in its `__dict__`, or None.
+        chat: marks of the chat template, or None without a tokenizer.
+        former_configs: modules and their configurations before the patch.
+        former: methods in the model's `__dict__` before the patch, by name.
+        installed: methods that the patch stored in the model's `__dict__`, by name.
+        former_forward: the `forward` in the decoder's `__dict__` before the patch, or None.
         hook: the decoder's forward pre-hook.
-        warned: warnings that were given.
+        warned: warnings already given.
         on_step: callback for reports of decode steps, or None.
         finished: the last generation that ended, in any thread.
         thread: the running generation of each thread.
-        lock: of `finished`, which threads replace.
+        lock: protects `finished`, which threads replace.
     """
 
     config: RocketKVConfig
@@ -65,7 +65,7 @@ class PatchState:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to this process and its threads."""
+        """Leave out the state of this process and its threads."""
         return self.__dict__ | {"thread": None, "lock": None, "on_step": None, "finished": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -85,9 +85,9 @@ class PatchState:
 
 
 def no_cache() -> None:
-    """Return None: a generation whose cache is gone."""
+    """Return None, the cache of a generation that has none."""
 
 
 def state_of(model: nn.Module) -> PatchState | None:
-    """Return what `patch` left on a model, or None where it is not patched."""
+    """Return the state of a model's patch, or None if it is not patched."""
     return model.__dict__.get(STATE)

@@ -33,7 +33,7 @@ from ..state.stats import NOMINAL_ITEMSIZE, CacheStats, LayerStats, step_bytes
 from ..state.store import decode_room
 from .models import find_decoder, refuse_unsupported
 
-INTEGER = torch.int32.itemsize  # of positions and lengths
+INTEGER = torch.int32.itemsize  # bytes of a position or a length
 CEILINGS = "Ceilings assume that memory bandwidth alone bounds a step; they are not measurements."
 MEMORY = ("full_bytes", "key_bytes", "value_bytes", "index_bytes", "other_bytes")
 # Names in configurations of the number of experts that a layer's router chooses from.
@@ -49,11 +49,11 @@ class Plan:
         config: the compression's settings.
         context: S, tokens of each row's prompt.
         batch: B, rows.
-        dtype: of keys, values and weights.
-        split: of the first compressed layer; None if no layer is compressed.
+        dtype: dtype of keys, values and weights.
+        split: budget split of the first compressed layer; None if no layer is compressed.
         cache: tokens and bytes of every layer at the end of the prompt.
         weight_bytes: bytes of weights that one decode step reads, for all rows together.
-        notes: assumptions of the figures, and costs that they leave out.
+        notes: assumptions of these numbers, and costs that they exclude.
     """
 
     model: str
@@ -73,7 +73,7 @@ class Plan:
 
     @property
     def end_to_end_ceiling(self) -> float:
-        """The same with the weights, which both steps read."""
+        """The same ratio, including the weights, which both steps read."""
         dense, compressed = self.cache.total("dense_step_bytes"), self.cache.total("step_bytes")
         return _ratio(self.weight_bytes + dense, self.weight_bytes + compressed)
 
@@ -157,8 +157,8 @@ def plan(
         batch: B, rows.
         token_budget: t, tokens of K and V that a decode step may read.
         method: one of `rocketkv.METHODS`.
-        decode_reserve: generated tokens that the split counts in and the cache has room for.
-        dtype: of keys, values and weights: float32, bfloat16 or float16.
+        decode_reserve: generated tokens that the sequence length of the split includes and the cache has room for.
+        dtype: dtype of keys, values and weights: float32, bfloat16 or float16.
         index_dtype: see `RocketKVConfig`.
 
     Raises:
@@ -203,7 +203,7 @@ def plan(
             splits.append(split)
             stored, room = _stored(split, context), decode_room(split, decode_reserve)
         elif isinstance(kind, DynamicSlidingWindowLayer):
-            stored = min(context, kind.sliding_window - 1)  # the window less the token that attends
+            stored = min(context, kind.sliding_window - 1)  # the sliding window without the token that attends
         shape = (batch * kv_heads, head_dim, value_dim)
         counted = _count_layer(split, context, stored, room, shape, sizes, batch * decoder.config.num_attention_heads)
         if split is not None and settings.keeps_history:
@@ -268,10 +268,10 @@ def _count_layer(
     Args:
         split: the layer's split; None for a layer that is not compressed.
         context: S.
-        stored: tokens that are kept.
-        room: free slots after those.
+        stored: tokens that stage 1 keeps.
+        room: free slots after these.
         shape: B * Hkv, D and Dv.
-        sizes: bytes of an element of K and V, and of a page's bound.
+        sizes: bytes of an element of K and V, and of a page bound.
         query_rows: B * H.
     """
     (rows, head_dim, value_dim), (size, index_size) = shape, sizes
@@ -303,7 +303,7 @@ def _count_layer(
 def _step_weights(model: PreTrainedModel, decoder: PreTrainedModel, batch: int, itemsize: int) -> tuple[int, list[str]]:
     """Return the bytes of weights that a decode step reads, and notes on the assumptions.
 
-    Embeddings are read one row per token and do not count, unless the output layer shares their weight.
+    Embeddings do not count, since a token reads one row, unless the output layer shares their weight.
     """
     config: Any = decoder.config
     lookups = {id(module.weight) for module in decoder.modules() if isinstance(module, nn.Embedding)}
@@ -338,7 +338,7 @@ def _ratio(dense: int, compressed: int) -> float:
 
 
 def _stored(split: BudgetSplit, context: int) -> int:
-    """Return the number of tokens that are kept of a prompt of S."""
+    """Return how many of a prompt's S tokens stage 1 keeps."""
     return context if split.kept_tokens is None else min(context, split.kept_tokens)
 
 

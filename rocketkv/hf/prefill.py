@@ -1,4 +1,4 @@
-"""Attention of a prompt's tokens to everything that a store holds and, causally, to themselves.
+"""Attention of a prompt's tokens to all stored tokens and, causally, to themselves.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim, n tokens of a forward, N stored tokens.
 """
@@ -12,8 +12,8 @@ from ..core.params import AttentionParams
 from ..state.store import KVStore
 from .masks import LazyMask
 
-# The model's own fast attention for causal queries at the end of the keys, (query, key, value, padding) to
-# [B, n, H, Dv]; None where it cannot do the shape.
+# The model's own attention for causal queries at the end of the keys: maps (query, key, value, padding) to
+# [B, n, H, Dv], or to None if it does not support the shapes.
 FastAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None]
 
 
@@ -26,14 +26,14 @@ def attend_prompt(
     fast: FastAttention,
     params: AttentionParams,
 ) -> Tensor:
-    """Attend from the last n tokens of a prompt, which the store holds already.
+    """Attend from the last n tokens of a prompt, which are already in the store.
 
     Args:
-        store: a prompt, not closed.
+        store: the layer's store, with an open prompt.
         query: [B, H, n, D], after rotary embedding.
-        key: [B, Hkv, n, D], the same tokens'.
+        key: [B, Hkv, n, D], keys of the same tokens.
         value: [B, Hkv, n, Dv].
-        mask: the model's mask, or None where it has none: causal.
+        mask: the model's mask, or None for a causal one.
         fast: the model's own attention for plain causal prompts.
         params: the model's attention parameters.
 
@@ -41,7 +41,7 @@ def attend_prompt(
         [B, n, H, Dv].
 
     Raises:
-        ValueError: there are no tokens, or padding and no mask that says where.
+        ValueError: the store has no prompt, or there is padding and no mask.
     """
     prompt, length, stored = store.prompt, query.shape[2], store.stored
     keys, values = prompt.keys[:, :, :stored], prompt.values[:, :, :stored]

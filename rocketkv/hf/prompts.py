@@ -29,7 +29,7 @@ class Prompt(NamedTuple):
     """A prompt in two parts.
 
     Attributes:
-        head: up to the end of the context: the part that question-agnostic compression reads first.
+        head: the text up to the end of the context, which query-agnostic compression reads first.
         tail: the question and the beginning of the answer.
         special: whether the tokenizer adds its special tokens; a chat template writes them itself.
     """
@@ -94,8 +94,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, apart: bool = 
     Args:
         tokenizer: the model's.
         prompt: the prompt.
-        apart: encode head and tail separately, so that the head's tokens do not depend on the question. Otherwise the
-            prompt is encoded as one text, as in normal use, and the number is that of the head encoded alone.
+        apart: whether to encode head and tail separately, so that the head's tokens do not depend on the question.
+            Otherwise the prompt is encoded as one text, and the number is that of the head encoded alone.
     """
     head = list(tokenizer(prompt.head, add_special_tokens=prompt.special)["input_ids"])
     if apart:
@@ -111,7 +111,7 @@ def continued(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
     if not str(tokenizer.convert_ids_to_tokens(ids("a")[:1])[0]).startswith(_SPACE):
         return ids(text)
-    # Encoded after a character that no vocabulary has, so that no token joins the two.
+    # Encode after a character that no vocabulary has, so that no token joins the two.
     return ids(_MARK[0] + text)[len(ids(_MARK[0])) :]
 
 

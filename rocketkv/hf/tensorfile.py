@@ -1,7 +1,6 @@
-"""A safetensors file of tensors and one document in JSON, which is whole or refused.
+"""A safetensors file of tensors and one JSON document; a damaged file is refused.
 
-The document, in the file's metadata, is under a checksum, and holds what each tensor must look like: its dtype, its
-shape and the SHA-256 of its bytes.
+The document is in the file's metadata, with a checksum. It lists the dtype, shape and SHA-256 of every tensor.
 """
 
 import hashlib
@@ -20,19 +19,19 @@ from torch import Tensor
 from .._version import __version__
 
 FORMAT = 1
-_NAMED = 4  # differences that a message names
+_NAMED = 4  # differences that an error message lists
 
-# Reads and verifies those tensors whose names are wanted.
+# Reads and verifies the tensors whose names a predicate accepts.
 Read: TypeAlias = Callable[[Callable[[str], bool]], dict[str, Tensor]]
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], document: dict[str, Any]) -> None:
-    """Write a file, which appears under its name when it is complete, in the place of one that was there.
+    """Write a file atomically; it replaces an existing one.
 
     Args:
-        path: its name.
-        tensors: by name, on any device.
-        document: what JSON can hold.
+        path: the file.
+        tensors: tensors by name, on any device.
+        document: values for JSON.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -45,7 +44,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], document: dict[str, An
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
         part.touch()
-        mode = part.stat().st_mode  # what new files get here; safetensors lets nobody else read its own
+        mode = part.stat().st_mode  # the mode of new files here; safetensors makes its files private
         save_file(tensors, part, {"rocketkv": text, "checksum": hashlib.sha256(text.encode()).hexdigest()})
         with part.open("rb+") as file:
             os.fsync(file.fileno())
@@ -56,11 +55,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], document: dict[str, An
 
 
 def open_tensors(path: Path) -> tuple[dict[str, Any], Read]:
-    """Return a file's document, verified, and what reads its tensors.
+    """Return a file's verified document, and a function that reads its tensors.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, no such file, or of another version; the message says which.
+        ValueError: it is damaged, no saved cache, or of another version; the message says which.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
@@ -102,16 +101,16 @@ def open_tensors(path: Path) -> tuple[dict[str, Any], Read]:
 
 
 def refuse_difference(path: Path, what: str, saved: Any, here: Any) -> None:
-    """Refuse a file that says other than what is found here.
+    """Refuse a file with a value that differs from the present one.
 
     Args:
         path: the file.
-        what: what is compared.
-        saved: what the file says of it, as JSON has it.
-        here: what is found.
+        what: name of the value.
+        saved: the value in the file, from JSON.
+        here: the present value.
 
     Raises:
-        ValueError: they differ; the message names where.
+        ValueError: they differ; the message lists the differences.
     """
     found = list(_differences(what, saved, here))
     if found:
@@ -120,7 +119,7 @@ def refuse_difference(path: Path, what: str, saved: Any, here: Any) -> None:
 
 
 def _differences(what: str, saved: Any, here: Any) -> Iterator[str]:
-    """Yield where two JSON values differ."""
+    """Yield the differences of two JSON values."""
     if isinstance(saved, dict) and isinstance(here, dict):
         for name in [*saved, *(name for name in here if name not in saved)]:
             yield from _differences(f"{what}.{name}", saved.get(name), here.get(name))
@@ -129,7 +128,7 @@ def _differences(what: str, saved: Any, here: Any) -> Iterator[str]:
 
 
 def _owned(tensor: Tensor) -> Tensor:
-    """Return a tensor on the CPU, in storage of its own."""
+    """Return a contiguous tensor on the CPU whose storage has no other data."""
     tensor = tensor.detach()
     own = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
     return tensor.to("cpu") if own else tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -141,6 +140,6 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 
 def _mark(tensor: Tensor) -> dict[str, Any]:
-    """Return what a tensor in a file must look like."""
+    """Return the dtype, shape and SHA-256 of a tensor."""
     digest = hashlib.sha256(raw_bytes(tensor)).hexdigest()
     return {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "sha256": digest}

@@ -1,4 +1,4 @@
-"""The phase of a forward: which of its tokens are a prompt's, and which are decoded or verified."""
+"""The phase of a forward: how many of its tokens are prefill, and how many are decoded or verified."""
 
 import warnings
 
@@ -6,18 +6,18 @@ import warnings
 def prompt_part(
     seen: int, given: int, prompt_end: int | None, *, closed: bool, begins: bool = False, verifies: bool = False
 ) -> int:
-    """Return how many of the `given` tokens of a forward belong to a prompt; the rest are decoded.
+    """Return how many of a forward's `given` tokens belong to a prompt; the rest are decoded or verified.
 
-    After a prompt has ended, several tokens at once verify a draft unless a turn begins: nothing is evicted in them.
+    After a prompt has ended, a forward of several tokens verifies a draft and evicts nothing, unless it begins a turn.
 
     Args:
         seen: tokens of the sequence before this forward.
         given: tokens of this forward.
-        prompt_end: tokens of the sequence when the prompt ends, or None where unknown: then a forward of several tokens
-            is a chunk of the prompt, and the first single token ends it.
+        prompt_end: tokens of the sequence when the prompt ends, or None if unknown: then a forward of several tokens is
+            a chunk of the prompt, and the first single token ends it.
         closed: whether the last prompt has ended.
-        begins: whether `begin_turn` was called for this forward, however few tokens it has.
-        verifies: whether forwards of several tokens verify a draft, which may begin in the prompt's forward.
+        begins: whether this forward begins a turn (`begin_turn`), even with a single token.
+        verifies: whether forwards of several tokens verify a draft, which may start in the prompt's forward.
     """
     if prompt_end is not None and seen < prompt_end:
         return min(given, prompt_end - seen) if verifies else given
@@ -27,10 +27,10 @@ def prompt_part(
 
 
 def check_prompt_length(length: object) -> None:
-    """Check the number of tokens that a prompt is said to have.
+    """Check a `prompt_length` argument.
 
     Raises:
-        TypeError: it is no int.
+        TypeError: it is not an int.
         ValueError: it is less than 1.
     """
     if not isinstance(length, int) or isinstance(length, bool):
@@ -40,14 +40,14 @@ def check_prompt_length(length: object) -> None:
 
 
 def check_queries(found: int, wanted: int) -> None:
-    """Say so where a crop has forgotten queries of a prompt's last tokens before it ended: those before are not kept.
+    """Warn if a crop has removed queries of the observation window before the prompt ended; no others can replace them.
 
     Args:
-        found: how many of them are at hand to rank the prompt's tokens.
-        wanted: how many there should be.
+        found: queries that are left to rank the prompt's tokens.
+        wanted: queries that the observation window should have.
 
     Raises:
-        ValueError: there is none.
+        ValueError: none is left.
     """
     if found >= wanted:
         return

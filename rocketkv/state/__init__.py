@@ -1,1 +1,1 @@
-"""What one layer of one batch of sequences holds, through prompts and decoding."""
+"""The state of one layer for one batch of sequences, through prompts and decoding."""

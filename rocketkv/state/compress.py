@@ -1,7 +1,7 @@
-"""The end of a prompt: stage 1, compaction and the index; and stage 1 again over generated tokens.
+"""The end of a prompt (stage 1, compaction, index), and the re-eviction of generated tokens.
 
-Re-eviction of generated tokens bounds decoding: when static buffers are full, the generated tokens are ranked by the
-attention of the last W of them, and half of the room is kept. The prompt's tokens stay, and buffers do not move.
+When static buffers are full, stage 1 ranks the generated tokens by the attention of the last W queries, and keeps
+enough of them to fill half of their room. The prompt's tokens stay, and buffers do not move.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim, N stored tokens, W observation window.
 """
@@ -22,11 +22,11 @@ from .protection import message_numbers, protected_first, protected_slots, with_
 from .queries import QueryRing, make_ring
 from .store import KVStore, decode_room
 
-# The share of the room for generated tokens that is kept when it is full.
+# Share of the room for generated tokens that re-eviction keeps.
 KEPT_SHARE = 0.5
 
-# Greatest width of the max-pooling of generated tokens. A prompt's pools are for many thousands of tokens; of a few
-# hundred generated ones they would keep one or two neighbourhoods.
+# Largest width of the max-pooling of generated tokens. Of a few hundred generated tokens, the wider pools of a prompt
+# would keep only one or two neighbourhoods.
 WIDEST_POOL = 5
 
 
@@ -42,21 +42,21 @@ def close_prompt(
     ring_size: int = 0,
     ops: EvictionOps = TORCH_OPS,
 ) -> None:
-    """End a store's prompt: evict by stage 1 where a row exceeds its share, drop padding, build the index.
+    """End a store's prompt: evict by stage 1 if a row exceeds the tokens to keep, drop padding, build the index.
 
     Args:
-        store: reads a prompt whose queries it remembers.
+        store: the layer's store, with an open prompt and its last queries.
         split: the tokens to keep, and how to index them.
         params: the model's attention parameters.
-        decode_reserve: slots to make room for beyond the kept tokens.
-        kernel_size: width of stage 1's max-pooling.
+        decode_reserve: slots to allocate beyond the kept tokens.
+        kernel_size: odd width of stage 1's max-pooling.
         decode_capacity: slots for generated tokens in static buffers, or None for buffers that grow.
-        index_dtype: dtype of page bounds, or None for the keys'.
-        ring_size: W, queries of the last tokens to remember while decoding; 0 for none.
+        index_dtype: dtype of page bounds, or None for the dtype of the keys.
+        ring_size: W, size of the query ring; 0 for none.
         ops: the backend's operations of stage 1.
 
     Raises:
-        ValueError: there is no prompt, or fewer of its tokens are kept than its queries rank.
+        ValueError: there is no prompt, or the split keeps fewer tokens than the observation window has.
     """
     prompt, lens = store.prompt, store.lens
     if prompt.queries is None:
@@ -72,7 +72,7 @@ def close_prompt(
         shortest, longest = (int(count) for count in torch.stack(counts.aminmax()).tolist())
         _refuse_padded_ends(split, valid, counts)
     slots: Tensor | None = None
-    restorable = store.restorable  # a prompt that evicts nothing can be taken back to the last eviction
+    restorable = store.restorable  # if this prompt evicts nothing, crops can return to the last eviction
     if split.kept_tokens is not None and longest > split.kept_tokens:
         slots = _kept_slots(store, split, params, keys, values, valid, protected, kernel_size, ops)
         restorable = lens.seen - (queries.shape[2] if split.sinks is None else split.kept_tokens - split.sinks)
@@ -86,11 +86,11 @@ def close_prompt(
         ordered = protected_first(present, protected)
         moved = not torch.equal(ordered, present)
         if moved:
-            # A crop to before the last protected token would find tokens out of the sequence's order.
+            # Up to the last protected token, slots are not in the order of the sequence: no crop can return there.
             last = int(prompt.slot_positions(stored).masked_fill(~protected, -1).amax())
             slots, restorable, store.complete = ordered, max(restorable, last + 1), False
     room = decode_room(split, decode_reserve) if decode_capacity is None else decode_capacity
-    page_size = None if split.channels is None else split.page_size  # bounds are computed as keys are moved
+    page_size = None if split.channels is None else split.page_size  # bounds are computed while keys are moved
     kept_keys, kept_values, positions, seq_lens, bounds = ops.compact(
         keys, values, slots, valid, prompt.positions, longest, longest + room, page_size, index_dtype
     )
@@ -168,7 +168,7 @@ def _derive(
     params: AttentionParams,
     index_dtype: torch.dtype | None,
 ) -> None:
-    """Build the sketch of compacted tokens, the sum of their values, and the calibrated residual."""
+    """Build the sketch of the compacted tokens, the sum of their values, and the residual's calibration."""
     lens, split, index, buffers = store.lens, decoding.split, decoding.index, decoding.buffers
     lengths = None if lens.shortest == lens.longest else buffers.seq_lens
     if index is not None and not buffers.index_tensors:
@@ -183,7 +183,7 @@ def _derive(
 
 
 def _refuse_padded_ends(split: BudgetSplit, valid: Tensor, counts: Tensor) -> None:
-    """Refuse a row that stage 1 would rank by padding, because its prompt does not end with a token."""
+    """Refuse a row whose prompt ends with padding: queries of padding would rank its tokens."""
     if split.kept_tokens is None or split.sinks is not None:
         return
     wrong = ((counts > split.kept_tokens) & ~valid[..., -1]).any(-1)
@@ -196,7 +196,7 @@ def _refuse_padded_ends(split: BudgetSplit, valid: Tensor, counts: Tensor) -> No
 
 
 def kept_of(decode_capacity: int, window_size: int) -> int | None:
-    """Return how many of `decode_capacity` generated tokens re-eviction keeps, or None if there are fewer than 2W."""
+    """Return how many of `decode_capacity` generated tokens re-eviction keeps, or None for a capacity under 2W."""
     return int(decode_capacity * KEPT_SHARE) if decode_capacity >= 2 * window_size else None
 
 
@@ -205,13 +205,13 @@ def kept_of(decode_capacity: int, window_size: int) -> int | None:
 def evict_generated(
     store: KVStore, kept: int, params: AttentionParams, *, kernel_size: int, ops: EvictionOps = TORCH_OPS
 ) -> None:
-    """Keep only the best of the generated tokens of every row, in place.
+    """Re-evict generated tokens: keep the highest-ranked ones of every row, in place.
 
     Args:
         store: its prompt closed, with a query ring.
-        kept: generated tokens to keep, those of the observation window included.
+        kept: generated tokens to keep, those of the query ring included.
         params: the model's attention parameters.
-        kernel_size: odd width of stage 1's max-pooling, of which at most `WIDEST_POOL` is used.
+        kernel_size: odd width of stage 1's max-pooling; at most `WIDEST_POOL` is used.
         ops: the backend's operations of stage 1.
 
     Raises:
@@ -227,7 +227,7 @@ def evict_generated(
     if not window <= kept < count:
         raise ValueError(f"there must be more generated tokens than are kept; got {count} and {kept}")
     lengths = buffers.seq_lens.long()[..., None]
-    # Rows of different lengths are aligned at their ends, as those of a prompt are.
+    # Rows of different lengths are aligned at their ends, as in a prompt.
     slot = torch.arange(stored, device=device) - (stored - lengths)
     valid = None if store.uniform else slot >= 0
     keys = buffers.keys[:, :, :stored] if valid is None else gather_tokens(slot.clamp(min=0), buffers.keys)[0]
@@ -240,11 +240,11 @@ def evict_generated(
 
 
 def _move(store: KVStore, first: Tensor, chosen: Tensor, count: int) -> None:
-    """Move chosen ones of each row's last `count` tokens to the front of those, and empty the slots behind them."""
+    """Move the `chosen` of each row's last `count` tokens to the front of these, and clear the slots behind."""
     decoding = store.decoding
     keys, values, positions, seq_lens = decoding.buffers[:4]
     kept = chosen.shape[-1]
-    store.protect_generated(count)
+    store.save_generated(count)
     source = first + chosen
     target = first + torch.arange(count, device=keys.device)
     moved = (*gather_tokens(source, keys, values), positions.gather(2, source))

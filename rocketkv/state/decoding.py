@@ -1,4 +1,4 @@
-"""The second phase of a store: compacted tokens that are being decoded.
+"""The decode phase of a store: compacted prompt tokens, and generated ones.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim of keys, Dv of values, N stored tokens, W query ring.
 """
@@ -21,17 +21,17 @@ from .queries import QueryRing
 
 @dataclass(eq=False, kw_only=True)
 class DecodeTokens:
-    """Compacted tokens: each row from slot 0 on, with room for generated tokens and an index.
+    """Compacted tokens of each row from slot 0 on, with room for generated tokens, and an index.
 
     Attributes:
         buffers: the tensors that a decode step reads and writes.
         split: the tokens and bytes that a step may read.
-        index: scores the stored tokens, or None where nothing is scored.
-        ring: which queries `buffers.query_ring` holds, or None without a ring.
+        index: the index that scores the stored tokens, or None.
+        ring: host state of `buffers.query_ring`, or None without a ring.
         decode_capacity: in static mode, slots for generated tokens beyond the prompt's; None for buffers that grow.
-        prompt_end: tokens seen when the prompt ended; those after it are in every row.
-        prompt_stored: tokens that the longest row stored then.
-        moved: whether the prompt's end put protected tokens before earlier ones.
+        prompt_end: tokens of the sequence when the prompt ended; every row stores the tokens after it.
+        prompt_stored: tokens that the longest row stored when the prompt ended.
+        moved: whether the prompt's end moved protected tokens before earlier ones.
         aligned: whether slot and position in the sequence are the same for every token.
     """
 
@@ -88,12 +88,12 @@ class DecodeTokens:
         )
 
     def roll(self, lens: SeqLens, kept: int, slack: int) -> None:
-        """Drop the oldest tokens that are no sink tokens, in the counts as well.
+        """Drop the oldest tokens other than sink tokens, and update the counts.
 
         Args:
-            lens: the host's counts.
+            lens: the host's token counts.
             kept: tokens that a step attends to.
-            slack: tokens to keep beyond those, so that drafts can be taken back.
+            slack: tokens to keep beyond those, so that rejected drafts can be cropped.
         """
         keys, values, positions, seq_lens = self.buffers[:4]
         count = kept + slack
@@ -109,7 +109,7 @@ class DecodeTokens:
         self.aligned = False
 
     def crop(self, lens: SeqLens, length: int) -> None:
-        """Forget the tokens from position `length` on, in the counts as well."""
+        """Drop the tokens from position `length` on, and update the counts."""
         buffers, removed = self.buffers, lens.seen - length
         if self.ring is not None and buffers.query_ring is not None:
             self.ring.crop(buffers.query_ring, lens.seen, length)
@@ -133,15 +133,15 @@ class DecodeTokens:
         self.sum_values(lens)
 
     def sum_values(self, lens: SeqLens) -> None:
-        """Recompute the sum of values, in place, after tokens have gone."""
+        """Recompute the sum of values, in place, after tokens were removed."""
         if self.buffers.value_sum is not None:
             lengths = None if lens.shortest == lens.longest else self.buffers.seq_lens
             self.buffers.value_sum.copy_(sum_values(self.values, lens.longest, lengths))
 
     def empty_behind(self, lens: SeqLens, used: int | None) -> None:
-        """Empty the slots behind each row's tokens: up to slot `used`, or all of them.
+        """Clear the slots behind each row's tokens, up to slot `used` or, for None, to the end.
 
-        An append to rows of different lengths leaves a slot that no token took as it is, and NaN times 0 is NaN.
+        Appends to rows of different lengths may leave a slot unwritten, and a masked NaN stays NaN.
         """
         first = lens.shortest
         for tensor, value in ((self.keys, 0), (self.values, 0), (self.positions, -1)):

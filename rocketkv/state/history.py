@@ -1,9 +1,10 @@
-"""Every token of a conversation, beside the store of the few that one turn's prompt selected (paper, RocketKV-MT).
+"""All tokens of a conversation, for a store that decodes from one turn's selection of them.
 
-Nothing is evicted for good: at the end of each prompt all keys and values come here, and the store keeps those that
-stage 1 selects for decoding; at the next prompt they go back, the tokens decoded since included, to be attended to and
-selected from anew. Slot and position in the sequence are the same. Between prompts a history may live on another
-device, in pinned memory where that is the host: then each layer's way back overlaps the layer before it.
+Source: paper (arXiv 2502.14051), section 3.5, "RocketKV-MT". Nothing is evicted for good. At the end of a prompt, the
+history keeps all keys and values, and the store keeps those that stage 1 selects for decoding. At the next prompt, all
+tokens return to the store, the decoded ones included; the prompt attends to them, and stage 1 selects again. Slot and
+position in the sequence are equal. Between prompts a history may be on another device, in pinned memory if that is the
+host. Then the copy back of each layer overlaps the computation of the layer before it.
 
 Letters: B batch, Hkv KV heads, D head dim, S tokens of the sequence.
 """
@@ -24,10 +25,9 @@ NAMES = ("keys", "values", "positions")
 
 @dataclass(eq=False, frozen=True)
 class HistorySnapshot:
-    """The state of one history at one time: the buffers that it had, and how many tokens of them are its own.
+    """The state of one history at one time: its buffers, and its number of tokens in them.
 
-    While a prompt runs on one device, the store has those buffers, and `held` of their tokens are not to be written
-    over either.
+    `held` tokens of the buffer `keys` must not be overwritten, also while the store uses that buffer for a prompt.
     """
 
     life: object
@@ -38,18 +38,18 @@ class HistorySnapshot:
 
 
 class History:
-    """All keys and values of one layer's sequence, while its store decodes; empty while a prompt runs on one device.
+    """All keys and values of one layer's sequence while its store decodes; empty while a prompt runs on one device.
 
     Args:
-        device: where they live between prompts, or None for the device of the store.
+        device: device of the buffers between prompts, or None for the store's device.
 
     Attributes:
         keys: [B, Hkv, capacity, D], or None.
         values: [B, Hkv, capacity, Dv], or None.
         positions: [B, 1, capacity] int32, each slot's position in the sequence, -1 for padding; None without padding.
-        seen: tokens of the sequence that are here.
-        following: the next layer's history, which is fetched while this layer computes; None behind the last, and in a
-            copy until its first forward. It points one way only: a ring would outlive its cache.
+        seen: tokens of the sequence in this history.
+        following: the next layer's history, which is copied back while this layer computes; None in the last layer, and
+            in a copy until its first forward. References point one way: a cycle would keep the cache alive.
     """
 
     keys: Tensor | None
@@ -62,8 +62,8 @@ class History:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything; snapshots too."""
-        self._home: torch.device | None = None  # of the store
+        """Drop everything; snapshots become invalid."""
+        self._home: torch.device | None = None  # device of the store
         self.keys = self.values = self.positions = None
         self.seen = 0
         self._fetched: _Fetched | None = None
@@ -71,28 +71,28 @@ class History:
         self._snapshots: list[weakref.ref[HistorySnapshot]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what a copy does not have: snapshots, which are of this history, and what is under way."""
+        """Leave out the snapshots, which belong to this history, and copies in progress."""
         left_out = ("_life", "_snapshots", "_fetched", "following")
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Begin without snapshots."""
+        """Start without snapshots."""
         self._life, self._snapshots, self._fetched, self.following = object(), [], None, None
         self.__dict__.update(state)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return every tensor that lives here, by name."""
+        """Return every tensor of the history by name."""
         return {name: tensor for name in NAMES if (tensor := getattr(self, name)) is not None}
 
     @torch.inference_mode(False)  # buffers may be written in a later call that is not in inference mode
     def keep(self, store: KVStore) -> None:
-        """Take in the tokens of a prompt that is about to end; on one device its buffers themselves.
+        """Keep the tokens of a prompt that is about to end; on one device, keep its buffers without a copy.
 
         Args:
-            store: its prompt not closed, which holds every token of the sequence.
+            store: the layer's store, with an open prompt that has every token of the sequence.
 
         Raises:
-            ValueError: the store holds none.
+            ValueError: the store has no open prompt.
         """
         prompt = store.prompt
         self._home = prompt.keys.device
@@ -107,10 +107,10 @@ class History:
 
     @torch.inference_mode(False)
     def fill(self, tensors: dict[str, Tensor], store: KVStore) -> None:
-        """Take in the tokens of a history that was saved: all that a store has seen.
+        """Load the tokens of a saved history: all tokens that a store has seen.
 
         Raises:
-            ValueError: they are not those of such a store.
+            ValueError: their shapes do not fit the store.
         """
         if store.keys is None or store.values is None:
             raise ValueError("there is no store that a history could belong to")
@@ -131,11 +131,11 @@ class History:
 
     @torch.inference_mode(False)
     def absorb(self, store: KVStore, room: int = 0) -> None:
-        """Take in the tokens that a store has decoded since the last call.
+        """Append the tokens that a store has decoded since the last call.
 
         Args:
-            store: its prompt closed.
-            room: tokens that will follow before the next call, to make room for.
+            store: the layer's store, its prompt closed.
+            room: tokens to allocate room for, which will follow before the next call.
         """
         decoded = self._decoded(store)
         if decoded is not None:
@@ -143,11 +143,11 @@ class History:
             self.seen += decoded[0].shape[2]
 
     def resume(self, store: KVStore, given: int) -> None:
-        """Give a store all tokens back, for another prompt that begins with `given` tokens.
+        """Return all tokens to a store, for another prompt that begins with `given` tokens.
 
         Args:
-            store: its last prompt closed.
-            given: tokens to make room for.
+            store: the layer's store, its last prompt closed.
+            given: tokens to allocate room for.
 
         Raises:
             ValueError: nothing was kept.
@@ -160,13 +160,13 @@ class History:
         if self.keys is None or self.values is None:
             raise ValueError("there is no history to resume")
         store.reopen(self.keys, self.values, self.positions, self.seen)
-        # The store has it all until its prompt ends: a buffer that grows must not live twice.
+        # The store owns the buffers until its prompt ends: a buffer that grows must not exist twice.
         self.keys = self.values = self.positions = None
         self.seen = 0
 
     @torch.inference_mode(False)
     def _send(self, store: KVStore, given: int) -> None:
-        """Do what `resume` does, from another device."""
+        """Run `resume` from another device."""
         if self.keys is None or store.keys is None:
             raise ValueError("there is no history to resume")
         held, decoded = self.seen, self._decoded(store)
@@ -179,10 +179,10 @@ class History:
         if following is not None and there is not None and overlaps(there):
             stream = fetched.stream if there == store.keys.device else None
             following._fetched = following._fetch(there, room, stream)
-        self.absorb(store, given)  # a host waits here: what is to run beside the computation has begun
+        self.absorb(store, given)  # a host waits here; the copies that overlap the computation have started
         keys, values, positions = fetched.arrived()
         if decoded is not None:
-            # What the store has decoded is there already; what was under way did not know of it.
+            # Decoded tokens are already on the store's device, and the copy in progress lacks them.
             for buffer, new in zip((keys, values), decoded, strict=True):
                 buffer[:, :, held : self.seen].copy_(new)
             if positions is not None:
@@ -191,11 +191,11 @@ class History:
         store.reopen(keys, values, positions, self.seen)
 
     def head(self, store: KVStore, row: int, head: int) -> tuple[Tensor, Tensor]:
-        """Return keys [S, D] and values [S, Dv] of all tokens of a row and KV head, where they are kept.
+        """Return keys [S, D] and values [S, Dv] of all tokens of a row and KV head, on the history's device.
 
         Args:
-            store: its prompt closed.
-            row: of the batch.
+            store: the layer's store, its prompt closed.
+            row: row of the batch.
             head: KV head.
 
         Raises:
@@ -214,7 +214,7 @@ class History:
         return held[0], held[1]
 
     def _decoded(self, store: KVStore) -> tuple[Tensor, Tensor] | None:
-        """Return keys [B, Hkv, n, D] and values [B, Hkv, n, Dv] that a store has decoded and are not here, or None."""
+        """Return keys [B, Hkv, n, D] and values [B, Hkv, n, Dv] that a store has decoded and the history lacks."""
         count = store.seen - self.seen
         if not store.closed or count <= 0:
             return None
@@ -235,17 +235,17 @@ class History:
             setattr(self, name, changed.pin_memory() if tensor.is_pinned() else changed)
 
     def crop(self, length: int) -> None:
-        """Forget the tokens from position `length` on."""
+        """Drop the tokens from position `length` on."""
         if length < self.seen:
             self.seen, self._fetched = length, None
 
     def guard(self, store: KVStore, length: int) -> None:
-        """Have a store that runs a prompt on our buffers leave those to the snapshots that hold more than `length`."""
+        """Copy the buffers of an open prompt if a snapshot needs more than `length` of their tokens."""
         if any(taken.keys is store.keys and taken.held > length for taken in self._living()):
             store.prompt.copy_buffers()
 
     def snapshot(self, store: KVStore) -> HistorySnapshot:
-        """Return the present state, to which `restore` goes back, beside that of the store. It copies nothing."""
+        """Return the present state for `restore`, in addition to the store's snapshot. Copies nothing."""
         lent = self.keys is None
         keys, held = (store.keys, store.stored) if lent else (self.keys, self.seen)
         taken = HistorySnapshot(self._life, self.tensors(), self.seen, keys, held)
@@ -253,7 +253,7 @@ class History:
         return taken
 
     def restore(self, snapshot: HistorySnapshot) -> None:
-        """Go back to a snapshot.
+        """Return to a snapshot.
 
         Raises:
             ValueError: it is of another history, or was taken before this one was cleared.
@@ -270,19 +270,19 @@ class History:
 
     @torch.inference_mode(False)
     def _protect(self, start: int) -> None:
-        """Have buffers of our own before slots from `start` on are written, if a snapshot holds those."""
+        """Copy the buffers before slots from `start` on are written, if a snapshot needs these slots."""
         if any(taken.keys is self.keys and taken.held > start for taken in self._living()):
             for name, tensor in self.tensors().items():
                 setattr(self, name, _like(tensor, tensor.shape[2], start, tensor.device))
 
     def _append(self, keys: Tensor, values: Tensor, positions: Tensor | None, room: int = 0) -> None:
-        """Write tokens behind those that are here.
+        """Append tokens to the buffers.
 
         Args:
             keys: [B, Hkv, n, D].
             values: [B, Hkv, n, Dv].
-            positions: [B, 1, n] int32, or None where all are tokens.
-            room: slots to have beyond those, where there are not enough.
+            positions: [B, 1, n] int32, or None without padding.
+            room: slots to allocate beyond these tokens if the buffers grow.
         """
         start, stop = self.seen, self.seen + keys.shape[2]
         self._protect(start)
@@ -297,7 +297,7 @@ class History:
                 continue
             buffer: Tensor | None = getattr(self, name)
             if buffer is None or stop > buffer.shape[2] or buffer.is_inference():
-                # A conversation goes on: half as much room again spares most copies.
+                # Grow by half, so that a long conversation is rarely copied.
                 capacity = stop + room if buffer is None else max(stop + room, start + start // 2)
                 like = new if buffer is None else buffer
                 buffer = _like(like, capacity, 0 if buffer is None else start, self.device or new.device)
@@ -312,7 +312,7 @@ class History:
 
     @torch.inference_mode(False)
     def _fetch(self, device: torch.device, room: int, stream: "torch.cuda.Stream | None" = None) -> "_Fetched":
-        """Begin to copy everything to a device, into buffers with room for more tokens."""
+        """Start to copy everything to a device, into buffers with room for more tokens."""
         held, capacity = self._held(), self.seen + room
         copies = [_like(tensor, capacity, 0, device) for tensor in held]
         if device.type != "cuda":
@@ -320,7 +320,7 @@ class History:
                 copy[:, :, : self.seen].copy_(tensor[:, :, : self.seen])
             return _Fetched(copies, self.seen, room)
         stream = stream or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # PyTorch's own is not typed
-        # The buffers are of the present stream, which may still use the memory for something else.
+        # The current stream allocated the buffers, and may still use their memory for something else.
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for copy, tensor in zip(copies, held, strict=True):
@@ -334,7 +334,7 @@ class History:
 
 @dataclass(eq=False)
 class _Fetched:
-    """A history on its way to a device: keys, values and perhaps positions, and the stream that copies them."""
+    """A copy to a device in progress: keys, values, positions if there are any, and the stream that copies them."""
 
     tensors: list[Tensor]
     seen: int
@@ -342,19 +342,19 @@ class _Fetched:
     stream: "torch.cuda.Stream | None" = None
 
     def arrived(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return keys, values and positions, there for what runs next."""
+        """Return keys, values and positions; the current stream waits for them."""
         if self.stream is not None:
             torch.cuda.current_stream(self.tensors[0].device).wait_stream(self.stream)
         return self.tensors[0], self.tensors[1], self.tensors[2] if len(self.tensors) > 2 else None
 
 
 def overlaps(device: torch.device) -> bool:
-    """Whether copies to a device run beside what computes there, so that it pays to begin them early."""
+    """Whether copies to a device overlap its computation, so that they should start early."""
     return device.type == "cuda"
 
 
 def _like(tensor: Tensor, capacity: int, count: int, device: torch.device) -> Tensor:
-    """Return a buffer of so many slots on a device, with the first `count` of a tensor's; pinned beside its GPU."""
+    """Return a buffer of `capacity` slots with a tensor's first `count` slots; pinned on the host of a GPU."""
     pinned = device.type == "cpu" and (tensor.is_cuda or tensor.is_pinned())
     value = 0 if tensor.is_floating_point() else -1
     shape = (*tensor.shape[:2], capacity, *tensor.shape[3:])
@@ -365,9 +365,9 @@ def _like(tensor: Tensor, capacity: int, count: int, device: torch.device) -> Te
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
-    """Copy [B, Hkv, n, ...], between host and device without waiting for it where the host's memory is pinned.
+    """Copy [B, Hkv, n, ...]; between a GPU and pinned host memory, without waiting.
 
-    Head by head there: PyTorch takes what is not contiguous through memory that is not pinned.
+    There it copies head by head: PyTorch copies non-contiguous tensors through memory that is not pinned.
     """
     if target.is_cuda == source.is_cuda:
         target.copy_(source)

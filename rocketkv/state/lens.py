@@ -1,21 +1,21 @@
-"""How many tokens a store has seen and stores, as the host knows it."""
+"""Token counts of a store, as the host knows them."""
 
 import torch
 from torch import Tensor
 
 
 class SeqLens:
-    """Counts of one layer's tokens on the host.
+    """Token counts of one layer on the host.
 
-    The host counts along, so that no step asks the device. But steps that a CUDA graph replays, or that a compiled
-    forward runs, raise only the device's clock; `settle` adds those when somebody asks.
+    The host counts in parallel, so that no step reads the device. Steps of a CUDA graph replay or of a compiled forward
+    increment only the device's clock; `settle` adds those steps when a count is read.
 
     Attributes:
         seen: tokens of the sequence so far, padding and evicted ones included.
         longest: N, tokens that the longest row stores.
         shortest: tokens that the shortest row stores.
-        uncounted: whether the device may have taken steps that the host did not count.
-        captured: whether a CUDA graph may take more at any time.
+        uncounted: whether the device may have run steps that the host did not count.
+        captured: whether a CUDA graph may run more of them at any time.
     """
 
     def __init__(self) -> None:
@@ -23,20 +23,20 @@ class SeqLens:
         self.uncounted = self.captured = False
 
     def advance(self, steps: int = 1) -> None:
-        """Count tokens that every row has got."""
+        """Count `steps` tokens that were appended to every row."""
         self.seen += steps
         self.longest += steps
         self.shortest += steps
 
     def settle(self, clock: Tensor, capacity: int) -> bool:
-        """Count the steps that only the device knows of; waits for it.
+        """Count the steps that only the device has counted; waits for the device.
 
         Args:
             clock: [1] int32, tokens of the sequence.
             capacity: slots of the buffers.
 
         Returns:
-            Whether all of them had room; if not, nothing is counted.
+            Whether the buffers had room for all of them; if not, nothing is counted.
         """
         steps = int(clock) - self.seen
         if self.longest + steps > capacity:

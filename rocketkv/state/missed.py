@@ -1,17 +1,15 @@
-"""What a decode step loses, as far as it can be known: estimated at every step, and true by attention to all there is.
+"""Estimates of the attention mass that a decode step misses, and audits of them.
 
-The *missed mass* of a head is the share of its attention's weight that lies on stored tokens which the step did not
-attend to: that of the chosen from their exact logits, that of the others from the sketch. What stage 1 has evicted is
-in no estimate.
+The *missed mass* of a head is its attention weight on stored tokens that the step does not attend to. Exact logits
+weight the chosen tokens, the sketch's estimates all others. Evicted tokens are in no estimate.
 
-The *estimated error* of a head is the distance between its output and that of the chosen tokens alone, relative to its
-output: how far what was missed moves the output when it is taken for a token of the mean value. With missed mass m,
-output o and mean value v of a row's tokens, o is about (1 - m) * chosen + m * v, and so
+The *estimated error* of a head is the distance between its output and the output of the chosen tokens alone, relative
+to its output. It treats the missed tokens as one token of the mean value. With missed mass m, output o and the mean v
+of a row's values, o is about (1 - m) * chosen + m * v, so
 
     estimated error = m / (1 - m) * |o - v| / |o|
 
-Nothing more than a step has at hand anyway. It says which steps and heads err more than others, and mostly overstates
-by how much.
+It needs only tensors that the step has anyway. It ranks steps and heads by their error, and mostly overestimates it.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim of keys, Dv of values, N stored tokens, k tokens.
 """
@@ -29,25 +27,25 @@ from ..core.pages import movable, restored
 from ..core.params import AttentionParams
 from .store import KVStore
 
-# The chosen tokens are taken to have at least this share of the weight: dividing by less would only magnify noise.
+# Least weight assumed on the chosen tokens: dividing by less would only magnify noise.
 LEAST_CHOSEN = 0.05
 
-_Attended = tuple[Tensor, Tensor]  # an output, and what it missed
+_Attended = tuple[Tensor, Tensor]  # an output, and its missed mass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """One head's output of one step beside exact attention.
+    """One head's output of one step, compared with exact attention.
 
     Attributes:
-        position: of the step's token in the sequence.
+        position: position of the step's token in the sequence.
         layer: number of the layer in the model.
-        row: of the batch.
+        row: row of the batch.
         head: query head.
-        error: relative L2 distance from exact attention to everything that is stored.
-        history_error: likewise to all tokens of the sequence, where a method keeps a history.
-        missed: the step's own estimate of the missed mass, or None where the method makes none.
-        estimated_error: likewise of `error`.
+        error: relative L2 distance from exact attention to all stored tokens.
+        history_error: relative L2 distance from exact attention to all tokens of the sequence; None without a history.
+        missed: the step's estimate of the missed mass, or None if the method makes none.
+        estimated_error: the step's estimate of `error`, or None.
     """
 
     position: int
@@ -61,15 +59,15 @@ class Audit:
 
 
 def selects(store: KVStore) -> bool:
-    """Whether the last step may have left stored tokens out."""
+    """Whether the last step may have missed stored tokens."""
     split = store.split
     return split is not None and split.top_k is not None and store.stored > split.token_budget
 
 
 def missed_mass(store: KVStore) -> Tensor | None:
-    """Return the missed mass of the last step, [B, H] float32, or None where the method makes no estimate.
+    """Return the missed mass of the last step, [B, H] float32, or None if the method makes no estimate.
 
-    No host sync. Zeros where the step attended to all stored tokens; NaN where a backend made no estimate.
+    No host sync. Zeros if the step attended to all stored tokens; NaN if a backend made no estimate.
     """
     buffers = store.decoding.buffers
     if buffers.missed is None:
@@ -80,29 +78,29 @@ def missed_mass(store: KVStore) -> Tensor | None:
 
 
 def uncalibrated(missed: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the estimated weight of what a step did not attend to, given with what weight it counted that in.
+    """Return the missed mass without the residual's calibration, [B, H] float32.
 
-    The bias is what makes the mean value serve best; it says nothing of how much was missed.
+    The calibrated bias minimizes the error of the output; it is no part of the missed mass.
 
     Args:
-        missed: [B, H] float32, the weight with the bias.
-        bias: [B, H] float32, of the logit, or None.
+        missed: [B, H] float32, the weight of the residual, bias included.
+        bias: [B, H] float32, added to the residual's logit, or None.
     """
     return missed.clone() if bias is None else missed / (missed + (1 - missed) * bias.exp())
 
 
 def last_missed(store: KVStore) -> Tensor | None:
-    """Return the missed mass of the last step, [B, H] float32, or None where no step has estimated it."""
+    """Return the missed mass of the last step, [B, H] float32, or None if no step has estimated it."""
     return missed_mass(store) if store.closed and store.generated > 0 else None
 
 
 def estimated_error(out: Tensor, missed: Tensor, value_sum: Tensor, lengths: Tensor) -> Tensor:
-    """Return the estimated error of a step's output, [B, H] float32: see the module. No host sync.
+    """Return the estimated error of a step's output, [B, H] float32, as the module defines it. No host sync.
 
     Args:
         out: [B, H, Dv], the step's output.
         missed: [B, H] float32, its missed mass.
-        value_sum: [B, Hkv, Dv], the sum of the values of all of a row's tokens.
+        value_sum: [B, Hkv, Dv], the sum of all stored values of a row.
         lengths: [B, Hkv], tokens of each row.
     """
     batch, kv_heads, value_dim = value_sum.shape
@@ -115,14 +113,14 @@ def estimated_error(out: Tensor, missed: Tensor, value_sum: Tensor, lengths: Ten
 
 
 def relative_error(out: Tensor, exact: Tensor) -> Tensor:
-    """Return the L2 distance of outputs from exact ones [..., Dv], relative to these, in float64; 0 for equal ones."""
+    """Return the relative L2 error of outputs against exact ones [..., Dv], in float64; 0 for equal outputs."""
     distance: Tensor = torch.linalg.vector_norm(out.double() - exact.double(), dim=-1)
     size: Tensor = torch.linalg.vector_norm(exact.double(), dim=-1)
     return distance / size.clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def attend_stored(query: Tensor, store: KVStore, params: AttentionParams) -> Tensor:
-    """Attend exactly to everything that a store holds: what a step without a selection gives.
+    """Attend exactly to all stored tokens, as a step without a selection does.
 
     Args:
         query: [B, H, D], after rotary embedding.
@@ -144,14 +142,14 @@ def attend_all_where(
     missed: Tensor,
     params: AttentionParams,
 ) -> tuple[Tensor, Tensor]:
-    """Attend to everything stored in some rows and KV heads, in the place of what a step gave there.
+    """Replace a step's output in some rows and KV heads by attention to all stored tokens.
 
     Args:
-        passed: [B, Hkv] bool, the rows and KV heads.
+        passed: [B, Hkv] bool, True for the rows and KV heads to replace.
         query: [B, H, D].
-        store: the layer's store, the step's token in it.
-        out: [B, H, Dv], what the step gave.
-        missed: [B, H] float32, what it missed.
+        store: the layer's store, which includes the step's token.
+        out: [B, H, Dv], the step's output.
+        missed: [B, H] float32, its missed mass.
         params: the model's attention parameters.
 
     Returns:
@@ -176,15 +174,15 @@ def attend_wider_where(
     missed: Tensor,
     params: AttentionParams,
 ) -> tuple[Tensor, Tensor]:
-    """Double k in some rows and KV heads until they miss no more than a bound, or attend to everything stored.
+    """Double k in some rows and KV heads until the missed mass is within a bound, or all tokens are attended to.
 
     Args:
-        passed: [B, Hkv] bool, the rows and KV heads.
-        bound: of the missed mass.
+        passed: [B, Hkv] bool, True for the rows and KV heads to replace.
+        bound: tolerated missed mass.
         query: [B, H, D].
-        store: the layer's store, the step's token in it.
-        out: [B, H, Dv], what the step gave.
-        missed: [B, H] float32, what it missed.
+        store: the layer's store, which includes the step's token.
+        out: [B, H, Dv], the step's output.
+        missed: [B, H] float32, its missed mass.
         params: the model's attention parameters.
 
     Returns:
@@ -228,11 +226,11 @@ def attend_wider_where(
 
 
 def beyond(missed: Tensor, bound: float, kv_heads: int) -> Tensor:
-    """Return [B, Hkv] bool, where a query head of the group misses more than the bound; what is NaN does.
+    """Return [B, Hkv] bool, True if the missed mass of a query head of the group is above the bound or NaN.
 
     Args:
         missed: [B, H] float32.
-        bound: of the missed mass.
+        bound: tolerated missed mass.
         kv_heads: Hkv.
     """
     return ~(missed.view(missed.shape[0], kv_heads, -1) <= bound).all(-1)
@@ -242,13 +240,13 @@ def audit_head(query: Tensor, out: Tensor, keys: Tensor, values: Tensor, params:
     """Return the relative error of one head's output against exact attention to some tokens.
 
     Args:
-        query: [D], perhaps on another device than the keys, like `out` and the sinks.
+        query: [D]; it may be on another device than the keys, as `out` and the learned sinks may.
         out: [Dv].
         keys: [N, D].
         values: [N, Dv].
-        params: the model's attention parameters; here `sinks` is [1], the head's own.
+        params: the model's attention parameters; here `sinks` is [1], the head's learned sink.
     """
-    # In float32: the audited output may have been rounded, its reference is not.
+    # The reference is computed in float32, whatever the dtype of the audited output.
     exact = attend(
         query[None, None].to(keys.device, torch.float32),
         keys[None, None].float(),
@@ -259,7 +257,7 @@ def audit_head(query: Tensor, out: Tensor, keys: Tensor, values: Tensor, params:
 
 
 def _filled(store: KVStore) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return a store's keys [B, Hkv, N, D], values [B, Hkv, N, Dv], and lengths [B, Hkv] where rows differ."""
+    """Return a store's keys [B, Hkv, N, D], values [B, Hkv, N, Dv], and lengths [B, Hkv] if rows differ."""
     buffers, stored = store.decoding.buffers, store.stored
     lengths = None if store.uniform else buffers.seq_lens
     return buffers.keys[:, :, :stored], buffers.values[:, :, :stored], lengths
@@ -271,9 +269,9 @@ def _mask(lengths: Tensor | None, keys: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Some rows of one KV head; `rows` is None for all of them.
+    """Selects some rows of one KV head; `rows` None selects all.
 
-    A call returns their part of a tensor [B, Hkv, ...] as [R, 1, ...], or of one of query heads as [R, G, ...].
+    A call maps a tensor [B, Hkv, ...] to [R, 1, ...], or a tensor of query heads [B, H, ...] to [R, G, ...].
     """
 
     head: int
@@ -292,15 +290,15 @@ def _replaced(
     params: AttentionParams,
     attention: Callable[[_Rows, Tensor, AttentionParams], _Attended],
 ) -> tuple[Tensor, Tensor]:
-    """Return copies of outputs and missed masses in which some rows and KV heads have been attended to anew.
+    """Return copies of outputs and missed masses, recomputed in some rows and KV heads.
 
     Args:
-        passed: [B, Hkv] bool, which.
+        passed: [B, Hkv] bool, True for the rows and KV heads to recompute.
         query: [B, H, D].
         out: [B, H, Dv].
         missed: [B, H] float32.
         params: the model's attention parameters.
-        attention: returns outputs [R, G, Dv] and missed masses [R, G] for rows of one KV head, their queries
+        attention: returns outputs [R, G, Dv] and missed masses [R, G] from rows of one KV head, their queries
             [R, G, D] and the parameters of those heads.
     """
     out, missed = out.clone(), missed.clone()

@@ -1,8 +1,8 @@
-"""The monitor of a cache's decode steps: what they are estimated to miss, audits, and what is done about it.
+"""Monitor a cache's decode steps: report the missed mass, react to it, and audit single heads.
 
-A cache has one where somebody asked for it, by a callback or in the settings, and its layers then show it every step.
-What it does depends on the step alone, not on steps before: crops, copies and rollbacks need not know of it. Only the
-warning of a generation, and the log of audits, are remembered.
+A cache has a monitor if `on_step` or the settings ask for one; its layers then pass every step to it. A reaction
+depends on its step alone, not on earlier steps, so crops, copies and rollbacks do not involve the monitor. It remembers
+only the warning of a generation and the log of audits.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim of keys, Dv of values.
 """
@@ -27,15 +27,19 @@ KEPT_AUDITS = 4096  # the latest ones
 
 @dataclass(eq=False)
 class StepReport:
-    """What one decode step is estimated to lose. Its tensors are on the layers' devices: to read them waits for those.
+    """The missed mass and the estimated error of one decode step.
+
+    The tensors are on the layers' devices: reading them waits for the device. `rocketkv.state.missed` defines both
+    estimates.
 
     Attributes:
-        position: of the step's token in the sequence.
-        missed: by the layer's number in the model, the missed mass of each head, [B, H] float32, from 0 to 1; NaN where
-            a backend made no estimate. Empty for methods that make none. For both see `rocketkv.state.missed`.
-        estimated_error: likewise, the estimated relative error of each head's output.
-        passed: likewise, [B, Hkv] bool, where `loss_bound` was passed; `missed` is what is missed after acting on it.
-        audit: of the step, if it was one's turn.
+        position: position of the step's token in the sequence.
+        missed: by layer number, the missed mass of each head, [B, H] float32 from 0 to 1; NaN if a backend made no
+            estimate. Empty for methods without estimates.
+        estimated_error: by layer number, the estimated relative error of each head's output, [B, H] float32.
+        passed: by layer number, [B, Hkv] bool, True where the missed mass was above `loss_bound`; `missed` has the
+            missed mass after the reaction.
+        audit: the audit of the step, or None.
     """
 
     position: int
@@ -49,15 +53,15 @@ OnStep = Callable[[StepReport], None]
 
 
 class Monitor:
-    """What the layers of one cache show their decode steps to.
+    """Monitors the decode steps of one cache.
 
     Args:
-        config: the compression's settings, of which it follows `audit_every`, `on_loss` and `loss_bound`.
-        numbers: of the compressed layers in the model, in their order.
+        config: the settings; `audit_every`, `on_loss` and `loss_bound` are used.
+        numbers: numbers of the compressed layers in the model, in order.
 
     Attributes:
-        on_step: called with the report of each step, when the last layer has taken it; or None.
-        audits: the latest ones, the newest last.
+        on_step: called with the report of each step, after the step of the last layer; or None.
+        audits: the latest audits, newest last.
     """
 
     def __init__(self, config: RocketKVConfig, numbers: Sequence[int]) -> None:
@@ -70,19 +74,19 @@ class Monitor:
         self._reports: dict[int, StepReport] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what a copy of the cache does not have: the caller's callback, which each forward gives anew."""
+        """Leave out the caller's callback, which each forward sets again, and unfinished reports."""
         return self.__dict__ | {"on_step": None, "_reports": {}}
 
     def begin(self, number: int) -> None:
-        """Begin a generation: the prompt of a layer has ended."""
+        """Begin a generation, after the prompt of a layer has ended."""
         if number == self._numbers[0]:
             self._warned = False
             self._reports.clear()
 
     def asks(self, number: int, store: KVStore) -> bool:
-        """Return whether the step that a layer is about to take is to be shown to `watch`.
+        """Return whether the next step of a layer must be passed to `watch`.
 
-        If so, that step must say for itself what it misses: no estimate may be an earlier one's.
+        If so, reset the missed mass to NaN, so that it cannot be the estimate of an earlier step.
 
         Raises:
             ValueError: the step is being compiled.
@@ -105,19 +109,19 @@ class Monitor:
     def watch(
         self, number: int, store: KVStore, history: History | None, query: Tensor, out: Tensor, params: AttentionParams
     ) -> Tensor:
-        """Take note of a layer's step that `asks` asked for, act on what it misses, and return the output to use.
+        """Report a layer's step, react to its missed mass, and return the output to use.
 
         Args:
-            number: of the layer.
-            store: its store, the step's token in it.
-            history: all tokens, where the method keeps them.
-            query: [B, H, D] of the step.
-            out: [B, H, Dv], its output.
+            number: number of the layer in the model.
+            store: the layer's store, which includes the step's token.
+            history: all tokens of the sequence, if the method keeps them.
+            query: [B, H, D], the step's query.
+            out: [B, H, Dv], the step's output.
             params: the model's attention parameters.
         """
         position = store.seen - 1
         if self.on_step is not None and number == self._numbers[0]:
-            # Those of a forward that was interrupted, or taken back, are of no use.
+            # Drop the reports of forwards that were interrupted or rolled back.
             self._reports = {place: made for place, made in self._reports.items() if place < position}
             self._reports[position] = StepReport(position)
         buffers = store.decoding.buffers
@@ -154,7 +158,7 @@ class Monitor:
         missed: Tensor,
         params: AttentionParams,
     ) -> tuple[Tensor, Tensor]:
-        """Do what is to be done where the bound is passed; return what the step gives, and what it misses now."""
+        """React where the missed mass is above the bound; return the output and its missed mass."""
         if self._config.on_loss == "warn":
             self._warned = True
             worst = float(missed.nan_to_num(nan=torch.inf).max())
@@ -175,7 +179,7 @@ class Monitor:
         return out, missed
 
     def _due(self, number: int, position: int) -> bool:
-        """Whether it is a layer's turn to be audited: the sequence's length alone decides."""
+        """Whether to audit a layer at this position; only the sequence's length decides."""
         every = self._config.audit_every
         if every is None or (position + 1) % every:
             return False
@@ -192,9 +196,9 @@ class Monitor:
         missed: Tensor | None,
         error: Tensor | None,
     ) -> Audit:
-        """Compare one head with exact attention to all that is stored, and to all tokens where those are kept."""
+        """Compare one head with exact attention to all stored tokens and, with a history, to all tokens."""
         config, position = self._config, store.seen - 1
-        # First the layers take their turns, then the heads, then the rows.
+        # Audits cycle through the layers first, then the heads, then the rows.
         rest, head = divmod((position + 1) // (config.audit_every or 1) // len(self._numbers), query.shape[1])
         row = rest % query.shape[0]
         keys, values, _, seq_lens = store.decoding.buffers[:4]
@@ -220,10 +224,10 @@ class Monitor:
 
 
 def refuse_static(config: RocketKVConfig) -> None:
-    """Refuse a callback for static caches.
+    """Refuse `on_step` for static caches.
 
     Raises:
-        ValueError: the settings ask for one.
+        ValueError: the settings have a `decode_capacity`.
     """
     if config.decode_capacity is not None:
         raise ValueError(

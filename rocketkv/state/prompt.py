@@ -1,4 +1,4 @@
-"""The first phase of a store: a prompt that is being read.
+"""The prefill phase of a store: a prompt whose end has not come yet.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim of keys, Dv of values, N stored tokens, W observation window.
 """
@@ -15,18 +15,18 @@ from .lens import SeqLens
 
 @dataclass(eq=False, kw_only=True)
 class PromptTokens:
-    """Tokens of a prompt in the order they came, padding among them, after what earlier turns left.
+    """Tokens of a prompt in their order, padding included, behind the tokens that earlier turns kept.
 
     Attributes:
         keys: [B, Hkv, capacity, D].
         values: [B, Hkv, capacity, Dv].
-        positions: [B, 1 or Hkv, capacity] int32, each slot's position in the sequence, -1 for padding; None where slot
+        positions: [B, 1 or Hkv, capacity] int32, each slot's position in the sequence, -1 for padding; None if slot
             and position are the same.
-        queries: [B, H, <= W, D], queries of the last tokens, or None before the first are remembered.
+        queries: [B, H, <= W, D], queries of the last tokens (the observation window), or None before the first ones.
         start: slot of the prompt's first token.
-        holes: whether slots may hold no token.
+        holes: whether some slots may have no token.
         aligned: whether slot and position in the sequence are the same for every token.
-        earlier: tokens of the sequence when the prompt before this one ended.
+        earlier: tokens of the sequence when the previous prompt ended.
     """
 
     keys: Tensor
@@ -49,7 +49,7 @@ class PromptTokens:
             setattr(self, name, tensor)
 
     def valid(self, stored: int) -> Tensor | None:
-        """Return [B, 1 or Hkv, N] bool, True at slots that hold a token, or None where all do."""
+        """Return [B, 1 or Hkv, N] bool, True at slots with a token, or None if all slots have one."""
         if self.positions is None or not self.holes:
             return None
         return self.positions[:, :, :stored] >= 0
@@ -61,7 +61,7 @@ class PromptTokens:
         return torch.arange(stored, device=self.keys.device).repeat(self.keys.shape[0], 1, 1)
 
     def remember(self, query: Tensor, window_size: int) -> None:
-        """Keep the queries [B, H, n, D] of the last W tokens of the prompt so far."""
+        """Keep the queries of the last W tokens of the prompt so far; `query` [B, H, n, D] has the newest."""
         recent = query[:, :, -window_size:].detach()
         if self.queries is not None and recent.shape[2] < window_size:
             recent = torch.cat((self.queries, recent), dim=2)[:, :, -window_size:]
@@ -81,7 +81,7 @@ class PromptTokens:
 
     @torch.inference_mode(False)
     def copy_buffers(self) -> None:
-        """Go on with copies of keys, values and positions."""
+        """Replace keys, values and positions by copies."""
         self.keys, self.values = self.keys.clone(), self.values.clone()
         self.positions = None if self.positions is None else self.positions.clone()
 
@@ -91,7 +91,7 @@ class PromptTokens:
         self.keys, self.values = larger(self.keys, capacity, stored), larger(self.values, capacity, stored)
 
     def crop(self, lens: SeqLens, length: int) -> None:
-        """Forget the tokens from position `length` on, in the counts as well."""
+        """Drop the tokens from position `length` on, and update the counts."""
         removed = lens.seen - length
         if self.queries is not None:
             self.queries = self.queries[:, :, : max(0, self.queries.shape[2] - removed)]

@@ -1,6 +1,6 @@
-"""Which tokens of a prompt stage 1 must keep, and how much of what it keeps each message of a conversation gets.
+"""Protected tokens, which stage 1 must keep, and the fair share of each message in the kept tokens.
 
-Marks are kept on the host, as ranges of positions; they become masks only where a prompt ends.
+Marks are ranges of positions on the host; the end of a prompt turns them into masks.
 
 Letters: B batch, Hkv KV heads, S slots of a prompt.
 """
@@ -17,11 +17,11 @@ Ranges = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class RowMarks:
-    """What is marked in one row of a batch, by positions in the sequence, padding counted.
+    """The marks of one row of a batch, as positions in the sequence, padding included.
 
     Attributes:
         protected: (start, stop) of the tokens that are never evicted and always attended to.
-        messages: where each message begins that is to have its fair share, ascending; empty for no shares.
+        messages: start of each message that gets a fair share, ascending; empty without fair shares.
     """
 
     protected: Ranges = ()
@@ -48,11 +48,11 @@ def protected_slots(marks: Sequence[RowMarks], positions: Tensor) -> Tensor:
 
 
 def message_numbers(marks: Sequence[RowMarks], positions: Tensor) -> Tensor:
-    """Return [B, 1 or Hkv, S] int64: the number of the message that each slot's token belongs to, 0 before all.
+    """Return [B, 1 or Hkv, S] int64: the number of the message of each slot's token, 0 before the first.
 
     Args:
         marks: of each of the B rows.
-        positions: as those of `protected_slots`.
+        positions: as in `protected_slots`.
     """
     found = torch.zeros_like(positions, dtype=torch.long)
     for row, mark in enumerate(marks):
@@ -62,15 +62,15 @@ def message_numbers(marks: Sequence[RowMarks], positions: Tensor) -> Tensor:
 
 
 def with_fair_shares(scores: Tensor, message: Tensor, kept: int) -> Tensor:
-    """Return scores in which every message's best tokens win, as many as its share of what is kept.
+    """Raise the best tokens of each message to +inf, as many as its share of the kept tokens.
 
-    What is kept beside tokens of infinite score, which win anyway, is shared. A message's share of it is its part of
-    the row's other tokens, rounded down; what is left over goes by the scores alone.
+    Tokens that already have +inf are kept anyway; messages share the rest. A message's share of the rest is its share
+    of the row's tokens of finite score, rounded down. The scores alone decide the remainder.
 
     Args:
-        scores: [B, Hkv, S] float32, minus infinity where there is no token.
-        message: [B, 1 or Hkv, S] integers, the message that each token belongs to.
-        kept: how many tokens will be chosen by these scores.
+        scores: [B, Hkv, S] float32, minus infinity at slots without a token.
+        message: [B, 1 or Hkv, S] integers, the message of each token.
+        kept: number of tokens that these scores will choose.
     """
     order = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argsort(
         dim=-1, descending=True, stable=True
@@ -89,7 +89,7 @@ def with_fair_shares(scores: Tensor, message: Tensor, kept: int) -> Tensor:
 
 
 def warn_unprotected(marks: Sequence[RowMarks]) -> None:
-    """Warn of rows in whose first prompt no system message was found, though it was to be protected."""
+    """Warn of rows whose first prompt has no system message to protect."""
     bare = ", ".join(str(row) for row, mark in enumerate(marks) if not mark.protected)
     if bare:
         warnings.warn(
@@ -100,6 +100,6 @@ def warn_unprotected(marks: Sequence[RowMarks]) -> None:
 
 
 def protected_first(slots: Tensor, protected: Tensor) -> Tensor:
-    """Return chosen slots [B, Hkv, n] in their order, but those that are `protected` [B, 1 or Hkv, S] before others."""
+    """Return chosen slots [B, Hkv, n] in their order, with the `protected` ones [B, 1 or Hkv, S] first."""
     own = protected.expand(*slots.shape[:2], -1).gather(2, slots.long())
     return slots.gather(2, (~own).byte().argsort(dim=-1, stable=True))

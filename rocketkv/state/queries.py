@@ -1,8 +1,8 @@
-"""The query ring: the queries of a sequence's last W tokens while it decodes, by which generated tokens are ranked.
+"""The query ring: the queries of a sequence's last W tokens while decoding, which rank generated tokens.
 
 The ring itself is a tensor [B, H, W, D] of the decode buffers; the query of token i is at place i mod W.
 
-Letters: B batch, H query heads, D head dim, n tokens of a forward, W observation window.
+Letters: B batch, H query heads, D head dim, n tokens of a forward, W query ring.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class SavedRing:
-    """A ring as it was before a verify step, and the queries of that step's tokens.
+    """The query ring before a verify step, and the queries of that step.
 
     Attributes:
         seen: tokens of the sequence before the step.
-        start: `QueryRing.start` then.
+        start: `QueryRing.start` before the step.
         ring: [B, H, W, D], a copy.
         query: [B, H, n, D], the step's queries.
     """
@@ -30,11 +30,11 @@ class SavedRing:
 
 @dataclass(eq=False)
 class QueryRing:
-    """Which queries a ring tensor holds.
+    """Host state of a query ring.
 
     Attributes:
-        start: tokens of the sequence before the first one whose query the ring holds.
-        saved: the state before a verify step, for the tokens that a crop takes back; or None.
+        start: tokens of the sequence before the first query in the ring.
+        saved: the state before a verify step, which a crop restores; or None.
     """
 
     start: int
@@ -42,12 +42,12 @@ class QueryRing:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that the saved state keeps alive."""
+        """Bytes of the saved state."""
         held = () if self.saved is None else (self.saved.ring, self.saved.query)
         return sum(tensor.untyped_storage().nbytes() for tensor in held)
 
     def count(self, ring: Tensor, seen: int) -> int:
-        """Return how many queries the ring holds."""
+        """Return the number of queries in the ring."""
         return min(ring.shape[2], seen - self.start)
 
     def last(self, ring: Tensor, seen: int) -> Tensor:
@@ -57,14 +57,14 @@ class QueryRing:
         return ring.index_select(2, place)
 
     def save(self, ring: Tensor, query: Tensor, seen: int) -> None:
-        """Save the state before a verify step of queries [B, H, n, D], some of which a crop may take back."""
+        """Save the state before a verify step of queries [B, H, n, D], some of which a crop may remove."""
         self.saved = SavedRing(seen, self.start, ring.clone(), query.detach())
 
     def crop(self, ring: Tensor, seen: int, length: int) -> None:
-        """Forget the queries from token `length` on, of `seen`; a saved state gives back what they overwrote."""
+        """Drop the queries of tokens `length` to `seen`; a saved state restores the queries that they overwrote."""
         saved = self.saved
         if saved is None or not saved.seen <= length <= saved.seen + saved.query.shape[2]:
-            # They have overwritten the queries before them.
+            # The dropped queries have overwritten earlier ones.
             self.start = min(max(self.start, seen - ring.shape[2]), length)
             return
         first = max(saved.seen, length - ring.shape[2])
@@ -76,7 +76,7 @@ class QueryRing:
 
 @torch.inference_mode(False)  # a ring may be written in a later call that is not in inference mode
 def make_ring(queries: Tensor, size: int, seen: int) -> tuple[Tensor, QueryRing]:
-    """Turn the last queries [B, H, n, D] of a prompt into a ring [B, H, size, D] after `seen` tokens."""
+    """Copy the last queries [B, H, n, D] into a query ring [B, H, size, D], after `seen` tokens of the sequence."""
     count = min(queries.shape[2], size)
     ring = queries.new_zeros(*queries.shape[:2], size, queries.shape[3])
     place = torch.arange(seen - count, seen, device=queries.device) % size

@@ -1,9 +1,9 @@
-"""Snapshots of a store: return to an earlier state without computing anything again.
+"""Snapshots of a store: return to an earlier state without recomputing anything.
 
-A snapshot refers to the buffers that the store had when it was taken. Tokens are added behind those that it holds, and
-a prompt's end makes new buffers, so mostly nothing is copied. Before a store overwrites slots that a living snapshot
-holds (it rolls, it is cropped, it returns to an older snapshot), the snapshot copies those slots, from the first one
-that will change on. Buffers never move: a restore writes into those that the snapshot refers to.
+A snapshot refers to the buffers that the store had when it was taken. Tokens are appended behind its own, and a
+prompt's end allocates new buffers, so usually nothing is copied. Before a store overwrites slots of a living snapshot
+(when it rolls, is cropped, or returns to an older snapshot), the snapshot copies those slots, from the first changed
+one on. Buffers never move: a restore writes into the snapshot's buffers.
 
 Letters: B batch, Hkv KV heads, N slots, P page size.
 """
@@ -22,8 +22,9 @@ from .lens import SeqLens
 from .prompt import PromptTokens
 from .protection import RowMarks
 
-# Written slot by slot, or reordered with the rows. seq_lens, the query ring and in static buffers the residual's bias
-# are small and always copied; the queries of a prompt are replaced, never written; the sum of values is recomputed.
+# Tensors that are written slot by slot, or reordered with the rows. Small tensors are always copied: seq_lens, the
+# query ring and, in static buffers, the residual's bias. A prompt's queries are replaced, never written; the sum of
+# values is recomputed.
 GUARDED = ("keys", "values", "bounds", "codes", "scales", "mean", "positions")
 
 
@@ -32,17 +33,17 @@ class StoreSnapshot:
     """The state of one store at one time.
 
     Attributes:
-        life: of the store, from one `clear` to the next.
+        life: identifies the store's life, from one `clear` to the next.
         phase: a copy of the store's phase, which refers to the same tensors; None before the first token.
         tensors: the tensors of that phase by name.
         copies: copies of small tensors that are written in place, by name.
         lens: a copy of the host's counts.
         marks: marks of the rows.
         complete: whether every token seen was stored.
-        restorable: the shortest length that a crop could return to.
+        restorable: least length that a crop can return to.
         saved: by name, the first overwritten slot (or tile of page bounds) of a tensor, and its contents from there on.
-        changed: where something was saved, the first overwritten slot.
-        common: where something was saved, tokens of the sequence that stayed the same.
+        changed: if anything is saved, the first overwritten slot.
+        common: if anything is saved, tokens of the sequence that stayed the same.
     """
 
     life: object
@@ -64,7 +65,7 @@ class StoreSnapshot:
         return min(self.lens.shortest, self.changed), min(self.lens.seen, self.common)
 
     def _span(self, name: str, start: int) -> tuple[int, int]:
-        """Return the range of a tensor's third dimension that holds the slots from `start` on."""
+        """Return the range of a tensor's third dimension that has the slots from `start` on."""
         if name == "mean":  # written only together with everything else
             return 0, self.tensors[name].shape[2] if start == 0 else 0
         index = self.phase.index if isinstance(self.phase, DecodeTokens) else None
@@ -75,7 +76,7 @@ class StoreSnapshot:
 
     @torch.inference_mode(False)
     def save(self, start: int, common: int, written: set[int]) -> None:
-        """Copy the held slots from `start` on of tensors that are about to be written.
+        """Copy the slots from `start` on of tensors that are about to be written.
 
         Args:
             start: the first slot that will be written.
@@ -96,13 +97,13 @@ class StoreSnapshot:
                 self.saved[name] = (first, part if known is None else torch.cat((part, known[1]), dim=2))
 
     def restored_phase(self) -> PromptTokens | DecodeTokens | None:
-        """Write the saved slots and copies back, and return the phase for the store to go on with."""
+        """Write the saved slots and copies back, and return the phase with which the store continues."""
         for name, (first, part) in self.saved.items():
             held = movable(self.tensors[name])
             if isinstance(self.phase, DecodeTokens):
                 held[:, :, first : first + part.shape[2]] = part
             else:
-                # A prompt's first tensors are the model's own and may be read-only here; nothing else refers to them.
+                # A prompt's first tensors come from the model and may be read-only here; nothing else refers to them.
                 self.tensors[name] = torch.cat((held[:, :, :first], part), dim=2)
         self.saved.clear()
         for name, copied in self.copies.items():
@@ -142,24 +143,24 @@ class Snapshots:
         self.life, self.used, self._taken = object(), state["used"], []
 
     def add(self, snapshot: StoreSnapshot) -> None:
-        """Remember a snapshot for as long as somebody holds it."""
+        """Keep a weak reference to a snapshot."""
         self._taken = [*(taken for taken in self._taken if taken() is not None), weakref.ref(snapshot)]
 
     def living(self) -> Iterator[StoreSnapshot]:
-        """Iterate over the snapshots that somebody still holds."""
+        """Iterate over the snapshots that are still referenced."""
         for reference in self._taken:
             taken = reference()
             if taken is not None:
                 yield taken
 
-    def protect(
+    def save_before_write(
         self, start: int, common: int, written: Iterable[Tensor], *, used: int, but: StoreSnapshot | None = None
     ) -> None:
-        """Let every snapshot copy what is about to be overwritten.
+        """Make every snapshot copy the slots that are about to be overwritten.
 
         Args:
             start: the first slot that will be written.
-            common: tokens of the sequence that stay the same; snapshots of no more have nothing to lose.
+            common: tokens of the sequence that stay the same; snapshots of no more tokens need no copy.
             written: the tensors that will be written.
             used: slots in use now.
             but: a snapshot to leave out.
@@ -172,11 +173,11 @@ class Snapshots:
 
 
 def object_state(owner: Any, *, written: bool) -> dict[str, Any]:
-    """Return the attributes of an object, its tensors and those in dictionaries included, for `set_object_state`.
+    """Return the attributes of an object, with its tensors and dictionaries of tensors, for `set_object_state`.
 
     Args:
         owner: the object.
-        written: whether it writes into its tensors, which are then copied; otherwise it only replaces them.
+        written: whether the object writes into its tensors, so that they are copied; if not, it only replaces them.
     """
 
     def kept(value: Any) -> Any:
@@ -188,7 +189,7 @@ def object_state(owner: Any, *, written: bool) -> dict[str, Any]:
 
 
 def set_object_state(owner: Any, state: dict[str, Any], *, written: bool) -> None:
-    """Set the attributes that `object_state` returned, in the object's own tensors where it writes into them."""
+    """Set the attributes from `object_state`; an object that writes into its tensors keeps them."""
 
     def given(value: Any, now: Any) -> Any:
         if isinstance(value, dict):

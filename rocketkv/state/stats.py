@@ -1,4 +1,4 @@
-"""What a cache holds and what a decode step reads, counted from the tensors that live.
+"""Memory of a cache and bytes read per decode step, counted from the live tensors.
 
 Letters: B batch, Hkv KV heads, D head dim, S tokens seen, N tokens stored, P page size, r channels, k tokens read.
 """
@@ -14,29 +14,29 @@ from ..core.index import index_of
 from .missed import Audit
 from .store import KVStore
 
-NOMINAL_ITEMSIZE = 2  # budgets are counted for 16-bit keys and values
+NOMINAL_ITEMSIZE = 2  # budgets count 16-bit keys and values
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerStats:
-    """Tokens and bytes of one layer, all sequences of the batch together.
+    """Tokens and bytes of one layer, summed over the batch.
 
     Attributes:
-        compressed: False for layers that stay as they are, such as those of a sliding window.
+        compressed: False for stock layers, such as sliding-window layers.
         tokens_seen: tokens of the sequence so far, padding included.
-        tokens_stored: tokens that the longest row still stores.
+        tokens_stored: tokens that the longest row stores.
         key_bytes: bytes of the key buffers, spare room included.
-        value_bytes: bytes of the value buffers, likewise.
-        index_bytes: bytes of stage 2's index, and of the sum of values and the factors that a residual needs.
-        other_bytes: bytes of positions, lengths, queries of the window and of drafts, and what a step estimates beside
-            its output.
-        history_bytes: bytes of the tokens that a multi-turn method keeps beside those that its turn decodes from.
-        device: where keys, values and index are, or None where there are none.
-        history_device: where the history is, or None where there is none.
-        full_bytes: bytes of keys and values that a full cache would hold.
+        value_bytes: bytes of the value buffers, spare room included.
+        index_bytes: bytes of stage 2's index, and of the residual's value sums and calibration.
+        other_bytes: bytes of positions, seq_lens, the observation window, the query ring and a step's missed mass.
+        history_bytes: bytes of a multi-turn method's history.
+        device: device of keys, values and index, or None if there are none.
+        history_device: device of the history, or None if there is none.
+        full_bytes: bytes of keys and values in a full cache.
         step_bytes: bytes of keys, values and index that the next decode step reads.
         dense_step_bytes: bytes that a decode step over a full cache reads.
-        nominal_step_bytes: `step_bytes` as budgets count: in 16 bits, the index by pages, an oracle's scores not.
+        nominal_step_bytes: bytes read per step (16-bit), the budget's unit: only the pages in use count, and an
+            oracle's scores do not.
         nominal_dense_step_bytes: `dense_step_bytes` in 16 bits.
     """
 
@@ -58,7 +58,7 @@ class LayerStats:
 
     @property
     def total_bytes(self) -> int:
-        """All bytes that live in this layer."""
+        """All live bytes of this layer."""
         return self.key_bytes + self.value_bytes + self.index_bytes + self.other_bytes + self.history_bytes
 
 
@@ -67,11 +67,11 @@ class CacheStats:
     """The statistics of every layer, and their sums.
 
     Attributes:
-        layers: one entry a layer, in order.
-        workspace_bytes: bytes of what the kernels work in, which the layers share.
-        missed: of each layer, the missed mass of every head in the last step (see `rocketkv.state.missed`), [B, H]
-            float32 on the layer's device; None where none is estimated.
-        audits: heads that were compared with exact attention (`RocketKVConfig.audit_every`), the latest ones last.
+        layers: one entry per layer, in order.
+        workspace_bytes: bytes of the kernels' scratch buffers, which the layers share.
+        missed: per layer, the missed mass of every head in the last step (see `rocketkv.state.missed`), [B, H] float32
+            on the layer's device; None without an estimate.
+        audits: comparisons of single heads with exact attention (`RocketKVConfig.audit_every`), latest last.
     """
 
     layers: tuple[LayerStats, ...]
@@ -90,7 +90,7 @@ class CacheStats:
 
     @property
     def total_bytes(self) -> int:
-        """All bytes that live in the cache."""
+        """All live bytes of the cache."""
         return self.total("total_bytes") + self.workspace_bytes
 
     def bytes_by_device(self) -> dict[str, int]:
@@ -112,7 +112,7 @@ class CacheStats:
         return self.total_bytes / full if full else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return totals, layers and audits as plain numbers, for JSON; what was missed as each layer's mean."""
+        """Return totals, layers and audits as plain numbers, for JSON; the missed mass as the mean of each layer."""
         names = list(asdict(self.layers[0])) if self.layers else []
         totals = {name: self.total(name) for name in names if name.endswith("_bytes")}
         return {
@@ -140,12 +140,12 @@ class CacheStats:
 
 
 def live_bytes(tensor: Tensor | None) -> int:
-    """Return the bytes of a tensor's storage: what stays allocated while it lives."""
+    """Return the bytes of a tensor's storage, which stays allocated while the tensor lives."""
     return 0 if tensor is None else tensor.untyped_storage().nbytes()
 
 
 def store_stats(store: KVStore) -> LayerStats:
-    """Count one layer's store."""
+    """Return the tokens and bytes of one layer's store."""
     keys, values = store.keys, store.values
     if keys is None or values is None:
         return LayerStats(compressed=True)
@@ -195,18 +195,18 @@ def step_bytes(
     """Return the bytes of index, keys and values that a decode step reads per row and KV head.
 
     Args:
-        split: what a step may read, or None for everything.
+        split: the tokens that a step may read, or None for all tokens.
         stored: tokens of the longest row, the step's own included.
         dims: D and Dv.
-        itemsizes: bytes of an element of keys and values, and of a page's bound.
-        nominal: whether to count as budgets do, in 16 bits whatever `itemsizes` are, by pages and without an oracle's
-            scores, or as the index is read, by whole tiles.
-        shortest: tokens of the shortest row, the step's own included; 0 where all have as many as the longest.
+        itemsizes: bytes of an element of keys and values, and of a page bound.
+        nominal: whether to count as budgets do (16 bits, only the pages in use, no scores of an oracle), or the bytes
+            that kernels read (`itemsizes`, whole tiles of the index).
+        shortest: tokens of the shortest row, the step's own included; 0 if all rows have `stored`.
     """
     size, index_size = (NOMINAL_ITEMSIZE, NOMINAL_ITEMSIZE) if nominal else itemsizes
     if split is None or split.top_k is None or stored <= split.token_budget:
         return stored * sum(dims) * size
-    # Rows of at most t tokens read all of them, and the others as many slots.
+    # If a row has at most t tokens, it attends to all of them, and every row reads t slots.
     attended = split.token_budget if 0 < shortest <= split.token_budget else split.top_k
     read = min(attended, stored) * sum(dims) * size
     index = index_of(split)

@@ -1,8 +1,8 @@
 """The keys, values and index of one layer, for all sequences of a batch.
 
-A store is empty, or in one of two phases. While a *prompt* is read, tokens lie in the order they came, padding among
-them, and all are attended to. `compress.close_prompt` runs stage 1, drops padding and compacts the kept tokens for
-*decoding*: each row from slot 0 on, with room for generated tokens, and an index. Another prompt may follow.
+A store is empty or in one of two phases. In a *prompt*, tokens are stored in their order, padding included, and all of
+them are attended to. `compress.close_prompt` runs stage 1, drops padding and compacts the kept tokens for *decoding*:
+each row from slot 0 on, with room for generated tokens, and an index. Another prompt may follow.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim, N stored tokens, W observation window, P page size.
 """
@@ -21,17 +21,17 @@ from .prompt import PromptTokens
 from .protection import RowMarks
 from .snapshot import Snapshots, StoreSnapshot, copy_phase
 
-# A rolling store drops half of its room when it rolls, so that drafts can still be taken back.
+# Least room of a rolling store. It drops half of its room when it rolls, so that rejected drafts can be cropped.
 ROLLING_ROOM = 64
 
 
 def decode_room(split: BudgetSplit, decode_reserve: int) -> int:
-    """Return the slots that a store has for generated tokens when its prompt ends."""
+    """Return the slots for generated tokens that a store allocates when its prompt ends."""
     return max(decode_reserve, ROLLING_ROOM) if split.rolling else decode_reserve
 
 
 def alone(tensor: Tensor) -> Tensor:
-    """Return a tensor that keeps no larger storage alive: itself, or a copy."""
+    """Return the tensor, or a copy if its storage is larger than the tensor."""
     return tensor if tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.itemsize else tensor.clone()
 
 
@@ -39,11 +39,11 @@ class KVStore:
     """Keys, values and index of one layer, through prompts and decoding.
 
     Attributes:
-        lens: how many tokens are seen and stored, as the host knows.
-        phase: a prompt that is read, or tokens that are decoded; None before the first token.
-        marks: protected ranges and messages of each row's prompts, or None.
+        lens: token counts on the host.
+        phase: an open prompt, or the tokens of decoding; None before the first token.
+        marks: protected ranges and message starts of each row, or None.
         complete: whether every token seen is still stored.
-        restorable: a crop to fewer tokens than these would need evicted ones.
+        restorable: least length that a crop can return to, unless `complete`.
         snapshots: the living snapshots.
     """
 
@@ -58,7 +58,7 @@ class KVStore:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything; snapshots too."""
+        """Drop everything; snapshots become invalid."""
         self.lens = SeqLens()
         self.phase = self.marks = None
         self.complete = True
@@ -67,7 +67,7 @@ class KVStore:
 
     @property
     def prompt(self) -> PromptTokens:
-        """The prompt that is being read.
+        """The open prompt.
 
         Raises:
             ValueError: there is none.
@@ -78,7 +78,7 @@ class KVStore:
 
     @property
     def decoding(self) -> DecodeTokens:
-        """The tokens that are being decoded.
+        """The tokens of decoding.
 
         Raises:
             ValueError: no prompt has been closed.
@@ -104,7 +104,7 @@ class KVStore:
 
     @property
     def split(self) -> BudgetSplit | None:
-        """The tokens and bytes that a step may read, or None while a prompt is read."""
+        """The tokens and bytes that a step may read, or None in a prompt."""
         return self.phase.split if isinstance(self.phase, DecodeTokens) else None
 
     @property
@@ -135,19 +135,19 @@ class KVStore:
 
     @property
     def open_tokens(self) -> int:
-        """Tokens of the prompt that is being read; 0 while decoding."""
+        """Tokens of the open prompt; 0 while decoding."""
         return self.lens.longest - self.phase.start if isinstance(self.phase, PromptTokens) else 0
 
     @property
     def generated(self) -> int:
-        """Tokens stored that were decoded since the prompt."""
+        """Stored tokens that were generated since the prompt."""
         return self.stored - self.decoding.prompt_stored
 
     def settled(self) -> SeqLens:
-        """Return the counts, with the steps that only the device knew of; may wait for it.
+        """Return the counts, including steps that only the device has counted; may wait for the device.
 
         Raises:
-            ValueError: the device took more steps than static buffers have room for.
+            ValueError: the device ran more steps than static buffers have room for.
         """
         lens = self.lens
         if not lens.uncounted or not isinstance(self.phase, DecodeTokens) or self.phase.buffers.clock is None:
@@ -157,7 +157,7 @@ class KVStore:
         return lens
 
     def out_of_room(self) -> str:
-        """Return the message for static buffers that are full."""
+        """Return the error message for full static buffers."""
         room = self.decoding.decode_capacity
         return (
             f"the cache has room for decode_capacity={room} generated tokens, and all of it is used; "
@@ -176,29 +176,29 @@ class KVStore:
             return
         in_place = self._in_place
         if in_place:
-            self._protect(0, 0)
+            self._save_before_write(0, 0)
         new = {}
         for name, tensor in self.tensors().items():
             changed = restored(function(movable(tensor)), tensor.dtype)
             if in_place and changed.shape == tensor.shape:
-                tensor.copy_(changed)  # static buffers stay where they are
+                tensor.copy_(changed)  # static buffers keep their addresses
             else:
                 new[name] = changed
         self.phase.set_tensors(new)
 
     @property
     def _in_place(self) -> bool:
-        """Whether rows are reordered in place, since static buffers stay where they are."""
+        """Whether rows are reordered in place: static buffers keep their addresses."""
         return isinstance(self.phase, DecodeTokens) and self.phase.decode_capacity is not None
 
     def extend(self, key: Tensor, value: Tensor, valid: Tensor | None = None, *, expected: int = 0) -> None:
-        """Append tokens of a prompt as they come.
+        """Append tokens of a prompt.
 
         Args:
             key: [B, Hkv, n, D].
             value: [B, Hkv, n, Dv].
             valid: [B, n] bool, False at padding, or None.
-            expected: tokens of the sequence when the prompt ends, to make room for; 0 where unknown.
+            expected: tokens of the sequence when the prompt ends, to allocate room for; 0 if unknown.
         """
         key, value = key.detach(), value.detach()
         if self.closed:
@@ -206,8 +206,8 @@ class KVStore:
         lens = self.lens
         start, stop = lens.longest, lens.longest + key.shape[2]
         if self.phase is None:
-            # Kept as they are: an unchunked prompt is never copied before stage 1 has made it small. But a prompt that
-            # does not end yet must not keep a fused projection alive.
+            # No copy: stage 1 compacts an unchunked prompt right after this. But a prompt that continues must not keep
+            # the output of a fused projection alive.
             ends = stop >= expected > 0
             self.phase = PromptTokens(keys=key if ends else alone(key), values=value if ends else alone(value))
         else:
@@ -225,7 +225,7 @@ class KVStore:
         lens.longest = lens.shortest = stop
 
     def _open_prompt(self) -> None:
-        """Turn from decoding to a prompt; slots beyond a row's length, whose position is -1, are holes."""
+        """Switch from decoding to a prompt; slots beyond a row's length, whose position is -1, are holes."""
         decoding, lens = self.decoding, self.settled()
         self.phase = PromptTokens(
             keys=decoding.keys,
@@ -238,7 +238,7 @@ class KVStore:
         )
 
     def reopen(self, keys: Tensor, values: Tensor, positions: Tensor | None, stored: int) -> None:
-        """Turn from decoding to a prompt in other buffers, which hold every token of the sequence.
+        """Switch from decoding to a prompt in other buffers, which have every token of the sequence.
 
         Args:
             keys: [B, Hkv, capacity, D].
@@ -253,12 +253,12 @@ class KVStore:
         self.complete = True
 
     def allow_crops(self) -> None:
-        """Let crops go back to any length, where evicted tokens are kept elsewhere and tokens lie in order."""
+        """Allow crops to any length, for a history that keeps evicted tokens; not if protected tokens were moved."""
         if not self.decoding.moved:
             self.restorable = 0
 
     def append(self, key: Tensor, value: Tensor) -> None:
-        """Append one generated token to every row without attending, growing where needed.
+        """Append one generated token to every row without attending; grows if needed.
 
         Args:
             key: [B, Hkv, D].
@@ -272,7 +272,7 @@ class KVStore:
         self.lens.advance()
 
     def next_fill(self) -> tuple[DecodeTokens, Fill]:
-        """Make room for one more token in every row, and return the tokens and how full their buffers are.
+        """Make room for one more token in every row, and return the stored tokens and their fill.
 
         Raises:
             ValueError: the prompt is not closed, or the buffers are static and full.
@@ -283,10 +283,10 @@ class KVStore:
         if not isinstance(decoding, DecodeTokens):
             raise ValueError("a decode step needs a store whose prompt is closed")
         if lens.longest == decoding.buffers.keys.shape[2]:
-            self._make_room(decoding)
+            self._grow_or_roll(decoding)
         return decoding, Fill(lens.longest, lens.shortest, lens.seen)
 
-    def _make_room(self, decoding: DecodeTokens) -> None:
+    def _grow_or_roll(self, decoding: DecodeTokens) -> None:
         """Grow by doubling, or roll."""
         if decoding.decode_capacity is not None:
             raise ValueError(self.out_of_room())
@@ -294,14 +294,14 @@ class KVStore:
         if not decoding.split.rolling or kept is None or stored <= kept:
             decoding.reserve(2 * stored, stored)
             return
-        self._protect(0, 0)
+        self._save_before_write(0, 0)
         slack = (stored - kept) // 2
         decoding.roll(self.lens, kept, slack)
         self.complete = False
         self.restorable = self.lens.seen - slack
 
     def clock(self) -> Tensor:
-        """Return [1] int32, the tokens of the sequence on the device, where kernels read and raise it; it never moves.
+        """Return the clock [1] int32: tokens of the sequence, incremented on the device. Its address is constant.
 
         Raises:
             ValueError: the prompt is not closed.
@@ -315,21 +315,21 @@ class KVStore:
         return decoding.buffers.clock
 
     def drop_generated(self, count: int) -> None:
-        """Count `count` generated tokens less in every row, after they were evicted for good."""
+        """Subtract `count` re-evicted tokens of every row from the counts."""
         lens, decoding = self.lens, self.decoding
         ring, tensor = decoding.ring, decoding.buffers.query_ring
         if ring is not None and tensor is not None:
-            # A crop may go back as far as the ring still ranks by.
+            # Crops can return to the first query of the ring.
             self.restorable = max(self.restorable, ring.start, lens.seen - tensor.shape[2])
         lens.longest -= count
         lens.shortest -= count
         decoding.aligned = self.complete = False
 
     def crop(self, length: int) -> None:
-        """Forget the tokens from position `length` on, as if they had never come.
+        """Drop the tokens from position `length` on.
 
         Args:
-            length: tokens of the sequence that stay, padding included.
+            length: tokens of the sequence to keep, padding included.
 
         Raises:
             ValueError: `length` lies before the last eviction, which cannot be undone.
@@ -350,7 +350,7 @@ class KVStore:
         start = lens.shortest - removed
         if isinstance(self.phase, DecodeTokens) and length < self.phase.prompt_end:
             start = length if self.phase.aligned else 0
-        self._protect(max(0, start), length)
+        self._save_before_write(max(0, start), length)
         if self.phase is not None:
             self.phase.crop(lens, length)
 
@@ -358,11 +358,10 @@ class KVStore:
     def snapshot(self) -> StoreSnapshot:
         """Return the present state, for `restore`.
 
-        It copies no keys and values; while it lives, so do the buffers of its time, and slots that would be overwritten
-        are copied before.
+        It copies no keys and values. It keeps its buffers alive, and copies their slots before they are overwritten.
 
         Raises:
-            ValueError: static buffers have taken more tokens than they have room for.
+            ValueError: the device ran more steps than static buffers have room for.
         """
         lens = self.settled()
         copies = {}
@@ -383,7 +382,7 @@ class KVStore:
         return taken
 
     def restore(self, snapshot: StoreSnapshot) -> None:
-        """Return to a snapshot, any number of times: exactly, and without computing anything again.
+        """Return to a snapshot exactly, any number of times, without recomputing keys or values.
 
         Raises:
             ValueError: the snapshot is of another store, or was taken before this one was cleared.
@@ -393,7 +392,7 @@ class KVStore:
         held, now = snapshot.tensors, self.tensors()
         start, common = snapshot.changes()
         used = self.lens.longest
-        self.snapshots.protect(start, common, held.values(), used=used, but=snapshot)
+        self.snapshots.save_before_write(start, common, held.values(), used=used, but=snapshot)
         same = all(held.get(name) is now.get(name) for name in ("keys", "values", "positions"))
         behind = max(self.snapshots.used, snapshot.lens.longest) if same and not self.lens.uncounted else None
         self.phase = snapshot.restored_phase()
@@ -408,16 +407,16 @@ class KVStore:
             self.phase.sum_values(self.lens)
             self.snapshots.used = 0
 
-    def _protect(self, start: int, common: int) -> None:
-        """Let every snapshot copy the slots from `start` on, which are about to be overwritten; see `Snapshots`."""
-        self.snapshots.protect(start, common, self.tensors().values(), used=self.lens.longest)
+    def _save_before_write(self, start: int, common: int) -> None:
+        """Make every snapshot copy the slots from `start` on before they are overwritten; see `Snapshots`."""
+        self.snapshots.save_before_write(start, common, self.tensors().values(), used=self.lens.longest)
 
-    def protect_generated(self, count: int) -> None:
-        """Let snapshots copy the last `count` slots of every row, which are about to be overwritten."""
-        self._protect(max(0, self.lens.shortest - count), self.decoding.prompt_end)
+    def save_generated(self, count: int) -> None:
+        """Make every snapshot copy the last `count` slots of each row before they are overwritten."""
+        self._save_before_write(max(0, self.lens.shortest - count), self.decoding.prompt_end)
 
     def note_captured(self) -> None:
-        """Note that a CUDA graph will take steps, any number of times, which the host does not count."""
+        """Note that a CUDA graph may run steps, at any time, that the host does not count."""
         self.lens.captured = self.lens.uncounted = True
         for taken in self.snapshots.living():
             taken.lens.captured |= taken.tensors.get("keys") is self.keys

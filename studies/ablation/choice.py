@@ -153,7 +153,7 @@ def top_p_step(step: Step) -> Tensor:
 
 
 def heavy(weight: Tensor, state: CostThreshold, k: int, least: float) -> Tensor:
-    """Return the tokens [B, Hkv, N] bool whose weight reaches the state's bound, and of each head the best in any case.
+    """Return the tokens [B, Hkv, N] bool whose weight reaches the state's threshold, and each head's best.
 
     Args:
         weight: [B, Hkv, N], mean over the group.
@@ -166,7 +166,7 @@ def heavy(weight: Tensor, state: CostThreshold, k: int, least: float) -> Tensor:
 
 
 def least_weight_step(step: Step, *, least: float = LEAST) -> Tensor:
-    """Attend to all tokens whose estimated weight, mean over the group, reaches a bound, and to some in any case."""
+    """Attend to all tokens whose estimated weight, mean over the group, reaches a threshold, and each head's best."""
     scored = step.score(uneven=True)
     weight = group_weights(scored.logits) / scored.logits.shape[2]
     chosen = heavy(weight, step.state, scored.k, least)

@@ -25,7 +25,7 @@ from .steps import plain_step
 
 RESERVE = RocketKVConfig().decode_reserve
 WINDOW = RocketKVConfig().window_size
-KERNEL = RocketKVConfig().pool_size
+KERNEL = RocketKVConfig().stage_1_kernel_size
 TOLERANCE = 0.02  # by which bytes of arms may differ
 WIDEST_WINDOW = 64
 

@@ -184,7 +184,7 @@ def sketch_mass_step(step: Step) -> Tensor:
 
 
 def ends_step(step: Step) -> Tensor:
-    """Attend to the first four tokens and to the last k/8 whatever their scores."""
+    """Attend to the first four tokens and to the last k/8 regardless of their scores."""
     scored = step.score()
     shared = group_weights(scored.logits)
     shared[..., :4] = shared[..., -max(1, scored.k // 8) :] = torch.inf

@@ -55,6 +55,7 @@ def expected(folder: Path, question: str, new_tokens: int) -> str:
     with rocketkv.patch(model, token_budget=200), torch.no_grad():
         cache = rocketkv.RocketKVCache(model.config, token_budget=200, prompt_length=ids[0].shape[1])
         model(ids[0], **{CACHE_ARGUMENT: cache}, use_cache=True)
+        cache.begin_turn()
         found = []
         given = ids[1]
         for _ in range(new_tokens):

@@ -319,6 +319,15 @@ def test_softmax_attention_rounds_only_its_output(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.double(), exact.double(), rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_softmax_attention_is_in_float32_under_autocast(softcap: float | None) -> None:
+    rows, keys, values = torch.randn(2, 1, 3, 16), torch.randn(2, 1, 40, 16), torch.randn(2, 1, 40, 8)
+    params = AttentionParams(0.3, softcap=softcap, sinks=torch.randn(1, 1, 3))
+    expected = softmax_attention(rows, keys, values, params)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert softmax_attention(rows, keys, values, params).equal(expected)
+
+
 def test_softmax_attention_drops_weights_and_scales_the_rest() -> None:
     rows, keys, values = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 500, 8), torch.ones(1, 2, 500, 1)
     out = softmax_attention(rows, keys, values, AttentionParams(0.1), dropout=0.5)

@@ -108,7 +108,7 @@ def test_check_mode_passes(capsys: pytest.CaptureFixture[str]) -> None:
 def broken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let one part of what is timed give a wrong result."""
     step, dense, top, compact = (
-        decode.decode_step,
+        decode.decode_step_triton,
         dense_decode,
         kernel_arms.evict.select_top,
         kernel_arms.evict.compact,
@@ -149,7 +149,7 @@ def broken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(dense_arms, "dense_decode", not_a_number)
     else:
         made = {"output": wrong_output, "selection": wrong_selection, "seq_lens": wrong_count}[name]
-        monkeypatch.setattr(decode, "decode_step", made)
+        monkeypatch.setattr(decode, "decode_step_triton", made)
 
 
 @runs_kernels

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from rocketkv.eval.prompts import sample_tokens
 from rocketkv.eval.tasks.base import Preparation, Turn
 from rocketkv.eval.tasks.instructions import RULES, TASKS, keeps
+from rocketkv.eval.tasks.length import sample_tokens
 from words import Words
 
 (TASK,) = TASKS

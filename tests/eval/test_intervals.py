@@ -72,12 +72,16 @@ def test_one_value_has_no_interval_unless_it_is_right_or_wrong() -> None:
 
 
 @pytest.mark.parametrize("call", [lambda: mean_interval([]), lambda: mean_interval([math.nan]),
-                                  lambda: paired_interval([1.0], []), lambda: wilson(3, 2),
-                                  lambda: mean_of_means_interval([]),
-                                  lambda: ratio_interval([1.0], [])])  # fmt: skip
+                                  lambda: wilson(3, 2), lambda: mean_of_means_interval([]),
+                                  lambda: ratio_interval([], [])])  # fmt: skip
 def test_intervals_refuse_what_has_no_mean(call: Any) -> None:
     with pytest.raises(ValueError, match="must"):
         call()
+
+
+def test_pairs_are_of_the_same_samples() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        paired_interval([1.0], [])
 
 
 def test_a_ratio_resamples_both_means_from_the_same_samples() -> None:
@@ -87,6 +91,6 @@ def test_a_ratio_resamples_both_means_from_the_same_samples() -> None:
 
 
 def test_without_scipy_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
     with pytest.raises(ImportError, match=r"rocketkv\[eval\]"):
         mean_interval([0.0, 100.0])

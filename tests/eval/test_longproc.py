@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from rocketkv.eval.prompts import sample_tokens
 from rocketkv.eval.tasks import instructions, longproc
 from rocketkv.eval.tasks.base import Preparation, Sample, Task, Turn
+from rocketkv.eval.tasks.length import sample_tokens
 from rocketkv.eval.tasks.longproc import evaluate
 from words import Words
 

@@ -19,7 +19,7 @@ from presses import KeepFirst, module
 from rocketkv import METHODS, RocketKVConfig
 from rocketkv.cli.main import main
 from rocketkv.eval.conversation import answer_sample
-from rocketkv.eval.methods import SETTINGS, Compressed, Full, find_method, takes_budget
+from rocketkv.eval.methods import SETTINGS, Compressed, Full, find_method
 from rocketkv.eval.records import records
 from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.layer import rocketkv_layers
@@ -43,7 +43,6 @@ def test_full_is_the_stock_model() -> None:
     tiny = model()
     with method.attached(tiny):
         assert type(method.new_cache(tiny, 5)) is DynamicCache
-    assert not takes_budget("full")
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
@@ -52,7 +51,6 @@ def test_the_librarys_methods_have_their_budget_and_settings(name: str) -> None:
     assert isinstance(method, Compressed)
     assert (method.name, method.token_budget) == (name, 96)
     assert method.config == RocketKVConfig(method=name, token_budget=96, window_size=16)
-    assert takes_budget(name)
     tiny = model()
     before = type(tiny).generate, dict(vars(tiny))
     with method.attached(tiny):
@@ -102,7 +100,6 @@ def test_a_function_of_the_users_own_makes_a_method(monkeypatch: pytest.MonkeyPa
     module(monkeypatch, OWN, make=lambda budget: Full(name=f"{OWN}:make", token_budget=budget))
     method = find_method(f"{OWN}:make", 7)
     assert (method.name, method.token_budget) == (f"{OWN}:make", 7)
-    assert takes_budget(f"{OWN}:make")
 
 
 @pytest.mark.parametrize(

@@ -190,13 +190,6 @@ def test_prompt_refuses(changed: dict[str, Any], message: str) -> None:
         needle_prompt(Words(), **arguments)
 
 
-def test_grid_refuses_an_empty_one() -> None:
-    with pytest.raises(ValueError, match="count must be 1 or more, got 0"):
-        needle_grid(Words(), tokens=100, count=0, seed=1)
-    with pytest.raises(ValueError, match="seed must be 0 or more, got -1"):
-        needle_grid(Words(), tokens=100, count=2, seed=-1)
-
-
 class ChatWords:
     """A tokenizer that cuts at white space; its chat template adds nine words."""
 

@@ -214,8 +214,6 @@ def test_the_document_adds_up(tmp_path: Path) -> None:
     assert 0 < rows["compute oracle"]["of_dense"] < rows["storage oracle"]["of_dense"] <= 306 / 303.5
     assert rows["compute oracle"]["of_dense"] == pytest.approx(result["total"]["needed_mean"] / 303.5)
     assert max(result["gaps"].values()) < 1e-5
-    with pytest.raises(ValueError, match="a text at least"):
-        document(SETTINGS, [], [])
 
 
 def test_tables_and_heat_maps_show_the_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,20 +245,6 @@ def test_a_method_without_error_has_no_shares(tmp_path: Path) -> None:
     assert "share-k.png" not in heat_maps(result)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"context": 1}, "context must be at least 2"),
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"error": 1.0}, "error must be between 0 and 1"),
-        ({"bandwidth": 0.0}, "bandwidth must be positive"),
-    ],
-)
-def test_impossible_settings_are_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Settings(**{**vars(SETTINGS), **change})
-
-
 def test_texts_must_fit(tmp_path: Path) -> None:
     long = Settings(**{**vars(SETTINGS), "context": 5000})
     for settings, message in (
@@ -288,9 +272,7 @@ def test_the_command_writes_the_same_files_every_time(
     capsys.readouterr()
     for name in ("one", "two", "one"):
         assert run(folder, tmp_path / name) == 0
-        said = capsys.readouterr()
-        assert not said.err
-        assert "2 texts of 200 tokens and 4 steps; snapkv 64" in said.out
+        assert "2 texts of 200 tokens and 4 steps; snapkv 64" in capsys.readouterr().out
     first = files("one")
     assert first == files("two")
     assert {"oracle.json", "oracle.md", "stored.png", "journal.jsonl"} <= set(first)

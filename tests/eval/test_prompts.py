@@ -7,8 +7,8 @@ import importlib
 import pytest
 
 from eval_case import END, know_tasks, made_task, sample, tokenizer
-from rocketkv.eval.prompts import sample_tokens
 from rocketkv.eval.tasks.base import MODULES, Preparation, catalogue, find_tasks
+from rocketkv.eval.tasks.length import sample_tokens
 
 WORDS = tokenizer()
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from tiny import TRANSFORMERS, greedy, hand_written
 
@@ -41,9 +40,6 @@ def turn(model: Any, ids: Tensor, mask: Tensor, cache: Any, way: str, count: int
     uncached = ids[:, 0 if cache is None else cache.get_seq_length() :]
     if way == "new tokens":
         return greedy(model, {"input_ids": uncached, "attention_mask": mask}, count, **kept)
-    for layer in rocketkv_layers(cache):
-        if layer.store.closed:
-            layer.begin_turn()
     return hand_written(model, uncached, count, cache=cache, mask=mask, chunk=CHUNK if way == "loop in chunks" else 0)
 
 

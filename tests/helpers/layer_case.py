@@ -134,7 +134,7 @@ def kernel_step(
     precise = torch.float32 if decode.INTERPRETED else query.dtype
     out = torch.empty(*query.shape[:2], value.shape[2], dtype=precise, device=DEVICE)
     buffers = store.decoding.buffers._replace(clock=store.clock(), residual_bias=bias)
-    decode.decode_step(query, key, value, buffers, workspace, case.params(sinks), out)
+    decode.decode_step_triton(query, key, value, buffers, workspace, case.params(sinks), out)
     store.lens.advance()
     return out.to(query.dtype)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from chat import chat
 from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.models import CACHE_ARGUMENT
-from tiny import SKETCH_SPLIT, SMALL, TRANSFORMERS, left_padded, prompt
+from tiny import SKETCH_SPLIT, SMALL, TRANSFORMERS, begin_turn, left_padded, prompt
 
 # What older releases give a cache is tested over all of them in hf/test_models.py and hf/test_turns.py.
 OLDER = TRANSFORMERS < (5, 0)
@@ -47,6 +47,7 @@ def same(found: list[tuple[Tensor, Tensor]], expected: list[tuple[Tensor, Tensor
 def forward(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return the logits [B, n, V] of token ids [B, n], after those that the cache has seen."""
     given: dict[str, Tensor] = {}
+    begin_turn(cache, ids)
     if mask is not None:
         seen = cache.get_seq_length()
         mask = torch.cat((mask, mask.new_ones(len(mask), seen + ids.shape[1])), dim=1)[:, : seen + ids.shape[1]]

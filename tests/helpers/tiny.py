@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rocketkv import BudgetSplit
+from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 
 TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -131,6 +132,13 @@ def greedy(model: Any, inputs: Any, new_tokens: int = 12, **kwargs: Any) -> tupl
     return tokens[:, :new_tokens], logits[:, :new_tokens], out.get(CACHE_ARGUMENT)
 
 
+def begin_turn(cache: Any, ids: Tensor) -> None:
+    """Begin a turn on a cache whose prompt has ended, if the next ids [B, n] are more than one decoded token."""
+    for layer in rocketkv_layers(cache):
+        if ids.shape[1] > 1 and layer.store.closed and not layer.turn_begins and not layer.speculative:
+            layer.begin_turn()
+
+
 def hand_written(
     model: Any, ids: Tensor, new_tokens: int = 12, *, cache: Any = None, mask: Tensor | None = None, chunk: int = 0
 ) -> tuple[Tensor, Tensor, Any]:
@@ -139,6 +147,7 @@ def hand_written(
     logits: list[Tensor] = []
     steps = list(ids.split(chunk, dim=1)) if chunk else [ids]
     seen = 0 if cache is None else cache.get_seq_length()
+    begin_turn(cache, ids)
     with torch.no_grad():
         while len(tokens) < new_tokens:
             step = steps.pop(0)

@@ -188,7 +188,7 @@ def test_too_little_room_to_rank_says_how_much_is_enough() -> None:
 
 @pytest.mark.integration
 @pytest.mark.parametrize("rows", ["one", "padded"])
-@pytest.mark.parametrize("way", ["snapshot", "copy", "file", "reorder"])
+@pytest.mark.parametrize("way", ["snapshot", "copy", "file", "reorder", "select"])
 def test_a_cache_is_taken_along_from_behind_an_eviction(way: str, rows: str, tmp_path: Path) -> None:
     model, inputs = build(), inputs_of(rows)
     ids = prompt(90, rows=rows_of(rows), seed=8)
@@ -217,7 +217,10 @@ def test_a_cache_is_taken_along_from_behind_an_eviction(way: str, rows: str, tmp
                 assert other.store.phase.positions is not None
                 assert layer.store.phase.positions.equal(other.store.phase.positions)
         else:
-            fork.reorder_cache(order)
+            if way == "reorder":
+                fork.reorder_cache(order)
+            else:
+                fork.batch_select_indices(order)
             assert_near(forced(model, fork, ids[order, 30:], position[order] + 30), expected[order], 1e-5)
         assert first.isfinite().all()
 
@@ -228,11 +231,11 @@ def queries_seen(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[int, Tensor]
     seen: dict[int, dict[int, Tensor]] = {}
     attend = RocketKVLayer.attend
 
-    def recorded(self: RocketKVLayer, query: Tensor, mask: Any, **kwargs: Any) -> Tensor:
+    def recorded(self: RocketKVLayer, query: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Tensor:
         own = seen.setdefault(id(self), {})
         for i in range(query.shape[2]):
             own[self.store.seen + i] = query[:, :, i].clone()
-        return attend(self, query, mask, **kwargs)
+        return attend(self, query, mask, *args, **kwargs)
 
     monkeypatch.setattr(RocketKVLayer, "attend", recorded)
     return seen

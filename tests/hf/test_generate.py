@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import rocketkv
-from rocketkv import dispatch
+from rocketkv.hf import layer as layer_module
 from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from rocketkv.state.store import KVStore
@@ -121,13 +121,13 @@ def test_verify_steps_give_plain_tokens_and_evict_nothing(
             rocketkv.patch(assistant, **SMALL)
         expected, expected_logits, plain = greedy(model, REPEATING, 24)
         evictions = []
-        close_prompt = dispatch.compress.close_prompt
+        close_prompt = layer_module.close_prompt
 
         def counted(store: KVStore, *args: Any, **kwargs: Any) -> None:
             evictions.append(store)
             close_prompt(store, *args, **kwargs)
 
-        monkeypatch.setattr(dispatch.compress, "close_prompt", counted)
+        monkeypatch.setattr(layer_module, "close_prompt", counted)
         forwards: list[int] = []
         model.model.register_forward_pre_hook(
             lambda module, args, kwargs: forwards.append(kwargs["input_ids"].shape[1]), with_kwargs=True

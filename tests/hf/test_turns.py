@@ -258,3 +258,25 @@ def test_reset_forgets_everything() -> None:
         tokens, logits, _ = greedy(model, SECOND, **{CACHE_ARGUMENT: cache})
     assert tokens.equal(expected[0])
     close(logits, expected[1])
+
+
+def test_several_tokens_after_a_prompt_verify_a_draft() -> None:
+    """Nothing is evicted in them, one warning says how to begin a turn, and `begin_turn` runs stage 1 again."""
+    model = build()
+    with rocketkv.patch(model, **SMALL), torch.no_grad():
+        cache = rocketkv.RocketKVCache(model.config, prompt_length=90, **SMALL)
+        model(FIRST, **{CACHE_ARGUMENT: cache})
+        tokens = prompt(5, seed=3)
+        single = copy.deepcopy(cache)
+        expected = [model(token, **{CACHE_ARGUMENT: single}).logits for token in tokens.split(1, dim=1)]
+        with pytest.warns(UserWarning, match=r"verifies a draft, and evicts nothing.*call begin_turn\(\)"):
+            found = model(tokens, **{CACHE_ARGUMENT: cache}).logits
+        close(found, torch.cat(expected, dim=1))
+        layers = rocketkv_layers(cache)
+        assert [layer.store.stored for layer in layers] == [layer.store.stored for layer in rocketkv_layers(single)]
+        model(tokens, **{CACHE_ARGUMENT: cache})  # warnings are errors here: there is no second one
+        cache.begin_turn()
+        model(SECOND, **{CACHE_ARGUMENT: cache})
+        assert not any(layer.store.closed for layer in layers)
+        model(prompt(1), **{CACHE_ARGUMENT: cache})
+        assert all(layer.store.decoding.prompt_end == 90 + 5 + 5 + 50 for layer in layers)

@@ -131,7 +131,7 @@ def test_a_prompt_of_one_token_begins_a_turn_when_told(fields: dict[str, Any]) -
             found.append(turn_of(model, cache, one, 12))
             for layer in rocketkv_layers(cache):
                 assert layer.store.stored == 40 + 12
-                assert layer.store._prompt_end == SEEN + 2
+                assert layer.store.decoding.prompt_end == SEEN + 2
         cache.rollback(taken)
         cache.begin_turn()
         ids = torch.cat((prompt(SEEN + 1, seed=70), one), dim=1)  # what the cache has seen is not read again

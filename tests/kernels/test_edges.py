@@ -209,7 +209,7 @@ def test_a_step_is_two_launches_and_no_operation(pages: int, launches: int, monk
     query, key, value = steps[0]
     buffers, out = store.decoding.buffers._replace(clock=store.clock()), torch.zeros_like(query)
     with Counting() as counting:
-        decode.decode_step(query, key, value, buffers, workspace, case.params(), out)
+        decode.decode_step_triton(query, key, value, buffers, workspace, case.params(), out)
     assert counting.names == []
     assert len(launched) == launches
     # What was recorded is the step: run it.

@@ -98,7 +98,7 @@ def test_without_the_triton_package_a_gpu_runs_pytorch_and_says_so(monkeypatch: 
     try:
         assert backend.backend_name(keys.device) == "torch"
         with pytest.warns(UserWarning, match="pip install triton"):
-            assert backend._eviction_ops(keys, "auto", None, backend.Workspaces()) is TORCH_OPS
+            assert backend.eviction_ops(keys) is TORCH_OPS
         with pytest.raises(ValueError, match="the triton package is not installed"):
             backend.backend_name(torch.device("cuda"), "triton")
     finally:

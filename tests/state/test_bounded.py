@@ -15,8 +15,8 @@ from protection_case import kept_by
 from rocketkv.budget import BudgetSplit
 from rocketkv.core.pages import TILE_PAGES, build_pages
 from rocketkv.core.params import AttentionParams
-from rocketkv.dispatch import close_prompt, decode_step, evict_generated
-from rocketkv.state.compress import kept_of
+from rocketkv.dispatch import decode_step, eviction_ops
+from rocketkv.state.compress import close_prompt, evict_generated, kept_of
 from rocketkv.state.store import KVStore
 from turns import Tokens, last_queries, left_padding
 
@@ -146,7 +146,6 @@ def started(case: Case, count: int) -> tuple[KVStore, Tokens, AttentionParams, l
         store,
         SPLITS[case.split],
         params,
-        backend="torch",
         decode_reserve=5,
         kernel_size=KERNEL,
         decode_capacity=CAPACITY,
@@ -174,7 +173,8 @@ def started(case: Case, count: int) -> tuple[KVStore, Tokens, AttentionParams, l
 def step(store: KVStore, given: Tokens, at: int, params: AttentionParams, backend: str = "torch") -> Tensor:
     """Decode token `at`, evicting before it where there is no room."""
     if store.stored >= store.capacity:
-        evict_generated(store, KEPT, params, kernel_size=KERNEL, backend=backend)
+        ops = eviction_ops(store.decoding.keys, backend=backend)
+        evict_generated(store, KEPT, params, kernel_size=KERNEL, ops=ops)
     return decode_step(
         given.query[:, :, at], given.key[:, :, at], given.value[:, :, at], store, params, backend=backend
     )

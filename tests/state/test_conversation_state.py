@@ -19,7 +19,7 @@ from rocketkv.hf.patch import state_of
 from rocketkv.state import history
 from rocketkv.state.history import History
 from rocketkv.state.protection import RowMarks
-from tiny import SKETCH_SPLIT, SMALL, TRANSFORMERS, build, greedy, prompt
+from tiny import SKETCH_SPLIT, SMALL, TRANSFORMERS, begin_turn, build, greedy, prompt
 from turns import last_queries
 
 pytestmark = pytest.mark.integration
@@ -29,6 +29,7 @@ AWAY: dict[str, Any] = {**MT, "method": "rocketkv-mt+", "split": SKETCH_SPLIT, "
 
 
 def forward(model: Any, cache: Any, ids: Tensor) -> Tensor:
+    begin_turn(cache, ids)
     with torch.no_grad():
         logits: Tensor = model(ids, **{CACHE_ARGUMENT: cache}, use_cache=True).logits
     return logits

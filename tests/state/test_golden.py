@@ -20,8 +20,9 @@ from rocketkv.config import RocketKVConfig
 from rocketkv.core import decode
 from rocketkv.core.params import AttentionParams
 from rocketkv.core.topk import select
-from rocketkv.dispatch import Workspaces, close_prompt, decode_step
+from rocketkv.dispatch import Workspaces, decode_step, eviction_ops
 from rocketkv.hf.layer import RocketKVLayer, layer_of
+from rocketkv.state.compress import close_prompt
 from rocketkv.state.store import KVStore
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -136,6 +137,8 @@ def test_two_turns(
         assert turns.layer.get_seq_length() == start
         if prompt_end == "known":
             turns.layer.prompt_end = stop
+        elif number:
+            turns.layer.begin_turn()
         bounds = [start + (stop - start) * i // chunks for i in range(chunks + 1)]
         outputs = [turns.forward(first, last) for first, last in pairwise(bounds)]
         expected = f"{name}.budget_{budget}.turn_{number}."
@@ -165,7 +168,8 @@ def test_one_turn_by_the_kernels_and_what_they_select(layer: int, budget: int, m
     for name, store in stores.items():
         store.extend(key[:, :, :prompt], value[:, :, :prompt])
         store.prompt.remember(data["query_window"], info["window_size"])
-        close_prompt(store, split, PARAMS, backend=name, decode_reserve=16, kernel_size=info["kernel_size"])
+        ops = eviction_ops(store.prompt.keys, backend=name)
+        close_prompt(store, split, PARAMS, ops=ops, decode_reserve=16, kernel_size=info["kernel_size"])
     for name in ("positions", "keys", "values", "bounds", "seq_lens"):
         assert stores["torch"].tensors()[name].equal(stores["triton"].tensors()[name]), name
     selected: list[Tensor] = []

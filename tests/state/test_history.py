@@ -39,6 +39,8 @@ def no_fast(*args: Any) -> None:
 def forward(made: RocketKVLayer, given: tuple[Tensor, Tensor, Tensor], start: int, stop: int) -> Tensor:
     """Take tokens `start` to `stop` through a layer and return [B, H, n, D]."""
     query, key, value = (tensor[:, :, start:stop] for tensor in given)
+    if stop - start > 1 and made.store.closed and made.prompt_end is None:
+        made.begin_turn()
     made.armed = True
     returned, _ = made.update(key, value)
     assert layer_of(returned) is made
@@ -112,7 +114,8 @@ def test_a_layer_is_its_definition(batch: int, device: str | None, told: bool, c
         (0, 95, 90, False, 95, 90),  # with a draft behind it
         (90, 1, None, False, 0, 0),  # a decoded token
         (90, 1, 90, False, 0, 0),
-        (90, 5, None, False, 5, 0),  # another prompt, or a draft
+        (20, 5, None, False, 5, 0),  # a chunk of a prompt of unknown length
+        (90, 5, None, False, 0, 0),  # a draft
         (90, 5, 95, False, 5, 5),
         (90, 9, 95, False, 9, 5),
         (90, 1, None, True, 1, 1),  # a prompt of one token
@@ -122,7 +125,8 @@ def test_a_layer_is_its_definition(batch: int, device: str | None, told: bool, c
 def test_where_a_turn_begins(
     seen: int, given: int, end: int | None, begins: bool, expected: int, verified: int, verifies: bool
 ) -> None:
-    assert prompt_part(seen, given, end, begins=begins, verifies=verifies) == (verified if verifies else expected)
+    phase = {"closed": seen >= 90, "begins": begins, "verifies": verifies}
+    assert prompt_part(seen, given, end, **phase) == (verified if verifies else expected)
 
 
 def closed(length: int = 60) -> tuple[RocketKVLayer, tuple[Tensor, Tensor, Tensor]]:
@@ -177,7 +181,7 @@ def test_rows_of_different_lengths_are_absorbed_each_from_its_own_slots() -> Non
     made.store.extend(given[1][:, :, :total], given[2][:, :, :total], valid)
     made.store.prompt.remember(given[0][:, :, :total], WINDOW)
     made.prompt_tokens = total
-    made.close_prompt(PARAMS)
+    made.end_prompt(PARAMS)
     assert not made.store.uniform
     for token in range(total, 70):
         forward(made, given, token, token + 1)

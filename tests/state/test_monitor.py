@@ -174,7 +174,7 @@ def test_a_history_of_padded_rows_is_of_their_tokens() -> None:
     given, valid = tokens(2, PROMPT), left_padding([PROMPT, 33], PROMPT)
     extend(made.store, given, valid)
     made.prompt_tokens = PROMPT
-    made.close_prompt(PARAMS)
+    made.end_prompt(PARAMS)
     late = tokens(2, 3)
     for i in range(3):
         decode_step(late.query[:, :, i], late.key[:, :, i], late.value[:, :, i], made.store, PARAMS)

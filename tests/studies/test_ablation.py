@@ -66,8 +66,8 @@ def own_logits(model: Any, config: RocketKVConfig) -> Tensor:
 @pytest.mark.parametrize("method", [name for name in sorted(METHODS) if not METHODS[name].multi_turn])
 def test_rebuilt_stores_step_as_after_the_models_own_prefill(model: Any, layers: list[Layer], method: str) -> None:
     split = METHODS[method].split(PROMPT, BUDGET, 16, 128)
-    pool_size = RocketKVConfig(method=method).pool_size
-    arm = Arm(name=method, what="", split=lambda _: split, fitted=None, kernel_size=pool_size)
+    stage_1_kernel_size = RocketKVConfig(method=method).stage_1_kernel_size
+    arm = Arm(name=method, what="", split=lambda _: split, fitted=None, kernel_size=stage_1_kernel_size)
     with torch.inference_mode():
         made = [ArmLayer(arm, split, layer, PROMPT) for layer in layers]
         for one, layer in zip(made, layers, strict=True):
@@ -333,7 +333,7 @@ def test_the_command(
 def test_the_librarys_own_method_is_one_of_the_arms() -> None:
     arm = BY_NAME["rocketkv+:own"]
     own = RocketKVConfig(method="rocketkv+", token_budget=CASE.budget)
-    assert arm.kernel_size == own.pool_size
+    assert arm.kernel_size == own.stage_1_kernel_size
     assert arm.window_size == own.window_size
     assert arm.step is plain_step
     assert arm.split(CASE) == own.split_for(CASE.prompt, CASE.head_dim)

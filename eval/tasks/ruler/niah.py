@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from ..base import Preparation, Sample, Turn
 from ..length import fill
-from ..text import english, haystack, insert_at
+from ..text import distinct, english, haystack, insert_at
 from .wording import piece, wording
 
 NEW_TOKENS = 128
@@ -62,8 +62,8 @@ def niah_sample(task: str, prepared: Preparation, index: int) -> Sample:
     needles = NIAH[task]
     name = f"{task}/{prepared.length}/{prepared.seed}/{index}"
     rng = random.Random(name)
-    keys = _distinct(needles.key, needles.keys, rng)
-    values = _distinct(needles.value, needles.keys * needles.values, rng)
+    keys = distinct(needles.keys, lambda: _draw(needles.key, rng))
+    values = distinct(needles.keys * needles.values, lambda: _draw(needles.value, rng))
     values_of = {key: values[at * needles.values : (at + 1) * needles.values] for at, key in enumerate(keys)}
     asked = rng.sample(keys, needles.queries)
     hidden = [(key, value) for key in keys for value in values_of[key]]
@@ -116,13 +116,6 @@ def _draw(kind: Kind, rng: random.Random) -> str:
         return str(uuid.UUID(int=rng.getrandbits(128), version=4))
     words = english()
     return f"{rng.choice(words.adjectives)}-{rng.choice(words.nouns)}"
-
-
-def _distinct(kind: Kind, count: int, rng: random.Random) -> list[str]:
-    drawn: dict[str, None] = {}
-    while len(drawn) < count:
-        drawn[_draw(kind, rng)] = None
-    return list(drawn)
 
 
 def _others(needles: Needles, keys: Sequence[str], count: int, rng: random.Random) -> list[str]:

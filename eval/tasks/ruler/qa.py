@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...prompts import sample_tokens
 from ..base import Preparation, Sample, Turn
-from ..length import prompt_limit
+from ..length import prompt_limit, sample_tokens
 from ..sources import data_file, read_json
 from ..text import ruler_package
 from .wording import piece, wording

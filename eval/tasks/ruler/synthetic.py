@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ..base import Preparation, Sample, Turn
 from ..length import fill, prompt_limit
-from ..text import english, insert_at
+from ..text import distinct, english, insert_at
 from .wording import piece, wording
 
 VT_NEW_TOKENS = 30
@@ -70,10 +70,7 @@ def _chain(letters: int, rng: random.Random) -> tuple[list[str], list[str], str]
 
 
 def _random_words(count: int, alphabet: str, letters: int, rng: random.Random) -> list[str]:
-    drawn: dict[str, None] = {}
-    while len(drawn) < count:
-        drawn["".join(rng.choices(alphabet, k=letters))] = None
-    return list(drawn)
+    return distinct(count, lambda: "".join(rng.choices(alphabet, k=letters)))
 
 
 def _hide_chain(chain: list[str], lines: list[str], rng: random.Random) -> tuple[str, list[int]]:
