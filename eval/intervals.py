@@ -55,12 +55,13 @@ def paired_interval(values: Sequence[float], reference: Sequence[float]) -> Inte
         ValueError: the two differ in length, are empty, or a value is not finite.
         ImportError: scipy is not installed.
     """
+    _check_pairs(values, reference)
     return mean_of_means_interval([[a - b for a, b in zip(values, reference, strict=True)]])
 
 
 def ratio_interval(values: Sequence[float], reference: Sequence[float]) -> Interval | None:
     """Return the interval of `mean(values) / mean(reference)`; arguments, result and errors as `paired_interval`."""
-    _check(values)
+    _check_pairs(values, reference)
     if len(values) < 2:
         return None
     return _bootstrap([values, reference], lambda a, b, axis: a.mean(axis) / b.mean(axis), paired=True)
@@ -107,6 +108,15 @@ def _bootstrap(data: Sequence[Sequence[float]], statistic: Callable[..., Any], *
         data, statistic, paired=paired, method="percentile", batch=BATCH, rng=rng
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def _check_pairs(values: Sequence[float], reference: Sequence[float]) -> None:
+    if len(values) != len(reference):
+        raise ValueError(
+            f"values and reference must be of the same samples, got {len(values)} and {len(reference)} of them"
+        )
+    _check(values)
+    _check(reference)
 
 
 def _check(values: Sequence[float]) -> None:

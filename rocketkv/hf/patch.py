@@ -53,12 +53,14 @@ class PatchHandle:
         If several threads generate at once, use `cache.stats()` of each thread's cache.
 
         Raises:
-            ValueError: no `generate` has ended, or the last one had no cache.
+            ValueError: no `generate` has ended, or the last one had no RocketKVCache.
         """
         if self._state.finished is None:
             raise ValueError("no generate of this model has ended; in a custom loop ask cache.stats()")
         if self._state.finished.stats is None:
-            raise ValueError("the last generate of this model had no cache (use_cache=False)")
+            raise ValueError(
+                "the last generate of this model had no RocketKVCache: use_cache=False, or a cache of another kind"
+            )
         return self._state.finished.stats
 
     @property

@@ -129,7 +129,7 @@ class Plan:
             ("method", f"{self.config.method}, token budget {self.config.token_budget}"),
             ("split", _split_text(self.split, self.context)),
             ("memory", f"full cache {full}; compressed {live}, {self.cache.memory_ratio:.3f} of it"),
-            ("", f"keys and values {kv}, index {index}, positions and lengths {_size(total('other_bytes'))}"),
+            ("", f"keys and values {kv}, index {index}, positions and other state {_size(total('other_bytes'))}"),
             ("step", f"reads {dense} of a full cache, {compressed} of the compressed one"),
             ("", f"and {_size(self.weight_bytes)} of weights"),
             ("ceilings", f"attention {attention}; end to end, weights included, {end_to_end}"),
@@ -280,7 +280,9 @@ def _count_layer(
     index_bytes = 0 if index is None else index.row_bytes(capacity, head_dim, index_size)
     if split is not None and split.residual:
         index_bytes += value_dim * torch.float64.itemsize
-    bias_bytes = query_rows * torch.float32.itemsize if split is not None and split.calibrated else 0
+    scalar_bytes = query_rows * torch.float32.itemsize
+    bias_bytes = scalar_bytes if split is not None and split.calibrated else 0
+    missed_bytes = scalar_bytes if split is not None and split.residual else 0
     dims, token = (head_dim, value_dim), head_dim + value_dim
     appended = 0 if split is None else 1  # the next step appends its token before it reads
     read, dense_read = stored + appended, dense + appended
@@ -291,7 +293,7 @@ def _count_layer(
         key_bytes=rows * capacity * head_dim * size,
         value_bytes=rows * capacity * value_dim * size,
         index_bytes=rows * index_bytes + bias_bytes,
-        other_bytes=0 if split is None else rows * (capacity + 1) * INTEGER,
+        other_bytes=0 if split is None else rows * (capacity + 1) * INTEGER + missed_bytes,
         full_bytes=rows * dense * token * size,
         step_bytes=rows * step_bytes(split, read, dims, sizes),
         dense_step_bytes=rows * dense_read * token * size,

@@ -18,6 +18,7 @@ from rocketkv.hf.layer import RocketKVLayer, rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from static import compiling, inputs_of, own_loop, places
 from tiny import SETTINGS, SMALL, build, greedy, prompt
+from turns import last_queries
 
 # That steps are not compiled is said, which is tested in test_compiled.py.
 pytestmark = [
@@ -254,8 +255,7 @@ def test_drafts_that_are_dropped_leave_no_queries(drafts: int, queries_seen: dic
     same = int((found[0] == plain[0]).cumprod(0).sum())
     assert same > ROOM - drafts, "exact until the room is used"
     for layer in rocketkv_layers(cache):
-        queries, seen = layer.store.last_queries(), layer.store.seen
-        assert queries is not None
+        queries, seen = last_queries(layer.store), layer.store.seen
         assert 0 < queries.shape[2] <= 8
         for i in range(queries.shape[2]):
             at = seen - queries.shape[2] + i

@@ -235,6 +235,8 @@ def test_a_second_turn() -> None:
     second = prompt(30, seed=7)
     _, cache = uncounted(model)
     *_, growing = own_loop(model, inputs_of("one"), model, 8, decode_capacity=None)
+    for each in (cache, growing):
+        each.begin_turn()
     assert_near(later(model, cache, second), later(model, growing, second), 1e-4)
     assert cache.get_seq_length() == growing.get_seq_length() == 90 + 7 + 30
     assert not cache.is_compileable  # the prompt may go on

@@ -97,6 +97,7 @@ def test_a_turn_that_evicted_nothing_can_be_taken_back(method: str, question: in
         logits(model, prompt(100), cache)
         cache.crop(-7)
         taken = cache.snapshot()
+        cache.begin_turn()
         logits(model, prompt(question, seed=5), cache)
         logits(model, prompt(1), cache)
         cache.crop(93)
@@ -121,6 +122,8 @@ def test_a_copy_made_in_inference_mode_decodes_anywhere(method: str, decode_capa
         with MODES[mode]():
             for i in range(26):  # beyond the end of a static cache's room
                 assert logits(model, prompt(1, seed=i), other).equal(logits(model, prompt(1, seed=i), cache))
+            for each in (other, cache):
+                each.begin_turn()
             assert logits(model, prompt(9), other).equal(logits(model, prompt(9), cache))
 
 
@@ -138,6 +141,7 @@ def test_padded_turns_go_on_in_inference_mode_after_a_crop(method: str) -> None:
             taken = cache.snapshot()
             cache.crop(-4)
             mask = torch.cat((mask[:, :-4], ones), 1)
+            cache.begin_turn()
             found.append(logits(model, turn, cache, **padded(mask, 9)).clone())
             # The turn has not ended: back to behind its beginning, and on.
             cache.begin_turn(30)

@@ -55,7 +55,7 @@ def test_stats_are_those_of_the_last_generate_only() -> None:
         assert handle.stats().tokens_seen == 40 + 11
         with pytest.warns(UserWarning, match="StaticCache"):
             greedy(model, ids, cache_implementation="static")
-        with pytest.raises(ValueError, match="no generate of this model"):
+        with pytest.raises(ValueError, match="no RocketKVCache"):
             handle.stats()
 
 
@@ -129,6 +129,7 @@ def test_the_longest_row_sets_the_split_over_padded_turns() -> None:
     with rocketkv.patch(model, **fields), torch.no_grad():
         cache = rocketkv.RocketKVCache(model.config, prompt_length=100, **fields)
         model(ids[:, :100], attention_mask=first, **{CACHE_ARGUMENT: cache})
+        cache.begin_turn()
         model(ids[:, 100:], attention_mask=mask, **{CACHE_ARGUMENT: cache})
         model(ids[:, :1], attention_mask=nn.functional.pad(mask, (0, 1), value=1), **{CACHE_ARGUMENT: cache})
     expected = rocketkv.RocketKVConfig(**fields).split_for(105, model.config.head_dim)

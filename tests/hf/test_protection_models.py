@@ -36,9 +36,11 @@ def read_slots(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
     seen: list[Tensor | None] = []
     attend = core_decode.attend
 
-    def recorded(query: Any, keys: Any, values: Any, positions: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def recorded(
+        query: Any, keys: Any, values: Any, params: Any, positions: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
         seen.append(None if positions is None else positions.clone())
-        return attend(query, keys, values, positions, **kwargs)
+        return attend(query, keys, values, params, positions, **kwargs)
 
     monkeypatch.setattr(core_decode, "attend", recorded)
     return seen
@@ -339,6 +341,7 @@ def test_a_prompt_whose_first_tokens_are_protected_can_be_cropped() -> None:
         cache = rocketkv.RocketKVCache(model.config, **LARGE, protect=((0, 5),), prompt_length=30)
         model(prompt(30), **{CACHE_ARGUMENT: cache})
         cache.crop(20)
+        cache.begin_turn()
         found = model(prompt(3, seed=5), **{CACHE_ARGUMENT: cache}).logits
     expected = model(torch.cat((prompt(30)[:, :20], prompt(3, seed=5)), dim=1)).logits[:, -3:]
     assert_near(found, expected, 1e-5)

@@ -45,7 +45,8 @@ def read(model: Any, context: dict[str, Tensor], **fields: Any) -> Any:
 
 
 def answered(model: Any, cache: Any, question: Tensor, mask: Tensor | None = None, count: int = 5) -> Tensor:
-    """Return the logits of a question and of greedy tokens after it."""
+    """Begin a turn, and return the logits of a question and of greedy tokens after it."""
+    cache.begin_turn()
     logits, given = [], question
     for _ in range(count + 1):
         extra: dict[str, Tensor] = {}
@@ -186,6 +187,7 @@ def test_a_static_cache_stays_where_it_is(rows: str) -> None:
                 # A second prompt has buffers of its own; the first one's come back.
                 mask = torch.ones(batch, 92 + 6 + 8, dtype=torch.long)
                 mask[:, :90] = inputs["attention_mask"]
+                cache.begin_turn()
                 forward(model, cache, prompt(8, rows=batch, seed=7), attention_mask=mask,
                         position_ids=position + torch.arange(8, 16))  # fmt: skip
                 assert places(cache) != where
