@@ -13,11 +13,12 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
+from unittest import mock
 
 import lm_eval
 import torch
 from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
+from lm_eval.models import huggingface
 from tqdm import tqdm
 
 from ..config import RocketKVConfig
@@ -31,7 +32,7 @@ from .records import CostDict, SampleDict, digest
 
 
 @register_model("rocketkv")
-class RocketKVLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
+class RocketKVLM(huggingface.HFLM):  # type: ignore[misc]  # lm-eval ships no types
     """A Hugging Face model that runs one of the methods.
 
     Args:
@@ -119,13 +120,20 @@ class RocketKVLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hide log messages below an error, of which lm-eval and datasets have many, inside the block."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    """Hide what lm-eval and datasets log below an error, and their bars where the output is piped, inside the block."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("lm_eval", "datasets"))}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
-        yield
+        with mock.patch.object(lm_eval.api.task, "tqdm", _bar), mock.patch.object(huggingface, "tqdm", _bar):
+            yield
     finally:
-        logging.disable(before)
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+def _bar(*args: Any, **kwargs: Any) -> tqdm:
+    return tqdm(*args, **{**kwargs, "disable": None})
 
 
 def evaluate_stock_task(

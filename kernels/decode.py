@@ -22,12 +22,14 @@ from .operands import Buffers, Params
 from .select import select_kernel
 from .select_attend import ALL, GIVEN, RANKED, RECENT, select_attend_kernel
 
-TILE_PAGES = 128  # of the page index; rocketkv.core.pages has the same, which a test compares
+TILE_PAGES = (
+    128  # pages of a tile of the index; append_score.py and rocketkv.core.pages have the same, which a test compares
+)
 REGISTER_PAGES = 8192
-ROW_CHUNK = 16  # channels of one product
-LINE_CHUNK = 32  # lines of the rotation of one product
+ROW_CHUNK = 16  # channels that append_score multiplies at once
+LINE_CHUNK = 32  # rows of the rotation matrix that append_sketch multiplies at once
 HEAD_BLOCK = 32  # heads whose rotated queries one program holds
-TOKEN_BLOCK = 32  # tokens of one product
+TOKEN_BLOCK = 32  # tokens whose keys and values select_attend loads at once
 SELECT_CHUNK = 2048
 LARGEST_PAGE = 16
 LARGEST_HEAD_DIM = 256

@@ -61,7 +61,7 @@ class Buffers(Protocol):
 
     @property
     def missed(self) -> Tensor | None:
-        """[B, H] float32, the weight of the tokens that are not read, written; None if nobody asks."""
+        """[B, H] float32, the weight of the tokens that are not read, written; None without a residual."""
 
     @property
     def query_ring(self) -> Tensor | None:

@@ -340,7 +340,8 @@ class Method:
         split: function of (prompt_length, token_budget, head_dim, decode_reserve), all integers, that returns the
             `BudgetSplit` of a prompt.
         least_budget: function of (window_size, decode_reserve) that returns the smallest token budget with which stage
-            1 keeps more than the observation window and a step attends to at least one token.
+            1 keeps more than the observation window and a step attends to at least one token; a method like RocketKV
+            takes `METHODS["rocketkv"].least_budget`.
         kernel_size: odd width, in tokens, of stage 1's max-pooling, unless the config gives another.
         multi_turn: whether the cache keeps every token, and each prompt selects the tokens that its turn decodes from
             (paper, section 3.5, RocketKV-MT).

@@ -11,6 +11,7 @@ tokens that later questions need, which motivates RocketKV-MT (arXiv 2502.14051)
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,14 +66,15 @@ def fitted(tokenizer: PreTrainedTokenizerBase, seed: int, facts: int, tokens: in
     Raises:
         ValueError: the facts alone do not fit.
     """
-    low, high = facts, max(facts, tokens // 4)  # sentences have five words at least
-    if len(turns(tokenizer, document(seed, facts, low))[0].given) > tokens:
+
+    def length(sentences: int) -> int:
+        return len(turns(tokenizer, document(seed, facts, sentences))[0].given)
+
+    sizes = range(facts, max(facts, tokens // 4) + 1)  # sentences have five words at least
+    fitting = bisect.bisect_right(sizes, tokens, key=length)
+    if not fitting:
         raise ValueError(f"tokens must leave room for {facts} facts and as many sentences, got {tokens}; raise it")
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = len(turns(tokenizer, document(seed, facts, middle))[0].given) <= tokens
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return document(seed, facts, low)
+    return document(seed, facts, sizes[fitting - 1])
 
 
 def turns(tokenizer: PreTrainedTokenizerBase, given: Document) -> list[Turn]:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from statistics import fmean
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.benchmark import Timer
 
 from ...config import RocketKVConfig
 from ...core.params import AttentionParams
@@ -129,16 +129,10 @@ def _check_full(
 def _check_step(store: KVStore, query: Tensor, new_key: Tensor, new_value: Tensor, scaling: float) -> None:
     """Check a sparse step against its definition, in plain loops over heads in float64 (paper, hybrid attention)."""
     out = decode_step(query, new_key, new_value, store, AttentionParams(scaling))
-    (keys, values), split, stored = store.decoding.buffers[:2], store.decoding.split, store.stored
-    if split.channels is None or split.top_k is None:
-        raise RuntimeError("this method selects nothing")
-    if stored <= split.token_budget:
-        raise ValueError(
-            f"token_budget must be below the {stored} stored tokens, or a step reads them all and selects nothing; got "
-            f"{split.token_budget}"
-        )
-    keys, values = keys[0, :, :stored].double(), values[0, :, :stored].double()
-    queries = query[0].double().view(keys.shape[0], -1, keys.shape[2])
+    split, stored = store.decoding.split, store.stored
+    if split.channels is None:
+        raise RuntimeError("this method ranks by no pages")
+    queries, keys, values = _stored(store, query)
     expected = []
     for head, group in enumerate(queries):
         channels = group.abs().sum(0).topk(split.channels).indices
@@ -148,8 +142,7 @@ def _check_step(store: KVStore, query: Tensor, new_key: Tensor, new_value: Tenso
         bound = torch.where(group.sum(0) > 0, high, low)[:, channels]
         share = group[:, channels].abs().sum(1, keepdim=True) / group.abs().sum(1, keepdim=True)
         logits = group[:, channels] @ bound.T * scaling / share.sqrt()
-        weight = logits.repeat_interleave(split.page_size, 1)[:, :stored].softmax(1).mean(0)
-        chosen = sorted(range(stored), key=lambda token: (-float(weight[token]), token))[: split.top_k]
+        chosen = _chosen(logits.repeat_interleave(split.page_size, 1)[:, :stored].softmax(1).mean(0), split.top_k)
         attention = (group @ keys[head, chosen].T * scaling).softmax(1)
         expected.append(attention @ values[head, chosen])
     _require_close("a sparse step", out, torch.cat(expected)[None])
@@ -159,32 +152,41 @@ def _check_sketched_step(store: KVStore, query: Tensor, new_key: Tensor, new_val
     """Check a step of `rocketkv+` against its definition, on its own sketch's keys, in loops over heads in float64."""
     out = decode_step(query, new_key, new_value, store, AttentionParams(scaling))
     buffers, split, stored = store.decoding.buffers, store.decoding.split, store.stored
-    keys, values, bias = buffers.keys, buffers.values, buffers.residual_bias
-    if split.sketch_bits is None or split.top_k is None or bias is None:
+    if split.sketch_bits is None or buffers.residual_bias is None:
         raise RuntimeError("this method has no sketch, or no calibrated residual")
-    if stored <= split.token_budget:
-        raise ValueError(
-            f"token_budget must be below the {stored} stored tokens, or a step reads them all and selects nothing; got "
-            f"{split.token_budget}"
-        )
+    queries, keys, values = _stored(store, query)
     rotation = rotation_matrix(query.shape[2], query.device)
     sketched = decode(Sketch(*buffers.index_tensors), stored, rotation, split.sketch_bits)[0].double()
-    keys, values = keys[0, :, :stored].double(), values[0, :, :stored].double()
     if not (sketched - keys).norm() < SKETCH_ERROR * keys.norm():
         raise RuntimeError("the sketch is not one of the stored keys; nothing is timed")
-    queries = query[0].double().view(keys.shape[0], -1, keys.shape[2])
-    factors = bias[0].double().exp().view(keys.shape[0], -1, 1)
+    factors = buffers.residual_bias[0].double().exp().view(keys.shape[0], -1, 1)
     expected = []
     for head, group in enumerate(queries):
         estimate = group @ sketched[head].T * scaling
-        weight = estimate.softmax(1).amax(0)
-        chosen = sorted(range(stored), key=lambda token: (-float(weight[token]), token))[: split.top_k]
+        chosen = _chosen(estimate.softmax(1).amax(0), split.top_k)
         others = sorted(set(range(stored)) - set(chosen))
         near = (group @ keys[head, chosen].T * scaling).exp()
         rest = estimate[:, others].exp().sum(1, keepdim=True) * factors[head]
         whole = near @ values[head, chosen] + rest * values[head, others].mean(0)
         expected.append(whole / (near.sum(1, keepdim=True) + rest))
     _require_close("a step of rocketkv+", out, torch.cat(expected)[None])
+
+
+def _stored(store: KVStore, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a step's queries [Hkv, G, D] and its stored keys and values [Hkv, N, D], all in float64."""
+    budget, stored = store.decoding.split.token_budget, store.stored
+    if stored <= budget:
+        raise ValueError(
+            f"token_budget must be below the {stored} stored tokens, or a step reads them all and selects nothing; got "
+            f"{budget}"
+        )
+    keys, values = (tensor[0, :, :stored].double() for tensor in store.decoding.buffers[:2])
+    return query[0].double().view(keys.shape[0], -1, keys.shape[2]), keys, values
+
+
+def _chosen(weight: Tensor, count: int | None) -> list[int]:
+    """Return the tokens of largest weight [N]; equal ones in order of position."""
+    return sorted(range(len(weight)), key=lambda token: (-float(weight[token]), token))[:count]
 
 
 def _require_close(what: str, got: Tensor, expected: Tensor) -> None:
@@ -239,10 +241,8 @@ def bench_decode(
 
 
 def _mean_seconds(call: Callable[[], Any], count: int) -> float:
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    return (time.perf_counter() - start) / count
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.timeit(count).mean
 
 
 def _result(

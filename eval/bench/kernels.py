@@ -33,20 +33,8 @@ import torch
 
 from ..checks import WrongResultError
 from ..progress import Progress
+from . import gpu_timing
 from .gpu_run import report, time_cases
-from .gpu_timing import (
-    Arm,
-    alternate,
-    cache_bytes,
-    capture,
-    card,
-    copy_arm,
-    ratios,
-    require_rounds,
-    seconds_of,
-    spread,
-    verdict_lines,
-)
 from .kernel_cases import TINY_LAYER, Case, CaseBuffers, LayerShape, needed_bytes
 
 CASES = (
@@ -116,10 +104,10 @@ def check_cases(cases: Sequence[Case], dtype: torch.dtype, device: torch.device)
             arms = [arm.name for arm in made.arms]
             checked.append({"case": str(case), "ran_as": str(case.tiny()), "arms": arms, "absent": made.absent})
             progress.step()
-    return {"bench": "kernels", "checked": checked, "dtype": _name(dtype), **card(device)}
+    return {"bench": "kernels", "checked": checked, "dtype": _name(dtype), **gpu_timing.card(device)}
 
 
-def run_checks(case: Case, arms: Sequence[Arm]) -> None:
+def run_checks(case: Case, arms: Sequence[gpu_timing.Arm]) -> None:
     """Check every arm of a case.
 
     Raises:
@@ -148,18 +136,18 @@ def bench_kernels(
         WrongResultError: a result is not the reference's.
         ValueError: there are too few rounds, or a case selects nothing.
     """
-    require_rounds(rounds)
+    gpu_timing.require_rounds(rounds)
     layer = layer or LayerShape()
 
     def too_large(case: Case) -> str | None:
         free, _ = torch.cuda.mem_get_info(device)
-        needed = needed_bytes(case, layer, dtype.itemsize, cache_bytes(device))
+        needed = needed_bytes(case, layer, dtype.itemsize, gpu_timing.cache_bytes(device))
         return f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free" if needed > free else None
 
     timed = time_cases(cases, too_large, lambda case: _bench_case(case, dtype, device, rounds, layer))
     return {
         "bench": "kernels",
-        **card(device),
+        **gpu_timing.card(device),
         "dtype": _name(dtype),
         "layer": asdict(layer),
         "rounds": rounds,
@@ -174,12 +162,14 @@ def _name(dtype: torch.dtype) -> str:
 def _bench_case(case: Case, dtype: torch.dtype, device: torch.device, rounds: int, layer: LayerShape) -> dict[str, Any]:
     from .kernel_arms import case_arms
 
-    buffers = CaseBuffers(case, layer, dtype, device, cache_bytes(device))
+    buffers = CaseBuffers(case, layer, dtype, device, gpu_timing.cache_bytes(device))
     made = case_arms(buffers)
     run_checks(case, made.arms)
-    arms = {arm.name: arm for arm in (*made.arms, copy_arm(device))}
-    captured = {name: capture(arm) for name, arm in arms.items()}
-    seconds = alternate({name: partial(seconds_of, one) for name, one in captured.items()}, rounds)
+    arms = {arm.name: arm for arm in (*made.arms, gpu_timing.copy_arm(device))}
+    captured = {name: gpu_timing.capture(arm) for name, arm in arms.items()}
+    seconds = gpu_timing.alternate(
+        {name: partial(gpu_timing.seconds_of, one) for name, one in captured.items()}, rounds
+    )
     return {
         "case": str(case),
         **asdict(case),
@@ -192,7 +182,7 @@ def _bench_case(case: Case, dtype: torch.dtype, device: torch.device, rounds: in
     }
 
 
-def summary(case: Case, arms: dict[str, Arm], seconds: dict[str, list[float]]) -> dict[str, Any]:
+def summary(case: Case, arms: dict[str, gpu_timing.Arm], seconds: dict[str, list[float]]) -> dict[str, Any]:
     """Return spreads, ratios, shares of the copy's bandwidth and goals of a case.
 
     Args:
@@ -201,23 +191,23 @@ def summary(case: Case, arms: dict[str, Arm], seconds: dict[str, list[float]]) -
         seconds: of one call, by arm and round.
     """
     dense = [name for name, arm in arms.items() if arm.role == "dense"]
-    microseconds = {name: spread(times, 1e6) for name, times in seconds.items()}
+    microseconds = {name: gpu_timing.spread(times, 1e6) for name, times in seconds.items()}
     best = min(dense, key=lambda name: microseconds[name]["median"])
     counted = {name: arm.counted_bytes for name, arm in arms.items() if arm.counted_bytes}
     copy = [counted["copy"] / once for once in seconds["copy"]]
     shares = {
-        name: spread([size / once / rate for once, rate in zip(seconds[name], copy, strict=True)])
+        name: gpu_timing.spread([size / once / rate for once, rate in zip(seconds[name], copy, strict=True)])
         for name, size in counted.items()
         if name != "copy"
     }
-    speedup = ratios(seconds[best], seconds["rocketkv"])
+    speedup = gpu_timing.ratios(seconds[best], seconds["rocketkv"])
     ceiling = counted[best] / counted["rocketkv"]
     return {
         "roles": {name: arm.role for name, arm in arms.items()},
         "bytes": counted,
         "byte_ceiling": ceiling,
         "microseconds": microseconds,
-        "copy_bytes_per_second": spread(copy),
+        "copy_bytes_per_second": gpu_timing.spread(copy),
         "share_of_copy": shares,
         "best_dense": best,
         "speedup": speedup,
@@ -265,6 +255,6 @@ def table(result: dict[str, Any]) -> str:
                 f"  {name:22} {times['median']:9.2f} {times['min']:9.2f}-{times['max']:<9.2f} "
                 f"{megabytes:>9} {percent:>8}"
             )
-        lines += verdict_lines(one)
+        lines += gpu_timing.verdict_lines(one)
     lines += [f"left out: case {one['case']}: {one['reason']}" for one in result["left_out"]]
     return "\n".join(lines)

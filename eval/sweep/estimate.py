@@ -16,7 +16,7 @@ from ...budget import METHODS
 from ...hf.loading import SMOLLM2, load_smollm2
 from ...hf.plan import plan as make_plan
 from ..methods import FULL
-from ..records import CellDict, label, record_path
+from ..records import CellDict, label, read_record, record_path
 from .plan import Plan, cells, shard
 
 NEW_TOKENS = 64  # of an answer where the plan does not limit it
@@ -38,7 +38,7 @@ def dry_run(plan: Plan, results: Path, device: torch.device, part: tuple[int, in
     total, largest, known = 0.0, 0.0, True
     for cell in shard(cells(plan, chat=chat), *part):
         row = f"{cell['task']:24} {cell['length'] or '-':>7} {label(cell):24} {cell['samples']:>7}"
-        if record_path(results, cell).exists():
+        if _done(record_path(results, cell)):
             lines.append(f"{row} {'':>10} {'done':>8}")
             continue
         figures = _figures(config, cell, flops, bandwidth)
@@ -55,6 +55,14 @@ def dry_run(plan: Plan, results: Path, device: torch.device, part: tuple[int, in
         f"{flops / 1e9:.0f} GFLOP/s and read {bandwidth / 1e9:.0f} GB/s"
     )
     return "\n".join(lines) + "\n"
+
+
+def _done(path: Path) -> bool:
+    """Whether a whole record exists; a run makes a damaged one again."""
+    try:
+        return bool(read_record(path))
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _configuration(name: str) -> tuple[PretrainedConfig, bool]:

@@ -1,7 +1,7 @@
 """A compressed layer of a cache: its store, and the path of new keys and values to the attention function.
 
 `update` marks the key tensor that it returns with its layer, and the attention function reads the mark (`layer_of`). So
-a call keeps no state outside of its tensors, also under `torch.compile`.
+a call keeps no state of a process or thread, also under `torch.compile`.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim, n tokens of a forward, W observation window.
 """
@@ -19,14 +19,7 @@ from ..budget import BudgetSplit
 from ..config import RocketKVConfig
 from ..core.pages import index_dtype_of
 from ..core.params import AttentionParams
-from ..dispatch import (
-    StaticStep,
-    Workspaces,
-    backend_name,
-    decode_step,
-    eviction_ops,
-    static_step,
-)
+from ..dispatch import StaticStep, Workspaces, backend_name, decode_step, eviction_ops, static_step
 from ..state.compress import close_prompt, evict_generated, kept_of
 from ..state.history import History, HistorySnapshot
 from ..state.monitor import Monitor
@@ -82,7 +75,7 @@ class RocketKVLayer(CacheLayerMixin):
         prompt_tokens: tokens of the longest row up to the last prompt's end, evicted ones included, padding excluded.
         prompt_ids: token ids [B, n] of the present prompt so far, in the cache's first compressed layer; or None.
         turn_begins: whether the next forward begins a turn, even with a single token.
-        speculative: whether forwards of several tokens verify a draft.
+        speculative: whether forwards of several tokens verify a draft; `generate` sets it for assisted decoding.
         armed: whether a patched model's forward is about to use this layer.
         pending: key and value [B, Hkv, n, D] that `update` received and the store does not have yet.
         step: the decode step of a static store, or None in prompts and in stores that grow.
@@ -223,14 +216,7 @@ class RocketKVLayer(CacheLayerMixin):
         self.turn_begins = True
         self.prompt_end = None if prompt_length is None else self.store.seen + prompt_length
 
-    def attend(
-        self,
-        query: Tensor,
-        mask: LazyMask | None,
-        params: AttentionParams,
-        *,
-        fast: FastAttention,
-    ) -> Tensor:
+    def attend(self, query: Tensor, mask: LazyMask | None, params: AttentionParams, *, fast: FastAttention) -> Tensor:
         """Append the pending tokens and attend: a prompt densely, with stage 1 at its end; decoded tokens by stage 2.
 
         Args:
@@ -274,7 +260,7 @@ class RocketKVLayer(CacheLayerMixin):
         if prompt == 0 and given > 1 and not self.speculative:
             self.workspaces.warn(VERIFIES)
         if given - prompt > 1:
-            # A verify step evicts nothing, and a crop may remove its queries.
+            # Room is made first, so that none of the draft's tokens is evicted and a crop can remove them.
             self.ensure_room(given - prompt)
             self._save_ring(query[:, :, prompt:])
         for i in range(prompt, given):

@@ -1,6 +1,6 @@
 """`patch` and `unpatch` of a transformers model.
 
-All state of a patch is stored on the patched model.
+All state of a patch is stored on the patched model; with transformers, only the name `rocketkv` is registered.
 """
 
 import copy
@@ -227,10 +227,10 @@ def _chat_marks(config: RocketKVConfig, tokenizer: Any) -> ChatMarks | None:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undo `patch`: the model is as before, bit for bit. Does nothing to a model that is not patched.
+    """Undo `patch`: the model's outputs are as before, bit for bit. Does nothing to a model that is not patched.
 
-    A wrapper installed on `generate` or on the decoder's `forward` after `patch` stays, and calls the model's own
-    method.
+    Values of its config that were set meanwhile stay. A wrapper installed on `generate` or on the decoder's `forward`
+    after `patch` stays, and calls the model's own method.
     """
     outer = _outermost(model)
     state = state_of(outer)

@@ -8,7 +8,7 @@ def prompt_part(
 ) -> int:
     """Return how many of a forward's `given` tokens belong to a prompt; the rest are decoded or verified.
 
-    After a prompt has ended, a forward of several tokens verifies a draft and evicts nothing, unless it begins a turn.
+    After a prompt has ended, a forward of several tokens verifies a draft, unless it begins a turn.
 
     Args:
         seen: tokens of the sequence before this forward.
@@ -17,7 +17,8 @@ def prompt_part(
             a chunk of the prompt, and the first single token ends it.
         closed: whether the last prompt has ended.
         begins: whether this forward begins a turn (`begin_turn`), even with a single token.
-        verifies: whether forwards of several tokens verify a draft, which may start in the prompt's forward.
+        verifies: whether forwards of several tokens verify a draft (assisted decoding); a draft may follow the prompt's
+            last tokens in the same forward.
     """
     if prompt_end is not None and seen < prompt_end:
         return min(given, prompt_end - seen) if verifies else given

@@ -28,7 +28,8 @@ class LayerStats:
         key_bytes: bytes of the key buffers, spare room included.
         value_bytes: bytes of the value buffers, spare room included.
         index_bytes: bytes of stage 2's index, and of the residual's value sums and calibration.
-        other_bytes: bytes of positions, seq_lens, the observation window, the query ring and a step's missed mass.
+        other_bytes: bytes of everything else: positions, seq_lens, window queries, the query ring and what a verify
+            step saved of it, missed mass, the clock, and the output buffer of a static step.
         history_bytes: bytes of a multi-turn method's history.
         device: device of keys, values and index, or None if there are none.
         history_device: device of the history, or None if there is none.

@@ -343,8 +343,8 @@ class KVStore:
             return
         if length < self.restorable and not self.complete:
             raise ValueError(
-                f"cannot crop to {length} tokens: stage 1 evicted tokens of the first {self.restorable}, and what it "
-                "evicted is gone, or it moved protected ones to the front. "
+                f"cannot crop to {length} tokens: of the first {self.restorable}, some were evicted, which cannot be "
+                "undone, or protected ones moved to the front. "
                 f"Crop to {self.restorable} or more, or start from a new cache."
             )
         start = lens.shortest - removed

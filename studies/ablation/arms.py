@@ -24,6 +24,7 @@ from rocketkv.budget import READ_ON, BudgetSplit, sketch_bytes
 from rocketkv.core.index import index_of
 from rocketkv.core.pages import page_count
 
+from . import steps
 from .choice import (
     coarse_step,
     cost_threshold,
@@ -38,18 +39,6 @@ from .choice import (
     value_norms_step,
 )
 from .fit import RESERVE, WIDEST_WINDOW, Arm, Case, fitted_split, method_split, papers_split, plus_split, stored_in
-from .steps import (
-    by_value_norms,
-    calibrate,
-    calibrated_step,
-    ends_step,
-    evicted_step,
-    evicted_summary,
-    random_ranks,
-    segments_step,
-    sketch_mass_step,
-    unpooled_ties,
-)
 
 
 def _plus_at(case: Case, *, bits: int = 2, share: float = 0.5) -> BudgetSplit:
@@ -164,8 +153,8 @@ def _planes(name: str, what: str, **fields: Any) -> Arm:
     return _at_13(name, what, **{**defaults, **fields})
 
 
-_FACTOR = partial(calibrate, learned=False)
-_LEARNED = partial(calibrate, learned=True)
+_FACTOR = partial(steps.calibrate, learned=False)
+_LEARNED = partial(steps.calibrate, learned=True)
 _PAGES: dict[str, Any] = {"page_size": 32, "channels": 16, "share": 0.5}
 _SMALL_PAGES: dict[str, Any] = {"page_size": 8, "channels": 16, "share": 0.5}
 _NEAR = 0.25  # of the tokens, whose low bits are scored, too
@@ -175,7 +164,7 @@ _NEED_PLANES = {**_NEED, "step": partial(planes_step, share=_NEAR)}
 _SHARED_NORMS = partial(shared_storage, by_values=True)
 _OWN_RANKS: dict[str, Any] = {"by_largest": True, "value_aware": True, "pool_offset": READ_ON}
 _OWN = partial(plus_split, calibrated=True, **_OWN_RANKS)
-_ONE_RUN = partial(evicted_summary, runs=1)
+_ONE_RUN = partial(steps.evicted_summary, runs=1)
 
 MAIN = (
     Arm("rocketkv", "the paper's method", split=papers_split, fitted=None),
@@ -196,8 +185,8 @@ OTHERS = (
 ABLATIONS = (
     _plus("no-residual", "without the residual", split=partial(plus_split, residual=False)),
     _plus("exact-residual", "exact scores, free, with the residual", split=partial(_exact, residual=True), fitted=None),
-    _plus("sketch-mass", "weight of the chosen from the sketch, too", step=sketch_mass_step),
-    _plus("ends", "first 4 and last k/8 always attended to", step=ends_step),
+    _plus("sketch-mass", "weight of the chosen from the sketch, too", step=steps.sketch_mass_step),
+    _plus("ends", "first 4 and last k/8 always attended to", step=steps.ends_step),
     _plus("1-bit", "1 bit, k 0.7 t", split=partial(_plus_at, bits=1, share=0.7)),
     _plus("3-bit", "3 bits", split=partial(_plus_at, bits=3)),
     _plus("4-bit", "4 bits", split=partial(_plus_at, bits=4)),
@@ -205,7 +194,7 @@ ABLATIONS = (
     _plus("k-0.35", "0.35 t for the attention", split=partial(_plus_at, share=0.35)),
     _plus("k-0.65", "0.65 t for the attention", split=partial(_plus_at, share=0.65)),
     Arm("rocketkv:residual", "pages with the residual", split=lambda case: replace(papers_split(case), residual=True)),
-    _plus("random", "stage 1 by chance", ranks=random_ranks),
+    _plus("random", "stage 1 by chance", ranks=steps.random_ranks),
     _plus("kernel-7", "pooled over 7", kernel_size=7),
     _plus("kernel-13", "pooled over 13", kernel_size=13),
     _at_13(
@@ -232,43 +221,50 @@ ABLATIONS = (
     Arm("rocketkv:kernel-21", "the paper's, pooled over 21", split=papers_split, kernel_size=21),
     _plus("window-16", "window of 16", window_size=16),
     _plus("window-64", "window of 64", window_size=WIDEST_WINDOW),
-    _plus("unpooled-ties", "plateaus by unpooled scores", ranks=unpooled_ties),
-    _plus("value-norms", "scores times the length of values", ranks=by_value_norms),
-    _plus("segments-8", "8 means in the residual", step=partial(segments_step, segments=8), extra=3.5),
+    _plus("unpooled-ties", "plateaus by unpooled scores", ranks=steps.unpooled_ties),
+    _plus("value-norms", "scores times the length of values", ranks=steps.by_value_norms),
+    _plus("segments-8", "8 means in the residual", step=partial(steps.segments_step, segments=8), extra=3.5),
     _plus(
         "calibrated",
         "the residual's weight times a factor, by the window's queries",
         summary=_FACTOR,
-        step=calibrated_step,
+        step=steps.calibrated_step,
     ),
-    _plus("calibrated-13", "and pooled over 13", summary=_FACTOR, step=calibrated_step, kernel_size=13),
+    _plus("calibrated-13", "and pooled over 13", summary=_FACTOR, step=steps.calibrated_step, kernel_size=13),
     _plus(
         "learned",
         "and its value is what the window's queries would have missed",
         summary=_LEARNED,
-        step=calibrated_step,
+        step=steps.calibrated_step,
         extra_a_head=0.5,
     ),
-    _plus("learned-13", "and pooled over 13", summary=_LEARNED, step=calibrated_step, extra_a_head=0.5, kernel_size=13),
+    _plus(
+        "learned-13",
+        "and pooled over 13",
+        summary=_LEARNED,
+        step=steps.calibrated_step,
+        extra_a_head=0.5,
+        kernel_size=13,
+    ),
     _plus(
         "evicted",
         "a mean of what stage 1 evicted",
         summary=_ONE_RUN,
-        step=partial(evicted_step, with_variance=False),
+        step=partial(steps.evicted_step, with_variance=False),
         extra=1,
     ),
     _plus(
         "evicted-variance",
         "and the variance of its keys",
         summary=_ONE_RUN,
-        step=partial(evicted_step, with_variance=True),
+        step=partial(steps.evicted_step, with_variance=True),
         extra=1.5,
     ),
     _plus(
         "evicted-8",
         "8 means of what stage 1 evicted",
-        summary=partial(evicted_summary, runs=8),
-        step=partial(evicted_step, with_variance=True),
+        summary=partial(steps.evicted_summary, runs=8),
+        step=partial(steps.evicted_step, with_variance=True),
         extra=12,
     ),
 )
@@ -299,14 +295,14 @@ CHOICES = (
     ),
     _at_13("adakv", "N shared by the KV heads of a layer", storage=shared_storage),
     _at_13("adakv-norms", "and by scores times the length of values", storage=_SHARED_NORMS),
-    _at_13("value-norms-13", "stage 1 by scores times the length of values", ranks=by_value_norms),
+    _at_13("value-norms-13", "stage 1 by scores times the length of values", ranks=steps.by_value_norms),
     _at_13(
         "value-norms-select",
         "stage 2 by estimated weight times the length of values",
         step=value_norms_step,
         extra_bytes=_norms_bytes,
     ),
-    _at_13("least-weight-norms", "least-weight and value-norms-13", ranks=by_value_norms, **_NEED),
+    _at_13("least-weight-norms", "least-weight and value-norms-13", ranks=steps.by_value_norms, **_NEED),
     _at_13("least-weight-adakv-norms", "least-weight and adakv-norms", storage=_SHARED_NORMS, **_NEED),
     _planes("planes-least-weight", "planes and least-weight", **_NEED_PLANES),
     _planes("all", "planes, least-weight and adakv-norms", storage=_SHARED_NORMS, **_NEED_PLANES),

@@ -323,6 +323,8 @@ def test_a_dry_run_prints_the_cells_and_runs_none(
     done = everything[1]
     record = made_record([1.0]) | {"cell": done, "key": cell_key(done)}
     write_record(record_path(results, done), record)  # type: ignore[arg-type]
+    damaged = record_path(results, everything[2])
+    damaged.write_text(record_path(results, done).read_text()[:-9])
     before = sorted(results.rglob("*"))
     monkeypatch.setattr("rocketkv.eval.sweep.run.run_cells", lambda *_: pytest.fail("a dry run must run nothing"))
     arguments = [

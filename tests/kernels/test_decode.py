@@ -14,13 +14,13 @@ from torch import Tensor
 
 from close import assert_near
 from rocketkv import dispatch as backend
-from rocketkv.core.pages import FLOAT8
+from rocketkv.core.pages import FLOAT8, TILE_PAGES
 from rocketkv.state.store import KVStore
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
 from layer_case import DEVICE, HALF, Case, expected_logits, expected_positions, kernel_step, make, workspace_of
-from rocketkv.kernels import decode
+from rocketkv.kernels import append_score, decode
 
 CASES = [
     Case(),
@@ -156,3 +156,7 @@ def test_a_choice_in_a_launch_of_its_own(case: Case, monkeypatch: pytest.MonkeyP
     for row, length in enumerate(store.decoding.buffers.seq_lens.flatten().tolist()):
         if length > case.token_budget:
             assert workspace.chosen[row].tolist() == chosen[row].tolist()
+
+
+def test_kernels_and_reference_have_the_same_tiles() -> None:
+    assert TILE_PAGES == decode.TILE_PAGES == append_score.TILE_PAGES.value
