@@ -22,9 +22,7 @@ from .operands import Buffers, Params
 from .select import select_kernel
 from .select_attend import ALL, GIVEN, RANKED, RECENT, select_attend_kernel
 
-TILE_PAGES = (
-    128  # pages of a tile of the index; append_score.py and rocketkv.core.pages have the same, which a test compares
-)
+TILE_PAGES = 128  # pages a tile of the index, also in append_score.py and rocketkv.core.pages; a test compares them
 REGISTER_PAGES = 8192
 ROW_CHUNK = 16  # channels that append_score multiplies at once
 LINE_CHUNK = 32  # rows of the rotation matrix that append_sketch multiplies at once
