@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -83,3 +84,11 @@ def test_no_folder_of_the_root_is_importable_by_its_name() -> None:
         spec = importlib.util.find_spec(name)
         found = [] if spec is None else [spec.origin or "", *(spec.submodule_search_locations or [])]
         assert not [place for place in found if place.startswith(str(ROOT))], name
+
+
+@pytest.mark.parametrize("path", [*sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("*.md"))], ids=lambda p: p.name)
+def test_documents_name_files_that_exist(path: Path) -> None:
+    named = re.findall(
+        r"`((?:rocketkv|eval|kernels|studies|tools|tests)/[\w/]+\.py)`", path.read_text(encoding="utf-8")
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []
