@@ -168,7 +168,7 @@ def test_a_wrong_result_is_refused(
     name: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken(name, monkeypatch)
-    monkeypatch.setattr(bench_kernels, "alternate", lambda *args: pytest.fail("timed a wrong result"))
+    monkeypatch.setattr(gpu_timing, "alternate", lambda *args: pytest.fail("timed a wrong result"))
     buffers = CaseBuffers(SMALL, TINY_LAYER, FP32, DEVICE, None)
     with torch.inference_mode(), pytest.raises(WrongResultError, match=said) as raised:
         bench_kernels.run_checks(SMALL, kernel_arms.case_arms(buffers).arms)
@@ -216,10 +216,11 @@ def test_launches_one_by_one_are_the_step() -> None:
 def fake_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let arms take times that are made up, in the place of a GPU's."""
     times = {"rocketkv": 10e-6, "SDPA enable_gqa": 50e-6, "SDPA group as rows": 40e-6, "copy": 2e-3}
-    monkeypatch.setattr(bench_kernels, "cache_bytes", lambda device: 1)
-    monkeypatch.setattr(bench_kernels, "copy_arm", lambda device: gpu_timing.copy_arm(device, 1000))
-    monkeypatch.setattr(bench_kernels, "capture", lambda arm: arm)
-    monkeypatch.setattr(bench_kernels, "seconds_of", lambda arm: times.get(arm.name, 60e-6))
+    copy_arm = gpu_timing.copy_arm
+    monkeypatch.setattr(gpu_timing, "cache_bytes", lambda device: 1)
+    monkeypatch.setattr(gpu_timing, "copy_arm", lambda device: copy_arm(device, 1000))
+    monkeypatch.setattr(gpu_timing, "capture", lambda arm: arm)
+    monkeypatch.setattr(gpu_timing, "seconds_of", lambda arm: times.get(arm.name, 60e-6))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * 2**30, 8 * 2**30))
 
 

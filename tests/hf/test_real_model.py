@@ -247,9 +247,11 @@ def test_the_rules_are_kept_and_read_and_the_answer_is_nearer(smollm2: Any, monk
     read: list[Tensor | None] = []
     attend = core_decode.attend
 
-    def recorded(query: Any, keys: Any, values: Any, positions: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def recorded(
+        query: Any, keys: Any, values: Any, params: Any, positions: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
         read.append(positions)
-        return attend(query, keys, values, positions, **kwargs)
+        return attend(query, keys, values, params, positions, **kwargs)
 
     monkeypatch.setattr(core_decode, "attend", recorded)
     with rocketkv.patch(model, tokenizer=tokenizer, **FIELDS, protect="system"):

@@ -45,8 +45,9 @@ def read(model: Any, context: dict[str, Tensor], **fields: Any) -> Any:
 
 
 def answered(model: Any, cache: Any, question: Tensor, mask: Tensor | None = None, count: int = 5) -> Tensor:
-    """Begin a turn, and return the logits of a question and of greedy tokens after it."""
-    cache.begin_turn()
+    """Return the logits of a question, a turn unless it is a single token, and of greedy tokens after it."""
+    if question.shape[1] > 1:
+        cache.begin_turn()
     logits, given = [], question
     for _ in range(count + 1):
         extra: dict[str, Tensor] = {}

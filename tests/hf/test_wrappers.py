@@ -115,7 +115,7 @@ def test_without_a_cache_nothing_is_compressed(family: str, padded: bool) -> Non
     with rocketkv.patch(model, **SMALL) as handle:
         tokens, logits, cache = greedy(model, inputs, use_cache=False)
         assert cache is None
-        with pytest.raises(ValueError, match=r"the last generate of this model had no cache"):
+        with pytest.raises(ValueError, match="the last generate of this model had no RocketKVCache"):
             handle.stats()
         with torch.no_grad():
             assert model(PROMPT, use_cache=False).get(CACHE_ARGUMENT) is None
