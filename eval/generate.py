@@ -168,7 +168,8 @@ def shared_prefill(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> 
         padding = (0, 0, size - loop.seen, 0)
         layers: Any = loop.cache.layers
         rows.append([(F.pad(layer.keys, padding), F.pad(layer.values, padding)) for layer in layers])
-    joined = [(torch.cat([k for k, _ in column]), torch.cat([v for _, v in column])) for column in zip(*rows)]  # noqa: B905
+    layers_of_rows = zip(*rows, strict=True)
+    joined = [(torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer])) for layer in layers_of_rows]
     _, mask = _padded([ids[:-TAIL] for ids in prompts], model.device)
     return SharedPrefill(joined, mask, torch.tensor([list(ids[-TAIL:]) for ids in prompts], device=model.device))
 

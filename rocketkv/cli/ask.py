@@ -45,5 +45,5 @@ def run(args: argparse.Namespace) -> int:
         settings["pad_token_id"] = tokenizer.pad_token_id
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with patch(model, rocketkv_layers(cache)[0].config), torch.inference_mode():
-        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer, **settings)  # type: ignore[operator]
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer, **settings)  # type: ignore[operator]  # typed as a Tensor
     return 0

@@ -156,7 +156,7 @@ class ForwardHook:
                 return args, kwargs  # the rest is for prompts and for forwards that create a cache
             if not (_makes_cache(decoder, cache, kwargs) or convertible(cache) or rocketkv_layers(cache)):
                 return self._begin(decoder, cache, args, kwargs)
-        return eagerly(self._begin, decoder, cache, args, kwargs)  # type: ignore[no-any-return]
+        return eagerly(self._begin, decoder, cache, args, kwargs)  # type: ignore[no-any-return]  # untyped
 
     def _begin(
         self, decoder: PreTrainedModel, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

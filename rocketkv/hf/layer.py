@@ -165,7 +165,7 @@ class RocketKVLayer(CacheLayerMixin):
         if torch.compiler.is_dynamo_compiling() and not self.steps_statically(key_states.shape[2]):
             from .untraced import call_untraced
 
-            return call_untraced(self.update, key_states, value_states)  # type: ignore[no-any-return]
+            return call_untraced(self.update, key_states, value_states)  # type: ignore[no-any-return]  # untyped
         if not self.armed:
             raise ValueError(
                 "this RocketKV cache was given to a model that is not patched, or a layer of the model uses it twice "
@@ -234,7 +234,7 @@ class RocketKVLayer(CacheLayerMixin):
         if torch.compiler.is_dynamo_compiling() and not self.steps_statically(query.shape[2]):
             from .untraced import call_untraced
 
-            return call_untraced(self.attend, query, mask, params, fast=fast)  # type: ignore[no-any-return]
+            return call_untraced(self.attend, query, mask, params, fast=fast)  # type: ignore[no-any-return]  # untyped
         if self.pending is None:
             raise ValueError("attend follows update, which hands the keys and values over")
         key, value = self.pending
