@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from ..config import RocketKVConfig
 from ..hf.cache import begin_prompt, cache_stats
@@ -138,40 +138,56 @@ class SharedPrefill(NamedTuple):
     All methods prefill densely, so each can continue from here.
 
     Attributes:
-        layers: keys and values [B, Hkv, S - TAIL, D] of each layer, padded on the left.
+        layers: keys and values [B, Hkv, S - TAIL, D] of each full-attention layer, padded on the left; of any other
+            layer, which no method changes, the cache layer itself.
         mask: [B, S - TAIL] int64, 0 at padding; None: there is no padding.
         tails: [B, TAIL] int64, the last tokens.
+        size: S - TAIL, tokens of the longest row so far.
     """
 
-    layers: list[tuple[Tensor, Tensor]]
+    layers: list[tuple[Tensor, Tensor] | CacheLayerMixin]
     mask: Tensor | None
     tails: Tensor
+    size: int
 
 
 def shared_prefill(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> SharedPrefill:
     """Read prompts up to their tails, one by one, with the stock model.
 
     Args:
-        model: full attention in every layer, with no method attached.
-        prompts: token ids of each.
+        model: a model with no method attached.
+        prompts: token ids of each; a single one where the model has layers without full attention.
 
     Raises:
-        ValueError: a prompt has at most `TAIL` tokens.
+        ValueError: a prompt has at most `TAIL` tokens, or there are several for layers without full attention.
     """
     if min(map(len, prompts)) <= TAIL:
         raise ValueError(f"a prompt must have more than {TAIL} tokens, got {min(map(len, prompts))}")
     size = max(map(len, prompts)) - TAIL
-    rows: list[list[tuple[Tensor, Tensor]]] = []
+    rows: list[list[Any]] = []
     for ids in prompts:
         loop = DecodeLoop(model=model, cache=Full().new_cache(model, len(ids)))
         loop.prefill([ids[:-TAIL]])
-        padding = (0, 0, size - loop.seen, 0)
-        layers: Any = loop.cache.layers
-        rows.append([(F.pad(layer.keys, padding), F.pad(layer.values, padding)) for layer in layers])
-    layers_of_rows = zip(*rows, strict=True)
-    joined = [(torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer])) for layer in layers_of_rows]
+        rows.append(list(loop.cache.layers))
+    joined: list[tuple[Tensor, Tensor] | CacheLayerMixin] = []
+    for layer_of_rows in zip(*rows, strict=True):
+        if type(layer_of_rows[0]) is DynamicLayer:
+            padded = [F.pad(part, (0, 0, size - part.shape[2], 0)) for own in layer_of_rows for part in _kept(own)]
+            joined.append((torch.cat(padded[0::2]), torch.cat(padded[1::2])))
+        elif len(prompts) == 1:
+            joined.append(layer_of_rows[0])
+        else:
+            raise ValueError(
+                f"layers without full attention, as {type(model).__name__} has, take one prompt, got {len(prompts)}"
+            )
     _, mask = _padded([ids[:-TAIL] for ids in prompts], model.device)
-    return SharedPrefill(joined, mask, torch.tensor([list(ids[-TAIL:]) for ids in prompts], device=model.device))
+    tails = torch.tensor([list(ids[-TAIL:]) for ids in prompts], device=model.device)
+    return SharedPrefill(joined, mask, tails, size)
+
+
+def _kept(layer: Any) -> tuple[Tensor, Tensor]:
+    """Return the keys and values of a stock layer."""
+    return layer.keys, layer.values
 
 
 def continue_prefill(model: PreTrainedModel, method: Method, shared: SharedPrefill) -> DecodeLoop:
@@ -182,15 +198,17 @@ def continue_prefill(model: PreTrainedModel, method: Method, shared: SharedPrefi
         method: compresses at the prompts' end.
         shared: stays unchanged.
     """
-    size = shared.layers[0][0].shape[2]
+    size = shared.size
     cache = method.new_cache(model, size + TAIL)
     valid = None if shared.mask is None else shared.mask.bool()
-    for number, (keys, values) in enumerate(shared.layers):
+    for number, read in enumerate(shared.layers):
         layer: Any = cache.layers[number]
-        if isinstance(layer, RocketKVLayer):
-            layer.store.extend(keys, values, valid, expected=size + TAIL)
+        if not isinstance(read, tuple):
+            cache.layers[number] = copy.deepcopy(read)
+        elif isinstance(layer, RocketKVLayer):
+            layer.store.extend(*read, valid, expected=size + TAIL)
         else:
-            cache.update(keys, values, number)
+            cache.update(*read, number)
     loop = DecodeLoop(model=model, cache=cache, seen=size, mask=shared.mask)
     loop.prefill(shared.tails)
     return loop

@@ -125,6 +125,17 @@ def _halves(weight):
 
 
 @triton.jit
+def _turned(vectors, rotation, total, dtype: tl.constexpr, EXACT: tl.constexpr):
+    """Return a sum plus float32 vectors [heads, rows] times the rotation [rows, columns], exact in `dtype`."""
+    if EXACT:
+        return tl.dot(vectors, rotation.to(tl.float32), total, input_precision="ieee")
+    high = vectors.to(dtype)
+    low = (vectors - high.to(tl.float32)).to(dtype)
+    total = tl.dot(low, rotation.to(dtype), total, input_precision="ieee")
+    return tl.dot(high, rotation.to(dtype), total, input_precision="ieee")
+
+
+@triton.jit
 def append_sketch_kernel(
     query,  # [B, H, D], channels side by side
     key,  # [B, Hkv, D], likewise
@@ -135,6 +146,7 @@ def append_sketch_kernel(
     codes,  # [B, Hkv, capacity, C] uint8
     scales,  # [B, Hkv, capacity] bfloat16
     mean,  # [B, Hkv, D] float32
+    balance,  # [B, Hkv, D] bfloat16
     value_sum,  # [B, Hkv, DV] float64
     turn,  # [DP, columns], `arranged`
     lengths,  # [B, Hkv] int32, before this token
@@ -214,7 +226,8 @@ def append_sketch_kernel(
 
         channel = tl.arange(0, DP)
         centre = tl.load(mean + row * D + channel, mask=channel < D, other=0.0)
-        difference = new.to(tl.float32) - centre
+        factor_of = tl.load(balance + row * D + channel, mask=channel < D, other=1.0).to(tl.float32)
+        difference = (new.to(tl.float32) - centre) * factor_of
         largest = tl.max(tl.abs(difference), 0)
         # A maximum may drop NaN; one channel that is not finite spoils all of the key.
         finite = tl.sum((tl.abs(difference) < float("inf")).to(tl.int32), 0) == DP
@@ -226,7 +239,9 @@ def append_sketch_kernel(
         for first in range(0, DP, RC):
             line = first + tl.arange(0, RC)
             piece = tl.load(own_key + line, mask=line < D, other=0.0).to(keys.dtype.element_ty).to(tl.float32)
-            piece = _whole(piece - tl.load(mean + row * D + line, mask=line < D, other=0.0), largest, top)[:, None]
+            piece -= tl.load(mean + row * D + line, mask=line < D, other=0.0)
+            piece *= tl.load(balance + row * D + line, mask=line < D, other=1.0).to(tl.float32)
+            piece = _whole(piece, largest, top)[:, None]
             block = tl.load(turn + line[:, None] * lines + column[None, :])
             products += piece * block.to(tl.float32)
             if HIGHER:
@@ -264,13 +279,13 @@ def append_sketch_kernel(
             part = tl.load(heads + line[None, :], mask=real & (line[None, :] < D), other=0.0)
             centre = tl.load(mean + row * D + line, mask=line < D, other=0.0)
             shift += tl.sum(part.to(tl.float32) * centre[None, :], 1)
-            if EXACT:
-                part = part.to(tl.float32)
+            shares = tl.load(balance + row * D + line, mask=line < D, other=1.0).to(tl.float32)
+            balanced = tl.div_rn(part.to(tl.float32), tl.broadcast_to(shares[None, :], [HEADS, RC]))
             block = tl.load(turn + line[:, None] * lines + column[None, :])
-            weight = tl.dot(part, block.to(part.dtype), weight, input_precision="ieee")
+            weight = _turned(balanced, block, weight, part.dtype, EXACT)
             if HIGHER:
                 block = tl.load(turn + line[:, None] * lines + column_higher[None, :])
-                weight_higher = tl.dot(part, block.to(part.dtype), weight_higher, input_precision="ieee")
+                weight_higher = _turned(balanced, block, weight_higher, part.dtype, EXACT)
         shift *= scaling
         high, low, unit = _halves(weight)
         high_higher, low_higher, unit_higher = _halves(weight_higher)

@@ -177,7 +177,7 @@ class DecodeWorkspace:
         self.partial_peaks = empty(combined, self.parts, self.group_block)
         self.partial_sums = empty(combined, self.parts, self.group_block)
         self.partial_values = empty(combined if shape.residual else 0, self.parts, self.value_block)
-        self.rest = empty(residual, 2, self.group_block)
+        self.rest = empty(residual, 4, self.group_block)
         self.missed = empty(residual, shape.group)
         self.turn = self._turn(rotation) if given is None else next(given)
         self.arrivals = empty(rows, dtype=torch.int32)

@@ -48,7 +48,8 @@ class Buffers(Protocol):
         """The index, written.
 
         Page bounds [B, Hkv, tiles, D or 2D, 128] in the keys' dtype or a float of 8 bits; or a sketch: codes
-        [B, Hkv, capacity, C] uint8, scales [B, Hkv, capacity] bfloat16 and mean key [B, Hkv, D] float32; or nothing.
+        [B, Hkv, capacity, C] uint8, scales [B, Hkv, capacity] bfloat16, mean key [B, Hkv, D] float32 and balance of the
+        channels [B, Hkv, D] bfloat16; or nothing.
         """
 
     @property

@@ -6,7 +6,7 @@ Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, N stored tokens, P pag
 import triton
 import triton.language as tl
 
-from .select_attend import HIGHEST, ordered_bits, page_weights, write_rest
+from .select_attend import HIGHEST, mass_over, ordered_bits, page_weights, write_rest
 
 BEYOND = tl.constexpr(0x7F800001)  # the bits of infinity, and one
 
@@ -35,6 +35,14 @@ def _smallest(ordered, pages, value, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _joined(peak, mass, other_peak, other_mass):
+    """Return the largest logit and the sum of exponentials over it of two sets of logits."""
+    higher = tl.maximum(peak, other_peak)
+    anchor = tl.where(higher == float("-inf"), 0.0, higher)
+    return higher, mass * tl.exp(peak - anchor) + other_mass * tl.exp(other_peak - anchor)
+
+
+@triton.jit
 def select_kernel(
     lengths,  # [B, Hkv] int32, before this step's token
     sinks,  # [H]
@@ -43,7 +51,7 @@ def select_kernel(
     sums,  # [B, Hkv, SPLITS, GP] float32
     ordered,  # [B, Hkv, page capacity] int32, written
     chosen,  # [B, Hkv, k] int32, written
-    rest,  # [B, Hkv, 2, GP] float32, written: peak and sum of the tokens not chosen
+    rest,  # [B, Hkv, 4, GP] float32, written: estimates of `write_rest`
     capacity,
     page_capacity,
     kv_heads,
@@ -108,15 +116,16 @@ def select_kernel(
         if RESIDUAL:
             tl.debug_barrier()
             for g in range(G):
-                peak = tl.full([], float("-inf"), tl.float32)
-                mass = tl.full([], 0.0, tl.float32)
+                peak, mass = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32)
+                own_peak, own_mass = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32)
                 for start in range(0, pages, CHUNK):
                     page = start + tl.arange(0, CHUNK)
                     left = tl.load(ordered + page, mask=page < pages, other=HIGHEST) != HIGHEST
                     logit = scores + (row * G + g) * page_capacity + page
-                    logit = tl.load(logit, mask=left, other=float("-inf"))
-                    higher = tl.maximum(peak, tl.max(logit, 0))
-                    anchor = tl.where(higher == float("-inf"), 0.0, higher)
-                    mass = mass * tl.exp(peak - anchor) + tl.sum(tl.exp(logit - anchor), 0)
-                    peak = higher
-                write_rest(rest, row, g, peak, mass, GP)
+                    logit = tl.load(logit, mask=page < pages, other=float("-inf"))
+                    highest, summed = mass_over(tl.where(left, logit, float("-inf")))
+                    peak, mass = _joined(peak, mass, highest, summed)
+                    highest, summed = mass_over(tl.where(left, float("-inf"), logit))
+                    own_peak, own_mass = _joined(own_peak, own_mass, highest, summed)
+                write_rest(rest, row, 0, g, peak, mass, GP)
+                write_rest(rest, row, 1, g, own_peak, own_mass, GP)

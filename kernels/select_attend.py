@@ -79,27 +79,41 @@ def threshold(bits, count, stored, k, P: tl.constexpr):
 
 
 @triton.jit
-def write_rest(rest, row, g, peak, mass, GP: tl.constexpr):
-    """Write a head's weight of the tokens that were not chosen: the largest logit, and the sum over it."""
-    tl.store(rest + row * 2 * GP + g, peak)
-    tl.store(rest + (row * 2 + 1) * GP + g, mass)
+def write_rest(rest, row, part: tl.constexpr, g, peak, mass, GP: tl.constexpr):
+    """Write a head's estimated mass of the tokens that were not chosen (part 0) or were (1): largest logit, and sum."""
+    tl.store(rest + (row * 4 + 2 * part) * GP + g, peak)
+    tl.store(rest + (row * 4 + 2 * part + 1) * GP + g, mass)
+
+
+@triton.jit
+def mass_over(estimates):
+    """Return the largest of some logits, and the sum of exponentials over it."""
+    highest = tl.max(estimates, 0)
+    anchor = tl.where(highest == float("-inf"), 0.0, highest)
+    return highest, tl.sum(tl.exp(estimates - anchor), 0)
 
 
 @triton.jit
 def _with_others(
-    total, mass, peak, own, rest, value_sum, bias, missed, row, stored, read, everything, head, column,
+    total, mass, peak, near, own, rest, value_sum, bias, missed, row, stored, read, everything, head, column,
     G: tl.constexpr, DV: tl.constexpr, GP: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Return an attention's sum and mass with the tokens that are not read as one more, of their mean value.
 
-    Values are summed exactly, in float64: what is left after `own`, those that are read, is no rounding error.
+    Their estimated mass is lowered as in `rocketkv.core.residual.overestimate`; `near` is the log of the exact mass of
+    the tokens that are read. Values are summed exactly, in float64: what is left after `own`, those that are read, is
+    no rounding error.
     """
     # Nothing is left out of a row that is read whole.
     there = head < G * (1 - everything.to(tl.int32))
-    place = rest + row * 2 * GP + head
+    place = rest + row * 4 * GP + head
     cached: tl.constexpr = ".cg" if PARTS > 1 else ""  # from this program, or from other parts
     other_peak = tl.load(place, mask=there, other=float("-inf"), cache_modifier=cached)
     other = tl.load(place + GP, mask=there, other=0.0, cache_modifier=cached)
+    estimated = tl.load(place + 2 * GP, mask=there, other=float("-inf"), cache_modifier=cached)
+    estimated += tl.log(tl.load(place + 3 * GP, mask=there, other=1.0, cache_modifier=cached))
+    excess = tl.maximum(estimated - near, 0.0)
+    other_peak -= tl.where(excess < float("inf"), excess, 0.0) * 0.5  # an estimate may not be finite
     if BIAS:
         other_peak += tl.load(bias + row * G + head, mask=there, other=0.0)
     every = tl.load(value_sum + row * DV + column, mask=column < DV, other=0.0)
@@ -126,7 +140,7 @@ def select_attend_kernel(
     sums,  # [B, Hkv, SPLITS, GP] float32
     value_sum,  # [B, Hkv, DV] float64, this step's value included
     bias,  # [B, H] float32, added to the logit of the tokens not chosen
-    rest,  # [B, Hkv, 2, GP] float32, peak and sum of the tokens not chosen; written where ranked here
+    rest,  # [B, Hkv, 4, GP] float32, estimates of `write_rest`; written where ranked here
     missed,  # [B, H] float32, written: the weight of the tokens not chosen
     chosen,  # [B, Hkv, k] int32, written where ranked here
     partial_out,  # [B, Hkv, PARTS, GP, DVP] float32, written
@@ -203,12 +217,12 @@ def select_attend_kernel(
                 tl.store(listed + number + i, page * P + i, mask=mine)
             if RESIDUAL:
                 for g in range(part, G, PARTS):
-                    left = (page < pages) & (taken == 0)
                     estimate = scores + (row * G + g) * page_capacity + page
-                    estimate = tl.load(estimate, mask=left, other=float("-inf"))
-                    highest = tl.max(estimate, 0)
-                    anchor = tl.where(highest == float("-inf"), 0.0, highest)
-                    write_rest(rest, row, g, highest, tl.sum(tl.exp(estimate - anchor), 0), GP)
+                    estimate = tl.load(estimate, mask=page < pages, other=float("-inf"))
+                    highest, summed = mass_over(tl.where(taken == 0, estimate, float("-inf")))
+                    write_rest(rest, row, 0, g, highest, summed, GP)
+                    highest, summed = mass_over(tl.where(taken == 0, float("-inf"), estimate))
+                    write_rest(rest, row, 1, g, highest, summed, GP)
         tl.debug_barrier()  # the list is read by other threads than wrote it
 
     head = tl.arange(0, GP)
@@ -266,6 +280,7 @@ def select_attend_kernel(
     written = (row * G + head[:, None]) * DV + column[None, :]
     inside = real & (column[None, :] < DV)
     if PARTS == 1:
+        near = peak + tl.log(mass)
         if SINKS:
             higher = tl.maximum(peak, sink)
             total = total * tl.exp(peak - higher)[:, None]
@@ -273,8 +288,8 @@ def select_attend_kernel(
             peak = higher
         if RESIDUAL:
             total, mass = _with_others(
-                total, mass, peak, own, rest, value_sum, bias, missed, row, stored, read, everything, head, column,
-                G, DV, GP, PARTS, BIAS,
+                total, mass, peak, near, own, rest, value_sum, bias, missed, row, stored, read, everything, head,
+                column, G, DV, GP, PARTS, BIAS,
             )  # fmt: skip
         tl.store(out + written, (total / mass[:, None]).to(out.dtype.element_ty), mask=inside)
         tl.store(lengths + row, stored)
@@ -296,7 +311,7 @@ def select_attend_kernel(
                 highest = tl.maximum(
                     highest, tl.load(partial_peaks + (row * PARTS + i) * GP + head, cache_modifier=".cg")
                 )
-            mass = tl.exp(sink - highest)
+            mass = tl.zeros([GP], tl.float32)
             total = tl.zeros([GP, DVP], tl.float32)
             for i in range(PARTS):
                 place = (row * PARTS + i) * GP + head
@@ -304,12 +319,14 @@ def select_attend_kernel(
                 mass += tl.load(partial_sums + place, cache_modifier=".cg") * decay
                 piece = tl.load(partial_out + place[:, None] * DVP + column[None, :], cache_modifier=".cg")
                 total += piece * decay[:, None]
+            near = highest + tl.log(mass)
+            mass += tl.exp(sink - highest)
             if RESIDUAL:
                 own = tl.zeros([DVP], tl.float32)
                 for i in range(PARTS):
                     own += tl.load(partial_values + (row * PARTS + i) * DVP + column, cache_modifier=".cg")
                 total, mass = _with_others(
-                    total, mass, highest, own, rest, value_sum, bias, missed, row, stored, read, everything, head,
+                    total, mass, highest, near, own, rest, value_sum, bias, missed, row, stored, read, everything, head,
                     column, G, DV, GP, PARTS, BIAS,
                 )  # fmt: skip
             tl.store(out + written, (total / mass[:, None]).to(out.dtype.element_ty), mask=inside)

@@ -26,7 +26,7 @@ PAPER_POOL, SKETCH_POOL = 63, 13
 READ_ON = 2
 
 # Percentages of t for the attention: with 2 bits, with 1 bit, and at least if every turn selects its own tokens.
-ATTENDED, ATTENDED_OF_ONE_BIT, ATTENDED_OF_FILTERED = 50, 70, 65
+ATTENDED, ATTENDED_OF_ONE_BIT, ATTENDED_OF_FILTERED = 50, 60, 65
 
 
 # Fields of a split that are counts of at least 1; all but the first two may be None.
@@ -200,15 +200,16 @@ def rocketkv_plus_split(
 ) -> BudgetSplit:
     """Split a budget over stage 1, the sketch of the kept tokens, and the attention (beyond the paper).
 
-    Attending to a token reads 4D bytes, its key and value in 16 bits; scoring it reads b. The sketch's mean key and the
-    residual's mean value count as one more token. So a step reads the bytes of t tokens if
+    Attending to a token reads 4D bytes, its key and value in 16 bits; scoring it reads b. The sketch's mean key and
+    the residual's mean value count as one more token, and the sketch's balance as half a token. So a step reads the
+    bytes of t tokens if
 
-        N b + 4D (k + 1) = 4D t.
+        N b + 2D + 4D (k + 1) = 4D t.
 
-    The attention gets a share of t, the sketch the rest, N = (1 - share) 4D t / b. The share is a half at 2 bits, and
-    0.7 at 1 bit, where the coarser ranks need a larger k. These shares, and 2 bits up to 128 channels, had the smallest
-    error. N is at most the sequence, and at least twice the reserve, as in `rocketkv_split`; k uses the remaining
-    bytes.
+    The attention gets a share of t, the sketch the rest, N = ((1 - share) 4D t - 2D) / b. The share is a half at 2
+    bits, and 0.6 at 1 bit, where the coarser ranks need a larger k. These shares, and 2 bits up to 128 channels, had
+    the smallest error. N is at most the sequence, and at least twice the reserve, as in `rocketkv_split`; k uses the
+    remaining bytes.
 
     Args:
         prompt_length: tokens of the longest row's prompt.
@@ -222,10 +223,10 @@ def rocketkv_plus_split(
     token, sketched = 4 * head_dim, sketch_bytes(head_dim, bits)
     attended = token_budget * max(ATTENDED if bits == 2 else ATTENDED_OF_ONE_BIT, least_attended) // 100
     sequence_length = prompt_length + decode_reserve
-    stored = (token_budget - attended) * token // sketched
+    stored = ((token_budget - attended) * token - 2 * head_dim) // sketched
     stored = min(stored if most_stored is None else min(stored, most_stored), sequence_length)
     stored = max(stored, min(2 * decode_reserve, sequence_length))
-    left = token_budget - -(-stored * sketched // token) - 1
+    left = token_budget - -(-(stored * sketched + 2 * head_dim) // token) - 1
     return BudgetSplit(
         token_budget=token_budget,
         kept_tokens=max(1, stored - decode_reserve),
@@ -240,7 +241,7 @@ def rocketkv_plus_split(
 
 
 def rocketkv_mt_plus_split(prompt_length: int, token_budget: int, head_dim: int, decode_reserve: int) -> BudgetSplit:
-    """Split a budget as `rocketkv_plus_split`, with 0.65 t for the attention at 2 bits (at 1 bit the same 0.7 t).
+    """Split a budget as `rocketkv_plus_split`, with 0.65 t for the attention.
 
     Stage 1 selects again in the next turn, so tokens that it leaves out now are not lost (docs/conversations.md).
     """
@@ -320,11 +321,11 @@ def _least_of_stage_1(window_size: int, decode_reserve: int) -> int:
 
 def _least_of_sketch(window_size: int, decode_reserve: int, attended: int = ATTENDED) -> int:
     # At D = 8, the least, a sketch has an eighth of a token's bytes: this budget holds 2 * reserve tokens and k = 1.
-    least = max(4, -(-decode_reserve // 4) + 2)
+    least = max(4, -(-(decode_reserve + 2) // 4) + 2)
     if decode_reserve > window_size:
         return least
     # The sketch's share of t must cover more tokens than the observation window and the reserve.
-    sketched = -(-(window_size + decode_reserve + 1) // 8)
+    sketched = -(-(window_size + decode_reserve + 5) // 8)
     return max(least, 100 * (sketched - 1) // (100 - attended) + 1)
 
 

@@ -49,15 +49,23 @@ def spread(head_dim: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64) / math.sqrt(head_dim)
 
 
-def sketched(key: Tensor, mean: Tensor) -> Tensor:
+def balanced(queries: list[Tensor], keys: Tensor) -> Tensor:
+    """Return a factor for each channel: the larger, the more queries ask for it and the less keys differ."""
+    asked = torch.stack([query.square().sum(0) for query in queries]).sum(0)
+    factors = (asked / (keys - keys.mean(0)).square().sum(0)) ** 0.25
+    return (factors / factors.min()).to(torch.bfloat16).double()
+
+
+def sketched(key: Tensor, mean: Tensor, factors: Tensor) -> Tensor:
     """Return what two bits a channel tell of a key: levels fit for a Gaussian, scaled to have the right product."""
-    grain = float((key - mean).abs().max()) / 256
-    whole = torch.tensor([round(x / grain) for x in (key - mean).tolist()], dtype=torch.float64)
+    difference = (key - mean) * factors
+    grain = float(difference.abs().max()) / 256
+    whole = torch.tensor([round(x / grain) for x in difference.tolist()], dtype=torch.float64)
     turned = spread(D) @ whole
     step = 0.9957 * math.sqrt(float(turned @ turned) / D)
     levels = torch.tensor(even_levels(turned.tolist(), step), dtype=torch.float64)
     scale = (grain * (whole @ whole) / (turned @ levels)).to(torch.bfloat16).double()
-    return mean + scale * (spread(D).T @ levels)
+    return mean + scale * (spread(D).T @ levels) / factors
 
 
 Steps = list[Tensor]
@@ -84,15 +92,16 @@ def rocketkv(head: Head) -> Steps:
 def rocketkv_plus(head: Head, attended: int = BUDGET // 2) -> Steps:
     total = PROMPT + head.reserve
     token, sketch = 4 * D, D // 4 + 2  # bytes
-    capacity = max(min((BUDGET - attended) * token // sketch, total), min(2 * head.reserve, total))
-    k = math.floor(BUDGET - capacity * sketch / token) - 1
+    capacity = max(min(((BUDGET - attended) * token - 2 * D) // sketch, total), min(2 * head.reserve, total))
+    k = math.floor(BUDGET - (capacity * sketch + 2 * D) / token) - 1
     # Moved back by two tokens, but no further than to end at the token itself.
     ahead = max(0, KERNEL // 2 - 2)
     kept = list(range(PROMPT))
     if capacity < total:
         kept = snap(head, capacity - head.reserve, value_aware=True, ahead=ahead)
     mean = head.keys[kept].mean(0)
-    estimates = {i: sketched(head.keys[i], mean) for i in [*kept, *range(PROMPT, PROMPT + STEPS)]}
+    factors = balanced([head.queries[at] for at in range(PROMPT - WINDOW, PROMPT)], head.keys[kept])
+    estimates = {i: sketched(head.keys[i], mean, factors) for i in [*kept, *range(PROMPT, PROMPT + STEPS)]}
 
     def parted(at: int, stored: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return what is attended to, its mass [G, 1], that of the others, and their mean value."""
@@ -100,19 +109,28 @@ def rocketkv_plus(head: Head, attended: int = BUDGET // 2) -> Steps:
         chosen = [stored[i] for i in best(estimate.softmax(-1).amax(0).tolist(), k)]
         others = [i for i in range(len(stored)) if stored[i] not in chosen]
         mass, rest = head.logits(at, chosen).exp(), estimate[:, others].exp().sum(-1, keepdim=True)
+        guessed = estimate.exp().sum(-1, keepdim=True) - rest
+        rest = rest * (mass.sum(-1, keepdim=True) / guessed).clamp(max=1).sqrt()
         mean_value = head.values[[stored[i] for i in others]].mean(0)
         return mass @ head.values[chosen], mass.sum(-1, keepdim=True), rest, mean_value
 
     # By what factor of the others' mass the window's queries would have erred least, each as if it were a step.
-    cross, square = torch.zeros(2, len(head.queries[0]), 1, dtype=torch.float64)
+    halves = torch.zeros(2, 2, len(head.queries[0]), 1, dtype=torch.float64)
     for at in range(PROMPT - WINDOW, PROMPT) if len(kept) > BUDGET else ():
         stored = [i for i in kept if i <= at]
         own, mass, rest, mean_value = parted(at, stored)
         full = head.attend(at, stored)
         fixed, linear = (own - mass * full) / (mass + rest), rest * (mean_value - full) / (mass + rest)
-        cross -= ((fixed * linear).sum(-1) / full.square().sum(-1))[:, None]
-        square += (linear.square().sum(-1) / full.square().sum(-1))[:, None]
-    factor = ((cross + 0.1 * square + 1e-6) / (1.1 * square + 1e-6)).clamp(1e-4, 1.6)
+        terms = torch.stack((-(fixed * linear).sum(-1), linear.square().sum(-1))) / full.square().sum(-1)
+        halves[(at - PROMPT + WINDOW) % 2] += terms[..., None]
+
+    def fitted(cross: Tensor, square: Tensor) -> Tensor:
+        return ((cross + 0.25 * square + 1e-6) / (1.25 * square + 1e-6)).clamp(1e-4, 1.6)
+
+    # None where what one half of the queries says makes the other half err more.
+    crossed = [(fitted(*halves[1 - half]), *halves[half]) for half in (0, 1)]
+    added = torch.stack([tried**2 * square - 2 * tried * cross for tried, cross, square in crossed]).sum(0)
+    factor = torch.where(added > 1e-6, 1e-4, fitted(*halves.sum(0)))
     out = []
     for at in range(PROMPT, PROMPT + STEPS):
         own, mass, rest, mean_value = parted(at, kept + list(range(PROMPT, at + 1)))

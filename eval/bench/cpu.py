@@ -166,7 +166,8 @@ def _check_sketched_step(store: KVStore, query: Tensor, new_key: Tensor, new_val
         chosen = _chosen(estimate.softmax(1).amax(0), split.top_k)
         others = sorted(set(range(stored)) - set(chosen))
         near = (group @ keys[head, chosen].T * scaling).exp()
-        rest = estimate[:, others].exp().sum(1, keepdim=True) * factors[head]
+        overestimate = estimate[:, chosen].exp().sum(1, keepdim=True) / near.sum(1, keepdim=True)
+        rest = estimate[:, others].exp().sum(1, keepdim=True) * factors[head] / overestimate.clamp(min=1).sqrt()
         whole = near @ values[head, chosen] + rest * values[head, others].mean(0)
         expected.append(whole / (near.sum(1, keepdim=True) + rest))
     _require_close("a step of rocketkv+", out, torch.cat(expected)[None])

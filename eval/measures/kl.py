@@ -72,7 +72,7 @@ def texts(preparation: Preparation, path: Path | None) -> list[Window]:
     tokenizer, length = preparation.tokenizer, preparation.length
     if length is None or length < 2:
         raise ValueError(f"length must be at least 2 tokens, for a prompt and its continuation, got {length}")
-    start = _start_tokens(tokenizer)
+    start = start_tokens(tokenizer)
     room = length - len(start)
     windows = []
     tokens = [] if path is None else _tokens(tokenizer, path.read_text(encoding="utf-8"))
@@ -100,7 +100,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     first = list(tokenizer("a")["input_ids"])[:1]
     return first if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else []
 

@@ -132,8 +132,8 @@ def layer_numbers(model: PreTrainedModel) -> list[int]:
     return [number for number, layer in enumerate(layers) if isinstance(layer, RocketKVLayer)]
 
 
-def _feed(layer: RocketKVLayer, tensors: LayerTensors, start: int, stop: int) -> Tensor:
-    """Pass some tokens to a layer as a model does; return [1, n, H, Dv]. A prompt's output is zeros."""
+def feed(layer: RocketKVLayer, tensors: LayerTensors, start: int, stop: int) -> Tensor:
+    """Pass tokens `start` to `stop` to a layer as a model does; return [1, n, H, Dv]. A prompt's output is zeros."""
 
     def unread(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
@@ -173,7 +173,7 @@ def stages(tensors: LayerTensors, config: RocketKVConfig, prompt: int) -> Stages
     size = tensors.key.shape[2]
     layer = RocketKVLayer(config)
     layer.prompt_end = prompt
-    _feed(layer, tensors, 0, prompt)
+    feed(layer, tensors, 0, prompt)
     split = layer.store.split
     if split is None:
         raise ValueError("the prompt is not closed")
@@ -181,7 +181,7 @@ def stages(tensors: LayerTensors, config: RocketKVConfig, prompt: int) -> Stages
     if split.residual:
         bare = RocketKVLayer(replace(config, split=replace(split, residual=False, calibrated=False)))
         bare.prompt_end = prompt
-        _feed(bare, tensors, 0, prompt)
+        feed(bare, tensors, 0, prompt)
     steps: list[list[Tensor]] = []
     read: list[int] = []
     dense: list[int] = []
@@ -190,9 +190,9 @@ def stages(tensors: LayerTensors, config: RocketKVConfig, prompt: int) -> Stages
         read.append(stats.nominal_step_bytes)
         dense.append(stats.nominal_dense_step_bytes)
         query = tensors.query[:, :, token]
-        own = _feed(layer, tensors, token, token + 1)[:, 0]
+        own = feed(layer, tensors, token, token + 1)[:, 0]
         # Without a residual these are one stage.
-        without = own if bare is None else _feed(bare, tensors, token, token + 1)[:, 0]
+        without = own if bare is None else feed(bare, tensors, token, token + 1)[:, 0]
         keys, values = tensors.key[:, :, : token + 1], tensors.value[:, :, : token + 1]
         full = attend(query, keys, values, tensors.params)
         steps.append([full, *_stored_attention(layer, query, split, tensors.params), without, own])

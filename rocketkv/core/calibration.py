@@ -6,6 +6,9 @@ smaller weight, or none, comes closer to exact attention. The fit treats each qu
 multiplies the residual's weight by a factor f. The softmax total hardly depends on f; if it is taken as constant, the
 output is linear in f, and the least-squares f has a closed form.
 
+The fit is checked: f is fitted on every other query alone and tried on the rest, both ways round. A head in which it
+makes these errors larger than no residual at all does without the residual.
+
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, Dv of values, N stored tokens, W window.
 """
 
@@ -17,6 +20,7 @@ from torch import Tensor
 from ..budget import BudgetSplit
 from .decode import DecodeBuffers
 from .params import AttentionParams
+from .residual import overestimate
 from .token_index import TokenIndex
 from .topk import full_precision, select
 
@@ -24,10 +28,11 @@ from .topk import full_precision, select
 # has at least one query.
 BLOCK_BYTES = 4 * 2**20
 
-# Pseudo-count of the ridge prior at f = 1, in observation windows.
-PRIOR = 0.1
+# Pseudo-count of the ridge prior at f = 1, in observation windows. Stage 1 has ranked by these queries, so they need
+# the residual less than later ones do (docs/beyond.md).
+PRIOR = 0.25
 
-# Keeps f near 1 where the squared relative errors of all queries sum to less than this; far above rounding errors.
+# Squared relative errors that sum to less than this over all queries count as none; far above rounding errors.
 NEGLIGIBLE = 1e-6
 
 # Bounds of f. A larger f would make up for tokens that stage 1 evicted, which no step can estimate.
@@ -58,12 +63,13 @@ def fitted_bias(
         seen: tokens of the sequence.
 
     Returns:
-        [B, H] float32; 0 in rows whose steps attend to all stored tokens.
+        [B, H] float32; log of `LEAST` in heads that do without a residual, 0 in rows whose steps attend to all stored
+        tokens.
     """
     keys, values, positions, lengths = buffers[:4]
     batch, heads, window, _ = query.shape
     kv_heads = keys.shape[1]
-    terms = query.new_zeros(2, batch, kv_heads, heads // kv_heads, dtype=torch.float32)
+    terms = query.new_zeros(2, batch, kv_heads, heads // kv_heads, window, dtype=torch.float32)
     if split.top_k is not None and stored > split.token_budget:
         count = max(1, BLOCK_BYTES // (4 * batch * heads * stored))
         with full_precision(query.device):
@@ -77,11 +83,22 @@ def fitted_bias(
                 found = _terms(part, keys, values, seen_by, index, buffers.index_tensors, params, split, stored)
                 # Padding has no query.
                 real = (seen_by & (positions[:, :, None, :stored] == last[:, None])).any(-1)
-                terms += torch.where(real[:, :, None] & found.isfinite(), found, 0).sum(-1)
-    cross, square = terms
-    factor = (cross + PRIOR * square + NEGLIGIBLE) / ((1 + PRIOR) * square + NEGLIGIBLE)
+                terms[..., start : start + count] = torch.where(real[:, :, None] & found.isfinite(), found, 0)
+    halves = torch.stack((terms[..., 0::2].sum(-1), terms[..., 1::2].sum(-1)))
+    tried = _factor(halves)
+    cross, square = halves.flip(0).unbind(1)
+    # Of the squared error without a residual, what the factor of the other half adds.
+    added = (tried * (tried * square - 2 * cross)).sum(0)
+    factor = torch.where(added > NEGLIGIBLE, LEAST, _factor(halves.sum(0, keepdim=True))[0])
     factor = torch.where((lengths > split.token_budget)[..., None], factor, 1.0)
-    return factor.clamp(LEAST, MOST).log().flatten(1)
+    return factor.log().flatten(1)
+
+
+def _factor(terms: Tensor) -> Tensor:
+    """Return the least-squares factors [n, B, Hkv, G] from sums of `_terms`, [n, 2, B, Hkv, G]."""
+    cross, square = terms.unbind(1)
+    factor = (cross + PRIOR * square + NEGLIGIBLE) / ((1 + PRIOR) * square + NEGLIGIBLE)
+    return factor.clamp(LEAST, MOST)
 
 
 def _terms(
@@ -122,6 +139,7 @@ def _terms(
     )
     places = places.view(batch, count, kv_heads, -1).transpose(1, 2)
     chosen = torch.zeros_like(seen).scatter_(-1, places.long(), True) & seen
+    estimated = estimates.masked_fill(~chosen[:, :, None], -torch.inf).logsumexp(-1)
     rest = estimates.masked_fill_((chosen | ~seen)[:, :, None], -torch.inf).logsumexp(-1)
     by_head = []
     for head in range(kv_heads):  # one head at a time bounds the float32 copies of keys and values
@@ -134,6 +152,7 @@ def _terms(
                 values[:, head, :stored].float(),
                 seen[:, own],
                 chosen[:, own],
+                estimated[:, head],
                 rest[:, head],
                 params.softcap,
                 sink,
@@ -148,6 +167,7 @@ def _head_terms(
     values: Tensor,
     seen: Tensor,
     chosen: Tensor,
+    estimated: Tensor,
     rest: Tensor,
     softcap: float | None,
     sinks: Tensor | None,
@@ -160,6 +180,7 @@ def _head_terms(
         values: [B, N, Dv].
         seen: [B, 1, n, N] bool.
         chosen: [B, 1, n, N] bool, the seen tokens that a step attends to.
+        estimated: [B, G, n], log-sum-exp of these tokens' estimated logits.
         rest: [B, G, n], log-sum-exp of the estimated logits of the other seen tokens.
         softcap: soft-cap of the logits, or None.
         sinks: [G], learned sinks, or None.
@@ -170,15 +191,16 @@ def _head_terms(
         logits = torch.tanh(logits / softcap) * softcap
     logits = logits.masked_fill(~seen, -torch.inf)
     near = logits.masked_fill(~chosen, -torch.inf)
-    columns = [logits.logsumexp(-1), near.logsumexp(-1), rest]
+    all_mass, near_mass = logits.logsumexp(-1), near.logsumexp(-1)
+    rest = rest - overestimate(near_mass, estimated)
     weights = logits.softmax(-1), near.softmax(-1)
     out, own = (torch.bmm(weight.flatten(1, 2), values).view(*rows.shape[:3], -1) for weight in weights)
     others = (seen & ~chosen).float()
     mean = torch.bmm(others[:, 0], values)[:, None] / others.sum(-1, keepdim=True).clamp(min=1)
     # Shares of the softmax total: chosen tokens, residual, learned sink. The sink has no value.
     sink = torch.full_like(rest, -torch.inf) if sinks is None else sinks[:, None].expand_as(rest)
-    share = torch.stack((columns[1], rest, sink), -1).softmax(-1)
-    out = out * torch.sigmoid(columns[0] - sink)[..., None]
+    share = torch.stack((near_mass, rest, sink), -1).softmax(-1)
+    out = out * torch.sigmoid(all_mass - sink)[..., None]
     fixed = share[..., :1] * own - (share[..., :1] + share[..., 2:]) * out
     linear = share[..., 1:2] * (mean - out)
     size = out.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)

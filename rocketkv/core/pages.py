@@ -233,7 +233,9 @@ class PageIndex:
     names: ClassVar[tuple[str, ...]] = ("bounds",)
     slotted: ClassVar[tuple[str, ...]] = names
 
-    def build(self, keys: Tensor, tokens: int, lengths: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+    def build(
+        self, keys: Tensor, queries: Tensor, tokens: int, lengths: Tensor | None, dtype: torch.dtype | None
+    ) -> tuple[Tensor, ...]:
         """See `TokenIndex`."""
         return (build_pages(keys, tokens, self.page_size, dtype),)
 

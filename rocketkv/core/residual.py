@@ -1,6 +1,14 @@
 """The value residual: a step adds the mean value of the tokens that it does not attend to.
 
-Beyond the paper. The mean needs the sum of all stored values. Each step updates that sum, since recomputing it would
+Beyond the paper. Its weight is estimated from the sketch. An estimated logit has an error e, and exp(e) is above 1 on
+average, so noisy estimates give the residual too much weight: in models with large keys, so much that the output is
+worse than without it. The chosen tokens show how much: both their exact and their estimated mass are known. Where the
+estimated mass is the larger one, the residual's weight is divided by the square root of their ratio. The root, since
+tokens that were chosen by estimates are overestimated more than the others.
+
+    share of the residual = R / (R + C),  R = estimated mass of the others * sqrt(min(1, C / estimated C))
+
+The mean needs the sum of all stored values. Each step updates that sum, since recomputing it would
 read all values. The sum is exact: values are rounded to multiples of 2^-32, and float64 represents every sum of those
 below 2^21. So it depends on the stored values alone: a removed token leaves no rounding error, and a recomputed sum has
 the same bits as an updated one.
@@ -48,6 +56,18 @@ def sum_values(values: Tensor, stored: int, lengths: Tensor | None = None) -> Te
     return total
 
 
+def overestimate(exact: Tensor, estimated: Tensor) -> Tensor:
+    """Return by how much the others' log mass is lowered: half of what the chosen tokens' estimate exceeds, at least 0.
+
+    0 where an estimate is not finite: it says nothing about the others.
+
+    Args:
+        exact: log-sum-exp of the chosen tokens' exact logits, of any shape.
+        estimated: log-sum-exp of their estimated logits.
+    """
+    return (estimated - exact).clamp(min=0).nan_to_num(nan=0.0, posinf=0.0) * 0.5
+
+
 def residual_attend(
     query: Tensor,
     keys: Tensor,
@@ -62,8 +82,8 @@ def residual_attend(
 ) -> tuple[Tensor, Tensor]:
     """Attend exactly to chosen tokens, and add the mean value of all others with their estimated weight.
 
-    Exact logits weight the chosen tokens, estimated logits the others. After SparQ (arXiv 2312.04985, Equation 10),
-    which adds the mean of all values and estimates both weights.
+    Exact logits weight the chosen tokens; the others weigh as the module describes. After SparQ (arXiv 2312.04985,
+    Equation 10), which adds the mean of all values and estimates both weights.
 
     Args:
         query: [B, H, D].
@@ -71,7 +91,7 @@ def residual_attend(
         values: [B, Hkv, capacity, Dv].
         positions: [B, Hkv, k] (an integer dtype), the chosen tokens, without duplicates; positions beyond a row's
             length are ignored.
-        logits: [B, H, N] float32, the estimated logits of all tokens; those of chosen tokens are not used.
+        logits: [B, H, N] float32, the estimated logits of all tokens.
         value_sum: [B, Hkv, Dv] float32 or float64, the sum of all stored values of a row.
         params: the model's attention parameters.
         bias: [B, H] float32, log of the factor on the others' weight, or None (`rocketkv.core.calibration`).
@@ -96,25 +116,27 @@ def residual_attend(
     exact = torch.bmm(rows * scalar(params.scaling), own_keys.flatten(0, 1).transpose(1, 2)).view(*grouped, -1)
     if params.softcap is not None:
         exact = torch.tanh(exact / params.softcap) * params.softcap
-    if bias is not None:
-        # Subtracted from the few exact logits, not added to the many estimates: the softmax is the same.
-        bias = bias.view(*grouped, 1)
-        exact = exact - bias
     chosen = place[:, :, None].expand(*grouped, -1)
-    others = logits.view(*grouped, -1).scatter(-1, chosen, -torch.inf)[..., :stored]
+    estimated = logits.view(*grouped, -1)
+    both = torch.stack((exact, estimated.gather(-1, chosen)))
+    others = estimated.scatter(-1, chosen, -torch.inf)[..., :stored]
     left: Tensor | int = max(1, stored - positions.shape[-1])
     if lengths is not None and real is not None:
-        exact = exact.masked_fill(~real[:, :, None], -torch.inf)
+        both = both.masked_fill(~real[:, :, None], -torch.inf)
         own_values = own_values.masked_fill(~real[..., None], 0)
         filled = torch.arange(stored, device=query.device) < lengths[..., None]
         others = others.masked_fill(~filled[:, :, None], -torch.inf)
         left = (lengths - real.sum(-1)).clamp(min=1)[..., None]
     mean = ((value_sum - own_values.sum(2)) / left).float()
-    # One softmax over exact and estimated logits; only the sum of the others' weights is used.
-    columns = [exact, others]
+    total = both.logsumexp(-1, keepdim=True)
+    lowered = overestimate(total[0], total[1])
+    if bias is not None:
+        lowered = lowered - bias.view(*grouped, 1)
+    # One softmax over exact and estimated logits; only the sum of the others' weights is used. Instead of lowering many
+    # estimates, the few exact logits are raised: the softmax is the same.
+    columns = [both[0] + lowered, others]
     if params.sinks is not None:
-        own_sinks = params.sinks.float().view(1, kv_heads, -1, 1).expand(*grouped, 1)
-        columns.append(own_sinks if bias is None else own_sinks - bias)
+        columns.append(params.sinks.float().view(1, kv_heads, -1, 1) + lowered)
     weight = torch.cat(columns, -1).softmax(-1)
     if lengths is not None:
         weight = weight.masked_fill((lengths == 0)[..., None, None], 0)

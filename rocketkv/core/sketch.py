@@ -5,20 +5,25 @@ Each channel is rounded to one of 2^bits equally spaced levels, the best ones fo
 minimum distortion", 1960). A 16-bit scale per token makes the product of sketch and key exact, |x|^2 = <x, sketch>, so
 that estimates have no bias over random rotations (RaBitQ, arXiv 2405.12497, section 3.2).
 
-    sketch of key = mean + scale * R^T (code - (2^bits - 1) / 2)
-    logit         = scaling * (q . mean + scale * (R q) . (code - (2^bits - 1) / 2))
+    sketch of key = mean + scale * (R^T (code - (2^bits - 1) / 2)) / balance
+    logit         = scaling * (q . mean + scale * (R (q / balance)) . (code - (2^bits - 1) / 2))
 
-The mean is fixed when the sketch is built. Every estimate includes it, so one softmax can mix estimates and exact
-logits.
+After the rotation, the error of rounding is spread evenly over the channels. `balance` has a factor for each channel of
+the difference, sqrt(rms of its queries / rms of its differences): of all factors, these have the least expected squared
+error of a logit. In models with a few channels of very large keys, it is a small fraction of the error without them.
+
+Mean and balance are fixed when the sketch is built. Every estimate includes the mean, so one softmax can mix estimates
+and exact logits.
 
 Results do not depend on the order of operations: differences are first rounded to integers of at most `grid`, and R's
 entries are integers, so float32 represents all sums exactly. A token has the same bits whether it is encoded alone or
 with thousands, by any library and on any device.
 
-Layout: codes `[B, Hkv, N, C]` uint8, scales `[B, Hkv, N]` bfloat16, mean `[B, Hkv, D]` float32. A token's C bytes are
-contiguous and independent of other tokens: growth, crop, fork and reorder work as for the key buffer. Byte c has the
-channels c, c + C, c + 2C, ... in its digits, lowest first, so digit i of all bytes is a contiguous range of channels.
-3 bits are stored in two planes: the low two bits of all channels in ceil(D/4) bytes, then the high bits in ceil(D/8).
+Layout: codes `[B, Hkv, N, C]` uint8, scales `[B, Hkv, N]` bfloat16, mean `[B, Hkv, D]` float32, balance `[B, Hkv, D]`
+bfloat16. A token's C bytes are contiguous and independent of other tokens: growth, crop, fork and reorder work as for
+the key buffer. Byte c has the channels c, c + C, c + 2C, ... in its digits, lowest first, so digit i of all bytes is a
+contiguous range of channels. 3 bits are stored in two planes: the low two bits of all channels in ceil(D/4) bytes, then
+the high bits in ceil(D/8).
 
 A NaN or infinite key, or one whose scale overflows, has a logit that is not finite. If the mean includes such a key,
 all logits of its row and KV head are not finite. A key equal to the mean has the scale 0 and an exact logit.
@@ -29,16 +34,12 @@ Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, N stored t
 import functools
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..budget import sketch_bytes
-from .params import AttentionParams
 from .topk import full_precision, scalar
 
 # Spacing of the equally spaced levels that fit a normal distribution best, by bits (Max 1960, table II).
@@ -55,11 +56,13 @@ class Sketch(NamedTuple):
         codes: [B, Hkv, N, C] uint8.
         scales: [B, Hkv, N] bfloat16.
         mean: [B, Hkv, D] float32.
+        balance: [B, Hkv, D] bfloat16, at least 1.
     """
 
     codes: Tensor
     scales: Tensor
     mean: Tensor
+    balance: Tensor
 
 
 def planes(bits: int) -> tuple[tuple[int, int], ...]:
@@ -176,12 +179,47 @@ def mean_key(keys: Tensor, tokens: int, lengths: Tensor | None = None) -> Tensor
     return total / lengths[..., None].clamp(min=1)
 
 
-def encode(keys: Tensor, mean: Tensor, rotation: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def channel_balance(queries: Tensor, keys: Tensor, mean: Tensor, tokens: int, lengths: Tensor | None = None) -> Tensor:
+    """Return the factors of the channels that give logits the least expected squared error.
+
+    The rounding error of a rotated difference is the same in every channel, in proportion to the difference's length.
+    With factors w, a logit's expected squared error is proportional to sum_c (w_c k_c)^2 * sum_c (q_c / w_c)^2, which
+    is least for w_c = sqrt(q_c / k_c), where q_c and k_c are root mean squares. No host sync.
+
+    Args:
+        queries: [B, H, W, D], queries like those of later steps: the observation window's, zeros at padding.
+        keys: [B, Hkv, N, D], the buffer of stored keys.
+        mean: [B, Hkv, D] float32, of `mean_key`.
+        tokens: slots that the longest row fills.
+        lengths: [B, Hkv], tokens of each row, or None if all rows have `tokens`.
+
+    Returns:
+        [B, Hkv, D] bfloat16, 1 to 2^16; all 1 where queries or keys are not finite, or are zero.
+    """
+    batch, kv_heads, _, head_dim = keys.shape
+    asked = queries.float().square().reshape(batch, kv_heads, -1, head_dim).sum(2)
+    spread = torch.zeros_like(mean)
+    block = block_tokens(keys)
+    for start in range(0, tokens, block):
+        difference = keys[:, :, start : min(start + block, tokens)].float() - mean[:, :, None]
+        if lengths is not None:
+            slot = torch.arange(start, start + difference.shape[2], device=keys.device)
+            difference = difference.masked_fill((slot >= lengths[..., None])[..., None], 0)
+        spread += difference.square().sum(2)
+    # Channels that are never asked for, or never differ, count as very small ones.
+    asked, spread = (part.clamp(min=2**-32 * part.amax(-1, keepdim=True)) for part in (asked, spread))
+    balance = (asked / spread).sqrt_().sqrt_()
+    balance = (balance / balance.amin(-1, keepdim=True)).clamp(max=2.0**16)
+    return torch.where(balance.isfinite().all(-1, keepdim=True), balance, 1.0).to(torch.bfloat16)
+
+
+def encode(keys: Tensor, mean: Tensor, balance: Tensor, rotation: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Return the packed codes and the scales of keys; each token is encoded independently.
 
     Args:
         keys: [B, Hkv, n, D], any float dtype.
         mean: [B, Hkv, D] float32.
+        balance: [B, Hkv, D], of `channel_balance`.
         rotation: [D, D], of `rotation_matrix(D)`.
         bits: bits per channel, 1 to 4.
 
@@ -190,7 +228,7 @@ def encode(keys: Tensor, mean: Tensor, rotation: Tensor, bits: int) -> tuple[Ten
     """
     half = 2 ** (bits - 1)
     top, norm, spacing = encoding(keys.shape[-1], bits)
-    difference = keys.float() - mean.unsqueeze(2)
+    difference = (keys.float() - mean.unsqueeze(2)).mul_(balance.unsqueeze(2))
     largest = difference.abs().amax(-1, keepdim=True)
     # NaN if the key is not finite, or equals the mean: 0 / 0.
     whole = (difference / largest).mul_(scalar(top)).round_().nan_to_num_(nan=0.0)
@@ -206,7 +244,9 @@ def encode(keys: Tensor, mean: Tensor, rotation: Tensor, bits: int) -> tuple[Ten
     return pack(level.add_(scalar(half)).to(torch.uint8), bits), scale.squeeze(-1).to(torch.bfloat16)
 
 
-def build_sketch(keys: Tensor, tokens: int, rotation: Tensor, bits: int, lengths: Tensor | None = None) -> Sketch:
+def build_sketch(
+    keys: Tensor, tokens: int, rotation: Tensor, bits: int, lengths: Tensor | None = None, *, queries: Tensor
+) -> Sketch:
     """Build the sketch of the first `tokens` tokens, with room for the whole buffer.
 
     Args:
@@ -215,15 +255,18 @@ def build_sketch(keys: Tensor, tokens: int, rotation: Tensor, bits: int, lengths
         rotation: [D, D], of `rotation_matrix(D)`.
         bits: bits per channel, 1 to 4.
         lengths: [B, Hkv], tokens of each row, or None if all rows have `tokens`.
+        queries: see `channel_balance`.
 
     Returns:
         The sketch; zeros from `tokens` on.
     """
     batch, kv_heads, capacity, head_dim = keys.shape
+    mean = mean_key(keys, tokens, lengths)
     sketch = Sketch(
         keys.new_zeros(batch, kv_heads, capacity, code_bytes(head_dim, bits), dtype=torch.uint8),
         keys.new_zeros(batch, kv_heads, capacity, dtype=torch.bfloat16),
-        mean_key(keys, tokens, lengths),
+        mean,
+        channel_balance(queries, keys, mean, tokens, lengths),
     )
     write_tokens(sketch, keys[:, :, :tokens], 0, rotation, bits)
     return sketch
@@ -240,10 +283,10 @@ def write_tokens(sketch: Sketch, keys: Tensor, start: int | Tensor, rotation: Te
         bits: bits per channel, 1 to 4.
     """
     count = keys.shape[2]
-    block = _block_tokens(keys)
+    block = block_tokens(keys)
     for first in range(0, count, block):
         last = min(first + block, count)
-        codes, scales = encode(keys[:, :, first:last], sketch.mean, rotation, bits)
+        codes, scales = encode(keys[:, :, first:last], sketch.mean, sketch.balance, rotation, bits)
         if isinstance(start, int):
             sketch.codes.narrow(2, start + first, last - first).copy_(codes)
             sketch.scales.narrow(2, start + first, last - first).copy_(scales)
@@ -258,9 +301,8 @@ def grow_sketch(sketch: Sketch, capacity: int) -> Sketch:
     missing = capacity - sketch.codes.shape[2]
     if missing <= 0:
         return sketch
-    return Sketch(
-        functional.pad(sketch.codes, (0, 0, 0, missing)), functional.pad(sketch.scales, (0, missing)), sketch.mean
-    )
+    codes, scales = functional.pad(sketch.codes, (0, 0, 0, missing)), functional.pad(sketch.scales, (0, missing))
+    return sketch._replace(codes=codes, scales=scales)
 
 
 def decode(sketch: Sketch, tokens: int, rotation: Tensor, bits: int) -> Tensor:
@@ -268,143 +310,11 @@ def decode(sketch: Sketch, tokens: int, rotation: Tensor, bits: int) -> Tensor:
     head_dim = sketch.mean.shape[-1]
     level = unpack(sketch.codes[:, :, :tokens], bits, head_dim).float() - (2**bits - 1) / 2
     difference = torch.matmul(level, rotation) / rotation_norm(head_dim)
-    return sketch.mean[:, :, None] + sketch.scales[:, :, :tokens, None].float() * difference
+    difference = difference * sketch.scales[:, :, :tokens, None].float() / sketch.balance[:, :, None].float()
+    return sketch.mean[:, :, None] + difference
 
 
-def score_sketch(query: Tensor, sketch: Sketch, bits: int, params: AttentionParams, *, stored: int) -> Tensor:
-    """Estimate the logit of every stored token from its packed codes, in blocks of tokens.
-
-    Args:
-        query: [B, H, D].
-        sketch: the sketch of the stored keys.
-        bits: bits per channel, 1 to 4.
-        params: the model's attention parameters; learned sinks change no logit.
-        stored: N, tokens of the longest row.
-
-    Returns:
-        [B, H, N] float32; arbitrary at tokens beyond a row's length.
-    """
-    batch, heads, head_dim = query.shape
-    kv_heads = sketch.mean.shape[1]
-    rows = query.float().reshape(batch * heads, head_dim) * scalar(params.scaling)
-    grouped = (batch * kv_heads, heads // kv_heads, -1)
-    weight = torch.mm(rows, _digit_rotation(head_dim, bits, query.device)).view(grouped)
-    shift = torch.bmm(rows.view(grouped), sketch.mean.flatten(0, 1).unsqueeze(-1))
-    codes, scales = sketch.codes.flatten(0, 1), sketch.scales.flatten(0, 1).unsqueeze(1)
-    blocks = []
-    block = _block_tokens(sketch.mean.unsqueeze(2))
-    for start in range(0, stored, block):
-        count = min(block, stored - start)
-        # With tokens last, multiplication saves more time than the transpose of the bytes costs.
-        bytes_first = codes.narrow(1, start, count).transpose(1, 2).contiguous()
-        product, column = weight.narrow(-1, weight.shape[-1] - 1, 1), 0
-        for first, size, masks in _digits(head_dim, bits, query.device):
-            # Digits keep their place values within the byte; the weights divide by them.
-            digits = (bytes_first.narrow(1, first, size).unsqueeze(1) & masks).float().flatten(1, 2)
-            product = torch.baddbmm(product, weight.narrow(-1, column, digits.shape[1]), digits)
-            column += digits.shape[1]
-        blocks.append(torch.addcmul(shift, product, scales.narrow(2, start, count).float()))
-    logits = (blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)).view(batch, heads, stored)
-    return logits if params.softcap is None else torch.tanh(logits / params.softcap) * params.softcap
-
-
-@functools.cache
-@torch.inference_mode(False)
-def _digits(head_dim: int, bits: int, device: torch.device) -> tuple[tuple[int, int, Tensor], ...]:
-    """Return the digits of packed codes: a plane's first byte, its number of bytes, and masks of digits [m, 1, 1].
-
-    Each entry has half of a plane's digits: all of them, as floats, would be as large as the keys. Constants; uint8.
-    """
-    found, first = [], 0
-    for _, width in planes(bits):
-        size = -(-head_dim * width // 8)
-        masks = torch.tensor([(2**width - 1) << place for place in range(0, 8, width)], device=device).byte()
-        found += [(first, size, half.view(-1, 1, 1)) for half in masks.chunk(2)]
-        first += size
-    return tuple(found)
-
-
-@functools.cache
-@torch.inference_mode(False)
-def _digit_rotation(head_dim: int, bits: int, device: torch.device) -> Tensor:
-    """Return the matrix that maps queries to weights of `_digits`, [D, all digits' bytes + 1] float32; a constant.
-
-    A digit's columns are the columns of R^T for its channels, over the digit's place value. The last column is minus
-    the sum of R^T's columns times the middle of the codes.
-    """
-    rotation = rotation_matrix(head_dim, device).t() / rotation_norm(head_dim)
-    parts = []
-    for shift, width in planes(bits):
-        size = -(-head_dim * width // 8)
-        padded = functional.pad(rotation, (0, size * 8 // width - head_dim))
-        pieces = torch.split(padded, size, -1)
-        parts += [piece * 2.0 ** (shift - i * width) for i, piece in enumerate(pieces)]
-    return torch.cat((*parts, rotation.sum(-1, keepdim=True) * -((2**bits - 1) / 2)), -1)
-
-
-def _block_tokens(keys: Tensor) -> int:
+def block_tokens(keys: Tensor) -> int:
     """Return the number of tokens in a block of keys [B, Hkv, any, D]."""
     batch, kv_heads, _, head_dim = keys.shape
     return max(1, BLOCK_BYTES // (4 * batch * kv_heads * head_dim))
-
-
-@dataclass(frozen=True)
-class SketchIndex:
-    """The sketch index: scores every token by the sketch of its key. See `TokenIndex`.
-
-    The mean key of the compacted prompt stays fixed, so that a token's sketch depends on the token alone.
-    """
-
-    bits: int
-    names: ClassVar[tuple[str, ...]] = Sketch._fields
-    slotted: ClassVar[tuple[str, ...]] = ("codes", "scales")
-
-    def build(self, keys: Tensor, tokens: int, lengths: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-        """See `TokenIndex`."""
-        return build_sketch(keys, tokens, rotation_matrix(keys.shape[3], keys.device), self.bits, lengths)
-
-    def grow(self, tensors: Sequence[Tensor], capacity: int) -> tuple[Tensor, ...]:
-        """See `TokenIndex`."""
-        return grow_sketch(Sketch(*tensors), capacity)
-
-    def append(self, tensors: Sequence[Tensor], keys: Tensor, lengths: Tensor, slot: int | None) -> None:
-        """See `TokenIndex`."""
-        rotation = rotation_matrix(keys.shape[3], keys.device)
-        if slot is not None:
-            write_tokens(Sketch(*tensors), keys.narrow(2, slot, 1), slot, rotation, self.bits)
-            return
-        last = (lengths.long() - 1).clamp(min=0)
-        new = keys.gather(2, last[..., None, None].expand(-1, -1, 1, keys.shape[3]))
-        write_tokens(Sketch(*tensors), new, last, rotation, self.bits)
-
-    def rebuild(self, tensors: Sequence[Tensor], keys: Tensor, tokens: int) -> None:
-        """See `TokenIndex`."""
-        rotation = rotation_matrix(keys.shape[3], keys.device)
-        write_tokens(Sketch(*tensors), keys[:, :, :tokens], 0, rotation, self.bits)
-
-    def score(
-        self,
-        query: Tensor,
-        tensors: Sequence[Tensor],
-        keys: Tensor,
-        params: AttentionParams,
-        *,
-        stored: int,
-        lengths: Tensor | None,
-    ) -> Tensor:
-        """See `TokenIndex`."""
-        return score_sketch(query, Sketch(*tensors), self.bits, params, stored=stored)
-
-    def shape(self, name: str, capacity: int, head_dim: int) -> tuple[int, ...]:
-        """See `TokenIndex`."""
-        shapes = {"codes": (capacity, code_bytes(head_dim, self.bits)), "scales": (capacity,), "mean": (head_dim,)}
-        return shapes[name]
-
-    def row_bytes(self, capacity: int, head_dim: int, itemsize: int) -> int:
-        """See `TokenIndex`."""
-        return capacity * sketch_bytes(head_dim, self.bits) + head_dim * torch.float32.itemsize
-
-    def read_bytes(self, stored: int, head_dim: int, itemsize: int, *, nominal: bool) -> int:
-        """See `TokenIndex`."""
-        mean = head_dim * (torch.bfloat16 if nominal else torch.float32).itemsize
-        return stored * sketch_bytes(head_dim, self.bits) + mean

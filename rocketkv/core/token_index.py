@@ -26,11 +26,14 @@ class TokenIndex(Protocol):
     names: ClassVar[tuple[str, ...]]
     slotted: ClassVar[tuple[str, ...]]
 
-    def build(self, keys: Tensor, tokens: int, lengths: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+    def build(
+        self, keys: Tensor, queries: Tensor, tokens: int, lengths: Tensor | None, dtype: torch.dtype | None
+    ) -> tuple[Tensor, ...]:
         """Return the index tensors of a key buffer [B, Hkv, capacity, D].
 
         Args:
             keys: the buffer.
+            queries: [B, H, W, D], the queries of the observation window, zeros at padding.
             tokens: slots that the longest row fills.
             lengths: [B, Hkv] int32, tokens of each row, or None if all rows have `tokens`.
             dtype: dtype of page bounds, or None for the dtype of the keys.

@@ -71,6 +71,7 @@ def close_prompt(
         counts = valid.sum(-1)
         shortest, longest = (int(count) for count in torch.stack(counts.aminmax()).tolist())
         _refuse_padded_ends(split, valid, counts)
+        queries = queries.masked_fill(~valid[:, :1, -queries.shape[2] :, None], 0)
     slots: Tensor | None = None
     restorable = store.restorable  # if this prompt evicts nothing, crops can return to the last eviction
     if split.kept_tokens is not None and longest > split.kept_tokens:
@@ -172,7 +173,8 @@ def _derive(
     lens, split, index, buffers = store.lens, decoding.split, decoding.index, decoding.buffers
     lengths = None if lens.shortest == lens.longest else buffers.seq_lens
     if index is not None and not buffers.index_tensors:
-        buffers = buffers._replace(index_tensors=tuple(index.build(buffers.keys, lens.longest, lengths, index_dtype)))
+        built = index.build(buffers.keys, queries, lens.longest, lengths, index_dtype)
+        buffers = buffers._replace(index_tensors=tuple(built))
     if split.residual:
         missed = torch.full(queries.shape[:2], torch.nan, dtype=torch.float32, device=queries.device)
         buffers = buffers._replace(value_sum=sum_values(buffers.values, lens.longest, lengths), missed=missed)

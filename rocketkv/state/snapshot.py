@@ -25,7 +25,7 @@ from .protection import RowMarks
 # Tensors that are written slot by slot, or reordered with the rows. Small tensors are always copied: seq_lens, the
 # query ring and, in static buffers, the residual's bias. A prompt's queries are replaced, never written; the sum of
 # values is recomputed.
-GUARDED = ("keys", "values", "bounds", "codes", "scales", "mean", "positions")
+GUARDED = ("keys", "values", "bounds", "codes", "scales", "mean", "balance", "positions")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -66,7 +66,7 @@ class StoreSnapshot:
 
     def _span(self, name: str, start: int) -> tuple[int, int]:
         """Return the range of a tensor's third dimension that has the slots from `start` on."""
-        if name == "mean":  # written only together with everything else
+        if name in ("mean", "balance"):  # written only together with everything else
             return 0, self.tensors[name].shape[2] if start == 0 else 0
         index = self.phase.index if isinstance(self.phase, DecodeTokens) else None
         if name != "bounds" or not isinstance(index, PageIndex):

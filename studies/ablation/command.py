@@ -13,12 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rocketkv.eval.progress import Progress
 
+from ..texts import KINDS, file_texts, made_texts
 from .arms import ARMS, BY_NAME
 from .capture import Settings
 from .report import document
 from .report import tables as markdown
 from .run import measure
-from .texts import file_texts, four_texts
+
+KINDS_OF_ABLATION = tuple(kind for kind in KINDS if kind not in ("dialogue", "lists"))
 
 __all__ = ["Settings", "markdown", "study"]
 
@@ -39,7 +41,7 @@ def study(
     if settings.texts:
         windows = file_texts(tokenizer, [Path(path) for path in settings.texts], length, settings.seed)
     else:
-        windows = four_texts(tokenizer, length, settings.seed)
+        windows = made_texts(tokenizer, length, settings.seed, KINDS_OF_ABLATION)
     arms = [arm for arm in ARMS if not settings.arms or arm.name in settings.arms]
     with Progress("beginning", total=len(arms) * len(settings.budgets)) as progress:
         records = measure(model, windows, settings, arms, settings.budgets, folder, progress)

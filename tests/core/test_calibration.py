@@ -22,6 +22,7 @@ from rocketkv.core.residual import residual_attend
 from rocketkv.core.sketch import build_sketch, rotation_matrix
 from rocketkv.state.compress import close_prompt
 from rocketkv.state.store import KVStore
+from sketch_case import some_queries
 from tracking import Tracker
 
 SPLIT = BudgetSplit(
@@ -61,11 +62,18 @@ def naive_terms(
     logits = logits if cap is None else torch.tanh(logits / cap) * cap
     others = [token for token in seen if token not in chosen]
     near, far = logits[chosen].exp(), estimates[others].double().exp().sum()
+    far = far * min(1.0, near.sum() / estimates[chosen].double().exp().sum()) ** 0.5
     total = near.sum() + far + (0.0 if sink is None else math.exp(sink))
     mean = values[others].double().mean(0)
     fixed = (near @ values[chosen].double() - (total - far) * out) / total
     linear = far * (mean - out) / total
     return float(-(fixed @ linear) / (out @ out)), float(linear @ linear / (out @ out))
+
+
+def factor_of(cross: Tensor, square: Tensor) -> Tensor:
+    prior, least = calibration.PRIOR, calibration.NEGLIGIBLE
+    found = (cross + prior * square + least) / ((1 + prior) * square + least)
+    return found.clamp(calibration.LEAST, calibration.MOST)
 
 
 @pytest.fixture(params=[1, 2**12, 2**22], ids=["query-by-query", "some", "at-once"])
@@ -85,7 +93,7 @@ def test_the_factor_is_that_of_least_squares(heads: int, kv_heads: int, extras: 
     buffers, index, group, stored = store.decoding.buffers, index_of(split), heads // kv_heads, store.stored
     keys, values, positions, params = *buffers[:3], AttentionParams(0.25, exact["softcap"])
     assert index is not None
-    sums = torch.zeros(2, heads, dtype=torch.float64)
+    sums = torch.zeros(2, 2, heads, dtype=torch.float64)  # of every other query
     for w in range(WINDOW):
         query = window[:, :, w]
         estimates = index.score(query, buffers.index_tensors, keys, params, stored=stored, lengths=None)[0]
@@ -99,17 +107,21 @@ def test_the_factor_is_that_of_least_squares(heads: int, kv_heads: int, extras: 
             weight = torch.stack(weights)
             chosen = [seen[i] for i in top(weight.amax(0) if by_largest else weight.mean(0), 11)]
             for h in own:
-                sums[:, h] += torch.tensor(
+                sums[w % 2, :, h] += torch.tensor(
                     naive_terms(
                         query[0, h], keys[0, g, :stored], values[0, g, :stored], estimates[h],
                         chosen, seen, scaling=0.25, softcap=exact["softcap"],
                         sink=None if sinks is None else float(sinks[h]),
                     )
                 )  # fmt: skip
-    prior, least = calibration.PRIOR, calibration.NEGLIGIBLE
-    expected = (sums[0] + prior * sums[1] + least) / ((1 + prior) * sums[1] + least)
+    fitted = factor_of(*sums.sum(0))
+    added = torch.zeros(heads, dtype=torch.float64)
+    for half, (cross, square) in enumerate(sums):
+        tried = factor_of(*sums[1 - half])
+        added += tried**2 * square - 2 * tried * cross
+    expected = torch.where(added > calibration.NEGLIGIBLE, calibration.LEAST, fitted)
     assert ((expected > calibration.LEAST) & (expected < calibration.MOST)).any()
-    assert_near(bias_of(store)[0], expected.clamp(calibration.LEAST, calibration.MOST).log())
+    assert_near(bias_of(store)[0], expected.log())
 
 
 def test_it_keeps_no_graph_of_a_models_parameters() -> None:
@@ -129,7 +141,10 @@ def test_a_group_shares_its_keys(batch: int) -> None:
     size, dims = 3000, (16, 16)
     keys, values = (torch.randn(batch, 1, size, width) for width in dims)
     query, positions = torch.randn(batch, 8, 1, 16), torch.arange(size).expand(batch, 1, size)
-    sketch, lengths = build_sketch(keys, size, rotation_matrix(16), 2), torch.full((batch, 1), size)
+    sketch, lengths = (
+        build_sketch(keys, size, rotation_matrix(16), 2, queries=some_queries(keys)),
+        torch.full((batch, 1), size),
+    )
     buffers, index = DecodeBuffers(keys, values, positions, lengths, sketch), index_of(SPLIT)
     assert index is not None
     with Tracker([query, keys, values, *sketch]) as tracker:
@@ -198,6 +213,7 @@ def test_a_bias_multiplies_the_mass_of_what_was_not_chosen(
             exact = (keys[b, h // 3, own].double() @ query[b, h].double()) * 0.5
             exact = exact if softcap is None else torch.tanh(exact / softcap) * softcap
             mass = logits[b, h, others].double().exp().sum() * bias[b, h].double().exp()
+            mass *= min(1.0, exact.exp().sum() / logits[b, h, own].double().exp().sum()) ** 0.5
             total = exact.exp().sum() + mass + (sink[h].double().exp() if sinks else 0.0)
             mean = values[b, h // 3, others].double().mean(0)
             assert_near(found[b, h], (exact.exp() @ values[b, h // 3, own].double() + mass * mean) / total)

@@ -29,13 +29,16 @@ def naive_residual(
     total, rest = (0.0 if sink is None else math.exp(sink)), 0.0
     out = torch.zeros(values.shape[-1], dtype=torch.float64)
     others = [n for n in range(length) if n not in chosen]
+    near = 0.0
     for n in chosen:
         logit = float(keys[n].double() @ query.double()) * 0.3
         logit = logit if softcap is None else softcap * math.tanh(logit / softcap)
-        total += math.exp(logit)
+        near += math.exp(logit)
         out += math.exp(logit) * values[n].double()
+    total += near
     if others:
-        rest = sum(math.exp(float(logits[n])) for n in others)
+        estimated = sum(math.exp(float(logits[n])) for n in chosen)
+        rest = sum(math.exp(float(logits[n])) for n in others) * math.sqrt(min(1.0, near / estimated))
         total += rest
         out += rest * values[others].double().mean(0)
     return (out / total, rest / total) if total else (out, 0.0)

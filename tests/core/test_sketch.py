@@ -13,6 +13,7 @@ from rocketkv.core import sketch as sketch_module
 from rocketkv.core.sketch import (
     Sketch,
     build_sketch,
+    channel_balance,
     code_bytes,
     encode,
     grid,
@@ -24,7 +25,7 @@ from rocketkv.core.sketch import (
     unpack,
     write_tokens,
 )
-from sketch_case import BITS, DTYPES, some_keys
+from sketch_case import BITS, DTYPES, some_keys, some_queries
 
 HEAD_DIMS = [1, 7, 12, 64, 80, 96, 128, 192, 256]
 
@@ -72,7 +73,8 @@ def test_packing_of_a_view() -> None:
 )
 def test_bytes_of_a_token(head_dim: int, bits: int, size: int) -> None:
     assert sketch_bytes(head_dim, bits) == size
-    sketch = build_sketch(torch.randn(2, 3, 5, head_dim), 5, rotation_matrix(head_dim), bits)
+    keys = torch.randn(2, 3, 5, head_dim)
+    sketch = build_sketch(keys, 5, rotation_matrix(head_dim), bits, queries=some_queries(keys))
     assert sketch.codes.nbytes + sketch.scales.nbytes == 2 * 3 * 5 * size
 
 
@@ -109,9 +111,10 @@ def test_all_sums_are_of_integers_that_float32_holds(head_dim: int) -> None:
 def test_the_order_of_sums_changes_no_bit(head_dim: int, bits: int) -> None:
     keys = some_keys(2, 2, 200, head_dim)
     mean, turn = mean_key(keys, 200), rotation_matrix(head_dim)
-    codes, scales = encode(keys, mean, turn, bits)
+    balance = channel_balance(some_queries(keys), keys, mean, 200)
+    codes, scales = encode(keys, mean, balance, turn, bits)
     order = torch.randperm(head_dim)
-    shuffled = encode(keys[..., order], mean[..., order], turn[:, order], bits)
+    shuffled = encode(keys[..., order], mean[..., order], balance[..., order], turn[:, order], bits)
     assert torch.equal(shuffled[0], codes)
     assert torch.equal(shuffled[1], scales)
 
@@ -123,10 +126,10 @@ def test_written_step_by_step_it_has_the_bits_of_one_built_at_once(
     head_dim: int, bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys, turn = some_keys(2, 3, 61, head_dim, dtype), rotation_matrix(head_dim)
-    built = build_sketch(keys, 40, turn, bits)
+    built = build_sketch(keys, 40, turn, bits, queries=some_queries(keys))
     assert (built.codes[:, :, 40:] == 0).all()
     assert (built.scales[:, :, 40:] == 0).all()
-    at_once = Sketch(built.codes.clone(), built.scales.clone(), built.mean)
+    at_once = built._replace(codes=built.codes.clone(), scales=built.scales.clone())
     write_tokens(at_once, keys, 0, turn, bits)
     for start in range(40, 50):
         write_tokens(built, keys[:, :, start : start + 1], start, turn, bits)
@@ -136,16 +139,16 @@ def test_written_step_by_step_it_has_the_bits_of_one_built_at_once(
         write_tokens(built, keys[:, :, start : start + 1].contiguous(), place, turn, bits)
     assert_same(built, at_once)
     monkeypatch.setattr(sketch_module, "BLOCK_BYTES", 4 * 2 * 3 * head_dim * 17)
-    by_blocks = build_sketch(keys, 40, turn, bits)
+    by_blocks = build_sketch(keys, 40, turn, bits, queries=some_queries(keys))
     write_tokens(by_blocks, keys[:, :, 40:], torch.full((2, 3), 40), turn, bits)
     assert_same(by_blocks, at_once)
 
 
 def test_autocast_changes_no_bit() -> None:
     keys, turn = some_keys(1, 2, 300, 64), rotation_matrix(64)
-    expected = build_sketch(keys, 300, turn, 2)
+    expected = build_sketch(keys, 300, turn, 2, queries=some_queries(keys))
     with torch.autocast("cpu", torch.bfloat16):
-        assert_same(build_sketch(keys, 300, turn, 2), expected)
+        assert_same(build_sketch(keys, 300, turn, 2, queries=some_queries(keys)), expected)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -155,7 +158,7 @@ def test_rows_of_several_lengths(bits: int) -> None:
     for b in range(2):
         for g in range(2):
             keys[b, g, lengths[b, g] :] = torch.nan
-    sketch = build_sketch(keys, 30, turn, bits, lengths)
+    sketch = build_sketch(keys, 30, turn, bits, lengths, queries=some_queries(keys))
     new = some_keys(2, 2, 2, 12)
     sketch = grow_sketch(sketch, 40)
     write_tokens(sketch, new, lengths, turn, bits)
@@ -164,9 +167,10 @@ def test_rows_of_several_lengths(bits: int) -> None:
         for g in range(2):
             length = int(lengths[b, g])
             own = keys[b : b + 1, g : g + 1, :length]
-            alone = grow_sketch(build_sketch(own, length, turn, bits), 40)
+            alone = grow_sketch(build_sketch(own, length, turn, bits, queries=some_queries(own)), 40)
             assert_near(sketch.mean[b, g], alone.mean[0, 0], 1e-6)
-            alone = alone._replace(mean=sketch.mean[b : b + 1, g : g + 1])
+            fixed = {name: getattr(sketch, name)[b : b + 1, g : g + 1] for name in ("mean", "balance")}
+            alone = alone._replace(**fixed)
             write_tokens(alone, torch.cat((own, new[b : b + 1, g : g + 1]), 2), 0, turn, bits)
             one = Sketch(*(tensor[b : b + 1, g : g + 1] for tensor in sketch))
             assert_same(one, alone, length + 2)
@@ -175,7 +179,7 @@ def test_rows_of_several_lengths(bits: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_cropped_and_written_anew_it_is_as_if_nothing_had_been(bits: int) -> None:
     keys, turn = some_keys(1, 2, 50, 16), rotation_matrix(16)
-    never = build_sketch(keys, 30, turn, bits)
+    never = build_sketch(keys, 30, turn, bits, queries=some_queries(keys))
     cropped = Sketch(*(tensor.clone() for tensor in never))
     write_tokens(cropped, some_keys(1, 2, 15, 16), 30, turn, bits)
     for sketch in (never, cropped):
@@ -185,7 +189,7 @@ def test_cropped_and_written_anew_it_is_as_if_nothing_had_been(bits: int) -> Non
 
 def test_growth_keeps_what_there_is() -> None:
     keys, turn = some_keys(2, 2, 9, 16), rotation_matrix(16)
-    sketch = build_sketch(keys, 9, turn, 2)
+    sketch = build_sketch(keys, 9, turn, 2, queries=some_queries(keys))
     assert grow_sketch(sketch, 9) is sketch
     grown = grow_sketch(sketch, 20)
     assert grown.codes.shape == (2, 2, 20, 4)

@@ -20,14 +20,14 @@ from rocketkv.core.sketch import (
     grid,
     rotation_matrix,
     rotation_norm,
-    score_sketch,
     unpack,
     write_tokens,
 )
-from sketch_case import BITS, DTYPES, SHAPES, some_keys
+from rocketkv.core.sketch_index import score_sketch
+from sketch_case import BITS, DTYPES, SHAPES, no_queries, some_keys, some_queries
 
 
-def naive_sketch(key: Tensor, mean: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def naive_sketch(key: Tensor, mean: Tensor, balance: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sketch one key [D] in float64, without rounding its difference to integers.
 
     Returns:
@@ -35,7 +35,7 @@ def naive_sketch(key: Tensor, mean: Tensor, bits: int) -> tuple[Tensor, Tensor, 
         the key that is stood for.
     """
     turn = rotation_matrix(len(key)).double() / rotation_norm(len(key))
-    difference = key.double() - mean.double()
+    difference = (key.double() - mean.double()) * balance.double()
     turned = turn @ difference
     step = LEVEL_STEP[bits] * turned.square().mean().sqrt()
     place = turned / step + 2 ** (bits - 1)
@@ -43,27 +43,28 @@ def naive_sketch(key: Tensor, mean: Tensor, bits: int) -> tuple[Tensor, Tensor, 
     scale = turned.square().sum() / (turned @ level)
     unit = difference.abs().max() / grid(len(key)) / 2
     moved = unit * turn.abs().sum(1) / step + (turned / step).abs() * unit * len(key) ** 0.5 / difference.norm()
-    return place, moved, mean.double() + scale * (turn.t() @ level)
+    return place, moved, mean.double() + scale * (turn.t() @ level) / balance.double()
 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("head_dim", [7, 64, 80, 128])
 def test_a_sketch_is_what_its_definition_says(head_dim: int, bits: int) -> None:
     keys, turn = some_keys(1, 2, 20, head_dim), rotation_matrix(head_dim)
-    sketch = build_sketch(keys, 20, turn, bits)
+    sketch = build_sketch(keys, 20, turn, bits, queries=some_queries(keys))
     codes = unpack(sketch.codes, bits, head_dim).double()
     decoded = decode(sketch, 20, turn, bits).double()
     same = 0
     for g in range(2):
         for n in range(20):
-            place, moved, expected = naive_sketch(keys[0, g, n], sketch.mean[0, g], bits)
+            place, moved, expected = naive_sketch(keys[0, g, n], sketch.mean[0, g], sketch.balance[0, g], bits)
             lowest, highest = ((place + by).floor().clamp(0, 2**bits - 1) for by in (-moved, moved))
             assert (codes[0, g, n] >= lowest).all()
             assert (codes[0, g, n] <= highest).all()
             if torch.equal(codes[0, g, n], place.floor().clamp(0, 2**bits - 1)):
                 # The scale is kept to a 256th, of a difference whose channels are kept to a 512th of the largest.
-                size = (keys[0, g, n] - sketch.mean[0, g]).norm()
-                assert (decoded[0, g, n] - expected).norm() <= 0.02 * size
+                balance = sketch.balance[0, g].float()
+                size = ((keys[0, g, n] - sketch.mean[0, g]) * balance).norm()
+                assert ((decoded[0, g, n] - expected) * balance).norm() <= 0.02 * size
                 same += 1
     assert same >= 5
 
@@ -73,7 +74,7 @@ def test_a_sketch_is_what_its_definition_says(head_dim: int, bits: int) -> None:
 @pytest.mark.parametrize("head_dim", [16, 64, 96, 128])
 def test_a_sketchs_product_with_its_own_key_is_right(head_dim: int, bits: int, dtype: torch.dtype) -> None:
     keys, turn = some_keys(1, 2, 100, head_dim, dtype), rotation_matrix(head_dim)
-    sketch = build_sketch(keys, 100, turn, bits)
+    sketch = build_sketch(keys, 100, turn, bits, queries=no_queries(keys))
     own = keys.float() - sketch.mean[:, :, None]
     found = decode(sketch, 100, turn, bits) - sketch.mean[:, :, None]
     ratio = (own * found).sum(-1) / own.square().sum(-1)
@@ -86,7 +87,7 @@ def test_the_error_is_that_of_the_best_even_levels(bits: int, distortion: float)
     # Max 1960, table II: the mean square error of a unit Gaussian, rounded to 2^bits equally spaced levels. Lengthened
     # so that the product with the key is right, the sketch errs by 1 / (1 - distortion) - 1 of the key's square.
     keys, turn = 5 + torch.randn(1, 2, 1000, 512), rotation_matrix(512)
-    sketch = build_sketch(keys, 1000, turn, bits)
+    sketch = build_sketch(keys, 1000, turn, bits, queries=no_queries(keys))
     error = (decode(sketch, 1000, turn, bits) - keys).square().sum() / (keys - sketch.mean[:, :, None]).square().sum()
     assert float(error) == pytest.approx(1 / (1 - distortion) - 1, rel=0.03)
 
@@ -100,7 +101,7 @@ def test_scores_are_products_with_the_decoded_keys(
     batch, heads, kv_heads, head_dim, tokens = shape
     keys, turn = some_keys(batch, kv_heads, tokens + 5, head_dim, dtype), rotation_matrix(head_dim)
     query = torch.randn(batch, heads, head_dim).to(dtype)
-    sketch = build_sketch(keys, tokens + 5, turn, bits)
+    sketch = build_sketch(keys, tokens + 5, turn, bits, queries=some_queries(keys))
     decoded = decode(sketch, tokens, turn, bits).double()
     by_head = decoded.repeat_interleave(heads // kv_heads, 1)
     exact = (by_head @ query.double()[..., None])[..., 0] * 0.3
@@ -120,7 +121,9 @@ def test_estimates_stand_beside_exact_logits(bits: int, dtype: torch.dtype) -> N
     # The common part of all keys is a hundred times what tells them apart: without it no softmax over both is right.
     keys = (torch.randn(1, 2, 1, 64) * 100 + torch.randn(1, 2, 500, 64)).to(dtype)
     query, turn = torch.randn(1, 6, 64).to(dtype), rotation_matrix(64)
-    logits = score_sketch(query, build_sketch(keys, 500, turn, bits), bits, AttentionParams(0.125), stored=500)
+    logits = score_sketch(
+        query, build_sketch(keys, 500, turn, bits, queries=some_queries(keys)), bits, AttentionParams(0.125), stored=500
+    )
     exact = (keys.double().repeat_interleave(3, 1) @ query.double()[..., None])[..., 0] * 0.125
     error = logits.double() - exact
     assert error.mean(-1).abs().max() < 0.2
@@ -133,7 +136,9 @@ def test_keys_that_are_all_alike_have_exact_logits(dtype: torch.dtype, bits: int
     query, turn = torch.randn(1, 2, 16), rotation_matrix(16)
     for key in (torch.zeros(16), torch.full((16,), 0.5), torch.randn(16)):
         keys = key.to(dtype).expand(1, 1, 8, 16).contiguous()
-        logits = score_sketch(query, build_sketch(keys, 8, turn, bits), bits, AttentionParams(1.0), stored=8)
+        logits = score_sketch(
+            query, build_sketch(keys, 8, turn, bits, queries=some_queries(keys)), bits, AttentionParams(1.0), stored=8
+        )
         assert_near(logits, (query @ keys[0, 0].float().t())[0][None])
 
 
@@ -141,11 +146,12 @@ def test_keys_that_are_all_alike_have_exact_logits(dtype: torch.dtype, bits: int
 def test_a_key_that_is_the_mean_has_no_scale_and_its_exact_logit(bits: int) -> None:
     turn = rotation_matrix(8)
     mean = torch.randn(1, 1, 8)
-    codes, scales = encode(mean[:, :, None], mean, turn, bits)
+    ones = torch.ones_like(mean)
+    codes, scales = encode(mean[:, :, None], mean, ones, turn, bits)
     assert scales.item() == 0
     assert unpack(codes, bits, 8).tolist() == [[[[2 ** (bits - 1)] * 8]]]
     query = torch.randn(1, 1, 8)
-    logits = score_sketch(query, Sketch(codes, scales, mean), bits, AttentionParams(1.0), stored=1)
+    logits = score_sketch(query, Sketch(codes, scales, mean, ones), bits, AttentionParams(1.0), stored=1)
     assert_near(logits[0, 0, 0], (query * mean).sum())
 
 
@@ -153,7 +159,7 @@ def test_a_key_that_is_the_mean_has_no_scale_and_its_exact_logit(bits: int) -> N
 def test_constant_channels_cost_nothing(bits: int) -> None:
     keys, turn = torch.randn(1, 1, 200, 64), rotation_matrix(64)
     keys[..., ::2] = torch.linspace(-50, 50, 32)
-    sketch = build_sketch(keys, 200, turn, bits)
+    sketch = build_sketch(keys, 200, turn, bits, queries=no_queries(keys))
     error = (decode(sketch, 200, turn, bits) - keys).norm() / (keys - sketch.mean[:, :, None]).norm()
     assert error < {1: 0.8, 2: 0.4, 3: 0.25, 4: 0.15}[bits]
 
@@ -162,7 +168,7 @@ def test_constant_channels_cost_nothing(bits: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_a_token_of_another_size_leaves_the_others_alone(bits: int, size: float) -> None:
     keys, turn = some_keys(1, 2, 40, 64), rotation_matrix(64)
-    sketch = build_sketch(keys, 40, turn, bits)
+    sketch = build_sketch(keys, 40, turn, bits, queries=no_queries(keys))
     huge = Sketch(*(tensor.clone() for tensor in sketch))
     token = torch.randn(1, 2, 1, 64) * size + (sketch.mean[:, :, None] if size > 1 else 0)
     write_tokens(huge, token, 7, turn, bits)
@@ -181,7 +187,7 @@ def test_a_token_of_another_size_leaves_the_others_alone(bits: int, size: float)
 def test_one_huge_channel_is_spread_and_kept(channel: int, bits: int) -> None:
     keys, turn = torch.randn(1, 1, 100, 64), rotation_matrix(64)
     keys[..., channel] *= 1000
-    sketch = build_sketch(keys, 100, turn, bits)
+    sketch = build_sketch(keys, 100, turn, bits, queries=no_queries(keys))
     own, found = (x - sketch.mean[:, :, None] for x in (keys, decode(sketch, 100, turn, bits)))
     # Rotated, it is of one size in all channels: every bit knows its sign, and the scale its size.
     ratio = found[..., channel] / own[..., channel]
@@ -192,7 +198,7 @@ def test_one_huge_channel_is_spread_and_kept(channel: int, bits: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_a_key_that_is_no_number_spoils_its_own(bits: int, bad: float) -> None:
     keys, turn, query = some_keys(2, 2, 20, 16), rotation_matrix(16), torch.randn(2, 4, 16)
-    sketch = build_sketch(keys, 20, turn, bits)
+    sketch = build_sketch(keys, 20, turn, bits, queries=some_queries(keys))
     clean = score_sketch(query, sketch, bits, AttentionParams(1.0), stored=20)
     token = keys[:, :, 5:6].clone()
     token[1, 0, 0, 3] = bad
@@ -204,7 +210,9 @@ def test_a_key_that_is_no_number_spoils_its_own(bits: int, bad: float) -> None:
     assert torch.equal(logits[~spoilt], clean[~spoilt])
     # In a prompt it spoils the mean too, and so all of its row and head group.
     keys[1, 0, 5, 3] = bad
-    logits = score_sketch(query, build_sketch(keys, 20, turn, bits), bits, AttentionParams(1.0), stored=20)
+    logits = score_sketch(
+        query, build_sketch(keys, 20, turn, bits, queries=some_queries(keys)), bits, AttentionParams(1.0), stored=20
+    )
     spoilt[1, :2] = True
     assert not logits[spoilt].isfinite().any()
     assert torch.equal(logits[~spoilt], clean[~spoilt])
@@ -213,7 +221,8 @@ def test_a_key_that_is_no_number_spoils_its_own(bits: int, bad: float) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_no_token_at_all(bits: int) -> None:
     turn = rotation_matrix(8)
-    sketch = build_sketch(torch.full((1, 2, 4, 8), torch.nan), 0, turn, bits)
+    keys = torch.full((1, 2, 4, 8), torch.nan)
+    sketch = build_sketch(keys, 0, turn, bits, queries=no_queries(keys))
     assert (sketch.mean == 0).all()
     key = torch.randn(1, 2, 1, 8)
     write_tokens(sketch, key, 0, turn, bits)

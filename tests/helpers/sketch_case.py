@@ -22,3 +22,16 @@ def some_keys(batch: int, kv_heads: int, tokens: int, head_dim: int, dtype: torc
     spread = torch.rand(1, kv_heads, 1, head_dim) + 0.2
     length = torch.rand(batch, kv_heads, tokens, 1) + 0.5
     return (centre + spread * length * torch.randn(batch, kv_heads, tokens, head_dim)).to(dtype)
+
+
+def some_queries(keys: Tensor) -> Tensor:
+    """Return queries [B, Hkv, 4, D] float32 for keys [B, Hkv, N, D], with channels of other sizes; always the same."""
+    batch, kv_heads, _, head_dim = keys.shape
+    drawn = torch.Generator().manual_seed(head_dim)
+    sizes = torch.rand(1, 1, 1, head_dim, generator=drawn).exp()
+    return (sizes * torch.randn(1, 1, 4, head_dim, generator=drawn)).expand(batch, kv_heads, -1, -1).contiguous()
+
+
+def no_queries(keys: Tensor) -> Tensor:
+    """Return zeros in the place of queries: every channel of the keys counts alike."""
+    return keys.new_zeros(*keys.shape[:2], 1, keys.shape[3], dtype=torch.float32)

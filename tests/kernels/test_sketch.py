@@ -67,7 +67,8 @@ def attention(
         exact = torch.tanh(exact / case.softcap) * case.softcap
     columns, own = [exact], values[chosen]
     if case.residual and bool(others.any()):
-        rest = logits[:, others].logsumexp(-1, keepdim=True)
+        excess = logits[:, chosen].logsumexp(-1, keepdim=True) - exact.logsumexp(-1, keepdim=True)
+        rest = logits[:, others].logsumexp(-1, keepdim=True) - excess.clamp(min=0) / 2
         columns.append(rest if bias is None else rest + bias.cpu().to(dtype)[:, None])
         own = torch.cat((own, values[others].mean(0, keepdim=True)))
     if sinks is not None:
@@ -90,7 +91,7 @@ def assert_step(
     found = kernel_step(case, store, workspace, step, sinks, bias)
     plain.append(key, value)
     written = store.tensors()
-    kept = ("keys", "values", "positions", "seq_lens", "codes", "scales", "mean")
+    kept = ("keys", "values", "positions", "seq_lens", "codes", "scales", "mean", "balance")
     for name in (*kept, *(["value_sum"] if case.residual else [])):
         assert torch.equal(written[name], plain.tensors()[name]), name
     group = case.heads // case.kv_heads

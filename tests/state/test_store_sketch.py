@@ -45,7 +45,7 @@ from turns import (
 )
 
 PLUS = SPLITS["rocketkv+"]
-NAMES = ("codes", "scales", "mean", "value_sum")
+NAMES = ("codes", "scales", "mean", "balance", "value_sum")
 
 
 @pytest.fixture(params=[None, [PROMPT, 33, 10]], ids=["uniform", "ragged"])
@@ -69,7 +69,7 @@ def assert_same(found: KVStore, expected: KVStore) -> None:
 
 
 def assert_as_rebuilt(store: KVStore) -> None:
-    """Assert that all has the bits of one that is made of what is stored, with the same mean."""
+    """Assert that all has the bits of one that is made of what is stored, with the same mean and balance."""
     other = copy.deepcopy(store)
     for name, value in (("codes", 0), ("scales", 0), ("value_sum", torch.nan)):
         other.tensors()[name].fill_(value)
@@ -231,11 +231,11 @@ def test_bytes_are_those_of_codes_scales_and_means() -> None:
     store = prompted(tokens(2, PROMPT), PLUS)
     found, rows, capacity = store_stats(store), 2 * HKV, store.capacity
     value_dim = store.decoding.values.shape[3]
-    assert found.index_bytes == rows * (capacity * (D // 4 + 2) + 4 * D + 8 * value_dim) + 2 * 4 * H
+    assert found.index_bytes == rows * (capacity * (D // 4 + 2) + 6 * D + 8 * value_dim) + 2 * 4 * H
     stored, k = store.stored + 1, PLUS.top_k or 0
     read = stored * (D // 4 + 2)
-    assert found.nominal_step_bytes == rows * (read + 2 * (k + 1) * (D + value_dim))
-    assert found.step_bytes == rows * (read + 4 * D + 8 * value_dim + 4 * k * (D + value_dim))
+    assert found.nominal_step_bytes == rows * (read + 2 * D + 2 * (k + 1) * (D + value_dim))
+    assert found.step_bytes == rows * (read + 6 * D + 8 * value_dim + 4 * k * (D + value_dim))
 
 
 def test_the_kernels_leave_a_residual_of_pages_to_pytorch_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

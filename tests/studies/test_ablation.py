@@ -29,7 +29,7 @@ from studies.ablation.fit import WIDEST_WINDOW, Arm, Case, extra_bytes_of, fitte
 from studies.ablation.report import document, ratio, tables
 from studies.ablation.run import ArmLayer, divergences, measure, run_arm, run_steps
 from studies.ablation.steps import plain_step, random_ranks, unpooled_ties
-from studies.ablation.texts import KINDS, four_texts
+from studies.texts import KINDS, made_texts
 from tiny import build
 
 pytestmark = pytest.mark.integration
@@ -290,11 +290,11 @@ def test_ratios_are_of_the_same_texts() -> None:
 
 def test_texts_are_of_four_kinds_and_the_same_every_time() -> None:
     tokenizer = eval_case.tokenizer()
-    first = four_texts(tokenizer, 900, 0)
+    first = made_texts(tokenizer, 900, 0)
     assert [window.id for window in first] == list(KINDS)
     assert all(len(window.ids) == 900 for window in first)
-    assert first == four_texts(tokenizer, 900, 0)
-    assert all(one.ids != other.ids for one, other in zip(first, four_texts(tokenizer, 900, 1), strict=True))
+    assert first == made_texts(tokenizer, 900, 0)
+    assert all(one.ids != other.ids for one, other in zip(first, made_texts(tokenizer, 900, 1), strict=True))
     # What is said again was said before.
     said = tokenizer.decode(first[3].ids)
     number = said.split()[-2]

@@ -1,17 +1,22 @@
-"""Four texts of different kinds, each made offline and from a seed.
+"""Texts of six kinds, made offline and from a seed, and pieces of files.
 
 - `prose`: sentences about everyday scenes, as in task `kl`;
 - `manual`: Python's language reference, which comes with Python (`pydoc_data.topics`), from some place on;
 - `code`: the source of a module of Python's standard library, from some place on;
+- `dialogue`: two people who take turns and come back to what was said;
+- `lists`: numbered tables of names and values, in random order;
 - `facts`: prose with numbers that are repeated at the end, so that the prediction depends on distant tokens.
 
-Manual and code depend on the version of Python; records contain a hash.
+Manual, code and lists depend on the version of Python; records contain a hash.
 """
 
 from __future__ import annotations
 
 import argparse  # its source is a text
+import html.entities
 import inspect
+import locale
+import mimetypes
 import pydoc_data.topics
 import random
 from collections.abc import Sequence
@@ -19,37 +24,47 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from rocketkv.eval.measures.kl import Window, texts
+from rocketkv.eval.measures.kl import Window, start_tokens, texts
 from rocketkv.eval.tasks.base import Preparation
+from rocketkv.eval.tasks.text import prose
 
-from ..fact_documents import document
+from .fact_documents import document
 
-KINDS = ("prose", "manual", "code", "facts")
+KINDS = ("prose", "manual", "code", "dialogue", "lists", "facts")
 _FACTS = 12
+_SPEAKERS = ("Ann", "Ben")
+_REPLIES = ("I did not know that", "You told me so before", "Tell me more", "Are you sure", "That is what I heard")
 
 
-def four_texts(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> list[Window]:
-    """Return a text of each kind, of `length` tokens.
+def made_texts(
+    tokenizer: PreTrainedTokenizerBase, length: int, seed: int, kinds: Sequence[str] = KINDS
+) -> list[Window]:
+    """Return a text of each kind, of `length` tokens, the model's start token included.
 
     Raises:
-        ValueError: no text is that long.
+        ValueError: a kind is unknown, or no text is that long.
     """
-    rng = random.Random(f"ablation {seed}")
-    manual = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown:
+        raise ValueError(f"there are no texts {', '.join(unknown)}; there are {', '.join(KINDS)}")
+    start = start_tokens(tokenizer)
+    room = length - len(start)
     found = []
-    for kind in KINDS:
+    for kind in kinds:
+        rng = random.Random(f"texts {kind} {seed}")
         if kind == "prose":
             ids = texts(Preparation(tokenizer=tokenizer, length=length, count=1, seed=seed), None)[0].ids
+            ids = ids[len(start) :]
         elif kind == "facts":
-            ids = _recalled(tokenizer, length, rng.getrandbits(32))
+            ids = _recalled(tokenizer, room, rng.getrandbits(32))
         else:
-            ids = _piece(tokenizer, manual if kind == "manual" else inspect.getsource(argparse), length, rng, kind)
-        found.append(Window(kind, ids, {"text": kind}))
+            ids = _piece(tokenizer, _source(kind, rng, length), room, rng, kind)
+        found.append(Window(kind, start + ids, {"text": kind}))
     return found
 
 
 def file_texts(tokenizer: PreTrainedTokenizerBase, paths: Sequence[Path], length: int, seed: int) -> list[Window]:
-    """Return a piece of each file, of `length` tokens.
+    """Return a piece of each file, of `length` tokens, the model's start token included.
 
     Raises:
         OSError: a file cannot be read.
@@ -57,13 +72,31 @@ def file_texts(tokenizer: PreTrainedTokenizerBase, paths: Sequence[Path], length
     """
     if len({path.name for path in paths}) < len(paths):
         raise ValueError("texts must have different names: they stand for them in the tables")
-    rng = random.Random(f"ablation {seed}")
-    return [
-        Window(
-            path.name, _piece(tokenizer, path.read_text(encoding="utf-8"), length, rng, path.name), {"text": path.name}
-        )
-        for path in paths
-    ]
+    start = start_tokens(tokenizer)
+    found = []
+    for path in paths:
+        rng = random.Random(f"texts {path.name} {seed}")
+        ids = _piece(tokenizer, path.read_text(encoding="utf-8"), length - len(start), rng, path.name)
+        found.append(Window(path.name, start + ids, {"text": path.name}))
+    return found
+
+
+def _source(kind: str, rng: random.Random, length: int) -> str:
+    """Return the whole text of a kind, of which a piece is taken."""
+    if kind == "manual":
+        return "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+    if kind == "code":
+        return inspect.getsource(argparse)
+    if kind == "lists":
+        tables = (html.entities.html5, locale.locale_alias, mimetypes.types_map)
+        rows = [row for table in tables for row in rng.sample(sorted(table.items()), min(len(table), length // 8))]
+        return "\n".join(f"{number}. {name}: {value!r}" for number, (name, value) in enumerate(rows, 1))
+    said = prose(rng.getrandbits(32), length // 6).removesuffix(".").split(". ")
+    lines = []
+    for number, sentence in enumerate(said):
+        earlier = f"{rng.choice(_REPLIES)}: {rng.choice(said[:number])}. " if number and rng.random() < 0.4 else ""
+        lines.append(f"{_SPEAKERS[number % 2]}: {earlier}{sentence}.")
+    return "\n".join(lines)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
