@@ -25,7 +25,7 @@ _LONG_PROMPT, _HEAD_DIM = 1 << 20, 128
 
 @dataclass(frozen=True, kw_only=True)
 class RocketKVConfig:
-    """Settings of the compression. The first five matter most; the defaults of the others suit most uses.
+    """Settings of the compression. The first six matter most; the defaults of the others suit most uses.
 
     Integers of numpy and lists in place of tuples are accepted, and stored as Python's integers and tuples.
 
@@ -35,6 +35,11 @@ class RocketKVConfig:
             scores included (paper, arXiv 2502.14051, section 3.6).
         decode_capacity: generated tokens that fit after each prompt, in static buffers, so that decode steps can be
             compiled and captured in CUDA graphs. None: the cache grows.
+        max_error: lets every layer set its own budget at the end of each prompt, in place of `token_budget`: the least
+            whose attention outputs are expected to have at most this mean relative error, estimated with 95 %
+            confidence on the observation window. A layer keeps all tokens, with a warning, if no budget up to half of
+            the prompt is within it; also, without one, after prompts under 128 tokens. `CacheStats` has the budgets and
+            the expected errors. None: `token_budget`.
         protect: tokens that stage 1 never evicts and every step attends to, in addition to the budget. `system`: the
             conversation's system message, found by the chat template of the tokenizer given to `patch`. Or ranges
             (start, stop), counted from each row's first token. None: none.
@@ -86,6 +91,7 @@ class RocketKVConfig:
     method: str = "rocketkv"
     token_budget: int = 512
     decode_capacity: int | None = None
+    max_error: float | None = None
     protect: str | Sequence[tuple[int, int]] | None = None
     backend: str = "auto"
 
@@ -133,6 +139,7 @@ class RocketKVConfig:
         )
         self._check_budgets()
         self._check_split(self.split or self._split(_LONG_PROMPT, _HEAD_DIM))
+        self._check_max_error(self._split(_LONG_PROMPT, _HEAD_DIM))
         self._check_diagnostics()
         if self.history_device is not None:
             self._check_history_device(self.history_device)
@@ -179,6 +186,28 @@ class RocketKVConfig:
             raise ValueError(
                 f"on_loss={self.on_loss!r} needs an estimate of the missed mass, which methods with a residual make, "
                 f"such as 'rocketkv+', not {self.method!r}. Use one of those, or audit_every, which works with any"
+            )
+
+    def _check_max_error(self, split: BudgetSplit) -> None:
+        bound: Any = self.max_error
+        if bound is None:
+            return
+        if isinstance(bound, bool) or not isinstance(bound, (int, float)):
+            raise TypeError(f"max_error must be a float or None, got {bound!r} of type {type(bound).__name__}")
+        if not 0 < bound < 1:
+            raise ValueError(f"max_error must be above 0 and below 1, a share of the outputs' length; got {bound}")
+        self._set("max_error", float(bound))
+        if not split.ranked:
+            raise ValueError(
+                f"max_error={bound} is for methods that rank tokens by attention; {self.method!r} does not"
+            )
+        for name, value in (("split", self.split), ("layer_budgets", self.layer_budgets)):
+            if value:
+                raise ValueError(f"max_error={bound} sets the budget of every layer: leave out {name}")
+        if self.decode_capacity is not None:
+            raise ValueError(
+                f"max_error={bound} is for caches that grow: the buffers of a static cache (decode_capacity="
+                f"{self.decode_capacity}) have a size that is known before the prompt. Leave one of the two out"
             )
 
     def _check_diagnostics(self) -> None:
@@ -247,8 +276,14 @@ class RocketKVConfig:
         """Return the split for a prompt whose longest row has `prompt_length` tokens, with heads of `head_dim` = D.
 
         Raises:
-            ValueError: `split` asks for more channels than `head_dim` has.
+            ValueError: `split` asks for more channels than `head_dim` has, or `max_error` sets the budget, which is
+                known only when the prompt has been read.
         """
+        if self.max_error is not None:
+            raise ValueError(
+                f"max_error={self.max_error} sets the budget of each layer when the prompt has been read: give a "
+                "token_budget instead to know the split before"
+            )
         if self.split is None:
             return self._split(prompt_length, head_dim)
         if self.split.channels is not None and self.split.channels > head_dim:
@@ -257,8 +292,12 @@ class RocketKVConfig:
             )
         return self.split
 
+    def split_of(self, token_budget: int, prompt_length: int, head_dim: int) -> BudgetSplit:
+        """Return the method's split of another budget."""
+        return METHODS[self.method].split(prompt_length, token_budget, head_dim, self.decode_reserve)
+
     def _split(self, prompt_length: int, head_dim: int) -> BudgetSplit:
-        return METHODS[self.method].split(prompt_length, self.token_budget, head_dim, self.decode_reserve)
+        return self.split_of(self.token_budget, prompt_length, head_dim)
 
     def by_layer(self, layers: int) -> "list[RocketKVConfig | None]":
         """Return the settings of each layer of a model with `layers` layers, None for layers that keep a full cache.

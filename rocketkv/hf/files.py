@@ -39,7 +39,7 @@ from .tensorfile import open_tensors, raw_bytes, refuse_difference, write_tensor
 _STOCK = {kind.__name__: kind for kind in (DynamicLayer, DynamicSlidingWindowLayer)}
 _STOCK_FIELDS = ("cumulative_length", "record_past")  # of the sliding-window layer; which exist depends on transformers
 # Fields of `DecodeTokens` that the document contains unchanged.
-_DECODING = ("decode_capacity", "prompt_end", "prompt_stored", "moved", "aligned")
+_DECODING = ("decode_capacity", "prompt_end", "prompt_stored", "moved", "aligned", "expected_error")
 _INPUTS = ("input_ids", "attention_mask")
 # Fields of a model's configuration that keys and values do not depend on.
 _TRANSIENT = (

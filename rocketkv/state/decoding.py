@@ -31,6 +31,7 @@ class DecodeTokens:
         decode_capacity: in static mode, slots for generated tokens beyond the prompt's; None for buffers that grow.
         prompt_end: tokens of the sequence when the prompt ended; every row stores the tokens after it.
         prompt_stored: tokens that the longest row stored when the prompt ended.
+        expected_error: upper bound of the outputs' mean relative error that the budget was chosen by, or None.
         moved: whether the prompt's end moved protected tokens before earlier ones.
         aligned: whether slot and position in the sequence are the same for every token.
     """
@@ -42,6 +43,7 @@ class DecodeTokens:
     decode_capacity: int | None
     prompt_end: int
     prompt_stored: int
+    expected_error: float | None = None
     moved: bool = False
     aligned: bool = False
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..budget import BudgetSplit
 from ..core.index import index_of
+from .decoding import DecodeTokens
 from .missed import Audit
 from .store import KVStore
 
@@ -31,6 +32,8 @@ class LayerStats:
         other_bytes: bytes of everything else: positions, seq_lens, window queries, the query ring and what a verify
             step saved of it, missed mass, the clock, and the output buffer of a static step.
         history_bytes: bytes of a multi-turn method's history.
+        token_budget: t, of the present turn; None in prompts, and where all tokens are kept and read.
+        expected_error: with `max_error`, the estimated upper bound of the outputs' mean relative error; else None.
         device: device of keys, values and index, or None if there are none.
         history_device: device of the history, or None if there is none.
         full_bytes: bytes of keys and values in a full cache.
@@ -49,6 +52,8 @@ class LayerStats:
     index_bytes: int = 0
     other_bytes: int = 0
     history_bytes: int = 0
+    token_budget: int | None = None
+    expected_error: float | None = None
     device: str | None = field(default=None, compare=False)
     history_device: str | None = field(default=None, compare=False)
     full_bytes: int = 0
@@ -174,6 +179,8 @@ def store_stats(store: KVStore) -> LayerStats:
         key_bytes=live_bytes(keys),
         value_bytes=0 if shared else live_bytes(values),
         index_bytes=sum(map(live_bytes, index_tensors)),
+        token_budget=_budget(decoding),
+        expected_error=None if decoding is None else decoding.expected_error,
         other_bytes=sum(storages.values()) + live_bytes(clock) + (0 if ring is None else ring.held_bytes),
         device=str(keys.device),
         full_bytes=rows * store.seen * sum(dims) * keys.itemsize,
@@ -182,6 +189,12 @@ def store_stats(store: KVStore) -> LayerStats:
         nominal_step_bytes=rows * nominal_read,
         nominal_dense_step_bytes=dense * NOMINAL_ITEMSIZE,
     )
+
+
+def _budget(decoding: DecodeTokens | None) -> int | None:
+    """Return the budget of a split that evicts or selects."""
+    split = None if decoding is None else decoding.split
+    return None if split is None or (split.top_k is None and split.kept_tokens is None) else split.token_budget
 
 
 def step_bytes(

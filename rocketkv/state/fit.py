@@ -1,0 +1,191 @@
+"""Choose a layer's token budget at a prompt's end, by the error of decode steps whose exact outputs are known.
+
+Beyond the paper. The tokens of the observation window's second half are taken back and decoded again, as if the prompt
+had ended before them: stage 1 ranks by the first half alone, and every step is the method's own. Its output is compared
+with exact attention to the whole prompt. So the estimate includes what stage 1 evicts, what stage 2 leaves out, and the
+residual; and no token was ranked by a query that it is tried with.
+
+Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, Dv of values, S tokens of the prompt, W window.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..budget import BudgetSplit
+from ..core.attention import attend
+from ..core.decode import decode_step_torch
+from ..core.eviction import TORCH_OPS, EvictionOps
+from ..core.index import index_of
+from ..core.params import AttentionParams
+from .compress import close_prompt
+from .store import KVStore
+
+# Budgets that are tried: the least, and four times as many each time. Between two of them, the logarithm of the error
+# is taken as linear in the logarithm of the budget.
+FACTOR = 4
+
+# One-sided confidence, as a quantile of the normal distribution.
+QUANTILE = 1.645  # 95 %
+
+# Independent steps among those of the window's half: neighbouring tokens have similar errors (docs/beyond.md).
+INDEPENDENT = 4
+
+# Chosen budgets are multiples of this.
+GRAIN = 8
+
+
+class FittedBudget(NamedTuple):
+    """A layer's budget and its estimated error.
+
+    Attributes:
+        token_budget: t, or None to keep and read all tokens.
+        expected_error: upper confidence bound of the mean relative error; 0 for all tokens.
+        tried: budgets that were tried; none for a prompt that is too short to compress.
+    """
+
+    token_budget: int | None
+    expected_error: float
+    tried: tuple[int, ...] = ()
+
+
+def fitted_budget(
+    store: KVStore,
+    split_of: Callable[[int], BudgetSplit],
+    params: AttentionParams,
+    *,
+    max_error: float,
+    least: int,
+    kernel_size: int,
+    decode_reserve: int,
+    ops: EvictionOps = TORCH_OPS,
+) -> FittedBudget:
+    """Return the least budget whose estimated error is within a bound; waits for the device once.
+
+    Args:
+        store: the layer's store, with an open prompt and its last queries.
+        split_of: the method's split of a budget.
+        params: the model's attention parameters.
+        max_error: bound of the mean relative error of attention outputs: of the worst row, the mean over KV heads and
+            steps of |output - exact| / |exact|, over the group's heads together.
+        least: the least budget of the method.
+        kernel_size: odd width of stage 1's max-pooling.
+        decode_reserve: tokens by which the prompt must exceed what it keeps.
+        ops: the backend's operations of stage 1.
+
+    Returns:
+        The budget; all tokens if the prompt is too short to compress, if no budget up to half of it is within the
+        bound, or if the kept tokens and their index would take as many bytes.
+    """
+    queries, stored = store.prompt.queries, store.lens.longest
+    tried = []
+    budget = max(64, -(-least // GRAIN) * GRAIN)
+    while budget <= stored // 2:
+        tried.append(budget)
+        budget *= FACTOR
+    if queries is None or queries.shape[2] < 4 or not tried:
+        return FittedBudget(None, 0.0)
+    if tried[-1] < stored // 2 // GRAIN * GRAIN:
+        tried.append(stored // 2 // GRAIN * GRAIN)
+    exact = _exact_outputs(store, params)
+    bounds = torch.stack(
+        [_error_bound(store, split_of(budget), params, exact, kernel_size, decode_reserve, ops) for budget in tried]
+    )
+    fitted = _least_within(tried, bounds.tolist(), max_error)
+    if fitted.token_budget is not None and not _saves(store, split_of(fitted.token_budget)):
+        return FittedBudget(None, 0.0)
+    return fitted
+
+
+def _saves(store: KVStore, split: BudgetSplit) -> bool:
+    """Whether the kept tokens and their index take fewer bytes than all tokens."""
+    keys, values, stored = store.prompt.keys, store.prompt.values, store.lens.longest
+    kept, index = min(split.kept_tokens or stored, stored), index_of(split)
+    token_bytes = (keys.shape[3] + values.shape[3]) * keys.itemsize
+    index_bytes = 0 if index is None else index.row_bytes(kept, keys.shape[3], keys.itemsize)
+    return kept * token_bytes + index_bytes < stored * token_bytes
+
+
+def _least_within(tried: list[int], errors: list[float], max_error: float) -> FittedBudget:
+    """Return the least budget within the bound, between budgets that were tried."""
+    for number, (budget, error) in enumerate(zip(tried, errors, strict=True)):
+        if not error <= max_error:  # NaN is no error within a bound
+            continue
+        below = errors[number - 1] if number else math.nan
+        if not error < below < math.inf or error <= 0:
+            return FittedBudget(budget, error)
+        share = math.log(below / max_error) / math.log(below / error)
+        between = tried[number - 1] * (budget / tried[number - 1]) ** share
+        return FittedBudget(min(budget, math.ceil(between / GRAIN) * GRAIN), max_error)
+    return FittedBudget(None, 0.0, tuple(tried))
+
+
+def _steps(store: KVStore) -> int:
+    """Return how many of the prompt's last tokens are decoded again."""
+    queries = store.prompt.queries
+    return 0 if queries is None else queries.shape[2] // 2
+
+
+@torch.no_grad()
+def _exact_outputs(store: KVStore, params: AttentionParams) -> list[Tensor]:
+    """Return the outputs [B, H, Dv] of attention to all tokens, for each of the last tokens."""
+    prompt, stored, count = store.prompt, store.lens.longest, _steps(store)
+    valid = prompt.valid(stored)
+    found = []
+    for step in range(count):
+        seen = stored - count + step + 1
+        mask = None if valid is None else valid[:, :, :seen].expand(*prompt.keys.shape[:2], -1)
+        query = _query(store, step)
+        found.append(attend(query, prompt.keys[:, :, :seen], prompt.values[:, :, :seen], params, mask=mask))
+    return found
+
+
+def _query(store: KVStore, step: int) -> Tensor:
+    queries = store.prompt.queries
+    if queries is None:
+        raise ValueError("a budget is fitted by the prompt's last queries: remember them first")
+    return queries[:, :, queries.shape[2] - _steps(store) + step]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _error_bound(
+    store: KVStore,
+    split: BudgetSplit,
+    params: AttentionParams,
+    exact: list[Tensor],
+    kernel_size: int,
+    decode_reserve: int,
+    ops: EvictionOps,
+) -> Tensor:
+    """Return the upper confidence bound [] float32 of the error with a split, of the worst row."""
+    prompt, stored, count = store.prompt, store.lens.longest, _steps(store)
+    begin = stored - count
+    probe = KVStore()
+    positions = None if prompt.positions is None else prompt.positions[:, :, :begin]
+    queries = None if prompt.queries is None else prompt.queries[:, :, :-count]
+    keys, values = prompt.keys[:, :, :begin], prompt.values[:, :, :begin]
+    probe.phase = replace(prompt, keys=keys, values=values, positions=positions, queries=queries)
+    probe.lens.longest = probe.lens.shortest = begin
+    probe.lens.seen = store.lens.seen - count
+    close_prompt(probe, split, params, decode_reserve=max(count, decode_reserve), kernel_size=kernel_size, ops=ops)
+    errors = []
+    for step in range(count):
+        decoding, fill = probe.next_fill()
+        key, value = prompt.keys[:, :, begin + step], prompt.values[:, :, begin + step]
+        new = _query(store, step), key, value
+        out = decode_step_torch(*new, decoding.buffers, decoding.index, split, params, fill)
+        probe.lens.advance()
+        grouped = (*keys.shape[:2], -1)
+        wanted = exact[step].float().reshape(grouped)
+        size = torch.linalg.vector_norm(wanted, dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+        errors.append((torch.linalg.vector_norm(out.float().reshape(grouped) - wanted, dim=-1) / size).mean(-1))
+    by_step = torch.stack(errors)
+    valid = prompt.valid(stored)
+    if valid is not None:  # padding is no step
+        by_step = by_step.masked_fill(~valid[:, 0, -count:].t(), 0)
+    return (by_step.mean(0) + QUANTILE / math.sqrt(INDEPENDENT) * by_step.std(0)).max()

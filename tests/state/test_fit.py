@@ -1,0 +1,121 @@
+"""A layer that sets its own budget: the least within a bound of the error, by steps whose exact outputs are known."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rocketkv import METHODS, RocketKVConfig
+from rocketkv.core.params import AttentionParams
+from rocketkv.state import fit
+from rocketkv.state.fit import FittedBudget, fitted_budget
+from rocketkv.state.store import KVStore
+
+PARAMS, WINDOW, SIZE, HEADS, KV_HEADS, D = AttentionParams(0.25), 16, 700, 4, 2, 16
+
+
+def opened(focus: float, valid: Tensor | None = None, batch: int = 1) -> KVStore:
+    """Return a store with an open prompt, whose queries look at fewer tokens the larger `focus` is."""
+    store = KVStore()
+    key, value = torch.randn(batch, KV_HEADS, SIZE, D), torch.randn(batch, KV_HEADS, SIZE, D)
+    # Window queries resemble one another, as in a text.
+    query = focus * (torch.randn(batch, HEADS, 1, D) + 0.3 * torch.randn(batch, HEADS, SIZE, D))
+    store.extend(key, value, valid, expected=SIZE)
+    store.prompt.remember(query, WINDOW)
+    return store
+
+
+def fitted(store: KVStore, max_error: float, method: str = "rocketkv+", **extras: Any) -> FittedBudget:
+    split = METHODS[method].split
+    settings = {"max_error": max_error, "least": 40, "kernel_size": 5, "decode_reserve": 20}
+    return fitted_budget(store, lambda budget: split(SIZE, budget, D, 20), PARAMS, **{**settings, **extras})
+
+
+@pytest.mark.parametrize("method", ["rocketkv", "rocketkv+", "snapkv"])
+def test_the_less_error_is_allowed_the_larger_the_budget(method: str) -> None:
+    store = opened(4.0)
+    before = {name: tensor.clone() for name, tensor in store.tensors().items()}
+    budgets = [fitted(store, bound, method).token_budget or math.inf for bound in (0.999, 0.5, 0.25, 0.1, 1e-5)]
+    assert budgets == sorted(budgets)
+    assert budgets[0] < budgets[-1] == math.inf
+    # The prompt is as it was.
+    assert all(tensor.equal(before[name]) for name, tensor in store.tensors().items())
+    assert store.lens.longest == store.lens.seen == SIZE
+    assert not store.closed
+
+
+def test_the_estimate_is_the_error_of_the_methods_own_steps() -> None:
+    """Tokens that are attended to alone are found again: no error where the budget has them all."""
+    store = opened(0.0)  # every token alike: attention is the mean of all values
+    found = fit._error_bound(
+        store,
+        replace(METHODS["rocketkv"].split(SIZE, 64, D, 20), kept_tokens=SIZE, top_k=None, channels=None, page_size=1),
+        PARAMS,
+        fit._exact_outputs(store, PARAMS),
+        5,
+        20,
+        fit.TORCH_OPS,
+    )
+    assert float(found) < 1e-5
+
+
+def test_between_two_budgets_the_logarithms_are_taken_as_linear() -> None:
+    assert fit._least_within([64, 256], [0.4, 0.1], 0.5) == (64, 0.4, ())
+    assert fit._least_within([64, 256], [0.4, 0.1], 0.2) == (128, 0.2, ())
+    assert fit._least_within([64, 256], [0.4, 0.1], 0.1) == (256, 0.1, ())
+    assert fit._least_within([64, 256], [0.4, 0.1], 0.05) == (None, 0.0, (64, 256))
+    assert fit._least_within([64, 256], [math.nan, 0.1], 0.2) == (256, 0.1, ())
+    assert fit._least_within([64, 256], [0.1, 0.3], 0.05) == (None, 0.0, (64, 256))
+
+
+def test_a_short_prompt_keeps_all() -> None:
+    store = KVStore()
+    store.extend(torch.randn(1, 2, 100, D), torch.randn(1, 2, 100, D), expected=100)
+    store.prompt.remember(torch.randn(1, 4, 100, D), WINDOW)
+    assert fitted(store, 0.5) == (None, 0.0, ())
+
+
+def test_a_budget_that_saves_no_byte_keeps_all() -> None:
+    found = fitted(opened(0.05), 0.9999, "exact-topk")  # it stores every token, and an index
+    assert found.token_budget is None
+
+
+def test_a_padded_row_has_the_error_that_it_has_alone() -> None:
+    store = opened(2.0)
+    valid = torch.ones(2, SIZE, dtype=torch.bool)
+    valid[0, : SIZE - 300] = False
+    key, value = store.prompt.keys, store.prompt.values
+    assert store.prompt.queries is not None
+    both = KVStore()
+    both.extend(key.repeat(2, 1, 1, 1), value.repeat(2, 1, 1, 1), valid, expected=SIZE)
+    both.prompt.remember(store.prompt.queries.repeat(2, 1, 1, 1), WINDOW)
+    split = METHODS["rocketkv+"].split(SIZE, 64, D, 20)
+    alone, together = (
+        float(fit._error_bound(own, split, PARAMS, fit._exact_outputs(own, PARAMS), 5, 20, fit.TORCH_OPS))
+        for own in (store, both)
+    )
+    # The shorter row stores what the other one does of fewer tokens: its error is the smaller one.
+    assert together == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_error": 0.0}, "max_error must be above 0 and below 1"),
+        ({"max_error": 0.1, "decode_capacity": 64}, "max_error=0.1 is for caches that grow"),
+        ({"max_error": 0.1, "layer_budgets": {0: 64}}, "leave out layer_budgets"),
+        ({"max_error": 0.1, "method": "streaming"}, "'streaming' does not"),
+    ],
+)
+def test_settings_that_contradict_it(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RocketKVConfig(**{"method": "rocketkv+", **fields})
+    with pytest.raises(TypeError, match="max_error must be a float"):
+        RocketKVConfig(max_error="0.1")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sets the budget of each layer"):
+        RocketKVConfig(max_error=0.1).split_for(4096, 64)
