@@ -53,7 +53,7 @@ def balanced(queries: list[Tensor], keys: Tensor) -> Tensor:
     """Return a factor for each channel: the larger, the more queries ask for it and the less keys differ."""
     asked = torch.stack([query.square().sum(0) for query in queries]).sum(0)
     factors = (asked / (keys - keys.mean(0)).square().sum(0)) ** 0.25
-    return (factors / factors.min()).to(torch.bfloat16).double()
+    return (factors / 2 ** factors.min().log2().floor()).to(torch.bfloat16).double()
 
 
 def sketched(key: Tensor, mean: Tensor, factors: Tensor) -> Tensor:

@@ -209,8 +209,11 @@ def channel_balance(queries: Tensor, keys: Tensor, mean: Tensor, tokens: int, le
     # Channels that are never asked for, or never differ, count as very small ones.
     asked, spread = (part.clamp(min=2**-32 * part.amax(-1, keepdim=True)) for part in (asked, spread))
     balance = (asked / spread).sqrt_().sqrt_()
-    balance = (balance / balance.amin(-1, keepdim=True)).clamp(max=2.0**16)
-    return torch.where(balance.isfinite().all(-1, keepdim=True), balance, 1.0).to(torch.bfloat16)
+    # At least 1, so that no query overflows. By a power of two, so that rounding does not depend on it.
+    _, exponent = torch.frexp(balance.amin(-1, keepdim=True))
+    balance = torch.ldexp(balance, 1 - exponent).clamp(max=2.0**16)
+    usable = ((balance > 0) & balance.isfinite()).all(-1, keepdim=True)
+    return torch.where(usable, balance, 1.0).to(torch.bfloat16)
 
 
 def encode(keys: Tensor, mean: Tensor, balance: Tensor, rotation: Tensor, bits: int) -> tuple[Tensor, Tensor]:
