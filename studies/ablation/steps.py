@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from rocketkv.core.eviction import TORCH_OPS, EvictionOps, pooled, window_scores
 from rocketkv.core.params import AttentionParams
+from rocketkv.core.residual import overestimate
 from rocketkv.core.sketch import Sketch, decode, rotation_matrix
 from rocketkv.core.topk import gather_tokens, select_top
 from rocketkv.dispatch import decode_step
@@ -168,8 +169,15 @@ def _attended(scored: Scored, positions: Tensor, columns: Tensor, column_values:
         [B, H, Dv].
     """
     keys, values = gather_tokens(positions, scored.keys, scored.values)
-    weight = torch.cat((scored.rows @ keys.transpose(-1, -2), columns), -1).softmax(-1)
+    near = scored.rows @ keys.transpose(-1, -2)
+    weight = torch.cat((near, columns - _overestimated(scored, positions, near)), -1).softmax(-1)
     return (weight @ torch.cat((values, column_values), 2)).flatten(1, 2)
+
+
+def _overestimated(scored: Scored, positions: Tensor, near: Tensor) -> Tensor:
+    """Return by how much the others' log mass [B, Hkv, G, 1] is lowered, from the exact logits [B, Hkv, G, k]."""
+    chosen = scored.logits.gather(-1, positions[:, :, None].expand_as(near))
+    return overestimate(near.logsumexp(-1, keepdim=True), chosen.logsumexp(-1, keepdim=True))
 
 
 def sketch_mass_step(step: Step) -> Tensor:
@@ -339,7 +347,8 @@ def calibrated_step(step: Step) -> Tensor:
     scored = step.score()
     positions = select_top(group_weights(scored.logits), scored.k)
     keys, values = gather_tokens(positions, scored.keys, scored.values)
-    column = _without(scored.logits, positions).logsumexp(-1, keepdim=True) + step.state.factor.log()
-    weight = torch.cat((scored.rows @ keys.transpose(-1, -2), column), -1).softmax(-1)
+    near = scored.rows @ keys.transpose(-1, -2)
+    column = _without(scored.logits, positions).logsumexp(-1, keepdim=True) - _overestimated(scored, positions, near)
+    weight = torch.cat((near, column + step.state.factor.log()), -1).softmax(-1)
     other = _mean_of_others(scored.values, values) if step.state.value is None else step.state.value
     return (weight[..., :-1] @ values + weight[..., -1:] * other).flatten(1, 2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from rocketkv.core.eviction import prompt_scores
 from rocketkv.eval.progress import Progress
 from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.models import CACHE_ARGUMENT
-from studies.__main__ import main
 from studies.ablation import run as ablation_run
 from studies.ablation import steps as ablation_steps
 from studies.ablation.arms import ARMS, BY_NAME, FULL
@@ -28,8 +26,8 @@ from studies.ablation.capture import Layer, Settings, joined_heads, multi_query
 from studies.ablation.fit import WIDEST_WINDOW, Arm, Case, extra_bytes_of, fitted_split, mean_bytes, target_bytes
 from studies.ablation.report import document, ratio, tables
 from studies.ablation.run import ArmLayer, divergences, measure, run_arm, run_steps
-from studies.ablation.steps import plain_step, random_ranks, unpooled_ties
-from studies.texts import KINDS, made_texts
+from studies.ablation.steps import random_ranks, unpooled_ties
+from studies.texts import made_texts
 from tiny import build
 
 pytestmark = pytest.mark.integration
@@ -288,52 +286,8 @@ def test_ratios_are_of_the_same_texts() -> None:
         ratio([1.0], [1.0, 2.0])
 
 
-def test_texts_are_of_four_kinds_and_the_same_every_time() -> None:
+def test_facts_are_said_again_at_the_end() -> None:
     tokenizer = eval_case.tokenizer()
-    first = made_texts(tokenizer, 900, 0)
-    assert [window.id for window in first] == list(KINDS)
-    assert all(len(window.ids) == 900 for window in first)
-    assert first == made_texts(tokenizer, 900, 0)
-    assert all(one.ids != other.ids for one, other in zip(first, made_texts(tokenizer, 900, 1), strict=True))
-    # What is said again was said before.
-    said = tokenizer.decode(first[3].ids)
+    said = tokenizer.decode(made_texts(tokenizer, 900, 0, ["facts"])[0].ids)
     number = said.split()[-2]
     assert said.count(number) == 2
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Callable[[str], dict[str, bytes]]:
-    return lambda name: {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
-
-
-def test_the_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], files: Callable[[str], dict[str, bytes]]
-) -> None:
-    folder = eval_case.save(tmp_path / "model")
-    (tmp_path / "words.txt").write_text(eval_case.words(3, 900), encoding="utf-8")
-    given = ["ablation", "--model", str(folder), "--prompt", "400", "--steps", "2", "--budgets", "64"]
-    given += ["--texts", str(tmp_path / "words.txt"), "--arms", "rocketkv", "rocketkv+"]
-    capsys.readouterr()
-    for name in ("one", "two", "one"):
-        assert main([*given, "-o", str(tmp_path / name)]) == 0
-        said = capsys.readouterr()
-        assert not said.err
-        assert "| `rocketkv+` |" in said.out
-    assert files("one") == files("two")
-    assert main([*given, "--joined", "2", "-o", str(tmp_path / "joined")]) == 0
-    assert "KL" not in capsys.readouterr().out
-    assert main([*given, "--multi-query", "-o", str(tmp_path / "wide")]) == 0
-    assert "as one; " in capsys.readouterr().out
-    assert main([*given, "--multi-query", "--joined", "2", "-o", str(tmp_path / "no")]) == 2
-    assert "joined must be 1" in capsys.readouterr().err
-    assert main([*given, "--arms", "none", "-o", str(tmp_path / "no")]) == 2
-    assert "there are no arms none" in capsys.readouterr().err
-
-
-def test_the_librarys_own_method_is_one_of_the_arms() -> None:
-    arm = BY_NAME["rocketkv+:own"]
-    own = RocketKVConfig(method="rocketkv+", token_budget=CASE.budget)
-    assert arm.kernel_size == own.stage_1_kernel_size
-    assert arm.window_size == own.window_size
-    assert arm.step is plain_step
-    assert arm.split(CASE) == own.split_for(CASE.prompt, CASE.head_dim)
