@@ -25,8 +25,8 @@ PAPER_POOL, SKETCH_POOL = 63, 13
 # match goes on to read the tokens after it.
 READ_ON = 2
 
-# Percentages of t for the attention: with 2 bits, with 1 bit, and at least if every turn selects its own tokens.
-ATTENDED, ATTENDED_OF_ONE_BIT, ATTENDED_OF_FILTERED = 50, 60, 65
+# Percentages of t for the attention; the second if every turn selects its own tokens.
+ATTENDED, ATTENDED_OF_FILTERED = 50, 65
 
 
 # Fields of a split that are counts of at least 1; all but the first two may be None.
@@ -196,7 +196,7 @@ def rocketkv_plus_split(
     decode_reserve: int,
     *,
     most_stored: int | None = None,
-    least_attended: int = 0,
+    attended: int = ATTENDED,
 ) -> BudgetSplit:
     """Split a budget over stage 1, the sketch of the kept tokens, and the attention (beyond the paper).
 
@@ -206,10 +206,9 @@ def rocketkv_plus_split(
 
         N b + 2D + 4D (k + 1) = 4D t.
 
-    The attention gets a share of t, the sketch the rest, N = ((1 - share) 4D t - 2D) / b. The share is a half at 2
-    bits, and 0.6 at 1 bit, where the coarser ranks need a larger k. These shares, and 2 bits up to 128 channels, had
-    the smallest error. N is at most the sequence, and at least twice the reserve, as in `rocketkv_split`; k uses the
-    remaining bytes.
+    The attention gets a half of t, the sketch the rest, N = (2D t - 2D) / b, of 2 bits up to 128 channels and 1 bit
+    above. N is at most the sequence, and at least twice the reserve, as in `rocketkv_split`; k uses the remaining
+    bytes.
 
     Args:
         prompt_length: tokens of the longest row's prompt.
@@ -217,13 +216,12 @@ def rocketkv_plus_split(
         head_dim: D, at least 8 for a split within the budget.
         decode_reserve: generated tokens that the sequence length and N include.
         most_stored: largest N allowed, or None for no limit.
-        least_attended: least percentage of t that the attention gets.
+        attended: percentage of t that the attention gets.
     """
     bits = 2 if head_dim <= WIDEST_OF_TWO_BITS else 1
     token, sketched = 4 * head_dim, sketch_bytes(head_dim, bits)
-    attended = token_budget * max(ATTENDED if bits == 2 else ATTENDED_OF_ONE_BIT, least_attended) // 100
     sequence_length = prompt_length + decode_reserve
-    stored = ((token_budget - attended) * token - 2 * head_dim) // sketched
+    stored = ((token_budget - token_budget * attended // 100) * token - 2 * head_dim) // sketched
     stored = min(stored if most_stored is None else min(stored, most_stored), sequence_length)
     stored = max(stored, min(2 * decode_reserve, sequence_length))
     left = token_budget - -(-(stored * sketched + 2 * head_dim) // token) - 1
@@ -245,9 +243,7 @@ def rocketkv_mt_plus_split(prompt_length: int, token_budget: int, head_dim: int,
 
     Stage 1 selects again in the next turn, so tokens that it leaves out now are not lost (docs/conversations.md).
     """
-    return rocketkv_plus_split(
-        prompt_length, token_budget, head_dim, decode_reserve, least_attended=ATTENDED_OF_FILTERED
-    )
+    return rocketkv_plus_split(prompt_length, token_budget, head_dim, decode_reserve, attended=ATTENDED_OF_FILTERED)
 
 
 def with_protected(split: BudgetSplit, count: int) -> BudgetSplit:
