@@ -290,5 +290,5 @@ def test_facts_are_said_again_at_the_end() -> None:
     tokenizer = eval_case.tokenizer()
     said = tokenizer.decode(made_texts(tokenizer, 4000, 0, ["facts"])[0].ids)
     numbers = [word for word in said.split() if len(word) == 7 and word.isdecimal()]
-    # The beginning is cut off, so that a fact or two may be said at the end alone.
-    assert [numbers.count(number) for number in set(numbers)].count(2) >= 6
+    # The beginning is cut off, so that some facts are said at the end alone.
+    assert [numbers.count(number) for number in set(numbers)].count(2) >= 4
