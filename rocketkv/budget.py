@@ -25,8 +25,9 @@ PAPER_POOL, SKETCH_POOL = 63, 13
 # match goes on to read the tokens after it.
 READ_ON = 2
 
-# Percentages of t for the attention; the second if every turn selects its own tokens.
-ATTENDED, ATTENDED_OF_FILTERED = 50, 65
+# Percentages of t for the attention: with 2 bits; with 1 bit, where tokens cost less to score; and if every turn
+# selects its own tokens.
+ATTENDED, ATTENDED_OF_ONE_BIT, ATTENDED_OF_FILTERED = 50, 40, 65
 
 
 # Fields of a split that are counts of at least 1; all but the first two may be None.
@@ -196,7 +197,7 @@ def rocketkv_plus_split(
     decode_reserve: int,
     *,
     most_stored: int | None = None,
-    attended: int = ATTENDED,
+    attended: int | None = None,
 ) -> BudgetSplit:
     """Split a budget over stage 1, the sketch of the kept tokens, and the attention (beyond the paper).
 
@@ -206,9 +207,9 @@ def rocketkv_plus_split(
 
         N b + 2D + 4D (k + 1) = 4D t.
 
-    The attention gets a half of t, the sketch the rest, N = (2D t - 2D) / b, of 2 bits up to 128 channels and 1 bit
-    above. N is at most the sequence, and at least twice the reserve, as in `rocketkv_split`; k uses the remaining
-    bytes.
+    The attention gets a share of t: half at 2 bits (up to 128 channels), 0.4 at 1 bit (above). The sketch gets the
+    rest, N = ((1 - share) 4D t - 2D) / b. N is at most the sequence, and at least twice the reserve, as in
+    `rocketkv_split`; k uses the remaining bytes.
 
     Args:
         prompt_length: tokens of the longest row's prompt.
@@ -216,11 +217,13 @@ def rocketkv_plus_split(
         head_dim: D, at least 8 for a split within the budget.
         decode_reserve: generated tokens that the sequence length and N include.
         most_stored: largest N allowed, or None for no limit.
-        attended: percentage of t that the attention gets.
+        attended: percentage of t that the attention gets, or None for the method's.
     """
     bits = 2 if head_dim <= WIDEST_OF_TWO_BITS else 1
     token, sketched = 4 * head_dim, sketch_bytes(head_dim, bits)
     sequence_length = prompt_length + decode_reserve
+    if attended is None:
+        attended = ATTENDED if bits == 2 else ATTENDED_OF_ONE_BIT
     stored = ((token_budget - token_budget * attended // 100) * token - 2 * head_dim) // sketched
     stored = min(stored if most_stored is None else min(stored, most_stored), sequence_length)
     stored = max(stored, min(2 * decode_reserve, sequence_length))
