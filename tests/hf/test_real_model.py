@@ -139,7 +139,7 @@ def test_chat_pipeline(smollm2: Any) -> None:
 
 
 # Needles spread over depths; all twenty are asked for by `make evidence`.
-ASKED = (0, 4, 8, 11, 15, 18)
+ASKED = (0, 8, 11, 18)
 TAIL = 64  # tokens of a prompt that every arm reads for itself: more than the observation window
 
 
@@ -182,15 +182,15 @@ def continued(model: Any, ids: Tensor, head: rocketkv.RocketKVCache, config: roc
 
 
 def test_the_full_cache_finds_the_needles(right: dict[str, list[bool]]) -> None:
-    assert sum(right["full cache"]) >= len(ASKED) - 1
+    assert right["full cache"] == [True] * len(ASKED)
 
 
-def test_rocketkv_loses_at_most_one_needle(right: dict[str, list[bool]]) -> None:
-    assert sum(right["rocketkv 512"]) >= sum(right["full cache"]) - 1
+def test_rocketkv_loses_none(right: dict[str, list[bool]]) -> None:
+    assert right["rocketkv 512"] == right["full cache"]
 
 
 def test_a_window_alone_does_not_find_them(right: dict[str, list[bool]]) -> None:
-    assert sum(right["streaming 512"]) <= 1
+    assert not any(right["streaming 512"][:-1])  # the last lies within the window
 
 
 RULES = """1. Begin every answer with the word Certainly.
