@@ -38,8 +38,6 @@ from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from tiny import SMALL, VOCABULARY, build
 
-pytestmark = pytest.mark.integration
-
 CPU = torch.device("cpu")
 MEGA = 10**6
 TOKEN = 2 * 2 * 2 * 16 * 4  # bytes of a token in the tiny model's full cache: layers, K and V, heads, width, float32
@@ -87,6 +85,7 @@ def generated(model: Any, method: Any, *, prompt_tokens: int, steps: int, rows: 
     return cache
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("method", [Full(), ours(**SMALL)], ids=["full", "rocketkv"])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_bytes_are_those_of_the_cache(method: Any, rows: int) -> None:
@@ -104,6 +103,7 @@ def test_bytes_are_those_of_the_cache(method: Any, rows: int) -> None:
     assert result.values()["prefill_kv_bytes"] == after_prefill.total_bytes
 
 
+@pytest.mark.integration
 def test_a_full_cache_holds_every_token() -> None:
     result = measured(build(), Full())
     assert result.prefill_kv_bytes == 90 * TOKEN
@@ -112,12 +112,14 @@ def test_a_full_cache_holds_every_token() -> None:
     assert result.cost()["compression_seconds"] is None
 
 
+@pytest.mark.integration
 def test_a_compressed_step_reads_less() -> None:
     cost = measured(build(), ours(**SMALL)).cost()
     assert 0 < cost["step_bytes"] < cost["dense_step_bytes"]
     assert 0 < cost["index_bytes"] < cost["kv_bytes"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("warmup", "repeats"), [(1, 1), (2, 5)])
 def test_forwards_are_those_asked_for(warmup: int, repeats: int) -> None:
     model, seen = build(), []
@@ -168,6 +170,7 @@ def test_every_repeat_reads_the_same_prompt_and_the_seed_decides_it() -> None:
     assert prompts[0].max() < VOCABULARY
 
 
+@pytest.mark.integration
 def test_the_model_is_left_as_it_was() -> None:
     model = build()
     measured(model, ours(**SMALL))
@@ -185,6 +188,7 @@ def test_a_wrong_method_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     measured(build(), Full())
 
 
+@pytest.mark.integration
 def test_what_is_checked_is_the_method_with_room_for_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(
@@ -247,6 +251,7 @@ def test_no_peak_where_none_can_be_begun(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert reset_peak(torch.device("mps")) is peak_bytes(torch.device("mps")) is None
 
 
+@pytest.mark.integration
 def test_weights_are_counted_once() -> None:
     model = build(tie_word_embeddings=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -295,6 +300,7 @@ ARGUMENTS: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.integration
 def test_a_child_measures_what_it_is_told(tmp_path: Path) -> None:
     model = build()
     model.save_pretrained(tmp_path)

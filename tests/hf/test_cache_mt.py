@@ -32,19 +32,21 @@ from mt_case import (
     talked,
     turn_of,
 )
+from pairs import pairs
 from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from storages import walked
 from tiny import SMALL, TRANSFORMERS, build, left_padded, prompt
 
-
+SETTINGS = {"mt": MT, "away": AWAY, "static": {**MT, "decode_capacity": 40}}
 # In the first prompt, an answer, the second prompt, the next answer, and the last prompt.
-@pytest.mark.parametrize("length", [1, 60, 90, 97, 102, 130, 152, 155, 164, 180, 199, 205])
-@pytest.mark.parametrize("told", [True, False])
-@pytest.mark.parametrize("fields", [MT, AWAY], ids=["mt", "away"])
-def test_a_turn_after_a_crop_is_as_if_nothing_had_been_there(fields: dict[str, Any], told: bool, length: int) -> None:
-    model = build()
+LENGTHS = [1, 60, 90, 97, 102, 130, 152, 155, 164, 180, 199, 205]
+
+
+@pytest.mark.parametrize(("name", "told", "length"), pairs(["mt", "away"], [True, False], LENGTHS))
+def test_a_turn_after_a_crop_is_as_if_nothing_had_been_there(name: str, told: bool, length: int) -> None:
+    model, fields = build(), SETTINGS[name]
     with rocketkv.patch(model, **fields):
         cache = talked(model, told, **fields)
         cache.crop(length if TRANSFORMERS < (5, 16) else length - cache.get_seq_length())
@@ -99,11 +101,9 @@ def test_a_crop_within_an_open_prompt(fields: dict[str, Any], removed: int) -> N
 Step = tuple[str, Tensor]
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("fields", [MT, AWAY, {**MT, "decode_capacity": 40}], ids=["mt", "away", "static"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_snapshots_come_back_in_any_order(family: str, fields: dict[str, Any], padded: bool) -> None:
-    model, choose = build(family), random.Random(int(padded))
+@pytest.mark.parametrize(("family", "name", "padded"), pairs(["llama", "gemma3"], SETTINGS, [False, True]))
+def test_snapshots_come_back_in_any_order(family: str, name: str, padded: bool) -> None:
+    model, fields, choose = build(family), SETTINGS[name], random.Random(int(padded))
     rows = 3 if padded else 1
     context = left_padded(ROWS) if padded else of(FIRST)
     mask = context["attention_mask"]
@@ -147,11 +147,9 @@ def test_snapshots_come_back_in_any_order(family: str, fields: dict[str, Any], p
                 assert take(cache, probe).equal(take(straight, probe))
 
 
-@pytest.mark.parametrize("fields", [MT, AWAY], ids=["mt", "away"])
-@pytest.mark.parametrize("told", [True, False])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_copy_goes_on_alike_and_apart(family: str, told: bool, fields: dict[str, Any]) -> None:
-    model = build(family)
+@pytest.mark.parametrize(("family", "told", "name"), pairs(["llama", "gemma3"], [True, False], ["mt", "away"]))
+def test_a_copy_goes_on_alike_and_apart(family: str, told: bool, name: str) -> None:
+    model, fields = build(family), SETTINGS[name]
     with rocketkv.patch(model, **fields):
         caches = [talked(model, told, **fields)]
         forward(model, caches[0], prompt(7, seed=5))  # in the middle of a prompt, too
@@ -171,13 +169,13 @@ ROW_OPERATIONS: dict[str, tuple[Callable[[Any], None], list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("operation", ROW_OPERATIONS)
-@pytest.mark.parametrize("when", ["decoding", "in a prompt"])
-@pytest.mark.parametrize("padded", [False, True])
-# In batches of another size keys differ in their last bits, which a sketch may round to another scale.
-@pytest.mark.parametrize("fields", [MT, {**MT, "history_device": "cpu"}], ids=["mt", "away"])
-def test_row_operations_between_turns(fields: dict[str, Any], padded: bool, when: str, operation: str) -> None:
-    model = build()
+# By pages: in batches of another size keys differ in their last bits, which a sketch may round to another scale.
+@pytest.mark.parametrize(
+    ("history_device", "padded", "when", "operation"),
+    pairs([None, "cpu"], [False, True], ["decoding", "in a prompt"], ROW_OPERATIONS),
+)
+def test_row_operations_between_turns(history_device: str | None, padded: bool, when: str, operation: str) -> None:
+    model, fields = build(), {**MT, "history_device": history_device}
     operate, order = ROW_OPERATIONS[operation]
     context = left_padded(ROWS) if padded else of(prompt(90, rows=3))
     mask = context["attention_mask"]
@@ -231,11 +229,9 @@ def test_beams_of_a_later_turn(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("fields", [MT, AWAY], ids=["mt", "away"])
-@pytest.mark.parametrize("family", PADDED_FAMILIES)
-def test_a_saved_conversation_goes_on(family: str, fields: dict[str, Any], padded: bool, tmp_path: Path) -> None:
-    model, path = build(family), tmp_path / "cache.safetensors"
+@pytest.mark.parametrize(("family", "name", "padded"), pairs(PADDED_FAMILIES, ["mt", "away"], [False, True]))
+def test_a_saved_conversation_goes_on(family: str, name: str, padded: bool, tmp_path: Path) -> None:
+    model, fields, path = build(family), SETTINGS[name], tmp_path / "cache.safetensors"
     first, later = (left_padded(ROWS), LATER_ROWS) if padded else (of(FIRST), LATER)
     with rocketkv.patch(model, **fields):
         expected, _ = chat(model, first, later, "all tokens")

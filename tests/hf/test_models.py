@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import rocketkv
+from pairs import pairs
 from rocketkv.hf.layer import rocketkv_layers
 from tiny import FAMILIES, LARGE, SMALL, TRANSFORMERS, WINDOW, build, greedy, hand_written, left_padded, prompt
 
@@ -28,9 +29,8 @@ def kept_positions(cache: Any, row: int, padding: int = 0) -> list[list[list[int
     return [[(head[head >= 0] - padding).tolist() for head in layer] for layer in positions]
 
 
-@pytest.mark.parametrize("chunk", [None, 25])  # the last chunk of 101 tokens has one
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+# The last chunk of 101 tokens has one.
+@pytest.mark.parametrize(("family", "padded", "chunk"), pairs(FAMILIES, [False, True], [None, 25]))
 def test_within_the_budget_the_stock_model(family: str, padded: bool, chunk: int | None) -> None:
     model = build(family)
     inputs = left_padded(ROWS) if padded else ROWS[0]

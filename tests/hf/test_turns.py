@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 import rocketkv
 from chat import WAYS, turn
+from pairs import pairs
 from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from tiny import FAMILIES, LARGE, SMALL, TRANSFORMERS, build, greedy, hand_written, left_padded, prompt
@@ -50,9 +51,10 @@ def two_turns(model: Any, first: Any, second: Tensor, way: str) -> tuple[Tensor,
     return turn(model, ids, mask, cache, way)
 
 
-@pytest.mark.parametrize("way", ["all tokens", *WAYS])
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt-oss"])
+@pytest.mark.parametrize(
+    ("family", "padded", "way"),
+    pairs(["llama", "gemma2", "gemma3", "gpt-oss"], [False, True], ["all tokens", *WAYS]),
+)
 def test_second_turn_within_the_budget(family: str, padded: bool, way: str) -> None:
     model = build(family)
     first = left_padded([FIRST, prompt(33)]) if padded else FIRST
@@ -148,11 +150,11 @@ def prefilled(model: Any, ids: Tensor, tokens: Tensor, told: bool = True, **fiel
     return cache
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))],
-                         ids=["copy", "pickle"])  # fmt: skip
-@pytest.mark.parametrize("told", [True, False])
-@pytest.mark.parametrize("done", [0, 13])
-def test_a_copy_goes_on_alike_and_apart(done: int, told: bool, clone: Callable[[Any], Any]) -> None:
+@pytest.mark.parametrize(("done", "told", "pickled"), pairs([0, 13], [True, False], [False, True]))
+def test_a_copy_goes_on_alike_and_apart(done: int, told: bool, pickled: bool) -> None:
+    def clone(cache: Any) -> Any:
+        return pickle.loads(pickle.dumps(cache)) if pickled else copy.deepcopy(cache)
+
     model, tokens, others = build("gemma3"), prompt(30, seed=11), prompt(30, seed=12)
     with rocketkv.patch(model, **SMALL):
         cache = prefilled(model, FIRST, tokens[:, :done], told)
@@ -213,9 +215,7 @@ ROW_OPERATIONS: dict[str, tuple[Callable[[Any], None], list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("operation", ROW_OPERATIONS)
-@pytest.mark.parametrize("told", [True, False])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("padded", "told", "operation"), pairs([False, True], [True, False], ROW_OPERATIONS))
 def test_row_operations(padded: bool, told: bool, operation: str) -> None:
     model, tokens = build(), prompt(30, seed=11, rows=3)
     operate, order = ROW_OPERATIONS[operation]

@@ -33,17 +33,18 @@ from mt_case import (
     talked,
     turn_of,
 )
+from pairs import pairs
 from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from tiny import LARGE, PAD, SMALL, build, greedy, left_padded, prompt
 
+SETTINGS = {"rocketkv": SMALL, "mt": MT, "away": AWAY}
+
 
 @pytest.mark.integration
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("fields", [SMALL, MT, AWAY], ids=["rocketkv", "mt", "away"])
-def test_three_turns_are_the_same_in_every_way(fields: dict[str, Any], family: str, padded: bool) -> None:
-    model = build(family)
+@pytest.mark.parametrize(("name", "family", "padded"), pairs(SETTINGS, FAMILIES, [False, True]))
+def test_three_turns_are_the_same_in_every_way(name: str, family: str, padded: bool) -> None:
+    model, fields = build(family), SETTINGS[name]
     with rocketkv.patch(model, **fields):
         expected, cache = conversation(model, padded, "all tokens")
         assert cache.get_seq_length() == SEEN
@@ -80,11 +81,9 @@ def test_within_the_budget_every_turn_is_the_stock_models(family: str, padded: b
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("heads", [1, 2, 4])
-@pytest.mark.parametrize("fields", [MT, AWAY], ids=["mt", "away"])
-@pytest.mark.parametrize("family", PADDED_FAMILIES)
-def test_rows_of_a_padded_batch_are_their_single_runs(family: str, fields: dict[str, Any], heads: int) -> None:
-    model = build(family, num_key_value_heads=heads)
+@pytest.mark.parametrize(("family", "name", "heads"), pairs(PADDED_FAMILIES, ["mt", "away"], [1, 2, 4]))
+def test_rows_of_a_padded_batch_are_their_single_runs(family: str, name: str, heads: int) -> None:
+    model, fields = build(family, num_key_value_heads=heads), SETTINGS[name]
     with rocketkv.patch(model, **fields):
         answers, cache = chat(model, left_padded(ROWS), LATER_ROWS, "all tokens")
         for i, row in enumerate(ROWS):
@@ -157,12 +156,13 @@ def test_a_turn_in_chunks_of_one_token_when_its_length_is_told(fields: dict[str,
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("draft", ["prompt lookup", "assistant", "early exit"])
 # By pages: a draft's forward rounds otherwise than one token's, by which a sketch's scale may be another 16-bit number.
-@pytest.mark.parametrize("fields", [MT, {**MT, "history_device": "cpu"}], ids=["mt", "away"])
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_drafts_are_no_turn_and_leave_nothing_behind(family: str, fields: dict[str, Any], draft: str) -> None:
-    model, assistant = build(family), build(family)
+@pytest.mark.parametrize(
+    ("family", "history_device", "draft"),
+    pairs(["llama", "gemma2"], [None, "cpu"], ["prompt lookup", "assistant", "early exit"]),
+)
+def test_drafts_are_no_turn_and_leave_nothing_behind(family: str, history_device: str | None, draft: str) -> None:
+    model, assistant, fields = build(family), build(family), {**MT, "history_device": history_device}
     with torch.no_grad():
         assistant.lm_head.weight.add_(torch.randn(assistant.lm_head.weight.shape) * 0.2)
     how: dict[str, Any] = {

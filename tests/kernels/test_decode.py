@@ -139,9 +139,15 @@ def test_steps_equal_the_reference(case: Case) -> None:
 
 
 RANKED = [c for c in CASES if c.method == "rocketkv" and c.programs == 8 and max(c.lengths) > c.token_budget]
+# A choice depends on pages, groups, k, lengths and protected tokens; hardly on head dims and dtypes: a third of those.
+APART = [
+    c
+    for i, c in enumerate(RANKED)
+    if (c.head_dim == Case().head_dim and c.dtype == Case().dtype and c.index_dtype == Case().index_dtype) or i % 3 == 0
+]
 
 
-@pytest.mark.parametrize("case", RANKED, ids=str)
+@pytest.mark.parametrize("case", APART, ids=str)
 def test_a_choice_in_a_launch_of_its_own(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "REGISTER_PAGES", 0)
     monkeypatch.setattr(decode, "SELECT_CHUNK", 256)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
+from pairs import pairs
 from rocketkv.core import eviction
 from rocketkv.core.compact import compact
 from rocketkv.core.eviction import EvictionOps
@@ -48,11 +49,6 @@ not_finite = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 def _device() -> Iterator[None]:
     with DEVICE:
         yield
-
-
-@pytest.fixture(params=[64, 1024], ids=["splits", "one-split"])
-def _splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evict, "SPLIT_KEYS", request.param)
 
 
 PADDING = ["none", "left", "holes", "holes-per-head", "into-the-window", "right", "whole-row"]
@@ -179,10 +175,9 @@ def test_window_scores_of_one_number() -> None:
     torch.testing.assert_close(found, exact_scores(query, key, params).float(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.usefixtures("_splits")
-@pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("kind", PADDING)
-def test_window_scores_do_not_see_padding(kind: str, sinks: bool) -> None:
+@pytest.mark.parametrize(("kind", "sinks", "split"), pairs(PADDING, [False, True], [64, 1024]))
+def test_window_scores_do_not_see_padding(kind: str, sinks: bool, split: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evict, "SPLIT_KEYS", split)
     query, key = torch.randn(2, 6, 8, 16), torch.randn(2, 2, 75, 16)
     given = query, key, AttentionParams(0.5, sinks=torch.randn(6) if sinks else None)
     valid = padding(kind, 2, 2, 75)
@@ -196,10 +191,11 @@ def test_window_scores_do_not_see_padding(kind: str, sinks: bool) -> None:
 
 
 @not_finite
-@pytest.mark.usefixtures("_splits")
-@pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("garbage", [NAN, INF, -INF])
-def test_a_broken_key_spoils_what_it_spoils_in_pytorch(garbage: float, sinks: bool) -> None:
+@pytest.mark.parametrize(("garbage", "sinks", "split"), pairs([NAN, INF, -INF], [False, True], [64, 1024]))
+def test_a_broken_key_spoils_what_it_spoils_in_pytorch(
+    garbage: float, sinks: bool, split: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evict, "SPLIT_KEYS", split)
     query, key = torch.randn(2, 4, 8, 16), torch.randn(2, 2, 80, 16)
     params = AttentionParams(0.5, sinks=torch.randn(4) if sinks else None)
     clean = evict.window_scores(query, key, params)
@@ -260,12 +256,12 @@ def reference_pooled(scores: Tensor, window: int, kernel_size: int, offset: int,
 
 
 @not_finite
-@pytest.mark.parametrize(("kernel_size", "offset"), [(1, 0), (3, 0), (3, 2), (7, 0), (7, 2), (63, 0), (63, 5)])
-@pytest.mark.parametrize("kind", PADDING)
-@pytest.mark.parametrize(("size", "window"), [(150, 6), (33, 32), (7, 1)])
-def test_pooling(
-    size: int, window: int, kind: str, kernel_size: int, offset: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("kind", "pool", "sizes"),
+    pairs(PADDING, [(1, 0), (3, 0), (3, 2), (7, 0), (7, 2), (63, 0), (63, 5)], [(150, 6), (33, 32), (7, 1)]),
+)
+def test_pooling(kind: str, pool: tuple[int, int], sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    (kernel_size, offset), (size, window) = pool, sizes
     monkeypatch.setattr(evict, "POOL_CHUNK", 64)
     scores = torch.randint(0, 40, (2, 2, size - window)).float()
     scores[1, 0, (size - window) // 3] = NAN
@@ -312,8 +308,16 @@ def test_select_top(size: int, values: str, monkeypatch: pytest.MonkeyPatch) -> 
             assert_same_selection(drawn(values, size), n)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(130,), (1, 90), (2, 3, 65), (1, 2, 1, 70)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((130,), torch.float32),
+        ((1, 90), torch.bfloat16),
+        ((2, 3, 65), torch.float16),
+        ((2, 3, 65), torch.float32),
+        ((1, 2, 1, 70), torch.bfloat16),
+    ],
+)
 def test_select_top_takes_any_shape_dtype_and_layout(
     shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,8 +338,10 @@ def test_select_top_refuses_an_impossible_number(n: int) -> None:
         evict.select_top(torch.zeros(2, 7), n)
 
 
-@pytest.mark.parametrize("kernel_size", [1, 7, 63])
-@pytest.mark.parametrize("kind", PADDING)
+# Pools of every size and padding are those of `test_pooling`.
+@pytest.mark.parametrize(
+    ("kind", "kernel_size"), [*((kind, 7) for kind in PADDING), ("none", 1), ("holes-per-head", 63)]
+)
 def test_prompt_positions_are_those_of_the_same_scores(
     kind: str, kernel_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,8 +394,17 @@ COMPACTED = [  # B, Hkv, D, Dv, S, kept, capacity
 ]
 
 
-@pytest.mark.parametrize("page_size", [None, 1, 2, 3, 4, 7])
-@pytest.mark.parametrize("shape", COMPACTED, ids=lambda shape: "-".join(map(str, shape)))
+# Every shape with an index and without one; every page size in one tile and in more; a dtype with other pages.
+@pytest.mark.parametrize(
+    ("shape", "page_size"),
+    [
+        (shape, page_size)
+        for i, shape in enumerate(COMPACTED)
+        for j, page_size in enumerate((None, 1, 2, 3, 4, 7))
+        if page_size is None or i == len(COMPACTED) - 1 or (i + 2 * j) % 3 == 0
+    ],
+    ids=str,
+)
 def test_compaction_of_a_prompt_without_padding(shape: tuple[int, ...], page_size: int | None) -> None:
     batch, kv_heads, head_dim, value_dim, size, kept, capacity = shape
     dtype = [torch.float32, torch.bfloat16, torch.float16][(COMPACTED.index(shape) + (page_size or 0)) % 3]
@@ -403,10 +418,11 @@ def test_compaction_of_a_prompt_without_padding(shape: tuple[int, ...], page_siz
     assert_compacts(keys, values, None, None, None if batch == 2 else positions, size, size + 3, page_size)
 
 
-@pytest.mark.parametrize("evicts", [False, True])
-@pytest.mark.parametrize("page_size", [None, 1, 3])
-@pytest.mark.parametrize("shape", [(2, 2, 61, 12, 9), (3, 1, 48, 16, 16)], ids=["2-2-61", "3-1-48"])
-@pytest.mark.parametrize("kind", PADDING[1:])
+@pytest.mark.parametrize(
+    ("kind", "shape", "page_size", "evicts"),
+    pairs(PADDING[1:], [(2, 2, 61, 12, 9), (3, 1, 48, 16, 16)], [None, 1, 3], [False, True]),
+    ids=str,
+)
 def test_compaction_puts_padding_behind_the_tokens(
     kind: str, shape: tuple[int, ...], page_size: int | None, evicts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,6 @@ from rocketkv.hf.layer import RocketKVLayer
 from tiny import SETTINGS, SMALL, build, greedy, left_padded, prompt
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
-pytestmark = pytest.mark.integration
 
 PADDED = left_padded([prompt(70), prompt(31, seed=3)])
 

@@ -156,9 +156,17 @@ def test_two_turns(
         assert store.stored == params["prompt_budget"] + info["turns"][-1]["decode_steps"]
 
 
+@pytest.fixture(scope="module")
+def scored() -> dict[int, Tensor]:
+    """By layer, what the kernels score a prompt's tokens by: the same for every budget."""
+    return {}
+
+
 @pytest.mark.parametrize("budget", [64, 128, 256])
 @pytest.mark.parametrize("layer", [7, 22])
-def test_one_turn_by_the_kernels_and_what_they_select(layer: int, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_turn_by_the_kernels_and_what_they_select(
+    layer: int, budget: int, scored: dict[int, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("triton", reason="Triton has no package for this platform")
     info = json.loads((GOLDEN / "params.json").read_text())
     split = explicit_split(budget, info["params"][f"layer_{layer}.budget_{budget}"])
@@ -169,6 +177,14 @@ def test_one_turn_by_the_kernels_and_what_they_select(layer: int, budget: int, m
         store.extend(key[:, :, :prompt], value[:, :, :prompt])
         store.prompt.remember(data["query_window"], info["window_size"])
         ops = eviction_ops(store.prompt.keys, backend=name)
+        if name == "triton":
+
+            def once(*args: Any, score: Any = ops.window_scores, **kwargs: Any) -> Tensor:
+                if layer not in scored:
+                    scored[layer] = score(*args, **kwargs)
+                return scored[layer].clone()
+
+            ops = ops._replace(window_scores=once)
         close_prompt(store, split, PARAMS, ops=ops, decode_reserve=16, kernel_size=info["kernel_size"])
     for name in ("positions", "keys", "values", "bounds", "seq_lens"):
         assert stores["torch"].tensors()[name].equal(stores["triton"].tensors()[name]), name

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from close import assert_near
 from naive import attention
+from pairs import pairs
 from rocketkv.budget import METHODS
 from rocketkv.state.store import KVStore, decode_room
 from turns import (
@@ -93,9 +94,7 @@ def test_padding_may_begin_or_end_at_a_chunk() -> None:
 
 
 # Over a border of pages of 2 and of 5, to the end of the buffer, and beyond it.
-@pytest.mark.parametrize("before", [0, 3])
-@pytest.mark.parametrize("extra", [1, 2, 7, RESERVE - 3, RESERVE + 1])
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize(("split", "extra", "before"), pairs(SPLITS, [1, 2, 7, RESERVE - 3, RESERVE + 1], [0, 3]))
 def test_append_then_crop_equals_never_having_appended(
     split: str, extra: int, before: int, valid: Tensor | None
 ) -> None:

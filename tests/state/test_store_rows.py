@@ -8,6 +8,7 @@ from torch import Tensor
 
 from close import assert_near
 from naive import attention
+from pairs import pairs
 from rocketkv.state.store import KVStore
 from turns import (
     BUDGET,
@@ -82,9 +83,7 @@ def test_rows_with_padding(split: str, layout: object) -> None:
         assert_row_is_alone(batch, out, row, alone, expected, places)
 
 
-@pytest.mark.parametrize("second", ["even", "padded", "short"])
-@pytest.mark.parametrize("first", ["even", "padded"])
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize(("split", "first", "second"), pairs(SPLITS, ["even", "padded"], ["even", "padded", "short"]))
 def test_a_second_prompt_after_decoding(split: str, first: str, second: str) -> None:
     # The second prompt is longer than the window, or in `short` rows and everywhere shorter.
     lengths = {"even": [30] * 4, "padded": [30, 17, 5, 2], "short": [3, 3, 1, 2]}[second]
