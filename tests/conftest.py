@@ -55,7 +55,7 @@ for _name in ("studies", "tools"):
 
 
 def _hasten_interpreter() -> None:
-    """Let Triton's interpreter not look for the same things again and again: half of its time.
+    """Let Triton's interpreter not look for the same things again and again: a third of its time or more.
 
     At every call of a function it lists the whole language to find the functions to replace by its own. What is
     replaced, and by what, stays. And every operation makes the types of its blocks anew: what is in them stays.
