@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     from ..eval.journal import Journal
     from ..eval.optional import optional
     from ..eval.records import write_atomically
-    from ..eval.tune import Text, TuneSettings, tune
+    from ..eval.tune import LADDER, Text, TuneSettings, tune
     from ..hf.loading import load_model
 
     optional("scipy.stats")  # a missing package must show before the measurements, not after
@@ -104,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
         return 1
     write_atomically(args.output, json.dumps(found.document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     journal.remove()
+    if found.document["settings"]["max_error"] == LADDER[0]:
+        sys.stdout.write("This is the largest candidate: a higher target would give the same settings.\n")
     sys.stdout.write(f"{_certificate(found.document)}\n{args.output}: rocketkv.patch(model, {str(args.output)!r})\n")
     return 0
 

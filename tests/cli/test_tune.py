@@ -161,15 +161,19 @@ def test_a_run_writes_what_patch_takes(
     assert found["certificate"]["share_at_least"] == pytest.approx(0.05 ** (2 / WINDOWS))
     assert [text["name"] for text in found["measured_with"]["texts"]] == ["a.txt", "b.txt"]
     assert "2 windows are within 100" in output
+    assert "This is the largest candidate" in output
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     with rocketkv.patch(model, folder / "out.json") as handle:
         assert handle.config == rocketkv.RocketKVConfig(method="rocketkv+", max_error=LADDER[0])
 
 
-def test_the_largest_within_the_target_is_chosen(folder: Path, model_folder: Path) -> None:
+def test_the_largest_within_the_target_is_chosen(
+    folder: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments(folder, model_folder, ALL)) == 0
     upper = [row["interval"][1] for row in figures(folder)["calibration"]["candidates"]]
     assert upper[1] < 0.9 * upper[0]
+    capsys.readouterr()
     for target, chosen in (((upper[0] + upper[1]) / 2, LADDER[1]), (1.01 * upper[0], LADDER[0])):
         assert main(arguments(folder, model_folder, target)) == 0
         found = figures(folder)
@@ -177,6 +181,7 @@ def test_the_largest_within_the_target_is_chosen(folder: Path, model_folder: Pat
         assert within == {LADDER[0]: chosen == LADDER[0], LADDER[1]: True}
         assert found["settings"]["max_error"] == chosen
         assert found["target_kl"] == target
+        assert ("This is the largest candidate" in capsys.readouterr().out) == (chosen == LADDER[0])
 
 
 def test_figures_are_those_of_a_loop_from_the_first_token(folder: Path, model_folder: Path) -> None:
