@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import random
@@ -44,7 +45,7 @@ def short_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
 def folder(tmp_path: Path) -> Path:
     """A folder with two texts."""
     for number, name in enumerate(("a.txt", "b.txt")):
-        (tmp_path / name).write_text(words(number, 1200), encoding="utf-8")
+        (tmp_path / name).write_bytes(words(number, 1200).encode() + b"\r\n")
     return tmp_path
 
 
@@ -159,7 +160,10 @@ def test_a_run_writes_what_patch_takes(
     assert found["settings"]["max_error"] == LADDER[0]
     assert found["certificate"]["windows"] == found["certificate"]["within_target"] == WINDOWS // 2
     assert found["certificate"]["share_at_least"] == pytest.approx(0.05 ** (2 / WINDOWS))
-    assert [text["name"] for text in found["measured_with"]["texts"]] == ["a.txt", "b.txt"]
+    assert found["measured_with"]["texts"] == [
+        {"name": name, "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()}
+        for name in ("a.txt", "b.txt")
+    ]
     assert "2 windows are within 100" in output
     assert "This is the largest candidate" in output
     model = AutoModelForCausalLM.from_pretrained(model_folder)
@@ -188,7 +192,7 @@ def test_figures_are_those_of_a_loop_from_the_first_token(folder: Path, model_fo
     assert main(arguments(folder, model_folder, ALL)) == 0
     found = figures(folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder)
-    texts = [Text(name, (folder / name).read_text(encoding="utf-8")) for name in ("a.txt", "b.txt")]
+    texts = [Text(name, (folder / name).read_bytes().decode()) for name in ("a.txt", "b.txt")]
     _, held_out = cut_windows(eval_case.tokenizer(), texts, settings())
     config = rocketkv.RocketKVConfig(method="rocketkv+", max_error=found["settings"]["max_error"])
     kl = []
