@@ -1,7 +1,7 @@
 """95 % confidence intervals of proportions, means, and differences and ratios of means over the same samples.
 
-Proportions use the Wilson score interval, all others the percentile bootstrap over samples (Efron and Tibshirani 1993,
-section 13.3) with a fixed seed, so the same values always give the same interval.
+Proportions use the Wilson score interval (`at_least`: an exact bound), all others the percentile bootstrap over samples
+(Efron and Tibshirani 1993, section 13.3) with a fixed seed, so the same values always give the same interval.
 """
 
 from __future__ import annotations
@@ -100,6 +100,21 @@ def wilson(right: int, count: int) -> Interval:
         raise ValueError(f"count must be at least 1, got {count}; leave out a proportion of nothing")
     low, high = optional("scipy.stats").binomtest(right, count).proportion_ci(method="wilson")
     return float(low), float(high)
+
+
+def at_least(right: int, count: int) -> float:
+    """Return the one-sided 95 % lower bound of a proportion, from 0 to 1 (Clopper and Pearson 1934).
+
+    It is exact: whatever the proportion, the bound exceeds it in at most 5 % of all samples.
+
+    Raises:
+        ValueError: `count` is below 1, or `right` is not from 0 to `count`.
+        ImportError: scipy is not installed.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}; leave out a proportion of nothing")
+    test = optional("scipy.stats").binomtest(right, count, alternative="greater")
+    return float(test.proportion_ci(confidence_level=0.95, method="exact").low)
 
 
 def _bootstrap(data: Sequence[Sequence[float]], statistic: Callable[..., Any], *, paired: bool = False) -> Interval:

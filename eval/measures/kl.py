@@ -75,7 +75,7 @@ def texts(preparation: Preparation, path: Path | None) -> list[Window]:
     start = start_tokens(tokenizer)
     room = length - len(start)
     windows = []
-    tokens = [] if path is None else _tokens(tokenizer, path.read_text(encoding="utf-8"))
+    tokens = [] if path is None else text_tokens(tokenizer, path.read_text(encoding="utf-8"))
     if path is not None and len(tokens) < room:
         raise ValueError(
             f"the text must have at least {room} tokens, {path.name} has {len(tokens)}; give a longer one or lower the "
@@ -95,7 +95,7 @@ def texts(preparation: Preparation, path: Path | None) -> list[Window]:
     return windows
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     # `verbose` would warn that the text is longer than the model takes; windows are cut out of it.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
@@ -108,7 +108,7 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _prose_tokens(tokenizer: PreTrainedTokenizerBase, seed: int, count: int) -> list[int]:
     """Return the first tokens of generated prose."""
     sentences = count // 5 + 1  # of at least five words; too few where tokens are longer than words
-    while len(tokens := _tokens(tokenizer, prose(seed, sentences))) < count:
+    while len(tokens := text_tokens(tokenizer, prose(seed, sentences))) < count:
         sentences *= 2
     return tokens[:count]
 

@@ -34,7 +34,7 @@ from .cache import RocketKVCache
 from .layer import RocketKVLayer, rocketkv_layers
 from .models import find_decoder
 from .patch_state import state_of
-from .tensorfile import open_tensors, raw_bytes, refuse_difference, write_tensors
+from .tensorfile import open_tensors, refuse_difference, weights_digest, write_tensors
 
 _STOCK = {kind.__name__: kind for kind in (DynamicLayer, DynamicSlidingWindowLayer)}
 _STOCK_FIELDS = ("cumulative_length", "record_past")  # of the sliding-window layer; which exist depends on transformers
@@ -47,7 +47,6 @@ _TRANSIENT = (
     *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
     *("pad_token_id", "bos_token_id", "eos_token_id"),
 )
-_SAMPLED = 8  # numbers at both ends of each weight, which identify the model among others of the same shape
 
 
 def save_cache(
@@ -359,7 +358,7 @@ def _model_mark(outer: PreTrainedModel, decoder: PreTrainedModel) -> dict[str, A
         "dtype": str(outer.dtype),
         "config": config,
         "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
-        "weights_sha256": _weights_digest(decoder),
+        "weights_sha256": weights_digest(decoder),
     }
 
 
@@ -371,17 +370,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def _weights_digest(decoder: PreTrainedModel) -> str:
-    """Return a digest of every weight's name and shape, and of the first and last numbers of plain weights."""
-    digest = hashlib.sha256()
-    samples: dict[torch.device, list[Tensor]] = {}
-    for name, weight in decoder.named_parameters():
-        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
-        if type(weight) is nn.Parameter and not weight.is_meta and weight.is_floating_point():
-            ends = weight.detach().reshape(-1)
-            samples.setdefault(weight.device, []).extend(part.float() for part in (ends[:_SAMPLED], ends[-_SAMPLED:]))
-    for parts in samples.values():
-        digest.update(raw_bytes(torch.cat(parts).cpu()))
-    return digest.hexdigest()

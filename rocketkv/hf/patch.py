@@ -5,6 +5,7 @@ All state of a patch is stored on the patched model; with transformers, only the
 
 import copy
 import functools
+import os
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +22,7 @@ from .forward import DecoderForward, ForwardHook
 from .generate import generate, refuse_continuous_batching
 from .models import find_decoder, refuse_unsupported
 from .patch_state import STATE, PatchState, state_of
+from .tuned import read_settings
 
 _CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
 
@@ -117,7 +119,7 @@ class PatchHandle:
 
 def patch(
     model: nn.Module,
-    config: RocketKVConfig | None = None,
+    config: RocketKVConfig | str | os.PathLike[str] | None = None,
     *,
     tokenizer: Any = None,
     on_step: OnStep | None = None,
@@ -132,12 +134,12 @@ def patch(
 
     Args:
         model: a causal language model of transformers, bare or wrapped (PEFT).
-        config: the settings, or None for the defaults.
+        config: the settings; the path of a file of `rocketkv tune`, made for this model; or None for the defaults.
         tokenizer: the model's tokenizer; its chat template finds messages for `protect="system"` and `fair_shares`.
         on_step: called with a `rocketkv.state.monitor.StepReport`, the missed mass of every head, after each decode
             step, inside the forward. It waits for the device only if the callback does. Copies of the model have no
             callback.
-        **fields: fields of `RocketKVConfig` that replace those of `config`.
+        **fields: fields of `RocketKVConfig` that replace those of `config` or of the file.
 
     Returns:
         A handle. The end of `with rocketkv.patch(model, ...):` restores the former state: no patch, or the earlier
@@ -147,7 +149,9 @@ def patch(
         TypeError: `model` is not a transformers model, `on_step` cannot be called, there is no such field, or a field
             has the wrong type.
         ValueError: a field has an impossible value, the model cannot be compressed, messages cannot be found in its
-            prompts, or `on_step` is for a static cache; the message says why.
+            prompts, `on_step` is for a static cache, or the file is damaged or was made for another model; the message
+            says why.
+        FileNotFoundError: there is no such file.
 
     Example:
         >>> import rocketkv, torch
@@ -169,13 +173,13 @@ def patch(
         >>> with rocketkv.patch(model, method="rocketkv+", token_budget=128) as handle:
         ...     tokens = model.generate(prompt, max_new_tokens=5)
     """
-    settings = make_config(config, fields)
+    outer = _outermost(model)
+    settings = make_config(read_settings(config, outer) if isinstance(config, (str, os.PathLike)) else config, fields)
     if on_step is not None:
         if not callable(on_step):
             raise TypeError(f"on_step must be a function of a StepReport, or None; got {type(on_step).__name__}")
         refuse_static(settings)
     chat = _chat_marks(settings, tokenizer)
-    outer = _outermost(model)
     state = state_of(outer)
     if state is not None:
         former = state.config, state.chat, state.on_step

@@ -14,12 +14,13 @@ from typing import Any, TypeAlias
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._version import __version__
 
 FORMAT = 1
 _NAMED = 4  # differences that an error message lists
+_SAMPLED = 8  # numbers at both ends of each weight, which identify a model among others of the same shape
 
 # Reads and verifies the tensors whose names a predicate accepts.
 Read: TypeAlias = Callable[[Callable[[str], bool]], dict[str, Tensor]]
@@ -125,6 +126,27 @@ def _differences(what: str, saved: Any, here: Any) -> Iterator[str]:
             yield from _differences(f"{what}.{name}", saved.get(name), here.get(name))
     elif saved != here:
         yield f"{what} is {saved!r} in the file, {here!r} here"
+
+
+def weights_digest(module: nn.Module, rounded_to: torch.dtype | None = None) -> str:
+    """Return a digest of every weight's name and shape, and of the first and last numbers of plain weights.
+
+    Args:
+        module: the module.
+        rounded_to: a dtype that the numbers are rounded to first, so that models whose weights differ by that rounding
+            alone have the same digest; None: the weights' dtypes count as well.
+    """
+    digest = hashlib.sha256()
+    samples: dict[torch.device, list[Tensor]] = {}
+    for name, weight in module.named_parameters():
+        digest.update(f"{name} {list(weight.shape)}{'' if rounded_to else f' {weight.dtype}'}".encode())
+        if type(weight) is nn.Parameter and not weight.is_meta and weight.is_floating_point():
+            ends = weight.detach().reshape(-1)
+            for part in (ends[:_SAMPLED], ends[-_SAMPLED:]):
+                samples.setdefault(weight.device, []).append(part.to(rounded_to or part.dtype).float())
+    for parts in samples.values():
+        digest.update(raw_bytes(torch.cat(parts).cpu()))
+    return digest.hexdigest()
 
 
 def _owned(tensor: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from tiny import config
 pytestmark = pytest.mark.integration
 
 PARSERS = (
-    *("demo", "compress", "ask", "plan", "env", "oracle", "lm-eval"),
+    *("demo", "compress", "ask", "tune", "plan", "env", "oracle", "lm-eval"),
     *("eval", "eval run", "eval report", "eval merge"),
     *("bench", "bench attention", "bench decode", "bench kernels", "bench model"),
 )
@@ -74,6 +74,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         *(["compress", "text", "--method", "rocketvk"], ["compress", "text", "--device", "gpu"]),
         *(["eval", "run", "--methods", "rocketvk"], ["eval", "run", "--samples", "0"], ["eval", "merge"]),
         *(["bench", "decode", "--cases", "1x8/8"], ["oracle", "--samples", "0"], ["env", "--verbose"]),
+        *(["tune", "smollm2", "text"], ["tune", "smollm2", "text", "--target-kl", "-1"]),
     ],
     ids=" ".join,
 )
@@ -91,7 +92,7 @@ def test_every_parser_is_known() -> None:
 
 
 def test_every_command_has_a_module() -> None:
-    assert set(COMMANDS) == {"demo", "compress", "ask", "plan", "env", "bench", "eval", "oracle", "lm-eval"}
+    assert set(COMMANDS) == {"demo", "compress", "ask", "tune", "plan", "env", "bench", "eval", "oracle", "lm-eval"}
     for module, _ in COMMANDS.values():
         assert importlib.util.find_spec(module, "rocketkv.cli") is not None
 
