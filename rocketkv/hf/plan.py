@@ -29,7 +29,7 @@ from ..config import RocketKVConfig
 from ..core.index import index_of
 from ..core.pages import index_dtype_of
 from ..options import DTYPES
-from ..state.stats import NOMINAL_ITEMSIZE, CacheStats, LayerStats, step_bytes
+from ..state.stats import NOMINAL_ITEMSIZE, CacheStats, LayerStats, budget_of, step_bytes
 from ..state.store import decode_room
 from .models import find_decoder, refuse_unsupported
 
@@ -293,6 +293,7 @@ def _count_layer(
         key_bytes=rows * capacity * head_dim * size,
         value_bytes=rows * capacity * value_dim * size,
         index_bytes=rows * index_bytes + bias_bytes,
+        token_budget=budget_of(split),
         other_bytes=0 if split is None else rows * (capacity + 1) * INTEGER + missed_bytes,
         full_bytes=rows * dense * token * size,
         step_bytes=rows * step_bytes(split, read, dims, sizes),

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..budget import BudgetSplit
 from ..core.index import index_of
-from .decoding import DecodeTokens
 from .missed import Audit
 from .store import KVStore
 
@@ -179,7 +178,7 @@ def store_stats(store: KVStore) -> LayerStats:
         key_bytes=live_bytes(keys),
         value_bytes=0 if shared else live_bytes(values),
         index_bytes=sum(map(live_bytes, index_tensors)),
-        token_budget=_budget(decoding),
+        token_budget=budget_of(store.split),
         expected_error=None if decoding is None else decoding.expected_error,
         other_bytes=sum(storages.values()) + live_bytes(clock) + (0 if ring is None else ring.held_bytes),
         device=str(keys.device),
@@ -191,9 +190,8 @@ def store_stats(store: KVStore) -> LayerStats:
     )
 
 
-def _budget(decoding: DecodeTokens | None) -> int | None:
-    """Return the budget of a split that evicts or selects."""
-    split = None if decoding is None else decoding.split
+def budget_of(split: BudgetSplit | None) -> int | None:
+    """Return the budget of a split that evicts or selects; None for one that keeps and reads all tokens."""
     return None if split is None or (split.top_k is None and split.kept_tokens is None) else split.token_budget
 
 
