@@ -10,8 +10,6 @@ import pytest
 
 import rocketkv
 
-pytestmark = pytest.mark.integration
-
 
 @pytest.mark.parametrize("name", ["patch", "RocketKVCache", "save_cache"])
 def test_an_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,6 @@ from rocketkv.eval.measures.kl import decode_logprobs, divergence
 from rocketkv.eval.methods import Compressed, Full
 from rocketkv.eval.tune import Measured, Text, TuneSettings, certificate, cut_windows, largest_within
 
-pytestmark = pytest.mark.integration
-
 PROMPT, STEPS, WINDOWS = 500, 3, 4
 SMALL = {"prompt": PROMPT, "steps": STEPS, "windows": WINDOWS}
 LADDER = (0.4, 0.28, 0.2)  # whose mean KL is about 0.15, 0.08 and 0.06

@@ -7,8 +7,6 @@ from torch import Tensor
 from rocketkv.cli.main import main
 from rocketkv.eval.bench import cpu as bench
 
-pytestmark = pytest.mark.integration
-
 
 def test_attention_reports_every_arm() -> None:
     result = bench.bench_attention(context=600, token_budget=96, rounds=2, steps=1, heads=4, kv_heads=2, head_dim=16)

@@ -12,8 +12,6 @@ import rocketkv
 from rocketkv.hf.models import CACHE_ARGUMENT
 from tiny import build, greedy, prompt
 
-pytestmark = pytest.mark.integration
-
 LENGTH = 600
 SMALL = {"decode_reserve": 20, "window_size": 16, "kernel_size": 5}
 

@@ -18,8 +18,6 @@ from rope import longrope
 from storages import storages, walked
 from tiny import COMMON, SETTINGS, build, greedy, left_padded, prompt
 
-pytestmark = pytest.mark.integration
-
 LAYERS = 6
 LENGTH = 900
 PROMPT = prompt(LENGTH)

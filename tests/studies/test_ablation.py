@@ -30,8 +30,6 @@ from studies.ablation.steps import random_ranks, unpooled_ties
 from studies.texts import made_texts
 from tiny import build
 
-pytestmark = pytest.mark.integration
-
 
 @pytest.fixture(scope="module")
 def model() -> Any:

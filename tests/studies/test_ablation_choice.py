@@ -23,8 +23,6 @@ from studies.ablation.fit import Arm, fitted_split
 from studies.ablation.run import ArmLayer
 from tiny import build
 
-pytestmark = pytest.mark.integration
-
 
 @pytest.fixture(scope="module")
 def layers() -> list[Layer]:
