@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 STUDIES = {
-    "ablation": (".ablation.command", "rocketkv+ part by part, at equal bytes read"),
     "divergence": (".divergence", "KL to the full cache by text, budget and method, after one shared prefill"),
     "long_output": (".long_output", "re-eviction of generated tokens: KL by decode capacity, and step times"),
     "questions": (".questions", "many questions on one context: rollback against new caches"),

@@ -87,3 +87,11 @@ def test_texts_of_every_kind_are_the_same_every_time() -> None:
     assert all(one.ids != other.ids for one, other in zip(first, made_texts(tokenizer, 900, 1), strict=True))
     with pytest.raises(ValueError, match="there are no texts song"):
         made_texts(tokenizer, 900, 0, ["song"])
+
+
+def test_facts_are_said_again_at_the_end() -> None:
+    tokenizer = eval_case.tokenizer()
+    said = tokenizer.decode(made_texts(tokenizer, 4000, 0, ["facts"])[0].ids)
+    numbers = [word for word in said.split() if len(word) == 7 and word.isdecimal()]
+    # The beginning is cut off, so that some facts are said at the end alone.
+    assert [numbers.count(number) for number in set(numbers)].count(2) >= 4

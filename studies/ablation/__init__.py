@@ -1,1 +1,0 @@
-"""`rocketkv+` part by part, at equal bytes read."""
