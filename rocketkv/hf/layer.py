@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from ..budget import METHODS, BudgetSplit
+from ..budget import BudgetSplit
 from ..config import RocketKVConfig
 from ..core.pages import index_dtype_of
 from ..core.params import AttentionParams
 from ..dispatch import StaticStep, Workspaces, backend_name, decode_step, eviction_ops, static_step
 from ..state.compress import close_prompt, evict_generated, kept_of
-from ..state.fit import fitted_budget
+from ..state.fit import prompt_split
 from ..state.history import History, HistorySnapshot
 from ..state.monitor import Monitor
 from ..state.protection import warn_unprotected
@@ -333,7 +333,8 @@ class RocketKVLayer(CacheLayerMixin):
         """
         store, config = self.store, self.config
         prompt = store.prompt
-        split, expected_error = self._split(params)
+        ops = eviction_ops(prompt.keys, backend=config.backend, workspaces=self.workspaces)
+        split, expected_error = prompt_split(store, config, self.prompt_tokens, params, self.workspaces.warn, ops)
         queries = 0 if prompt.queries is None else prompt.queries.shape[2]
         if split.ranks(self.prompt_tokens):
             check_queries(queries, min(config.window_size, store.open_tokens))
@@ -344,7 +345,7 @@ class RocketKVLayer(CacheLayerMixin):
             store,
             split,
             params,
-            ops=eviction_ops(prompt.keys, backend=config.backend, workspaces=self.workspaces),
+            ops=ops,
             decode_reserve=config.decode_reserve,
             kernel_size=config.stage_1_kernel_size,
             decode_capacity=config.decode_capacity,
@@ -360,30 +361,6 @@ class RocketKVLayer(CacheLayerMixin):
         self.prompt_end = self.prompt_ids = None
         if self.monitor is not None:
             self.monitor.begin(self.number)
-
-    def _split(self, params: AttentionParams) -> tuple[BudgetSplit, float | None]:
-        """Return the split of the open prompt; and with `max_error`, the estimated bound of its error."""
-        config, head_dim = self.config, self.store.prompt.keys.shape[3]
-        if config.max_error is None:
-            return config.split_for(self.prompt_tokens, head_dim), None
-        fitted = fitted_budget(
-            self.store,
-            lambda budget: config.split_of(budget, self.prompt_tokens, head_dim),
-            params,
-            max_error=config.max_error,
-            least=METHODS[config.method].least_budget(config.window_size, config.decode_reserve),
-            kernel_size=config.stage_1_kernel_size,
-            decode_reserve=config.decode_reserve,
-            ops=eviction_ops(self.store.prompt.keys, backend=config.backend, workspaces=self.workspaces),
-        )
-        if fitted.token_budget is None:
-            if fitted.tried:
-                self.workspaces.warn(
-                    f"RocketKV: no budget up to {fitted.tried[-1]} tokens is expected to be within max_error="
-                    f"{config.max_error} in some layers; they keep and read all tokens (see the cache's stats)"
-                )
-            return BudgetSplit(token_budget=max(1, self.prompt_tokens)), fitted.expected_error
-        return config.split_of(fitted.token_budget, self.prompt_tokens, head_dim), fitted.expected_error
 
     def _kept_when_full(self, split: BudgetSplit) -> int | None:
         """Return how many generated tokens re-eviction keeps, or None if a full buffer is an error."""

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..budget import BudgetSplit
+from ..budget import METHODS, BudgetSplit
+from ..config import RocketKVConfig
 from ..core.attention import attend
 from ..core.decode import decode_step_torch
 from ..core.eviction import TORCH_OPS, EvictionOps
@@ -51,6 +52,47 @@ class FittedBudget(NamedTuple):
     token_budget: int | None
     expected_error: float
     tried: tuple[int, ...] = ()
+
+
+def prompt_split(
+    store: KVStore,
+    config: RocketKVConfig,
+    prompt_tokens: int,
+    params: AttentionParams,
+    warn: Callable[[str], None],
+    ops: EvictionOps = TORCH_OPS,
+) -> tuple[BudgetSplit, float | None]:
+    """Return the split of an open prompt, and with `max_error` the bound of the error that is expected of it.
+
+    Args:
+        store: the layer's store, with an open prompt and its last queries.
+        config: the settings of the layer.
+        prompt_tokens: tokens of the longest row.
+        params: the model's attention parameters.
+        warn: is told if no budget is within `max_error`.
+        ops: the backend's operations of stage 1.
+    """
+    head_dim = store.prompt.keys.shape[3]
+    if config.max_error is None:
+        return config.split_for(prompt_tokens, head_dim), None
+    fitted = fitted_budget(
+        store,
+        lambda budget: config.split_of(budget, prompt_tokens, head_dim),
+        params,
+        max_error=config.max_error,
+        least=METHODS[config.method].least_budget(config.window_size, config.decode_reserve),
+        kernel_size=config.stage_1_kernel_size,
+        decode_reserve=config.decode_reserve,
+        ops=ops,
+    )
+    if fitted.token_budget is not None:
+        return config.split_of(fitted.token_budget, prompt_tokens, head_dim), fitted.expected_error
+    if fitted.tried:
+        warn(
+            f"RocketKV: no budget up to {fitted.tried[-1]} tokens is expected to be within "
+            f"max_error={config.max_error} in some layers; they keep and read all tokens (see the cache's stats)"
+        )
+    return BudgetSplit(token_budget=max(1, prompt_tokens)), fitted.expected_error
 
 
 def fitted_budget(
