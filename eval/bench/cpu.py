@@ -15,7 +15,8 @@ from torch.utils.benchmark import Timer
 
 from ...config import RocketKVConfig
 from ...core.params import AttentionParams
-from ...core.sketch import Sketch, decode, rotation_matrix
+from ...core.sketch import Sketch, rotation_matrix
+from ...core.sketch_decode import decode
 from ...dispatch import decode_step
 from ...environment import machine
 from ...hf.cache import cache_stats

@@ -2,7 +2,7 @@
 
 from ..budget import BudgetSplit
 from .pages import PageIndex
-from .sketch_index import SketchIndex
+from .sketch import SketchIndex
 from .token_index import TokenIndex
 
 

@@ -34,12 +34,17 @@ Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, N stored t
 import functools
 import math
 import random
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..budget import sketch_bytes
+from .balance import channel_balance, mean_key
+from .params import AttentionParams
 from .topk import full_precision, scalar
 
 # Spacing of the equally spaced levels that fit a normal distribution best, by bits (Max 1960, table II).
@@ -102,20 +107,6 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return packed[0] if len(packed) == 1 else torch.cat(packed, -1)
 
 
-def unpack(packed: Tensor, bits: int, head_dim: int) -> Tensor:
-    """Return the codes [..., D] uint8 that `pack` packed to [..., C]."""
-    planar = []
-    start = 0
-    for shift, width in planes(bits):
-        size = -(-head_dim * width // 8)
-        plane = packed[..., start : start + size]
-        middle = [(plane >> place) & (2**width - 1) for place in range(width, 8 - width, width)]
-        digits = torch.cat((plane & (2**width - 1), *middle, plane >> (8 - width)), -1)[..., :head_dim]
-        planar.append(digits << shift if shift else digits)
-        start += size
-    return planar[0] if len(planar) == 1 else planar[0] | planar[1]
-
-
 def odd_part(head_dim: int) -> int:
     """Return the largest odd factor of D: 1 for a power of two."""
     return head_dim // (head_dim & -head_dim)
@@ -162,58 +153,6 @@ def encoding(head_dim: int, bits: int) -> tuple[int, float, float]:
         `grid`, `rotation_norm`, and the spacing of levels over the length of the integer difference.
     """
     return grid(head_dim), rotation_norm(head_dim), LEVEL_STEP[bits] * math.sqrt(odd_part(head_dim))
-
-
-def mean_key(keys: Tensor, tokens: int, lengths: Tensor | None = None) -> Tensor:
-    """Return the mean key of each row and KV head, [B, Hkv, D] float32; zeros where a row has no token.
-
-    Args:
-        keys: [B, Hkv, N, D], the buffer of stored keys.
-        tokens: slots that the longest row fills.
-        lengths: [B, Hkv], tokens of each row, or None if all rows have `tokens`.
-    """
-    if lengths is None:
-        return keys[:, :, :tokens].sum(2, dtype=torch.float32) / max(tokens, 1)
-    filled = torch.arange(tokens, device=keys.device) < lengths[..., None]
-    total = torch.where(filled[..., None], keys[:, :, :tokens], 0).sum(2, dtype=torch.float32)
-    return total / lengths[..., None].clamp(min=1)
-
-
-def channel_balance(queries: Tensor, keys: Tensor, mean: Tensor, tokens: int, lengths: Tensor | None = None) -> Tensor:
-    """Return the factors of the channels that give logits the least expected squared error.
-
-    The rounding error of a rotated difference is the same in every channel, in proportion to the difference's length.
-    With factors w, a logit's expected squared error is proportional to sum_c (w_c k_c)^2 * sum_c (q_c / w_c)^2, which
-    is least for w_c = sqrt(q_c / k_c), where q_c and k_c are root mean squares. No host sync.
-
-    Args:
-        queries: [B, H, W, D], queries like those of later steps: the observation window's, zeros at padding.
-        keys: [B, Hkv, N, D], the buffer of stored keys.
-        mean: [B, Hkv, D] float32, of `mean_key`.
-        tokens: slots that the longest row fills.
-        lengths: [B, Hkv], tokens of each row, or None if all rows have `tokens`.
-
-    Returns:
-        [B, Hkv, D] bfloat16, 1 to 2^16; all 1 where queries or keys are not finite, or are zero.
-    """
-    batch, kv_heads, _, head_dim = keys.shape
-    asked = queries.float().square().reshape(batch, kv_heads, -1, head_dim).sum(2)
-    spread = torch.zeros_like(mean)
-    block = block_tokens(keys)
-    for start in range(0, tokens, block):
-        difference = keys[:, :, start : min(start + block, tokens)].float() - mean[:, :, None]
-        if lengths is not None:
-            slot = torch.arange(start, start + difference.shape[2], device=keys.device)
-            difference = difference.masked_fill((slot >= lengths[..., None])[..., None], 0)
-        spread += difference.square().sum(2)
-    # Channels that are never asked for, or never differ, count as very small ones.
-    asked, spread = (part.clamp(min=2**-32 * part.amax(-1, keepdim=True)) for part in (asked, spread))
-    balance = (asked / spread).sqrt_().sqrt_()
-    # At least 1, so that no query overflows. By a power of two, so that rounding does not depend on it.
-    _, exponent = torch.frexp(balance.amin(-1, keepdim=True))
-    balance = torch.ldexp(balance, 1 - exponent).clamp(max=2.0**16)
-    usable = ((balance > 0) & balance.isfinite()).all(-1, keepdim=True)
-    return torch.where(usable, balance, 1.0).to(torch.bfloat16)
 
 
 def encode(keys: Tensor, mean: Tensor, balance: Tensor, rotation: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -286,7 +225,7 @@ def write_tokens(sketch: Sketch, keys: Tensor, start: int | Tensor, rotation: Te
         bits: bits per channel, 1 to 4.
     """
     count = keys.shape[2]
-    block = block_tokens(keys)
+    block = _block_tokens(keys)
     for first in range(0, count, block):
         last = min(first + block, count)
         codes, scales = encode(keys[:, :, first:last], sketch.mean, sketch.balance, rotation, bits)
@@ -308,16 +247,146 @@ def grow_sketch(sketch: Sketch, capacity: int) -> Sketch:
     return sketch._replace(codes=codes, scales=scales)
 
 
-def decode(sketch: Sketch, tokens: int, rotation: Tensor, bits: int) -> Tensor:
-    """Return the keys [B, Hkv, tokens, D] float32 whose exact logits are the estimates of the sketch."""
-    head_dim = sketch.mean.shape[-1]
-    level = unpack(sketch.codes[:, :, :tokens], bits, head_dim).float() - (2**bits - 1) / 2
-    difference = torch.matmul(level, rotation) / rotation_norm(head_dim)
-    difference = difference * sketch.scales[:, :, :tokens, None].float() / sketch.balance[:, :, None].float()
-    return sketch.mean[:, :, None] + difference
+def score_sketch(query: Tensor, sketch: Sketch, bits: int, params: AttentionParams, *, stored: int) -> Tensor:
+    """Estimate the logit of every stored token from its packed codes, in blocks of tokens.
+
+    Args:
+        query: [B, H, D].
+        sketch: the sketch of the stored keys.
+        bits: bits per channel, 1 to 4.
+        params: the model's attention parameters; learned sinks change no logit.
+        stored: N, tokens of the longest row.
+
+    Returns:
+        [B, H, N] float32; arbitrary at tokens beyond a row's length.
+    """
+    batch, heads, head_dim = query.shape
+    kv_heads = sketch.mean.shape[1]
+    rows = query.float().reshape(batch * heads, head_dim) * scalar(params.scaling)
+    grouped = (batch * kv_heads, heads // kv_heads, -1)
+    balanced = (rows.view(grouped) / sketch.balance.flatten(0, 1).unsqueeze(1)).flatten(0, 1)
+    weight = torch.mm(balanced, _digit_rotation(head_dim, bits, query.device)).view(grouped)
+    shift = torch.bmm(rows.view(grouped), sketch.mean.flatten(0, 1).unsqueeze(-1))
+    codes, scales = sketch.codes.flatten(0, 1), sketch.scales.flatten(0, 1).unsqueeze(1)
+    blocks = []
+    block = _block_tokens(sketch.mean.unsqueeze(2))
+    for start in range(0, stored, block):
+        count = min(block, stored - start)
+        # With tokens last, multiplication saves more time than the transpose of the bytes costs.
+        bytes_first = codes.narrow(1, start, count).transpose(1, 2).contiguous()
+        product, column = weight.narrow(-1, weight.shape[-1] - 1, 1), 0
+        for first, size, masks in _digits(head_dim, bits, query.device):
+            # Digits keep their place values within the byte; the weights divide by them.
+            digits = (bytes_first.narrow(1, first, size).unsqueeze(1) & masks).float().flatten(1, 2)
+            product = torch.baddbmm(product, weight.narrow(-1, column, digits.shape[1]), digits)
+            column += digits.shape[1]
+        blocks.append(torch.addcmul(shift, product, scales.narrow(2, start, count).float()))
+    logits = (blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)).view(batch, heads, stored)
+    return logits if params.softcap is None else torch.tanh(logits / params.softcap) * params.softcap
 
 
-def block_tokens(keys: Tensor) -> int:
+@functools.cache
+@torch.inference_mode(False)
+def _digits(head_dim: int, bits: int, device: torch.device) -> tuple[tuple[int, int, Tensor], ...]:
+    """Return the digits of packed codes: a plane's first byte, its number of bytes, and masks of digits [m, 1, 1].
+
+    Each entry has half of a plane's digits: all of them, as floats, would be as large as the keys. Constants; uint8.
+    """
+    found, first = [], 0
+    for _, width in planes(bits):
+        size = -(-head_dim * width // 8)
+        masks = torch.tensor([(2**width - 1) << place for place in range(0, 8, width)], device=device).byte()
+        found += [(first, size, half.view(-1, 1, 1)) for half in masks.chunk(2)]
+        first += size
+    return tuple(found)
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _digit_rotation(head_dim: int, bits: int, device: torch.device) -> Tensor:
+    """Return the matrix that maps queries to weights of `_digits`, [D, all digits' bytes + 1] float32; a constant.
+
+    A digit's columns are the columns of R^T for its channels, over the digit's place value. The last column is minus
+    the sum of R^T's columns times the middle of the codes.
+    """
+    rotation = rotation_matrix(head_dim, device).t() / rotation_norm(head_dim)
+    parts = []
+    for shift, width in planes(bits):
+        size = -(-head_dim * width // 8)
+        padded = functional.pad(rotation, (0, size * 8 // width - head_dim))
+        pieces = torch.split(padded, size, -1)
+        parts += [piece * 2.0 ** (shift - i * width) for i, piece in enumerate(pieces)]
+    return torch.cat((*parts, rotation.sum(-1, keepdim=True) * -((2**bits - 1) / 2)), -1)
+
+
+@dataclass(frozen=True)
+class SketchIndex:
+    """The sketch index: scores every token by the sketch of its key. See `TokenIndex`.
+
+    The mean key and the balance of the compacted prompt stay fixed: a token's sketch depends on the token alone.
+    """
+
+    bits: int
+    names: ClassVar[tuple[str, ...]] = Sketch._fields
+    slotted: ClassVar[tuple[str, ...]] = ("codes", "scales")
+
+    def build(
+        self, keys: Tensor, queries: Tensor, tokens: int, lengths: Tensor | None, dtype: torch.dtype | None
+    ) -> tuple[Tensor, ...]:
+        """See `TokenIndex`."""
+        rotation = rotation_matrix(keys.shape[3], keys.device)
+        return build_sketch(keys, tokens, rotation, self.bits, lengths, queries=queries)
+
+    def grow(self, tensors: Sequence[Tensor], capacity: int) -> tuple[Tensor, ...]:
+        """See `TokenIndex`."""
+        return grow_sketch(Sketch(*tensors), capacity)
+
+    def append(self, tensors: Sequence[Tensor], keys: Tensor, lengths: Tensor, slot: int | None) -> None:
+        """See `TokenIndex`."""
+        rotation = rotation_matrix(keys.shape[3], keys.device)
+        if slot is not None:
+            write_tokens(Sketch(*tensors), keys.narrow(2, slot, 1), slot, rotation, self.bits)
+            return
+        last = (lengths.long() - 1).clamp(min=0)
+        new = keys.gather(2, last[..., None, None].expand(-1, -1, 1, keys.shape[3]))
+        write_tokens(Sketch(*tensors), new, last, rotation, self.bits)
+
+    def rebuild(self, tensors: Sequence[Tensor], keys: Tensor, tokens: int) -> None:
+        """See `TokenIndex`."""
+        rotation = rotation_matrix(keys.shape[3], keys.device)
+        write_tokens(Sketch(*tensors), keys[:, :, :tokens], 0, rotation, self.bits)
+
+    def score(
+        self,
+        query: Tensor,
+        tensors: Sequence[Tensor],
+        keys: Tensor,
+        params: AttentionParams,
+        *,
+        stored: int,
+        lengths: Tensor | None,
+    ) -> Tensor:
+        """See `TokenIndex`."""
+        return score_sketch(query, Sketch(*tensors), self.bits, params, stored=stored)
+
+    def shape(self, name: str, capacity: int, head_dim: int) -> tuple[int, ...]:
+        """See `TokenIndex`."""
+        codes = (capacity, code_bytes(head_dim, self.bits))
+        shapes = {"codes": codes, "scales": (capacity,), "mean": (head_dim,), "balance": (head_dim,)}
+        return shapes[name]
+
+    def row_bytes(self, capacity: int, head_dim: int, itemsize: int) -> int:
+        """See `TokenIndex`."""
+        fixed = head_dim * (torch.float32.itemsize + torch.bfloat16.itemsize)
+        return capacity * sketch_bytes(head_dim, self.bits) + fixed
+
+    def read_bytes(self, stored: int, head_dim: int, itemsize: int, *, nominal: bool) -> int:
+        """See `TokenIndex`."""
+        mean = head_dim * (torch.bfloat16 if nominal else torch.float32).itemsize
+        return stored * sketch_bytes(head_dim, self.bits) + mean + head_dim * torch.bfloat16.itemsize
+
+
+def _block_tokens(keys: Tensor) -> int:
     """Return the number of tokens in a block of keys [B, Hkv, any, D]."""
     batch, kv_heads, _, head_dim = keys.shape
     return max(1, BLOCK_BYTES // (4 * batch * kv_heads * head_dim))

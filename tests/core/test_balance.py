@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from close import assert_near
+from rocketkv.core.balance import channel_balance, mean_key
 from rocketkv.core.params import AttentionParams
 from rocketkv.core.residual import overestimate
-from rocketkv.core.sketch import build_sketch, channel_balance, mean_key, rotation_matrix
-from rocketkv.core.sketch_index import score_sketch
+from rocketkv.core.sketch import build_sketch, rotation_matrix, score_sketch
 from sketch_case import some_keys, some_queries
 
 D, N = 64, 400

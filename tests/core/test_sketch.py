@@ -10,21 +10,20 @@ import torch
 from close import assert_near
 from rocketkv.budget import sketch_bytes
 from rocketkv.core import sketch as sketch_module
+from rocketkv.core.balance import channel_balance, mean_key
 from rocketkv.core.sketch import (
     Sketch,
     build_sketch,
-    channel_balance,
     code_bytes,
     encode,
     grid,
     grow_sketch,
-    mean_key,
     pack,
     rotation_matrix,
     rotation_norm,
-    unpack,
     write_tokens,
 )
+from rocketkv.core.sketch_decode import unpack
 from sketch_case import BITS, DTYPES, some_keys, some_queries
 
 HEAD_DIMS = [1, 7, 12, 64, 80, 96, 128, 192, 256]

@@ -15,15 +15,14 @@ from rocketkv.core.sketch import (
     LEVEL_STEP,
     Sketch,
     build_sketch,
-    decode,
     encode,
     grid,
     rotation_matrix,
     rotation_norm,
-    unpack,
+    score_sketch,
     write_tokens,
 )
-from rocketkv.core.sketch_index import score_sketch
+from rocketkv.core.sketch_decode import decode, unpack
 from sketch_case import BITS, DTYPES, SHAPES, no_queries, some_keys, some_queries
 
 

@@ -1,0 +1,62 @@
+"""What a sketch fixes when it is built: the mean key, and a factor for each channel.
+
+Letters: B batch, H query heads, Hkv KV heads, D head dim, N stored tokens, W observation window.
+"""
+
+import torch
+from torch import Tensor
+
+# Upper bound for the float32 channels [B, Hkv, block, D] of a block of tokens.
+BLOCK_BYTES = 8 * 2**20
+
+
+def mean_key(keys: Tensor, tokens: int, lengths: Tensor | None = None) -> Tensor:
+    """Return the mean key of each row and KV head, [B, Hkv, D] float32; zeros where a row has no token.
+
+    Args:
+        keys: [B, Hkv, N, D], the buffer of stored keys.
+        tokens: slots that the longest row fills.
+        lengths: [B, Hkv], tokens of each row, or None if all rows have `tokens`.
+    """
+    if lengths is None:
+        return keys[:, :, :tokens].sum(2, dtype=torch.float32) / max(tokens, 1)
+    filled = torch.arange(tokens, device=keys.device) < lengths[..., None]
+    total = torch.where(filled[..., None], keys[:, :, :tokens], 0).sum(2, dtype=torch.float32)
+    return total / lengths[..., None].clamp(min=1)
+
+
+def channel_balance(queries: Tensor, keys: Tensor, mean: Tensor, tokens: int, lengths: Tensor | None = None) -> Tensor:
+    """Return the factors of the channels that give logits the least expected squared error.
+
+    The rounding error of a rotated difference is the same in every channel, in proportion to the difference's length.
+    With factors w, a logit's expected squared error is proportional to sum_c (w_c k_c)^2 * sum_c (q_c / w_c)^2, which
+    is least for w_c = sqrt(q_c / k_c), where q_c and k_c are root mean squares. No host sync.
+
+    Args:
+        queries: [B, H, W, D], queries like those of later steps: the observation window's, zeros at padding.
+        keys: [B, Hkv, N, D], the buffer of stored keys.
+        mean: [B, Hkv, D] float32, of `mean_key`.
+        tokens: slots that the longest row fills.
+        lengths: [B, Hkv], tokens of each row, or None if all rows have `tokens`.
+
+    Returns:
+        [B, Hkv, D] bfloat16, 1 to 2^16; all 1 where queries or keys are not finite, or are zero.
+    """
+    batch, kv_heads, _, head_dim = keys.shape
+    asked = queries.float().square().reshape(batch, kv_heads, -1, head_dim).sum(2)
+    spread = torch.zeros_like(mean)
+    block = max(1, BLOCK_BYTES // (4 * batch * kv_heads * head_dim))
+    for start in range(0, tokens, block):
+        difference = keys[:, :, start : min(start + block, tokens)].float() - mean[:, :, None]
+        if lengths is not None:
+            slot = torch.arange(start, start + difference.shape[2], device=keys.device)
+            difference = difference.masked_fill((slot >= lengths[..., None])[..., None], 0)
+        spread += difference.square().sum(2)
+    # Channels that are never asked for, or never differ, count as very small ones.
+    asked, spread = (part.clamp(min=2**-32 * part.amax(-1, keepdim=True)) for part in (asked, spread))
+    balance = (asked / spread).sqrt_().sqrt_()
+    # At least 1, so that no query overflows. By a power of two, so that rounding does not depend on it.
+    _, exponent = torch.frexp(balance.amin(-1, keepdim=True))
+    balance = torch.ldexp(balance, 1 - exponent).clamp(max=2.0**16)
+    usable = ((balance > 0) & balance.isfinite()).all(-1, keepdim=True)
+    return torch.where(usable, balance, 1.0).to(torch.bfloat16)
