@@ -171,7 +171,7 @@ def shared_prefill(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> 
         rows.append(list(loop.cache.layers))
     joined: list[tuple[Tensor, Tensor] | CacheLayerMixin] = []
     for layer_of_rows in zip(*rows, strict=True):
-        if type(layer_of_rows[0]) is DynamicLayer:
+        if type(layer_of_rows[0]) in (DynamicLayer, RocketKVLayer):
             padded = [F.pad(part, (0, 0, size - part.shape[2], 0)) for own in layer_of_rows for part in _kept(own)]
             joined.append((torch.cat(padded[0::2]), torch.cat(padded[1::2])))
         elif len(prompts) == 1:
@@ -186,7 +186,7 @@ def shared_prefill(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> 
 
 
 def _kept(layer: Any) -> tuple[Tensor, Tensor]:
-    """Return the keys and values of a stock layer."""
+    """Return the keys and values of a layer."""
     return layer.keys, layer.values
 
 

@@ -97,6 +97,7 @@ def decode(
                 meta(batch, kv_heads, capacity, sum(-(-head_dim * n // 8) for n in rule.widths), dtype=torch.uint8),
                 meta(batch, kv_heads, capacity, dtype=torch.bfloat16),
                 meta(batch, kv_heads, head_dim, dtype=torch.float32),
+                meta(batch, kv_heads, head_dim, dtype=torch.bfloat16),
             )
         buffers = DecodeBuffers(
             keys=meta(batch, kv_heads, capacity, head_dim, dtype=dtype),
@@ -214,8 +215,8 @@ QUEST_4K: dict[str, Any] = {"capacity": 4096, "token_budget": 1024, "page_size":
 SPARQ_8K: dict[str, Any] = {"capacity": 8192, "token_budget": 1024, "page_size": 1, "channels": 16, "top_k": 512}
 SPARQ_32K: dict[str, Any] = {"capacity": 32896, "token_budget": 1024, "page_size": 1, "channels": 3, "top_k": 512}
 # Of `rocketkv_plus_split`; then 3 bits, and more tokens than one program holds.
-PLUS_32K: dict[str, Any] = {"capacity": 7710, "token_budget": 1024, "sketch_bits": 2, "top_k": 511}
-PLUS_8K: dict[str, Any] = {"capacity": 4638, "token_budget": 512, "sketch_bits": 1, "top_k": 357}
+PLUS_32K: dict[str, Any] = {"capacity": 7702, "token_budget": 1024, "sketch_bits": 2, "top_k": 511}
+PLUS_8K: dict[str, Any] = {"capacity": 8320, "token_budget": 512, "sketch_bits": 1, "top_k": 234}
 THREE_BITS: dict[str, Any] = {"capacity": 16384, "token_budget": 1024, "sketch_bits": 3, "top_k": 512}
 
 # No more than six a kernel: code that one of them leaves out, such as reading all tokens, is part of another's.

@@ -175,9 +175,9 @@ def test_the_helper_takes_a_whole_loop() -> None:
 
 
 @traced
-def test_prompts_of_more_splits_than_dynamo_compiles_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, limit = build(num_hidden_layers=1), 2
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", limit)
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_prompts_of_more_splits_than_dynamo_compiles_by_itself() -> None:
+    model, limit = build(num_hidden_layers=1), torch._dynamo.config.recompile_limit
     with rocketkv.patch(model, **STATIC) as handle, torch.inference_mode():
         step = handle.compile_step(backend="eager")
         for channels in range(3, 3 + limit + 2):
