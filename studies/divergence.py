@@ -4,7 +4,8 @@ For each text and budget, a method is compared with the baseline position by pos
 block bootstrap (blocks, since neighbouring positions are alike) that it is worse, with Holm's correction over all
 texts, budgets and methods of the run.
 
-`--errors` adds the relative error of attention outputs, each layer given the full model's own queries, keys and values.
+`--errors` adds the relative error of attention outputs, and the rms error of a sketch's logits of all stored tokens;
+each layer gets the full model's own queries, keys and values.
 `--by-layer` compresses one layer at a time, which shows where the divergence comes from.
 """
 
@@ -27,6 +28,7 @@ from transformers.cache_utils import Cache
 from rocketkv._version import __version__
 from rocketkv.budget import rocketkv_plus_split
 from rocketkv.config import RocketKVConfig
+from rocketkv.core.params import AttentionParams
 from rocketkv.eval.generate import SharedPrefill, continue_prefill, shared_prefill
 from rocketkv.eval.measures.kl import Window
 from rocketkv.eval.methods import Compressed, Full, Method
@@ -35,6 +37,7 @@ from rocketkv.eval.progress import Progress
 from rocketkv.eval.records import digest
 from rocketkv.hf.layer import RocketKVLayer
 from rocketkv.hf.models import find_decoder
+from rocketkv.state.store import KVStore
 
 from .settings import StudySettings, journal_of, option
 from .texts import KINDS, file_texts, made_texts
@@ -143,9 +146,9 @@ def divergences(expected: Sequence[Tensor], found: Iterator[Tensor]) -> list[flo
 
 def attention_errors(
     model: PreTrainedModel, arms: Sequence[Arm], window: Window, prompt: int
-) -> dict[str, list[float]]:
-    """Return the mean relative error of each arm's attention outputs, by layer."""
-    found: dict[str, list[float]] = {f"{arm.name} {arm.token_budget}": [] for arm in arms}
+) -> dict[str, list[list[float]]]:
+    """Return each arm's errors by layer: the mean relative error of outputs, and the rms error of a sketch's logits."""
+    found: dict[str, list[list[float]]] = {f"{arm.name} {arm.token_budget}": [] for arm in arms}
 
     def visit(taken: LayerTensors) -> None:
         exact = taken.out[0, prompt:]
@@ -157,13 +160,30 @@ def attention_errors(
             layer.prompt_end = prompt
             with arm.in_form():
                 feed(layer, taken, 0, prompt)
-                steps = [feed(layer, taken, at, at + 1)[0, 0] for at in range(prompt, len(window.ids))]
+                steps, logits = [], []
+                for at in range(prompt, len(window.ids)):
+                    steps.append(feed(layer, taken, at, at + 1)[0, 0])
+                    if (at - prompt) % 8 == 0 and layer.store.decoding.split.sketch_bits is not None:
+                        logits.append(logit_error(layer.store, taken.query[:, :, at], taken.params))
             difference = (torch.stack(steps) - exact).view(len(steps), kv_heads, -1).norm(dim=-1)
             error = difference / exact.reshape(len(steps), kv_heads, -1).norm(dim=-1)
-            found[f"{arm.name} {arm.token_budget}"].append(float(error.mean()))
+            rms = [float(torch.stack(logits).mean().sqrt())] if logits else []
+            found[f"{arm.name} {arm.token_budget}"].append([float(error.mean()), *rms])
 
     each_layer(model, window.ids, visit)
     return found
+
+
+def logit_error(store: KVStore, query: Tensor, params: AttentionParams) -> Tensor:
+    """Return the mean squared error of the sketch's logits of all stored tokens, for a query [1, H, D]."""
+    decoding, stored = store.decoding, store.stored
+    if decoding.index is None:
+        raise ValueError("a store without an index estimates no logits")
+    buffers, plain = decoding.buffers, params._replace(softcap=None)
+    found = decoding.index.score(query, buffers.index_tensors, buffers.keys, plain, stored=stored, lengths=None)
+    keys = decoding.keys[:, :, :stored].float()
+    exact = query.float().view(*keys.shape[:2], -1, keys.shape[3]) @ keys.transpose(2, 3) * params.scaling
+    return (found - exact.flatten(1, 2)).square().mean()
 
 
 def study(
@@ -271,10 +291,16 @@ def markdown(result: dict[str, Any]) -> str:
                 known = [fmean(values) for values in reference if values is not None]
                 share = f"{fmean(means) / fmean(known):.3f}" if len(known) == len(texts) else "-"
                 lines.append(f"| `{arm}` | {' | '.join(shown)} | {fmean(means):.4f} | {share} |")
-    if result["errors"]:
-        names = list(next(iter(result["errors"].values())))
-        lines += ["", "| attention error | " + " | ".join(texts) + " | mean |", "|--" * (len(texts) + 2) + "|"]
-        for name in names:
-            values = [fmean(result["errors"][text][name]) for text in texts]
-            lines.append(f"| `{name}` | {' | '.join(f'{value:.4f}' for value in values)} | {fmean(values):.4f} |")
+    for number, title in enumerate(("attention error", "rms error of a logit")) if result["errors"] else ():
+        lines += ["", f"| {title} | " + " | ".join(texts) + " | mean | by layer |", "|--" * (len(texts) + 3) + "|"]
+        for name, layers_of_arm in next(iter(result["errors"].values())).items():
+            if number >= len(layers_of_arm[0]):
+                continue
+            by_text = [[errors[number] for errors in result["errors"][text][name]] for text in texts]
+            values = [fmean(errors) for errors in by_text]
+            by_layer = [fmean(column) for column in zip(*by_text, strict=True)]
+            each = " ".join(f"{value:.2f}" for value in by_layer)
+            lines.append(
+                f"| `{name}` | {' | '.join(f'{value:.4f}' for value in values)} | {fmean(values):.4f} | {each} |"
+            )
     return "\n".join(lines) + "\n"
