@@ -18,7 +18,7 @@ from tiny import SETTINGS, SMALL, build, greedy, left_padded, prompt
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
-PADDED = left_padded([prompt(70), prompt(31, seed=3)])
+PADDED = left_padded([prompt(56), prompt(27, seed=3)])
 
 
 def assert_same(model: Any, inputs: Any, **fields: Any) -> Any:
