@@ -40,7 +40,8 @@ def channel_balance(queries: Tensor, keys: Tensor, mean: Tensor, tokens: int, le
         lengths: [B, Hkv], tokens of each row, or None if all rows have `tokens`.
 
     Returns:
-        [B, Hkv, D] bfloat16, 1 to 2^16; all 1 where queries or keys are not finite, or are zero.
+        [B, Hkv, D] bfloat16, 1 to 2^16; all 1 where queries or keys are not finite, or queries are zero
+        or keys equal.
     """
     batch, kv_heads, _, head_dim = keys.shape
     asked = queries.float().square().reshape(batch, kv_heads, -1, head_dim).sum(2)
@@ -55,8 +56,8 @@ def channel_balance(queries: Tensor, keys: Tensor, mean: Tensor, tokens: int, le
     # Channels that are never asked for, or never differ, count as very small ones.
     asked, spread = (part.clamp(min=2**-32 * part.amax(-1, keepdim=True)) for part in (asked, spread))
     balance = (asked / spread).sqrt_().sqrt_()
+    usable = ((balance > 0) & balance.isfinite()).all(-1, keepdim=True)
+    balance = torch.where(usable, balance, 1.0)
     # At least 1, so that no query overflows. By a power of two, so that rounding does not depend on it.
     _, exponent = torch.frexp(balance.amin(-1, keepdim=True))
-    balance = torch.ldexp(balance, 1 - exponent).clamp(max=2.0**16)
-    usable = ((balance > 0) & balance.isfinite()).all(-1, keepdim=True)
-    return torch.where(usable, balance, 1.0).to(torch.bfloat16)
+    return torch.ldexp(balance, 1 - exponent).clamp(max=2.0**16).to(torch.bfloat16)

@@ -3,7 +3,7 @@
 Beyond the paper. The tokens of the observation window's second half are taken back and decoded again, as if the prompt
 had ended before them: stage 1 ranks by the first half alone, and every step is the method's own. Its output is compared
 with exact attention to the whole prompt. So the estimate includes what stage 1 evicts, what stage 2 leaves out, and the
-residual; and no token was ranked by a query that it is tried with.
+residual; and no token was ranked by a query that it is tried with. Tokens that earlier turns evicted are not counted.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, Dv of values, S tokens of the prompt, W window.
 """
@@ -22,6 +22,7 @@ from ..core.attention import attend
 from ..core.decode import decode_step_torch
 from ..core.eviction import TORCH_OPS, EvictionOps
 from ..core.index import index_of
+from ..core.pages import index_dtype_of
 from ..core.params import AttentionParams
 from .compress import close_prompt
 from .store import KVStore
@@ -83,6 +84,7 @@ def prompt_split(
         least=METHODS[config.method].least_budget(config.window_size, config.decode_reserve),
         kernel_size=config.stage_1_kernel_size,
         decode_reserve=config.decode_reserve,
+        index_dtype=index_dtype_of(config.index_dtype),
         ops=ops,
     )
     if fitted.token_budget is not None:
@@ -104,9 +106,12 @@ def fitted_budget(
     least: int,
     kernel_size: int,
     decode_reserve: int,
+    index_dtype: torch.dtype | None = None,
     ops: EvictionOps = TORCH_OPS,
 ) -> FittedBudget:
-    """Return the least budget whose estimated error is within a bound; waits for the device once.
+    """Return the least budget whose estimated error is within a bound; waits for the device once, with padding twice.
+
+    Rows that do not have all of the last tokens, since their part of the prompt is shorter, are not tried.
 
     Args:
         store: the layer's store, with an open prompt and its last queries.
@@ -116,7 +121,8 @@ def fitted_budget(
             steps of |output - exact| / |exact|, over the group's heads together.
         least: the least budget of the method.
         kernel_size: odd width of stage 1's max-pooling.
-        decode_reserve: tokens by which the prompt must exceed what it keeps.
+        decode_reserve: slots beyond the kept tokens.
+        index_dtype: dtype of page bounds, or None for the dtype of the keys.
         ops: the backend's operations of stage 1.
 
     Returns:
@@ -133,10 +139,13 @@ def fitted_budget(
         return FittedBudget(None, 0.0)
     if tried[-1] < stored // 2 // GRAIN * GRAIN:
         tried.append(stored // 2 // GRAIN * GRAIN)
+    whole = _whole_rows(store)
+    if whole is None:
+        return FittedBudget(None, 0.0)
+    store = whole
     exact = _exact_outputs(store, params)
-    bounds = torch.stack(
-        [_error_bound(store, split_of(budget), params, exact, kernel_size, decode_reserve, ops) for budget in tried]
-    )
+    common = (params, exact, kernel_size, decode_reserve, index_dtype, ops)
+    bounds = torch.stack([_error_bound(store, split_of(budget), *common) for budget in tried])
     fitted = _least_within(tried, bounds.tolist(), max_error)
     if fitted.token_budget is not None and not _saves(store, split_of(fitted.token_budget)):
         return FittedBudget(None, 0.0)
@@ -150,6 +159,25 @@ def _saves(store: KVStore, split: BudgetSplit) -> bool:
     token_bytes = (keys.shape[3] + values.shape[3]) * keys.itemsize
     index_bytes = 0 if index is None else index.row_bytes(kept, keys.shape[3], keys.itemsize)
     return kept * token_bytes + index_bytes < stored * token_bytes
+
+
+def _whole_rows(store: KVStore) -> KVStore | None:
+    """Return the open prompt of the rows that have all of the last tokens and one before them; None if no row has."""
+    prompt, valid = store.prompt, store.prompt.valid(store.lens.longest)
+    if valid is None:
+        return store
+    has_all = valid[:, 0, -_steps(store) - 1 :].all(-1).tolist()
+    if all(has_all):
+        return store
+    rows = [row for row, has in enumerate(has_all) if has]
+    if not rows:
+        return None
+    part, phase = KVStore(), replace(prompt)
+    phase.set_tensors({name: tensor[rows] for name, tensor in prompt.tensors().items()})
+    part.phase = phase
+    part.lens = store.lens.copy()
+    part.marks = None if store.marks is None else tuple(store.marks[row] for row in rows)
+    return part
 
 
 def _least_within(tried: list[int], errors: list[float], max_error: float) -> FittedBudget:
@@ -202,6 +230,7 @@ def _error_bound(
     exact: list[Tensor],
     kernel_size: int,
     decode_reserve: int,
+    index_dtype: torch.dtype | None,
     ops: EvictionOps,
 ) -> Tensor:
     """Return the upper confidence bound [] float32 of the error with a split, of the worst row."""
@@ -214,7 +243,16 @@ def _error_bound(
     probe.phase = replace(prompt, keys=keys, values=values, positions=positions, queries=queries)
     probe.lens.longest = probe.lens.shortest = begin
     probe.lens.seen = store.lens.seen - count
-    close_prompt(probe, split, params, decode_reserve=max(count, decode_reserve), kernel_size=kernel_size, ops=ops)
+    probe.marks = store.marks
+    close_prompt(
+        probe,
+        split,
+        params,
+        decode_reserve=max(count, decode_reserve),
+        kernel_size=kernel_size,
+        index_dtype=index_dtype,
+        ops=ops,
+    )
     errors = []
     for step in range(count):
         decoding, fill = probe.next_fill()
@@ -227,7 +265,4 @@ def _error_bound(
         size = torch.linalg.vector_norm(wanted, dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
         errors.append((torch.linalg.vector_norm(out.float().reshape(grouped) - wanted, dim=-1) / size).mean(-1))
     by_step = torch.stack(errors)
-    valid = prompt.valid(stored)
-    if valid is not None:  # padding is no step
-        by_step = by_step.masked_fill(~valid[:, 0, -count:].t(), 0)
     return (by_step.mean(0) + QUANTILE / math.sqrt(INDEPENDENT) * by_step.std(0)).max()

@@ -59,6 +59,7 @@ def test_the_estimate_is_the_error_of_the_methods_own_steps() -> None:
         fit._exact_outputs(store, PARAMS),
         5,
         20,
+        None,
         fit.TORCH_OPS,
     )
     assert float(found) < 1e-5
@@ -85,22 +86,33 @@ def test_a_budget_that_saves_no_byte_keeps_all() -> None:
     assert found.token_budget is None
 
 
-def test_a_padded_row_has_the_error_that_it_has_alone() -> None:
-    store = opened(2.0)
+@pytest.mark.parametrize("missing", [SIZE - 60, SIZE - 10])
+def test_a_shorter_row_changes_nothing(missing: int) -> None:
+    """A row that is read whole has no error, and one without all of the last tokens is not tried."""
+    store = opened(4.0)
     valid = torch.ones(2, SIZE, dtype=torch.bool)
-    valid[0, : SIZE - 300] = False
+    valid[1, :missing] = False
     key, value = store.prompt.keys, store.prompt.values
     assert store.prompt.queries is not None
     both = KVStore()
     both.extend(key.repeat(2, 1, 1, 1), value.repeat(2, 1, 1, 1), valid, expected=SIZE)
     both.prompt.remember(store.prompt.queries.repeat(2, 1, 1, 1), WINDOW)
-    split = METHODS["rocketkv+"].split(SIZE, 64, D, 20)
-    alone, together = (
-        float(fit._error_bound(own, split, PARAMS, fit._exact_outputs(own, PARAMS), 5, 20, fit.TORCH_OPS))
-        for own in (store, both)
-    )
-    # The shorter row stores what the other one does of fewer tokens: its error is the smaller one.
-    assert together == pytest.approx(alone, rel=1e-4)
+    alone, together = fitted(store, 0.6), fitted(both, 0.6)
+    assert alone.token_budget is not None
+    assert together.token_budget == alone.token_budget
+    assert together.expected_error == pytest.approx(alone.expected_error, rel=1e-4)
+
+
+def test_a_short_part_of_a_turn_in_a_batch_is_not_refused() -> None:
+    """A row's padding lies within the turn, before the few tokens that it adds to earlier ones."""
+    store = opened(4.0, batch=2)
+    valid = torch.ones(2, SIZE, dtype=torch.bool)
+    valid[1, SIZE - 50 : SIZE - 5] = False
+    both = KVStore()
+    both.extend(store.prompt.keys, store.prompt.values, valid, expected=SIZE)
+    assert store.prompt.queries is not None
+    both.prompt.remember(store.prompt.queries, WINDOW)
+    assert fitted(both, 0.6).tried or fitted(both, 0.6).token_budget
 
 
 @pytest.mark.parametrize(
