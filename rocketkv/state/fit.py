@@ -1,9 +1,9 @@
-"""Choose a layer's token budget at a prompt's end, by the error of decode steps whose exact outputs are known.
+"""Choose the split of a layer's prompt: by the token budget, or by the estimated error of decode steps (`max_error`).
 
-Beyond the paper. The tokens of the observation window's second half are taken back and decoded again, as if the prompt
-had ended before them: stage 1 ranks by the first half alone, and every step is the method's own. Its output is compared
-with exact attention to the whole prompt. So the estimate includes what stage 1 evicts, what stage 2 leaves out, and the
-residual; and no token was ranked by a query that it is tried with. Tokens that earlier turns evicted are not counted.
+Beyond the paper. The estimate decodes the second half of the observation window again, as if the prompt had ended
+before it. Stage 1 ranks by the queries of the first half alone; each step runs the method and is compared with exact
+attention to the whole prompt. So the error includes evicted tokens, unselected tokens and the residual, and the queries
+that measure it have not ranked any token. Tokens that earlier turns evicted do not count.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, Dv of values, S tokens of the prompt, W window.
 """
@@ -27,14 +27,14 @@ from ..core.params import AttentionParams
 from .compress import close_prompt
 from .store import KVStore
 
-# Budgets that are tried: the least, and four times as many each time. Between two of them, the logarithm of the error
-# is taken as linear in the logarithm of the budget.
-FACTOR = 4
+# Trial budgets: the smallest, and each next one larger by a factor. Between two of them, the logarithm of the error is
+# interpolated linearly over the logarithm of the budget.
+SMALLEST, FACTOR = 64, 4
 
 # One-sided confidence, as a quantile of the normal distribution.
 QUANTILE = 1.645  # 95 %
 
-# Independent steps among those of the window's half: neighbouring tokens have similar errors (docs/beyond.md).
+# Number of independent steps in half a window, since neighbouring tokens have similar errors (docs/beyond.md).
 INDEPENDENT = 4
 
 # Chosen budgets are multiples of this.
@@ -47,7 +47,7 @@ class FittedBudget(NamedTuple):
     Attributes:
         token_budget: t, or None to keep and read all tokens.
         expected_error: upper confidence bound of the mean relative error; 0 for all tokens.
-        tried: budgets that were tried; none for a prompt that is too short to compress.
+        tried: trial budgets, if none is within the bound; otherwise empty.
     """
 
     token_budget: int | None
@@ -63,14 +63,14 @@ def prompt_split(
     warn: Callable[[str], None],
     ops: EvictionOps = TORCH_OPS,
 ) -> tuple[BudgetSplit, float | None]:
-    """Return the split of an open prompt, and with `max_error` the bound of the error that is expected of it.
+    """Return the split of an open prompt, and with `max_error` the estimated bound of its error.
 
     Args:
         store: the layer's store, with an open prompt and its last queries.
         config: the settings of the layer.
         prompt_tokens: tokens of the longest row.
         params: the model's attention parameters.
-        warn: is told if no budget is within `max_error`.
+        warn: called with a message if no budget is within `max_error`.
         ops: the backend's operations of stage 1.
     """
     head_dim = store.prompt.keys.shape[3]
@@ -109,9 +109,10 @@ def fitted_budget(
     index_dtype: torch.dtype | None = None,
     ops: EvictionOps = TORCH_OPS,
 ) -> FittedBudget:
-    """Return the least budget whose estimated error is within a bound; waits for the device once, with padding twice.
+    """Return the least budget whose estimated error is within a bound.
 
-    Rows that do not have all of the last tokens, since their part of the prompt is shorter, are not tried.
+    It waits for the device once, and with padding once more for each trial budget. Rows with padding among the tokens
+    that are decoded again have no part in the estimate.
 
     Args:
         store: the layer's store, with an open prompt and its last queries.
@@ -131,7 +132,7 @@ def fitted_budget(
     """
     queries, stored = store.prompt.queries, store.lens.longest
     tried = []
-    budget = max(64, -(-least // GRAIN) * GRAIN)
+    budget = max(SMALLEST, -(-least // GRAIN) * GRAIN)
     while budget <= stored // 2:
         tried.append(budget)
         budget *= FACTOR
@@ -162,7 +163,7 @@ def _saves(store: KVStore, split: BudgetSplit) -> bool:
 
 
 def _whole_rows(store: KVStore) -> KVStore | None:
-    """Return the open prompt of the rows that have all of the last tokens and one before them; None if no row has."""
+    """Return the open prompt of the rows without padding among the last tokens, or None if there is no such row."""
     prompt, valid = store.prompt, store.prompt.valid(store.lens.longest)
     if valid is None:
         return store
@@ -181,7 +182,7 @@ def _whole_rows(store: KVStore) -> KVStore | None:
 
 
 def _least_within(tried: list[int], errors: list[float], max_error: float) -> FittedBudget:
-    """Return the least budget within the bound, between budgets that were tried."""
+    """Return the least budget within the bound, interpolated between trial budgets."""
     for number, (budget, error) in enumerate(zip(tried, errors, strict=True)):
         if not error <= max_error:  # NaN is no error within a bound
             continue
@@ -233,7 +234,7 @@ def _error_bound(
     index_dtype: torch.dtype | None,
     ops: EvictionOps,
 ) -> Tensor:
-    """Return the upper confidence bound [] float32 of the error with a split, of the worst row."""
+    """Return the upper confidence bound [] float32 of the error with a split, for the row with the largest one."""
     prompt, stored, count = store.prompt, store.lens.longest, _steps(store)
     begin = stored - count
     probe = KVStore()
@@ -258,7 +259,7 @@ def _error_bound(
         decoding, fill = probe.next_fill()
         key, value = prompt.keys[:, :, begin + step], prompt.values[:, :, begin + step]
         new = _query(store, step), key, value
-        out = decode_step_torch(*new, decoding.buffers, decoding.index, split, params, fill)
+        out = decode_step_torch(*new, decoding.buffers, decoding.index, decoding.split, params, fill)
         probe.lens.advance()
         grouped = (*keys.shape[:2], -1)
         wanted = exact[step].float().reshape(grouped)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from rocketkv import METHODS, RocketKVConfig
+from rocketkv.core.decode import decode_step_torch
 from rocketkv.core.params import AttentionParams
 from rocketkv.state import fit
 from rocketkv.state.fit import FittedBudget, fitted_budget
+from rocketkv.state.protection import RowMarks
 from rocketkv.state.store import KVStore
 
 PARAMS, WINDOW, SIZE, HEADS, KV_HEADS, D = AttentionParams(0.25), 16, 700, 4, 2, 16
@@ -113,6 +115,20 @@ def test_a_short_part_of_a_turn_in_a_batch_is_not_refused() -> None:
     assert store.prompt.queries is not None
     both.prompt.remember(store.prompt.queries, WINDOW)
     assert fitted(both, 0.6).tried or fitted(both, 0.6).token_budget
+
+
+def test_trial_steps_attend_to_protected_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = opened(4.0)
+    store.marks = (RowMarks(protected=((3, 20),)),)
+    splits = []
+
+    def step(*arguments: Any) -> Tensor:
+        splits.append(arguments[5])
+        return decode_step_torch(*arguments)
+
+    monkeypatch.setattr(fit, "decode_step_torch", step)
+    fitted(store, 0.6)
+    assert {split.protected for split in splits} == {17}
 
 
 @pytest.mark.parametrize(
