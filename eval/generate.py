@@ -172,8 +172,9 @@ def shared_prefill(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> 
     joined: list[tuple[Tensor, Tensor] | CacheLayerMixin] = []
     for layer_of_rows in zip(*rows, strict=True):
         if type(layer_of_rows[0]) in (DynamicLayer, RocketKVLayer):
-            padded = [F.pad(part, (0, 0, size - part.shape[2], 0)) for own in layer_of_rows for part in _kept(own)]
-            joined.append((torch.cat(padded[0::2]), torch.cat(padded[1::2])))
+            keys = [F.pad(layer.keys, (0, 0, size - layer.keys.shape[2], 0)) for layer in layer_of_rows]
+            values = [F.pad(layer.values, (0, 0, size - layer.values.shape[2], 0)) for layer in layer_of_rows]
+            joined.append((torch.cat(keys), torch.cat(values)))
         elif len(prompts) == 1:
             joined.append(layer_of_rows[0])
         else:
@@ -183,11 +184,6 @@ def shared_prefill(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> 
     _, mask = _padded([ids[:-TAIL] for ids in prompts], model.device)
     tails = torch.tensor([list(ids[-TAIL:]) for ids in prompts], device=model.device)
     return SharedPrefill(joined, mask, tails, size)
-
-
-def _kept(layer: Any) -> tuple[Tensor, Tensor]:
-    """Return the keys and values of a layer."""
-    return layer.keys, layer.values
 
 
 def continue_prefill(model: PreTrainedModel, method: Method, shared: SharedPrefill) -> DecodeLoop:

@@ -12,6 +12,7 @@ import random
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from ..state.stats import CacheStats
 from .generate import SharedPrefill, continue_prefill, shared_prefill
 from .intervals import at_least, mean_interval
 from .journal import Journal
-from .measures.kl import Window, divergence, start_tokens, text_tokens
+from .measures.kl import Window, divergence, following, start_tokens, text_tokens
 from .methods import Compressed, Full, Method
 from .progress import Progress
 from .records import digest
@@ -48,7 +49,7 @@ _UNCOMPRESSED = "RocketKV: no budget up to"
 
 @dataclass(frozen=True, kw_only=True)
 class TuneSettings:
-    """What is measured, and the target.
+    """Settings of the measurement, and the target.
 
     Attributes:
         model: name of the model, for the file alone.
@@ -144,7 +145,7 @@ def tune(
         model: a model to which no method is attached.
         tokenizer: its tokenizer.
         texts: see `cut_windows`.
-        settings: what to measure.
+        settings: settings of the measurement.
         journal: keeps the figures of every window and candidate; a later call with the same journal resumes.
 
     Raises:
@@ -252,10 +253,10 @@ def largest_within(ladder: Sequence[float], within: Callable[[float], bool]) -> 
 
 
 def certificate(held_out: Measured, target_kl: float) -> dict[str, Any]:
-    """Return what held-out windows say of a candidate that was chosen without them, as JSON values.
+    """Return the certificate of a candidate from windows that had no part in its choice, as JSON values.
 
-    `within_target` windows have a mean KL of at most the target; with 95 % confidence at least a share
-    `share_at_least` of all such windows has (Clopper and Pearson).
+    `within_target` is the number of windows whose mean KL is at most the target. `share_at_least` is the one-sided 95 %
+    lower bound of the share of such windows (Clopper and Pearson).
     """
     within = sum(kl <= target_kl for kl in held_out.kl)
     figures = held_out.figures()
@@ -311,7 +312,7 @@ class Measurer:
             key = digest(
                 [VERSION, __version__, self.model_mark, self.place, asdict(config), self._settings.steps, window.ids]
             )
-            rows.append(self._journal.result(key, lambda: self._figures(window, config)))  # noqa: B023  # called at once
+            rows.append(self._journal.result(key, partial(self._figures, window, config)))
             progress.step()
         return Measured(max_error, *(list(column) for column in zip(*rows, strict=True)))
 
@@ -344,6 +345,5 @@ class Measurer:
         """Return the log-probabilities [steps, vocabulary] float32 of each token of a continuation, and the cache's."""
         with method.attached(self._model):
             loop = continue_prefill(self._model, method, shared)
-            rows = [loop.logits.float().log_softmax(-1).cpu()]
-            rows += [loop.step([[token]]).float().log_softmax(-1).cpu() for token in continuation[:-1]]
-        return torch.cat(rows), cache_stats(loop.cache)
+            rows = torch.cat(list(following(loop, continuation)))
+        return rows, cache_stats(loop.cache)

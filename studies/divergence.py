@@ -11,6 +11,7 @@ each layer gets the full model's own queries, keys and values.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from rocketkv.budget import rocketkv_plus_split
 from rocketkv.config import RocketKVConfig
 from rocketkv.core.params import AttentionParams
 from rocketkv.eval.generate import SharedPrefill, continue_prefill, shared_prefill
-from rocketkv.eval.measures.kl import Window
+from rocketkv.eval.measures.kl import Window, following
 from rocketkv.eval.methods import Compressed, Full, Method
 from rocketkv.eval.oracle.run import LayerTensors, each_layer, feed, layer_numbers
 from rocketkv.eval.progress import Progress
@@ -128,11 +129,9 @@ def arm_of(name: str, budget: int, settings: Settings, head_dim: int, layers: Se
 def step_logprobs(
     model: PreTrainedModel, arm: Method, shared: SharedPrefill, tokens: Sequence[int]
 ) -> Iterator[Tensor]:
-    """Yield the log-probabilities [vocabulary] float32 after each token of a teacher-forced continuation."""
+    """Yield the log-probabilities [1, vocabulary] float32 that predict each token but the first, from decode steps."""
     with arm.attached(model):
-        loop = continue_prefill(model, arm, shared)
-        for token in tokens:
-            yield loop.step([[token]])[0].float().log_softmax(-1)
+        yield from itertools.islice(following(continue_prefill(model, arm, shared), tokens), 1, None)
 
 
 def divergences(expected: Sequence[Tensor], found: Iterator[Tensor]) -> list[float]:
@@ -195,7 +194,7 @@ def study(
         OSError: a text cannot be read.
         ValueError: an arm or a kind of text is unknown, or a text too short.
     """
-    length = settings.prompt + settings.steps
+    length = settings.prompt + settings.steps + 1  # the last token is predicted, not read
     if settings.texts:
         windows = file_texts(tokenizer, [Path(path) for path in settings.texts], length, settings.seed)
     else:
@@ -228,7 +227,8 @@ def study(
     if settings.errors:
         arms = [arm_of(name, budget, settings, head_dim, ()) for budget in settings.budgets for name in settings.arms]
         for window in windows:
-            key = digest([VERSION, __version__, settings.model, settings.arms, settings.budgets, window.ids, "errors"])
+            of_run = [VERSION, __version__, settings.model, settings.prompt, settings.decode_capacity, window.ids]
+            key = digest([*of_run, settings.arms, settings.budgets, "errors"])
             if journal.get(key) is None:
                 journal.put(key, attention_errors(model, arms, window, settings.prompt))
             errors[window.id] = journal.get(key)
@@ -265,7 +265,7 @@ def holm(probabilities: Sequence[float]) -> list[float]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Return a table of each budget: mean KL of each text and arm, and what is worse than the baseline."""
+    """Return a table for each budget: mean KL of each text and arm, with a mark at those worse than the baseline."""
     settings, cells = result["settings"], result["cells"]
     baseline = settings["baseline"]
     layers = list(dict.fromkeys(cell["layer"] for cell in cells))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, median_low
 from typing import Any, NamedTuple
@@ -143,11 +143,21 @@ def teacher_forced(
             "text elsewhere"
         )
     loop = DecodeLoop(model=model, cache=cache)
-    rows: list[Tensor] = []
-    for ids in (prompt_ids, *([token] for token in continuation_ids[:-1])):
-        logits = loop.step([ids]) if rows else loop.prefill([ids])
-        rows.append(logits.float().log_softmax(-1).cpu())
-    return torch.cat(rows)
+    loop.prefill([prompt_ids])
+    return torch.cat(list(following(loop, continuation_ids)))
+
+
+def following(loop: DecodeLoop, continuation_ids: Sequence[int]) -> Iterator[Tensor]:
+    """Yield the log-probabilities [1, vocabulary], float32 on the CPU, that predict each token of a continuation.
+
+    Args:
+        loop: of one sequence, after a prompt.
+        continuation_ids: m tokens; all but the last are read, one a step.
+    """
+    for number, token in enumerate(continuation_ids):
+        yield loop.logits.float().log_softmax(-1).cpu()
+        if number + 1 < len(continuation_ids):
+            loop.step([[token]])
 
 
 def full_logprobs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +14,14 @@ from rocketkv.hf.models import CACHE_ARGUMENT
 from tiny import build, greedy, prompt
 
 LENGTH = 600
-SMALL = {"decode_reserve": 20, "window_size": 16, "kernel_size": 5}
+SMALL: dict[str, Any] = {"decode_reserve": 20, "window_size": 16, "kernel_size": 5}
 
 
-def read(model: object, bound: float) -> rocketkv.RocketKVCache:
+def read(model: Any, bound: float) -> rocketkv.RocketKVCache:
     """Return a cache after a prompt."""
-    cache = rocketkv.RocketKVCache(model.config, method="rocketkv+", max_error=bound, prompt_length=LENGTH, **SMALL)  # type: ignore[attr-defined,arg-type]
-    with rocketkv.patch(model, method="rocketkv+", max_error=bound, **SMALL), torch.inference_mode():  # type: ignore[arg-type]
-        model(prompt(LENGTH), **{CACHE_ARGUMENT: cache})  # type: ignore[operator]
+    cache = rocketkv.RocketKVCache(model.config, method="rocketkv+", max_error=bound, prompt_length=LENGTH, **SMALL)
+    with rocketkv.patch(model, method="rocketkv+", max_error=bound, **SMALL), torch.inference_mode():
+        model(prompt(LENGTH), **{CACHE_ARGUMENT: cache})
     return cache
 
 
@@ -48,7 +49,7 @@ def test_where_nothing_is_within_the_bound_all_is_kept_with_one_warning() -> Non
     assert all(layer.token_budget is None and layer.expected_error == 0 for layer in cache.stats().layers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with rocketkv.patch(model, method="rocketkv+", max_error=1e-6, **SMALL):  # type: ignore[arg-type]
+        with rocketkv.patch(model, method="rocketkv+", max_error=1e-6, **SMALL):
             found, *_ = greedy(model, prompt(LENGTH), 8)
     expected, *_ = greedy(model, prompt(LENGTH), 8)
     assert torch.equal(found, expected)
@@ -66,7 +67,7 @@ def test_a_saved_cache_keeps_its_budgets(tmp_path: Path) -> None:
 def test_a_second_turn_fits_anew() -> None:
     model = build()
     cache = read(model, 0.9)
-    with rocketkv.patch(model, method="rocketkv+", max_error=0.9, **SMALL), torch.inference_mode():  # type: ignore[arg-type]
+    with rocketkv.patch(model, method="rocketkv+", max_error=0.9, **SMALL), torch.inference_mode():
         model(prompt(1), **{CACHE_ARGUMENT: cache})
         cache.begin_turn(LENGTH)
         model(prompt(LENGTH, seed=3), **{CACHE_ARGUMENT: cache})
