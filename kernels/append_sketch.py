@@ -126,7 +126,7 @@ def _halves(weight):
 
 @triton.jit
 def _turned(vectors, rotation, total, dtype: tl.constexpr, EXACT: tl.constexpr):
-    """Return a sum plus float32 vectors [heads, rows] times the rotation [rows, columns], exact in `dtype`."""
+    """Return total + vectors [heads, rows] float32 times the rotation, whose entries `dtype` represents exactly."""
     if EXACT:
         return tl.dot(vectors, rotation.to(tl.float32), total, input_precision="ieee")
     high = vectors.to(dtype)
@@ -226,8 +226,8 @@ def append_sketch_kernel(
 
         channel = tl.arange(0, DP)
         centre = tl.load(mean + row * D + channel, mask=channel < D, other=0.0)
-        factor_of = tl.load(balance + row * D + channel, mask=channel < D, other=1.0).to(tl.float32)
-        difference = (new.to(tl.float32) - centre) * factor_of
+        factors = tl.load(balance + row * D + channel, mask=channel < D, other=1.0).to(tl.float32)
+        difference = (new.to(tl.float32) - centre) * factors
         largest = tl.max(tl.abs(difference), 0)
         # A maximum may drop NaN; one channel that is not finite spoils all of the key.
         finite = tl.sum((tl.abs(difference) < float("inf")).to(tl.int32), 0) == DP
@@ -279,8 +279,8 @@ def append_sketch_kernel(
             part = tl.load(heads + line[None, :], mask=real & (line[None, :] < D), other=0.0)
             centre = tl.load(mean + row * D + line, mask=line < D, other=0.0)
             shift += tl.sum(part.to(tl.float32) * centre[None, :], 1)
-            shares = tl.load(balance + row * D + line, mask=line < D, other=1.0).to(tl.float32)
-            balanced = tl.div_rn(part.to(tl.float32), tl.broadcast_to(shares[None, :], [HEADS, RC]))
+            divisors = tl.load(balance + row * D + line, mask=line < D, other=1.0).to(tl.float32)
+            balanced = tl.div_rn(part.to(tl.float32), tl.broadcast_to(divisors[None, :], [HEADS, RC]))
             block = tl.load(turn + line[:, None] * lines + column[None, :])
             weight = _turned(balanced, block, weight, part.dtype, EXACT)
             if HIGHER:

@@ -60,7 +60,7 @@ def _above_0(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tune, write the file and print what it says; returns the exit code, 1 if nothing is within the target.
+    """Tune, write the file and print a summary; returns the exit code, 1 if no candidate is within the target.
 
     Figures of an unfinished run, or of one that found nothing, stay in a journal beside the file; the next run begins
     with them.
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     if found.document is None:
         sys.stdout.write(
             f"No max_error keeps the mean KL within {args.target_kl:g}: raise --target-kl, or give more --windows "
-            f"for a narrower interval. {args.output} is not written; {path} has what was measured, for the next run.\n"
+            f"for a narrower interval. {args.output} is not written; {path} keeps the measurements for the next run.\n"
         )
         return 1
     write_atomically(args.output, json.dumps(found.document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

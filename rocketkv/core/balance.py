@@ -1,4 +1,4 @@
-"""What a sketch fixes when it is built: the mean key, and a factor for each channel.
+"""The parts of a sketch that stay fixed after it is built: the mean key, and a factor for each channel.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim, N stored tokens, W observation window.
 """
@@ -33,15 +33,16 @@ def channel_balance(queries: Tensor, keys: Tensor, mean: Tensor, tokens: int, le
     is least for w_c = sqrt(q_c / k_c), where q_c and k_c are root mean squares. No host sync.
 
     Args:
-        queries: [B, H, W, D], queries like those of later steps: the observation window's, zeros at padding.
+        queries: [B, H, W, D], the queries of the observation window, which stand for those of later steps; zeros at
+            padding.
         keys: [B, Hkv, N, D], the buffer of stored keys.
         mean: [B, Hkv, D] float32, of `mean_key`.
         tokens: slots that the longest row fills.
         lengths: [B, Hkv], tokens of each row, or None if all rows have `tokens`.
 
     Returns:
-        [B, Hkv, D] bfloat16, 1 to 2^16; all 1 where queries or keys are not finite, or queries are zero
-        or keys equal.
+        [B, Hkv, D] bfloat16, 1 to 2^16; all 1 if queries or keys are not finite, if all queries are zero, or if all
+        keys are equal.
     """
     batch, kv_heads, _, head_dim = keys.shape
     asked = queries.float().square().reshape(batch, kv_heads, -1, head_dim).sum(2)
@@ -53,11 +54,11 @@ def channel_balance(queries: Tensor, keys: Tensor, mean: Tensor, tokens: int, le
             slot = torch.arange(start, start + difference.shape[2], device=keys.device)
             difference = difference.masked_fill((slot >= lengths[..., None])[..., None], 0)
         spread += difference.square().sum(2)
-    # Channels that are never asked for, or never differ, count as very small ones.
+    # Channels whose queries are zero, or whose keys are equal, count as very small ones.
     asked, spread = (part.clamp(min=2**-32 * part.amax(-1, keepdim=True)) for part in (asked, spread))
     balance = (asked / spread).sqrt_().sqrt_()
     usable = ((balance > 0) & balance.isfinite()).all(-1, keepdim=True)
     balance = torch.where(usable, balance, 1.0)
-    # At least 1, so that no query overflows. By a power of two, so that rounding does not depend on it.
+    # At least 1, so that queries do not overflow when they are divided. A power of two leaves the mantissas unchanged.
     _, exponent = torch.frexp(balance.amin(-1, keepdim=True))
     return torch.ldexp(balance, 1 - exponent).clamp(max=2.0**16).to(torch.bfloat16)

@@ -6,8 +6,8 @@ smaller weight, or none, comes closer to exact attention. The fit treats each qu
 multiplies the residual's weight by a factor f. The softmax total hardly depends on f; if it is taken as constant, the
 output is linear in f, and the least-squares f has a closed form.
 
-The fit is checked: f is fitted on every other query alone and tried on the rest, both ways round. A head in which it
-makes these errors larger than no residual at all does without the residual.
+The fit is cross-validated: f is fitted on every other query and evaluated on the rest, and the reverse. If this
+increases a head's error over that without a residual, the head's factor is `LEAST`.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, Dv of values, N stored tokens, W window.
 """
@@ -63,8 +63,8 @@ def fitted_bias(
         seen: tokens of the sequence.
 
     Returns:
-        [B, H] float32; log of `LEAST` in heads that do without a residual, 0 in rows whose steps attend to all stored
-        tokens.
+        [B, H] float32; log of `LEAST` in heads that fail the cross-validation, 0 in rows whose steps attend to all
+        stored tokens.
     """
     keys, values, positions, lengths = buffers[:4]
     batch, heads, window, _ = query.shape
@@ -87,7 +87,7 @@ def fitted_bias(
     halves = torch.stack((terms[..., 0::2].sum(-1), terms[..., 1::2].sum(-1)))
     tried = _factor(halves)
     cross, square = halves.flip(0).unbind(1)
-    # Of the squared error without a residual, what the factor of the other half adds.
+    # Increase of the squared error over that without a residual, with the factor of the other half.
     added = (tried * (tried * square - 2 * cross)).sum(0)
     factor = torch.where(added > NEGLIGIBLE, LEAST, _factor(halves.sum(0, keepdim=True))[0])
     factor = torch.where((lengths > split.token_budget)[..., None], factor, 1.0)

@@ -57,9 +57,9 @@ def sum_values(values: Tensor, stored: int, lengths: Tensor | None = None) -> Te
 
 
 def overestimate(exact: Tensor, estimated: Tensor) -> Tensor:
-    """Return by how much the others' log mass is lowered: half of what the chosen tokens' estimate exceeds, at least 0.
+    """Return the amount by which the others' estimated log mass is lowered: half of the chosen tokens' excess.
 
-    0 where an estimate is not finite: it says nothing about the others.
+    The excess is their estimated minus their exact log mass, at least 0; 0 where an estimate is not finite.
 
     Args:
         exact: log-sum-exp of the chosen tokens' exact logits, of any shape.

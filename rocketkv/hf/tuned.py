@@ -1,6 +1,6 @@
-"""Files of `rocketkv tune`: settings, the model that they were measured on, and what was measured.
+"""Files of `rocketkv tune`: settings, a fingerprint of their model, and the measurements.
 
-A file is one JSON document with a checksum. It is refused where it is damaged or where the model is another one.
+A file is one JSON document with a checksum. A damaged file, or one for another model, is refused.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ _SIZES = (
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """Return what identifies a model, as JSON values.
+    """Return a model's fingerprint, as JSON values.
 
     It reads 16 numbers of each weight, rounded to bfloat16: a model has the same fingerprint in float32 and in
     bfloat16, and in float16 if its weights were published in one of the 16-bit dtypes. Heads and the scaling of
@@ -77,7 +77,7 @@ def read_settings(path: str | os.PathLike[str], model: PreTrainedModel) -> Rocke
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, edited or of another kind or format, or was made for another model; the message
-            says what differs.
+            names the difference.
     """
     path = Path(path)
     document = _document(path)
@@ -86,8 +86,8 @@ def read_settings(path: str | os.PathLike[str], model: PreTrainedModel) -> Rocke
         refuse_difference(path, "model", document.get("model"), here)
     except ValueError as error:
         raise ValueError(
-            f"{error}. What was measured on one model says nothing of another: run `rocketkv tune` on this one, or "
-            "give settings as fields of patch"
+            f"{error}. Measurements on one model do not hold for another: run `rocketkv tune` on this one, or pass "
+            "settings as fields of patch"
         ) from error
     try:
         return RocketKVConfig(**document.get("settings", {}))
