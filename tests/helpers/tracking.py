@@ -64,3 +64,16 @@ class Tracker(TorchDispatchMode):
     def syncs(self) -> list[str]:
         """Return the operations that made the host wait."""
         return [name for name in self.operations if name in SYNCS]
+
+
+class Operators(TorchDispatchMode):
+    """Collect the names of the operators that PyTorch runs and that are no views: a bound of the launches on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from close import assert_near
 from rocketkv import dispatch as backend
@@ -20,6 +19,7 @@ pytest.importorskip("triton", reason="Triton has no package for this platform")
 
 from layer_case import HALF, Case, kernel_step, make, workspace_of
 from rocketkv.kernels import decode, select
+from tracking import Operators
 
 
 def bounds_of(store: KVStore) -> Tensor:
@@ -109,10 +109,10 @@ def test_queries_keys_and_values_may_be_slices_of_a_fused_projection() -> None:
     expected = kernel_step(case, store, workspace_of(case, store), (query, key, value), None)
     query, key, value = torch.cat((query, key, value), dim=1).split((6, 2, 2), dim=1)
     assert not query.is_contiguous()
-    with Counting() as counting:
+    with Operators() as operators:
         found = kernel_step(case, other, workspace_of(case, other), (query, key, value), None)
     assert torch.equal(found, expected)
-    assert not [name for name in counting.names if "clone" in name]
+    assert not [name for name in operators.names if "clone" in name]
     assert torch.equal(other.decoding.keys, store.decoding.keys)
     assert torch.equal(other.decoding.values, store.decoding.values)
 
@@ -172,19 +172,6 @@ def test_a_separate_choice_takes_few_passes(pages: int, monkeypatch: pytest.Monk
         assert 3 <= len(passes) <= 34  # bits of a float32 and two more
 
 
-class Counting(TorchDispatchMode):
-    """Collects the operations that PyTorch runs and that are no views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not function.is_view:
-            self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("pages", "launches"), [(decode.REGISTER_PAGES, 2), (0, 3)])
 def test_a_step_is_two_launches_and_no_operation(pages: int, launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "REGISTER_PAGES", pages)
@@ -208,9 +195,9 @@ def test_a_step_is_two_launches_and_no_operation(pages: int, launches: int, monk
         monkeypatch.setattr(decode, name, Recorded(name))
     query, key, value = steps[0]
     buffers, out = store.decoding.buffers._replace(clock=store.clock()), torch.zeros_like(query)
-    with Counting() as counting:
+    with Operators() as operators:
         decode.decode_step_triton(query, key, value, buffers, workspace, case.params(), out)
-    assert counting.names == []
+    assert operators.names == []
     assert len(launched) == launches
     # What was recorded is the step: run it.
     for name, args, kwargs, grid in launched:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import rocketkv
 from close import assert_near
@@ -23,6 +22,7 @@ from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from rocketkv.state.monitor import StepReport
 from tiny import SMALL, build, greedy, left_padded, prompt
+from tracking import Operators
 from turns import HKV, PARAMS, PROMPT, SCALING, D, H, extend, left_padding, tokens
 
 
@@ -89,22 +89,10 @@ def test_nobody_waits_for_the_device_who_did_not_ask() -> None:
         assert made.monitor is not None
         made.monitor.on_step = reports.append
         run(made, given[: PROMPT + 2])
-        with Operations() as done:
+        with Operators() as done:
             forward(made, given[PROMPT + 2 :])
         assert any(word in name for name in done.names for word in waiting) == waits
     assert len(reports) == 6
-
-
-class Operations(TorchDispatchMode):
-    """Writes down which operations of PyTorch run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def test_unasked_no_operation_is_added() -> None:
@@ -113,11 +101,12 @@ def test_unasked_no_operation_is_added() -> None:
     given = tokens(2, PROMPT + 4)
     made = layer(watched=False)
     run(made, given[: PROMPT + 3])
+    query, key, value = (part[:, :, -1] for part in (given.query, given.key, given.value))
+    decode_step(query, key, value, copy.deepcopy(made.store), PARAMS)  # the first step fills caches of constants
     store = copy.deepcopy(made.store)
-    with Operations() as bare:
-        query, key, value = (part[:, :, -1:] for part in (given.query, given.key, given.value))
-        decode_step(query[:, :, 0], key[:, :, 0], value[:, :, 0], store, PARAMS)[:, None].transpose(1, 2)
-    with Operations() as found:
+    with Operators() as bare:
+        decode_step(query, key, value, store, PARAMS)[:, None].transpose(1, 2)
+    with Operators() as found:
         forward(made, given[PROMPT + 3 :])
     computed = [[name for name in done.names if not name.startswith("aten.slice")] for done in (bare, found)]
     assert computed[0] == computed[1]
@@ -192,7 +181,7 @@ def test_audits_are_few_operations() -> None:
         cache = RocketKVCache(model.config, prompt_length=110, **PLUS, audit_every=every)
         with rocketkv.patch(model, **PLUS), torch.no_grad():
             model(ids[:, :110], **{CACHE_ARGUMENT: cache})
-            with Operations() as step:
+            with Operators() as step:
                 model(ids[:, 110:111], **{CACHE_ARGUMENT: cache})
         counts.append(len(step.names))
         assert len(cache.stats().audits) == (every == 111)
