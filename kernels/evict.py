@@ -86,8 +86,8 @@ def window_scores(
     row_block, key_block, sum_rows, sum_keys, warps = _blocks(group_rows, head_dim, low_precision)
     row_blocks = triton.cdiv(group_rows, row_block)
     splits = triton.cdiv(size, SPLIT_KEYS)
-    peaks = torch.empty(rows, splits, group_rows, dtype=torch.float32, device=key.device)
-    sums, anchors, weights = torch.empty_like(peaks), torch.empty_like(peaks[:, 0]), torch.empty_like(peaks[:, 0])
+    peaks, sums = torch.empty(2, rows, splits, group_rows, dtype=torch.float32, device=key.device)
+    anchors, weights = torch.empty(2, rows, group_rows, dtype=torch.float32, device=key.device)
     mask = query if valid is None else _bytes(valid)
     mask_heads = 1 if valid is None else valid.shape[1]
     head_block = max(16, triton.next_power_of_2(head_dim))

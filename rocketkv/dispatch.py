@@ -105,7 +105,7 @@ def eviction_ops(keys: Tensor, *, backend: str = "auto", workspaces: Workspaces 
             reason = _no_triton("cuda", False)
             workspaces.warn(f"RocketKV runs on PyTorch, several times slower than its kernels: {reason}")
         return TORCH_OPS
-    from .kernels import evict  # imported where it runs: triton may not be installed
+    from .kernels import build_sketch, evict, value_aware  # imported where it runs: triton may not be installed
 
     reason = evict.refusal(keys)
     if reason is not None:
@@ -120,7 +120,9 @@ def eviction_ops(keys: Tensor, *, backend: str = "auto", workspaces: Workspaces 
 
         return run
 
-    return EvictionOps(here(evict.window_scores), here(evict.pool_scores), here(evict.select_top), here(evict.compact))
+    stage_1 = evict.window_scores, evict.pool_scores, evict.select_top, evict.compact
+    beyond = value_aware.value_aware, functools.partial(build_sketch.write_sketch, encoding)
+    return EvictionOps(*map(here, (*stage_1, *beyond)))
 
 
 def decode_step(

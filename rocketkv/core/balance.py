@@ -6,8 +6,7 @@ Letters: B batch, H query heads, Hkv KV heads, D head dim, N stored tokens, W ob
 import torch
 from torch import Tensor
 
-# Upper bound for the float32 channels [B, Hkv, block, D] of a block of tokens.
-BLOCK_BYTES = 8 * 2**20
+from .scratch import block_length
 
 
 def mean_key(keys: Tensor, tokens: int, lengths: Tensor | None = None) -> Tensor:
@@ -46,19 +45,22 @@ def channel_balance(queries: Tensor, keys: Tensor, mean: Tensor, tokens: int, le
     """
     batch, kv_heads, _, head_dim = keys.shape
     asked = queries.float().square().reshape(batch, kv_heads, -1, head_dim).sum(2)
-    spread = torch.zeros_like(mean)
-    block = max(1, BLOCK_BYTES // (4 * batch * kv_heads * head_dim))
-    for start in range(0, tokens, block):
-        difference = keys[:, :, start : min(start + block, tokens)].float() - mean[:, :, None]
-        if lengths is not None:
-            slot = torch.arange(start, start + difference.shape[2], device=keys.device)
-            difference = difference.masked_fill((slot >= lengths[..., None])[..., None], 0)
-        spread += difference.square().sum(2)
+    spreads = []
+    block = block_length(keys.device, 4 * batch * kv_heads * head_dim)
+    empty = None if lengths is None else torch.arange(tokens, device=keys.device) >= lengths[..., None]
+    for start in range(0, max(tokens, 1), block):
+        part = slice(start, min(start + block, tokens))
+        difference = keys[:, :, part].float() - mean[:, :, None]
+        if empty is not None:
+            difference.masked_fill_(empty[:, :, part, None], 0)
+        spreads.append(difference.square_().sum(2))
     # Channels whose queries are zero, or whose keys are equal, count as very small ones.
-    asked, spread = (part.clamp(min=2**-32 * part.amax(-1, keepdim=True)) for part in (asked, spread))
+    both = torch.stack((asked, sum(spreads[1:], spreads[0])))
+    asked, spread = both.clamp_(min=2**-32 * both.amax(-1, keepdim=True))
     balance = (asked / spread).sqrt_().sqrt_()
-    usable = ((balance > 0) & balance.isfinite()).all(-1, keepdim=True)
-    balance = torch.where(usable, balance, 1.0)
+    least, largest = balance.aminmax(dim=-1, keepdim=True)
+    # Not if one is zero, infinite or NaN.
+    balance.masked_fill_((largest / least < torch.inf).logical_not_(), 1.0)
     # At least 1, so that queries do not overflow when they are divided. A power of two leaves the mantissas unchanged.
     _, exponent = torch.frexp(balance.amin(-1, keepdim=True))
     return torch.ldexp(balance, 1 - exponent).clamp(max=2.0**16).to(torch.bfloat16)

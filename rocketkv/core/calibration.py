@@ -12,7 +12,7 @@ increases a head's error over that without a residual, the head's factor is `LEA
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, Dv of values, N stored tokens, W window.
 """
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,12 +21,9 @@ from ..budget import BudgetSplit
 from .decode import DecodeBuffers
 from .params import AttentionParams
 from .residual import overestimate
+from .scratch import block_bytes
 from .token_index import TokenIndex
-from .topk import full_precision, select
-
-# Upper bound for the float32 logits [B, H, queries, N] of a block of queries, and for each of their few copies. A block
-# has at least one query.
-BLOCK_BYTES = 4 * 2**20
+from .topk import full_precision, scalar, select
 
 # Pseudo-count of the ridge prior at f = 1, in observation windows. Stage 1 has ranked by these queries, so they need
 # the residual less than later ones do (docs/beyond.md).
@@ -48,6 +45,7 @@ def fitted_bias(
     split: BudgetSplit,
     stored: int,
     seen: int,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """Return log f of each query head, the `bias` of `residual_attend`.
 
@@ -61,147 +59,184 @@ def fitted_bias(
         split: the tokens that a step may read.
         stored: N, tokens of the longest row.
         seen: tokens of the sequence.
+        valid: [B, W] bool, False at queries of padding, which do not count; or None without padding.
 
     Returns:
         [B, H] float32; log of `LEAST` in heads that fail the cross-validation, 0 in rows whose steps attend to all
         stored tokens.
     """
-    keys, values, positions, lengths = buffers[:4]
-    batch, heads, window, _ = query.shape
-    kv_heads = keys.shape[1]
-    terms = query.new_zeros(2, batch, kv_heads, heads // kv_heads, window, dtype=torch.float32)
-    if split.top_k is not None and stored > split.token_budget:
-        count = max(1, BLOCK_BYTES // (4 * batch * heads * stored))
-        with full_precision(query.device):
-            for start in range(0, window, count):
-                part = query[:, :, start : start + count]
-                last = torch.arange(start, start + part.shape[2], device=query.device) + (seen - window)
-                # A query sees the tokens up to its own position.
-                seen_by = (positions[:, :, None, :stored] <= last[:, None]) & (
-                    torch.arange(stored, device=query.device) < lengths[..., None, None]
-                )
-                found = _terms(part, keys, values, seen_by, index, buffers.index_tensors, params, split, stored)
-                # Padding has no query.
-                real = (seen_by & (positions[:, :, None, :stored] == last[:, None])).any(-1)
-                terms[..., start : start + count] = torch.where(real[:, :, None] & found.isfinite(), found, 0)
-    halves = torch.stack((terms[..., 0::2].sum(-1), terms[..., 1::2].sum(-1)))
-    tried = _factor(halves)
-    cross, square = halves.flip(0).unbind(1)
+    batch, heads = query.shape[:2]
+    if split.top_k is None or stored <= split.token_budget:
+        return query.new_zeros(batch, heads, dtype=torch.float32)
+    with full_precision(query.device):
+        terms = _terms(query, buffers, index, params, split, stored, seen)
+    terms = terms.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).unflatten(1, (batch, -1))
+    if valid is not None:
+        terms.masked_fill_(~valid[:, None, :, None], 0)
+    even, odd = terms[..., 0::2, :].sum(-2), terms[..., 1::2, :].sum(-2)
+    cross, square = torch.stack((even, odd, even + odd), 1)
+    fits = torch.add(cross, square, alpha=PRIOR).add_(NEGLIGIBLE)
+    fits.div_(torch.add(scalar(NEGLIGIBLE), square, alpha=1 + PRIOR)).clamp_(LEAST, MOST)
     # Increase of the squared error over that without a residual, with the factor of the other half.
-    added = (tried * (tried * square - 2 * cross)).sum(0)
-    factor = torch.where(added > NEGLIGIBLE, LEAST, _factor(halves.sum(0, keepdim=True))[0])
-    factor = torch.where((lengths > split.token_budget)[..., None], factor, 1.0)
-    return factor.log().flatten(1)
+    tried = fits[:2].flip(0)
+    added = torch.sub(tried * square[:2], cross[:2], alpha=2).mul_(tried).sum(0)
+    factor = fits[2].masked_fill_(added > NEGLIGIBLE, LEAST)
+    factor.masked_fill_((buffers.seq_lens <= split.token_budget)[..., None], 1.0)
+    return factor.log_().flatten(1)
 
 
-def _factor(terms: Tensor) -> Tensor:
-    """Return the least-squares factors [n, B, Hkv, G] from sums of `_terms`, [n, 2, B, Hkv, G]."""
-    cross, square = terms.unbind(1)
-    factor = (cross + PRIOR * square + NEGLIGIBLE) / ((1 + PRIOR) * square + NEGLIGIBLE)
-    return factor.clamp(LEAST, MOST)
+class _Attention(NamedTuple):
+    """Attention of queries to the tokens that they see, of which a step attends to some and leaves out the rest.
+
+    The dimensions are rows times KV heads, queries, G (1 for `rest_mean`) and Dv. Masses are log-sum-exps of logits.
+
+    Attributes:
+        total: mass of all seen tokens, or None without sinks.
+        chosen: mass of the tokens that a step attends to.
+        chosen_estimate: estimated mass of these tokens.
+        rest_estimate: estimated mass of the rest.
+        out: output of attention to all seen tokens.
+        chosen_out: output of attention to the tokens that a step attends to.
+        rest_mean: mean value of the rest.
+    """
+
+    total: Tensor | None
+    chosen: Tensor
+    chosen_estimate: Tensor
+    rest_estimate: Tensor
+    out: Tensor
+    chosen_out: Tensor
+    rest_mean: Tensor
 
 
 def _terms(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    seen: Tensor,
+    buffers: DecodeBuffers,
     index: TokenIndex,
-    index_tensors: Sequence[Tensor],
     params: AttentionParams,
     split: BudgetSplit,
     stored: int,
+    seen: int,
 ) -> Tensor:
-    """Return the terms of the least-squares fit, [2, B, Hkv, G, n], for queries [B, H, n, D].
+    """Return the terms of the least-squares fit, [2, B * Hkv, W, G]; not finite for queries that see no token.
 
-    The error of a query's output, relative to the output's length, is `u + f v`; the terms are `-u v` and `v v`. `seen`
-    [B, Hkv, n, N] bool is True at the tokens that a query sees.
+    The error of a query's output, relative to the output's length, is `f v - u`; the terms are `u v` and `v v`.
     """
-    batch, heads, count, head_dim = query.shape
-    kv_heads = keys.shape[1]
-    grouped = (batch, kv_heads, heads // kv_heads, count)
-    rows = query.reshape(*grouped, head_dim)
-    estimates = index.score(rows.flatten(1, 3), index_tensors, keys, params, stored=stored, lengths=None)
-    estimates = estimates.view(*grouped, stored)
-    estimates = estimates.masked_fill(~seen[:, :, None], -torch.inf)
-    # The selection treats each query as a separate row.
+    batch, _, window, head_dim = query.shape
+    keys, values, positions = (tensor.flatten(0, 1)[:, :stored] for tensor in buffers[:3])
+    rows = keys.shape[0]
+    queries = query.reshape(rows, -1, window, head_dim).transpose(1, 2)
+    queries = queries.to(torch.float32, memory_format=torch.contiguous_format)
+    scaled, group = queries * params.scaling, queries.shape[2]
+    positions = positions.masked_fill(positions < 0, seen)  # free slots come after every query
+    last = torch.arange(seen - window, seen, device=keys.device)[:, None]
+    sinks = (
+        None if params.sinks is None else params.sinks.float().view(1, -1, group).expand(batch, -1, -1).flatten(0, 1)
+    )
+    # A block has some rows with all of their queries, or else some queries of one row.
+    size = block_bytes(keys.device)
+    row_count = max(1, size // (4 * stored * max(group * window, head_dim, values.shape[2])))
+    query_count = max(1, min(window, size // (4 * stored * group)))
+    blocks = []
+    for first in range(0, rows, row_count):
+        own = slice(first, first + row_count)
+        tensors = [tensor.flatten(0, 1)[own, None] for tensor in buffers.index_tensors]
+        own_params = params if sinks is None else params._replace(sinks=sinks[own])
+        own_keys, own_values = keys[own].float(), values[own].float()
+        parts = []
+        for start in range(0, window, query_count):
+            part = slice(start, start + query_count)
+            unseen = positions[own, None] > last[part]
+            asked = queries[own, part].flatten(1, 2)
+            estimates = index.score(asked, tensors, own_keys[:, None], params, stored=stored, lengths=None)
+            parts.append(_attention(scaled[own, part], own_keys, own_values, unseen, estimates, own_params, split))
+        blocks.append(_joined(parts, 1))
+    found = _joined(blocks, 0)
+    return _error_terms(found, sinks)
+
+
+def _joined(parts: list[_Attention], dim: int) -> _Attention:
+    """Concatenate the tensors of some records."""
+    if len(parts) == 1:
+        return parts[0]
+    return _Attention(
+        *(None if tensors[0] is None else torch.cat(tensors, dim) for tensors in zip(*parts, strict=True))
+    )
+
+
+def _attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    unseen: Tensor,
+    estimates: Tensor,
+    params: AttentionParams,
+    split: BudgetSplit,
+) -> _Attention:
+    """Attend with n queries of p rows and KV heads.
+
+    Args:
+        query: [p, n, G, D] float32, times the scaling.
+        keys: [p, N, D] float32.
+        values: [p, N, Dv] float32.
+        unseen: [p, n, N] bool, True at free slots and at tokens after the query.
+        estimates: [p, n * G, N] float32, estimates of the logits; overwritten.
+        params: the model's attention parameters, with sinks [p, G].
+        split: the tokens that a step may read.
+    """
+    pairs, count, group, _ = query.shape
+    stored = keys.shape[1]
+    hidden = unseen[:, :, None]
+    estimates = estimates.view(pairs, count, group, stored).masked_fill_(hidden, -torch.inf)
+    # The selection treats each query as a separate row of a batch, with one KV head.
     places, _ = select(
-        estimates.permute(0, 3, 1, 2, 4).reshape(batch * count, heads, stored),
+        estimates.flatten(0, 1),
         min(split.top_k or stored, stored),
         stored=stored,
         lengths=None,
-        kv_heads=kv_heads,
+        kv_heads=1,
         unit_size=1,
-        sinks=params.sinks,
+        sinks=None if params.sinks is None else params.sinks.repeat_interleave(count, 0),
         protected=split.protected,
         by_largest=split.by_largest,
         ordered=False,
     )
-    places = places.view(batch, count, kv_heads, -1).transpose(1, 2)
-    chosen = torch.zeros_like(seen).scatter_(-1, places.long(), True) & seen
-    estimated = estimates.masked_fill(~chosen[:, :, None], -torch.inf).logsumexp(-1)
-    rest = estimates.masked_fill_((chosen | ~seen)[:, :, None], -torch.inf).logsumexp(-1)
-    by_head = []
-    for head in range(kv_heads):  # one head at a time bounds the float32 copies of keys and values
-        own = slice(head, head + 1)
-        sink = None if params.sinks is None else params.sinks.view(kv_heads, -1)[head].float()
-        by_head.append(
-            _head_terms(
-                rows[:, head].float() * params.scaling,
-                keys[:, head, :stored].float(),
-                values[:, head, :stored].float(),
-                seen[:, own],
-                chosen[:, own],
-                estimated[:, head],
-                rest[:, head],
-                params.softcap,
-                sink,
-            )
-        )
-    return torch.stack(by_head, 2)
+    places = places.view(pairs, count, -1).long()
+    rest = unseen.logical_not().scatter_(2, places, False)
+    places = places[:, :, None].expand(-1, -1, group, -1)
+    chosen_estimate = estimates.gather(3, places).logsumexp(-1)
+    rest_estimate = estimates.scatter_(3, places, -torch.inf).logsumexp(-1)
+    logits = torch.bmm(query.flatten(1, 2), keys.transpose(1, 2))
+    if params.softcap is not None:
+        logits = logits.div_(params.softcap).tanh_().mul_(params.softcap)
+    logits = logits.view_as(estimates).masked_fill_(hidden, -torch.inf)
+    total = None if params.sinks is None else logits.logsumexp(-1)
+    out = torch.bmm(logits.softmax(-1).flatten(1, 2), values)
+    logits.masked_fill_((rest | unseen)[:, :, None], -torch.inf)
+    chosen, chosen_out = logits.logsumexp(-1), torch.bmm(logits.softmax(-1).flatten(1, 2), values)
+    rest_sum = torch.bmm(rest.float(), values)[:, :, None]
+    return _Attention(
+        total=total,
+        chosen=chosen,
+        chosen_estimate=chosen_estimate,
+        rest_estimate=rest_estimate,
+        out=out.view(pairs, count, group, -1),
+        chosen_out=chosen_out.view(pairs, count, group, -1),
+        rest_mean=rest_sum / rest.sum(-1)[..., None, None].clamp_(min=1),
+    )
 
 
-def _head_terms(
-    rows: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    seen: Tensor,
-    chosen: Tensor,
-    estimated: Tensor,
-    rest: Tensor,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Return the terms of one KV head, [2, B, G, n]; see `_terms`.
-
-    Args:
-        rows: [B, G, n, D], queries times the scaling.
-        keys: [B, N, D].
-        values: [B, N, Dv].
-        seen: [B, 1, n, N] bool.
-        chosen: [B, 1, n, N] bool, the seen tokens that a step attends to.
-        estimated: [B, G, n], log-sum-exp of these tokens' estimated logits.
-        rest: [B, G, n], log-sum-exp of the estimated logits of the other seen tokens.
-        softcap: soft-cap of the logits, or None.
-        sinks: [G], learned sinks, or None.
-    """
-    # The group's queries are rows of one matrix, so that keys and values are not copied per head.
-    logits = torch.bmm(rows.flatten(1, 2), keys.transpose(1, 2)).view(*rows.shape[:3], -1)
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    logits = logits.masked_fill(~seen, -torch.inf)
-    near = logits.masked_fill(~chosen, -torch.inf)
-    all_mass, near_mass = logits.logsumexp(-1), near.logsumexp(-1)
-    rest = rest - overestimate(near_mass, estimated)
-    weights = logits.softmax(-1), near.softmax(-1)
-    out, own = (torch.bmm(weight.flatten(1, 2), values).view(*rows.shape[:3], -1) for weight in weights)
-    others = (seen & ~chosen).float()
-    mean = torch.bmm(others[:, 0], values)[:, None] / others.sum(-1, keepdim=True).clamp(min=1)
+def _error_terms(found: _Attention, sinks: Tensor | None) -> Tensor:
+    """Return the terms of `_terms` for all queries; sinks [rows, G]."""
+    out, rest = found.out, found.rest_estimate - overestimate(found.chosen, found.chosen_estimate)
     # Shares of the softmax total: chosen tokens, residual, learned sink. The sink has no value.
-    sink = torch.full_like(rest, -torch.inf) if sinks is None else sinks[:, None].expand_as(rest)
-    share = torch.stack((near_mass, rest, sink), -1).softmax(-1)
-    out = out * torch.sigmoid(all_mass - sink)[..., None]
-    fixed = share[..., :1] * own - (share[..., :1] + share[..., 2:]) * out
-    linear = share[..., 1:2] * (mean - out)
-    size = out.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.stack(((-fixed * linear).sum(-1) / size, linear.square().sum(-1) / size))
+    if sinks is None or found.total is None:
+        share = torch.stack((found.chosen, rest), -1).softmax(-1)
+        fixed = (out - found.chosen_out).mul_(share[..., :1])
+    else:
+        sink = sinks[:, None].expand_as(rest)
+        share = torch.stack((found.chosen, rest, sink), -1).softmax(-1)
+        out = out * torch.sigmoid(found.total - sink)[..., None]
+        fixed = (out - found.chosen_out).mul_(share[..., :1]).addcmul_(share[..., 2:], out)
+    linear = (found.rest_mean - out).mul_(share[..., 1:2])
+    return torch.stack((fixed, linear)).mul_(linear).sum(-1).div_(out.square().sum(-1))

@@ -15,10 +15,9 @@ from torch.nn import functional as F
 
 from .compact import compact
 from .params import AttentionParams
+from .scratch import block_length
+from .sketch import write_tokens
 from .topk import full_precision, select_top
-
-# Upper bound for the float32 scores [B, H, W, block] of a block of keys: no score matrix over all keys is built.
-SCORE_BLOCK_BYTES = 8 * 2**20
 
 
 def window_scores(
@@ -46,7 +45,7 @@ def window_scores(
     kv_heads, size = key.shape[1], key.shape[2]
     group = heads // kv_heads
     rows = query.float().reshape(batch, kv_heads, group * window, head_dim) * params.scaling
-    block = max(window, SCORE_BLOCK_BYTES // (4 * batch * heads * window))
+    block = max(window, block_length(key.device, 4 * batch * heads * window))
 
     def logits(start: int, stop: int) -> Tensor:
         # [B, Hkv, G * W, block]
@@ -121,22 +120,24 @@ def value_aware(scores: Tensor, value: Tensor) -> Tensor:
         [B, Hkv, S - W] float32; 0 where the score is 0.
     """
     batch, kv_heads, size = scores.shape
-    block = max(1, SCORE_BLOCK_BYTES // (4 * batch * kv_heads * value.shape[3]))
-    blocks = [slice(start, min(start + block, size)) for start in range(0, size, block)]
-
-    def scored(part: slice) -> Tensor:
-        # Values at padding are arbitrary: replace them by zeros.
-        return value[:, :, part].float().masked_fill(scores[:, :, part, None] == 0, 0)
-
-    out = value.new_zeros(batch, kv_heads, 1, value.shape[3], dtype=torch.float32)
+    rows, value_dim = batch * kv_heads, value.shape[3]
+    value = value.float() if value.dtype == torch.float64 else value  # differences from the mean are float32
+    block = block_length(value.device, 4 * rows * value_dim)
+    blocks = [slice(start, min(start + block, size)) for start in range(0, max(size, 1), block)]
+    # Values at padding are arbitrary.
+    unscored = (scores == 0)[..., None]
+    out: Tensor | None = None
     changed = torch.empty_like(scores)
     with full_precision(value.device):
         for part in blocks:
-            out += scores[:, :, None, part] @ scored(part)
-        out /= scores.sum(-1)[..., None, None].clamp(min=torch.finfo(torch.float32).tiny)
+            scored = value[:, :, part].masked_fill(unscored[:, :, part], 0).float()
+            factors = scores[:, :, part].flatten(0, 1)[:, None], scored.flatten(0, 1)
+            out = torch.bmm(*factors) if out is None else out.baddbmm_(*factors)
+        total = scores.sum(-1).clamp_(min=torch.finfo(torch.float32).tiny)
+        mean = out.view(batch, kv_heads, 1, value_dim) / total[..., None, None]
         for part in blocks:
-            changed[:, :, part] = scores[:, :, part] * torch.linalg.vector_norm(scored(part) - out, dim=-1)
-    return changed
+            torch.linalg.vector_norm(value[:, :, part] - mean, dim=-1, out=changed[:, :, part])
+        return changed.masked_fill_(unscored[..., 0], 0).mul_(scores)
 
 
 def pool_scores(
@@ -168,12 +169,14 @@ def pool_scores(
 
 
 class EvictionOps(NamedTuple):
-    """The four operations of stage 1 that a backend implements; `TORCH_OPS` has the documented reference of each."""
+    """The operations at a prompt's end that a backend implements; `TORCH_OPS` has the documented reference of each."""
 
     window_scores: Callable[..., Tensor]
     pool_scores: Callable[..., Tensor]
     select_top: Callable[[Tensor, int], Tensor]
     compact: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]]
+    value_aware: Callable[[Tensor, Tensor], Tensor] = value_aware
+    write_sketch: Callable[..., None] = write_tokens
 
 
 TORCH_OPS = EvictionOps(window_scores, pool_scores, select_top, compact)
@@ -208,5 +211,5 @@ def prompt_scores(
     with full_precision(key.device):
         scores = ops.window_scores(query, key, params, valid=valid)
     if value is not None:
-        scores = value_aware(scores, value)
+        scores = ops.value_aware(scores, value)
     return ops.pool_scores(scores, query.shape[2], kernel_size=kernel_size, pool_offset=pool_offset, valid=valid)

@@ -17,7 +17,7 @@ r channels.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -234,7 +234,13 @@ class PageIndex:
     slotted: ClassVar[tuple[str, ...]] = names
 
     def build(
-        self, keys: Tensor, queries: Tensor, tokens: int, lengths: Tensor | None, dtype: torch.dtype | None
+        self,
+        keys: Tensor,
+        queries: Tensor,
+        tokens: int,
+        lengths: Tensor | None,
+        dtype: torch.dtype | None,
+        write_sketch: Callable[..., None] | None = None,
     ) -> tuple[Tensor, ...]:
         """See `TokenIndex`."""
         return (build_pages(keys, tokens, self.page_size, dtype),)

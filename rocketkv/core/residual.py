@@ -21,13 +21,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from .params import AttentionParams
+from .scratch import block_length
 from .topk import gather_tokens, scalar
 
 # A float64 this large has 2^-32 as its last bit: adding and subtracting it rounds a value to multiples of 2^-32.
 ROUNDER = 1.5 * 2.0**20
 
-# Upper bound for the float64 values [B, Hkv, block, Dv] of a block of tokens.
-BLOCK_BYTES = 4 * 2**20
+# Sums of smaller magnitude are exact.
+LARGEST_EXACT = 2.0**20
 
 
 def summable(values: Tensor) -> Tensor:
@@ -45,15 +46,32 @@ def sum_values(values: Tensor, stored: int, lengths: Tensor | None = None) -> Te
         lengths: [B, Hkv], tokens of each row, or None if every row has N.
     """
     batch, kv_heads, _, value_dim = values.shape
-    total = values.new_zeros(batch, kv_heads, value_dim, dtype=torch.float64)
-    block = max(1, BLOCK_BYTES // (8 * batch * kv_heads * value_dim))
-    for start in range(0, stored, block):
+    sums = []
+    block = block_length(values.device, 8 * batch * kv_heads * value_dim)
+    for start in range(0, max(stored, 1), block):
         part = summable(values[:, :, start : min(start + block, stored)])
         if lengths is not None:
             slot = torch.arange(start, start + part.shape[2], device=part.device)
             part.masked_fill_((slot >= lengths[..., None])[..., None], 0)
-        total += part.sum(2)
-    return total
+        sums.append(part.sum(2))
+    return sum(sums[1:], sums[0])
+
+
+def subtract_values(total: Tensor, values: Tensor) -> bool:
+    """Subtract the values of removed tokens from their rows' sums, in place, if that is exact; waits for the device.
+
+    Args:
+        total: [B, Hkv, Dv] float64, of `sum_values`.
+        values: [B, Hkv, n, Dv], the removed tokens.
+
+    Returns:
+        Whether they were subtracted. Values that are not finite, and very large ones, can only be summed anew.
+    """
+    removed = summable(values).sum(2)
+    if not bool((torch.stack((total, removed)).abs_() < LARGEST_EXACT).all()):
+        return False
+    total.sub_(removed)
+    return True
 
 
 def overestimate(exact: Tensor, estimated: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, N stored t
 import functools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -45,13 +45,11 @@ from torch.nn import functional
 from ..budget import sketch_bytes
 from .balance import channel_balance, mean_key
 from .params import AttentionParams
+from .scratch import block_length
 from .topk import full_precision, scalar
 
 # Spacing of the equally spaced levels that fit a normal distribution best, by bits (Max 1960, table II).
 LEVEL_STEP = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352}
-
-# Upper bound for the float32 channels [B, Hkv, block, D] of a block of tokens.
-BLOCK_BYTES = 8 * 2**20
 
 
 class Sketch(NamedTuple):
@@ -187,7 +185,14 @@ def encode(keys: Tensor, mean: Tensor, balance: Tensor, rotation: Tensor, bits: 
 
 
 def build_sketch(
-    keys: Tensor, tokens: int, rotation: Tensor, bits: int, lengths: Tensor | None = None, *, queries: Tensor
+    keys: Tensor,
+    tokens: int,
+    rotation: Tensor,
+    bits: int,
+    lengths: Tensor | None = None,
+    *,
+    queries: Tensor,
+    write: Callable[..., None] | None = None,
 ) -> Sketch:
     """Build the sketch of the first `tokens` tokens, with room for the whole buffer.
 
@@ -198,6 +203,7 @@ def build_sketch(
         bits: bits per channel, 1 to 4.
         lengths: [B, Hkv], tokens of each row, or None if all rows have `tokens`.
         queries: see `channel_balance`.
+        write: a backend's `write_tokens`, or None for this module's.
 
     Returns:
         The sketch; zeros from `tokens` on.
@@ -210,7 +216,7 @@ def build_sketch(
         mean,
         channel_balance(queries, keys, mean, tokens, lengths),
     )
-    write_tokens(sketch, keys[:, :, :tokens], 0, rotation, bits)
+    (write or write_tokens)(sketch, keys[:, :, :tokens], 0, rotation, bits)
     return sketch
 
 
@@ -224,8 +230,8 @@ def write_tokens(sketch: Sketch, keys: Tensor, start: int | Tensor, rotation: Te
         rotation: [D, D], of `rotation_matrix(D)`.
         bits: bits per channel, 1 to 4.
     """
-    count = keys.shape[2]
-    block = _block_tokens(keys)
+    batch, kv_heads, count, head_dim = keys.shape
+    block = block_length(keys.device, 4 * batch * kv_heads * head_dim)
     for first in range(0, count, block):
         last = min(first + block, count)
         codes, scales = encode(keys[:, :, first:last], sketch.mean, sketch.balance, rotation, bits)
@@ -269,7 +275,7 @@ def score_sketch(query: Tensor, sketch: Sketch, bits: int, params: AttentionPara
     shift = torch.bmm(rows.view(grouped), sketch.mean.flatten(0, 1).unsqueeze(-1))
     codes, scales = sketch.codes.flatten(0, 1), sketch.scales.flatten(0, 1).unsqueeze(1)
     blocks = []
-    block = _block_tokens(sketch.mean.unsqueeze(2))
+    block = block_length(query.device, 4 * sketch.mean.numel())
     for start in range(0, stored, block):
         count = min(block, stored - start)
         # With tokens last, multiplication saves more time than the transpose of the bytes costs.
@@ -331,11 +337,17 @@ class SketchIndex:
     slotted: ClassVar[tuple[str, ...]] = ("codes", "scales")
 
     def build(
-        self, keys: Tensor, queries: Tensor, tokens: int, lengths: Tensor | None, dtype: torch.dtype | None
+        self,
+        keys: Tensor,
+        queries: Tensor,
+        tokens: int,
+        lengths: Tensor | None,
+        dtype: torch.dtype | None,
+        write_sketch: Callable[..., None] | None = None,
     ) -> tuple[Tensor, ...]:
         """See `TokenIndex`."""
         rotation = rotation_matrix(keys.shape[3], keys.device)
-        return build_sketch(keys, tokens, rotation, self.bits, lengths, queries=queries)
+        return build_sketch(keys, tokens, rotation, self.bits, lengths, queries=queries, write=write_sketch)
 
     def grow(self, tensors: Sequence[Tensor], capacity: int) -> tuple[Tensor, ...]:
         """See `TokenIndex`."""
@@ -384,9 +396,3 @@ class SketchIndex:
         """See `TokenIndex`."""
         mean = head_dim * (torch.bfloat16 if nominal else torch.float32).itemsize
         return stored * sketch_bytes(head_dim, self.bits) + mean + head_dim * torch.bfloat16.itemsize
-
-
-def _block_tokens(keys: Tensor) -> int:
-    """Return the number of tokens in a block of keys [B, Hkv, any, D]."""
-    batch, kv_heads, _, head_dim = keys.shape
-    return max(1, BLOCK_BYTES // (4 * batch * kv_heads * head_dim))

@@ -6,7 +6,7 @@ which the store owns. So stores, snapshots and files treat both indexes alike.
 Letters: B batch, H query heads, Hkv KV heads, D head dim, N stored tokens, U units (pages, or single tokens).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -27,7 +27,13 @@ class TokenIndex(Protocol):
     slotted: ClassVar[tuple[str, ...]]
 
     def build(
-        self, keys: Tensor, queries: Tensor, tokens: int, lengths: Tensor | None, dtype: torch.dtype | None
+        self,
+        keys: Tensor,
+        queries: Tensor,
+        tokens: int,
+        lengths: Tensor | None,
+        dtype: torch.dtype | None,
+        write_sketch: Callable[..., None] | None = None,
     ) -> tuple[Tensor, ...]:
         """Return the index tensors of a key buffer [B, Hkv, capacity, D].
 
@@ -37,6 +43,7 @@ class TokenIndex(Protocol):
             tokens: slots that the longest row fills.
             lengths: [B, Hkv] int32, tokens of each row, or None if all rows have `tokens`.
             dtype: dtype of page bounds, or None for the dtype of the keys.
+            write_sketch: a backend's `sketch.write_tokens`, or None for the reference.
         """
         ...
 

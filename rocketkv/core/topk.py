@@ -121,7 +121,7 @@ def select(
         lengths: [B, Hkv] int32, tokens of each row, or None if every row has N.
         kv_heads: Hkv.
         unit_size: tokens of a full unit.
-        sinks: [H], learned sinks: one logit per head in the softmax's denominator; or None.
+        sinks: [H] or [B, H], learned sinks: one logit per head in the softmax's denominator; or None.
         protected: number of first tokens that are chosen before all others, in whole units.
         by_largest: whether the largest weight over the group's heads ranks a token, not the average.
         ordered: whether positions must ascend; attention does not need it.
@@ -146,7 +146,7 @@ def select(
         weight = logits.softmax(-1)
         total = (weight * over_heads).sum(-1, keepdim=True)
     if sinks is not None:
-        total = total + torch.exp(sinks.float()[:, None] - logits.logsumexp(-1, keepdim=True))
+        total = total + torch.exp(sinks.float()[..., None] - logits.logsumexp(-1, keepdim=True))
     if isinstance(total, Tensor) or total != 1:
         weight = weight / total
     by_head = weight.view(batch, kv_heads, group, units)

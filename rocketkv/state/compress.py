@@ -6,6 +6,9 @@ enough of them to fill half of their room. The prompt's tokens stay, and buffers
 Letters: B batch, H query heads, Hkv KV heads, D head dim, N stored tokens, W observation window.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,7 +21,7 @@ from ..core.params import AttentionParams
 from ..core.residual import sum_values
 from ..core.topk import full_precision, gather_tokens, recent_positions, select_top
 from .decoding import DecodeTokens
-from .protection import message_numbers, protected_first, protected_slots, with_fair_shares
+from .protection import RowMarks, message_numbers, protected_first, protected_slots, with_fair_shares
 from .queries import QueryRing, make_ring
 from .store import KVStore, decode_room
 
@@ -63,33 +66,29 @@ def close_prompt(
         raise ValueError("close_prompt ends a prompt: remember its queries first")
     stored, queries = lens.longest, prompt.queries
     keys, values, valid = prompt.keys[:, :, :stored], prompt.values[:, :, :stored], prompt.valid(stored)
-    protected = None if store.marks is None else protected_slots(store.marks, prompt.slot_positions(stored))
-    if protected is not None:
-        split = with_protected(split, int(protected.sum(-1).max()))
-    longest = shortest = stored
+    marked = None
+    if store.marks is not None:
+        places = prompt.slot_positions(stored)
+        marked = _MarkedSlots(store.marks, places, protected_slots(store.marks, places))
+    counts = _host_counts(stored, valid, marked)
+    split = with_protected(split, counts.protected)
+    longest, shortest = counts.longest, counts.shortest
     if valid is not None:
-        counts = valid.sum(-1)
-        shortest, longest = (int(count) for count in torch.stack(counts.aminmax()).tolist())
-        _refuse_padded_ends(split, valid, counts)
+        _refuse_padded_ends(split, valid, counts.longest_padded_end)
         queries = queries.masked_fill(~valid[:, :1, -queries.shape[2] :, None], 0)
     slots: Tensor | None = None
     restorable = store.restorable  # if this prompt evicts nothing, crops can return to the last eviction
     if split.kept_tokens is not None and longest > split.kept_tokens:
-        slots = _kept_slots(store, split, params, keys, values, valid, protected, kernel_size, ops)
+        slots = _kept_slots(queries, split, params, keys, values, valid, marked, kernel_size, ops)
         restorable = lens.seen - (queries.shape[2] if split.sinks is None else split.kept_tokens - split.sinks)
         longest, shortest = split.kept_tokens, min(shortest, split.kept_tokens)
         store.complete = False
     elif valid is not None:
         slots = _all_slots(keys)
-    moved = False
-    if protected is not None and split.protected:
-        present = _all_slots(keys) if slots is None else slots
-        ordered = protected_first(present, protected)
-        moved = not torch.equal(ordered, present)
-        if moved:
-            # Up to the last protected token, slots are not in the order of the sequence: no crop can return there.
-            last = int(prompt.slot_positions(stored).masked_fill(~protected, -1).amax())
-            slots, restorable, store.complete = ordered, max(restorable, last + 1), False
+    if marked is not None and counts.moved:
+        slots = protected_first(_all_slots(keys) if slots is None else slots, marked.protected)
+        # Up to the last protected token, slots are not in the order of the sequence: no crop can return there.
+        restorable, store.complete = max(restorable, counts.last_protected + 1), False
     room = decode_room(split, decode_reserve) if decode_capacity is None else decode_capacity
     page_size = None if split.channels is None else split.page_size  # bounds are computed while keys are moved
     kept_keys, kept_values, positions, seq_lens, bounds = ops.compact(
@@ -110,13 +109,68 @@ def close_prompt(
         decode_capacity=decode_capacity,
         prompt_end=lens.seen,
         prompt_stored=longest,
-        moved=moved,
+        moved=counts.moved,
         aligned=aligned,
     )
     store.phase, store.restorable = decoding, restorable
-    _derive(store, decoding, queries, params, index_dtype)
+    window = None if valid is None else valid[:, 0, -queries.shape[2] :]
+    _derive(store, decoding, queries, window, params, index_dtype, ops)
     if decode_capacity is not None:
         store.clock()
+
+
+class _MarkedSlots(NamedTuple):
+    """The marks of a prompt's tokens.
+
+    Attributes:
+        marks: of each of the B rows.
+        positions: [B, 1 or Hkv, S] integers, each slot's position in the sequence, -1 for none.
+        protected: [B, 1 or Hkv, S] bool, True at protected tokens.
+    """
+
+    marks: Sequence[RowMarks]
+    positions: Tensor
+    protected: Tensor
+
+
+class _HostCounts(NamedTuple):
+    """What the host must know of a prompt to allocate buffers.
+
+    Attributes:
+        longest: tokens of the longest row.
+        shortest: tokens of the shortest row.
+        longest_padded_end: tokens of the longest row that ends with padding, 0 if there is none.
+        protected: protected tokens of the row that has most.
+        last_protected: position of the last protected token, -1 if there is none.
+        moved: whether other tokens come before protected ones.
+    """
+
+    longest: int
+    shortest: int
+    longest_padded_end: int = 0
+    protected: int = 0
+    last_protected: int = -1
+    moved: bool = False
+
+
+def _host_counts(stored: int, valid: Tensor | None, marked: _MarkedSlots | None) -> _HostCounts:
+    """Return the counts of a prompt; the only wait for the device at its end, and none without padding and marks."""
+    if valid is None and marked is None:
+        return _HostCounts(stored, stored)
+    found = {}
+    if valid is not None:
+        tokens = valid.sum(-1)
+        found["shortest"], found["longest"] = tokens.aminmax()
+        found["longest_padded_end"] = tokens.masked_fill(valid[..., -1], 0).amax()
+    if marked is not None:
+        protected, other = marked.protected, ~marked.protected
+        found["protected"] = protected.sum(-1).amax()
+        found["last_protected"] = marked.positions.masked_fill(other, -1).amax().long()
+        other = other if valid is None else other & valid
+        found["moved"] = (protected & (other.cumsum(-1) > 0)).any().long()
+    counts = dict(zip(found, torch.stack(tuple(found.values())).tolist(), strict=True))
+    moved = bool(counts.pop("moved", False))
+    return _HostCounts(**{"longest": stored, "shortest": stored, **counts}, moved=moved)
 
 
 def _all_slots(keys: Tensor) -> Tensor:
@@ -124,24 +178,23 @@ def _all_slots(keys: Tensor) -> Tensor:
 
 
 def _kept_slots(
-    store: KVStore,
+    queries: Tensor,
     split: BudgetSplit,
     params: AttentionParams,
     keys: Tensor,
     values: Tensor,
     valid: Tensor | None,
-    protected: Tensor | None,
+    marked: _MarkedSlots | None,
     kernel_size: int,
     ops: EvictionOps,
 ) -> Tensor:
     """Return the slots [B, Hkv, kept] that stage 1 keeps, ascending."""
-    kept, queries = split.kept_tokens or 0, store.prompt.queries
+    kept = split.kept_tokens or 0
     if split.sinks is not None:
         real = torch.ones_like(keys[..., 0], dtype=torch.bool) if valid is None else valid.expand(keys.shape[:3])
         return recent_positions(real, kept, split.sinks)
-    if queries is None or kept < queries.shape[2]:
-        window = 0 if queries is None else queries.shape[2]
-        raise ValueError(f"kept_tokens must be at least the window of {window} tokens, got {kept}")
+    if kept < queries.shape[2]:
+        raise ValueError(f"kept_tokens must be at least the window of {queries.shape[2]} tokens, got {kept}")
     scores = prompt_scores(
         queries,
         keys,
@@ -152,11 +205,11 @@ def _kept_slots(
         valid=valid,
         ops=ops,
     )
-    if protected is not None and store.marks is not None:
-        scores = scores.masked_fill(protected, torch.inf)
-        if any(mark.messages for mark in store.marks):
-            positions = store.prompt.slot_positions(keys.shape[2])
-            scores = with_fair_shares(scores, message_numbers(store.marks, positions), kept)
+    if marked is not None:
+        scores = scores.masked_fill_(marked.protected, torch.inf)
+        count = 1 + max(len(mark.messages) for mark in marked.marks)
+        if count > 1:
+            scores = with_fair_shares(scores, message_numbers(marked.marks, marked.positions), count, kept)
     return ops.select_top(scores, kept)
 
 
@@ -166,35 +219,37 @@ def _derive(
     store: KVStore,
     decoding: DecodeTokens,
     queries: Tensor,
+    window: Tensor | None,
     params: AttentionParams,
     index_dtype: torch.dtype | None,
+    ops: EvictionOps,
 ) -> None:
     """Build the sketch of the compacted tokens, the sum of their values, and the residual's calibration."""
     lens, split, index, buffers = store.lens, decoding.split, decoding.index, decoding.buffers
     lengths = None if lens.shortest == lens.longest else buffers.seq_lens
     if index is not None and not buffers.index_tensors:
-        built = index.build(buffers.keys, queries, lens.longest, lengths, index_dtype)
+        built = index.build(buffers.keys, queries, lens.longest, lengths, index_dtype, ops.write_sketch)
         buffers = buffers._replace(index_tensors=tuple(built))
     if split.residual:
         missed = torch.full(queries.shape[:2], torch.nan, dtype=torch.float32, device=queries.device)
         buffers = buffers._replace(value_sum=sum_values(buffers.values, lens.longest, lengths), missed=missed)
     if split.calibrated and index is not None:
-        bias = fitted_bias(queries, buffers, index, params, split=split, stored=lens.longest, seen=lens.seen)
+        counts = {"stored": lens.longest, "seen": lens.seen}
+        bias = fitted_bias(queries, buffers, index, params, split=split, valid=window, **counts)
         buffers = buffers._replace(residual_bias=bias)
     decoding.buffers = buffers
 
 
-def _refuse_padded_ends(split: BudgetSplit, valid: Tensor, counts: Tensor) -> None:
+def _refuse_padded_ends(split: BudgetSplit, valid: Tensor, longest_padded_end: int) -> None:
     """Refuse a row whose prompt ends with padding: queries of padding would rank its tokens."""
-    if split.kept_tokens is None or split.sinks is not None:
+    if split.kept_tokens is None or split.sinks is not None or longest_padded_end <= split.kept_tokens:
         return
-    wrong = ((counts > split.kept_tokens) & ~valid[..., -1]).any(-1)
-    if bool(wrong.any()):
-        rows = ", ".join(map(str, wrong.nonzero().flatten().tolist()))
-        raise ValueError(
-            f"a prompt must end with a token in every row, since its last queries rank its tokens, but row {rows} "
-            "ends with padding; pad on the left (tokenizer.padding_side = 'left')"
-        )
+    wrong = ((valid.sum(-1) > split.kept_tokens) & ~valid[..., -1]).any(-1)
+    rows = ", ".join(map(str, wrong.nonzero().flatten().tolist()))
+    raise ValueError(
+        f"a prompt must end with a token in every row, since its last queries rank its tokens, but row {rows} "
+        "ends with padding; pad on the left (tokenizer.padding_side = 'left')"
+    )
 
 
 def kept_of(decode_capacity: int, window_size: int) -> int | None:

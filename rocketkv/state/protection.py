@@ -40,11 +40,30 @@ def protected_slots(marks: Sequence[RowMarks], positions: Tensor) -> Tensor:
         marks: of each of the B rows.
         positions: [B, 1 or Hkv, S] integers, each slot's position in the sequence, -1 for padding.
     """
-    found = torch.zeros_like(positions, dtype=torch.bool)
-    for row, mark in enumerate(marks):
-        for start, stop in mark.protected:
-            found[row] |= (positions[row] >= start) & (positions[row] < stop)
-    return found & (positions >= 0)
+    # A position is in a range if an odd number of the ranges' ends is at or before it.
+    ends = [[end for span in _disjoint(mark.protected) for end in span] for mark in marks]
+    return _ends_up_to(ends, positions) % 2 == 1
+
+
+def _disjoint(ranges: Ranges) -> list[tuple[int, int]]:
+    """Return the same tokens in ascending ranges that do not touch."""
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        elif start < stop:
+            found.append((start, stop))
+    return found
+
+
+def _ends_up_to(ends: Sequence[Sequence[int]], positions: Tensor) -> Tensor:
+    """Return how many of a row's ascending `ends` are at or before each position, as `positions`; int64."""
+    width = max(map(len, ends))
+    # Ends that a shorter row lacks are behind every position.
+    rows = [[*row, *[torch.iinfo(torch.int32).max] * (width - len(row))] for row in ends]
+    table = torch.tensor(rows, dtype=torch.int32).to(positions.device, non_blocking=True)
+    found = torch.searchsorted(table, positions.int().flatten(1), right=True)
+    return found.view_as(positions)
 
 
 def message_numbers(marks: Sequence[RowMarks], positions: Tensor) -> Tensor:
@@ -54,14 +73,10 @@ def message_numbers(marks: Sequence[RowMarks], positions: Tensor) -> Tensor:
         marks: of each of the B rows.
         positions: as in `protected_slots`.
     """
-    found = torch.zeros_like(positions, dtype=torch.long)
-    for row, mark in enumerate(marks):
-        for start in mark.messages:
-            found[row] += positions[row] >= start
-    return found
+    return _ends_up_to([mark.messages for mark in marks], positions)
 
 
-def with_fair_shares(scores: Tensor, message: Tensor, kept: int) -> Tensor:
+def with_fair_shares(scores: Tensor, message: Tensor, count: int, kept: int) -> Tensor:
     """Raise the best tokens of each message to +inf, as many as its share of the kept tokens.
 
     Tokens that already have +inf are kept anyway; messages share the rest. A message's share of the rest is its share
@@ -69,23 +84,25 @@ def with_fair_shares(scores: Tensor, message: Tensor, kept: int) -> Tensor:
 
     Args:
         scores: [B, Hkv, S] float32, minus infinity at slots without a token.
-        message: [B, 1 or Hkv, S] integers, the message of each token.
+        message: [B, 1 or Hkv, S] integers, the message of each token, less than `count`.
+        count: number of messages.
         kept: number of tokens that these scores will choose.
     """
-    order = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argsort(
-        dim=-1, descending=True, stable=True
-    )
-    ranks = scores.gather(-1, order)
-    free = (ranks > -torch.inf) & (ranks < torch.inf)
-    shared = kept - (ranks == torch.inf).sum(-1, keepdim=True)
-    total = free.sum(-1, keepdim=True)
-    ranked = message.expand_as(scores).gather(-1, order)
-    won = torch.zeros_like(free)
-    for number in range(int(message.max()) + 1):
-        own = (ranked == number) & free
-        share = own.sum(-1, keepdim=True) * shared // total.clamp(min=1)
-        won |= own & (own.cumsum(-1) <= share)
-    return scores.masked_fill(torch.zeros_like(won).scatter_(-1, order, won), torch.inf)
+    clean = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    free = clean.isfinite()
+    # Tokens that share nothing are a message of their own, the last.
+    number = torch.where(free, message, count)
+    tokens = number.new_zeros(*scores.shape[:2], count + 1).scatter_add_(-1, number, torch.ones_like(number))
+    shared = kept - (clean == torch.inf).sum(-1, keepdim=True)
+    share = tokens * shared // (scores.shape[2] - tokens[..., -1:]).clamp(min=1)
+    share[..., -1] = 0
+    # By message, and within a message by score.
+    order = clean.argsort(dim=-1, descending=True, stable=True)
+    order = order.gather(-1, number.gather(-1, order).argsort(dim=-1, stable=True))
+    ordered = number.gather(-1, order)
+    last = (tokens.cumsum(-1) - tokens + share).gather(-1, ordered)
+    won = torch.arange(scores.shape[2], device=scores.device) < last
+    return scores.masked_fill(torch.zeros_like(free).scatter_(-1, order, won), torch.inf)
 
 
 def warn_unprotected(marks: Sequence[RowMarks]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from close import assert_near
 from naive import softmax_weights, top
 from rocketkv.budget import BudgetSplit
-from rocketkv.core import calibration
+from rocketkv.core import calibration, scratch
 from rocketkv.core.decode import DecodeBuffers
 from rocketkv.core.index import index_of
 from rocketkv.core.params import AttentionParams
@@ -78,7 +78,7 @@ def factor_of(cross: Tensor, square: Tensor) -> Tensor:
 
 @pytest.fixture(params=[1, 2**12, 2**22], ids=["query-by-query", "some", "at-once"])
 def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "BLOCK_BYTES", request.param)
+    monkeypatch.setattr(scratch, "CPU_BYTES", request.param)
 
 
 @pytest.mark.usefixtures("_blocks")

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from close import assert_near
 from naive import softmax_weights, top
 from rocketkv.budget import BudgetSplit
-from rocketkv.core import eviction
+from rocketkv.core import scratch
 from rocketkv.core.eviction import prompt_scores, value_aware, window_scores
 from rocketkv.core.params import AttentionParams
 from rocketkv.core.topk import recent_positions, select_top
@@ -95,7 +95,7 @@ SHAPES = [  # B, H, Hkv, D, S, W
 
 @pytest.fixture(params=[1, 1000, 8 * 2**20], ids=["smallest-blocks", "some-blocks", "one-block"])
 def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eviction, "SCORE_BLOCK_BYTES", request.param)
+    monkeypatch.setattr(scratch, "CPU_BYTES", request.param)
 
 
 @pytest.mark.usefixtures("_blocks")

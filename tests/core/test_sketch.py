@@ -9,7 +9,7 @@ import torch
 
 from close import assert_near
 from rocketkv.budget import sketch_bytes
-from rocketkv.core import sketch as sketch_module
+from rocketkv.core import scratch
 from rocketkv.core.balance import channel_balance, mean_key
 from rocketkv.core.sketch import (
     Sketch,
@@ -137,7 +137,7 @@ def test_written_step_by_step_it_has_the_bits_of_one_built_at_once(
         place = torch.full((2, 3), start, dtype=torch.int32)
         write_tokens(built, keys[:, :, start : start + 1].contiguous(), place, turn, bits)
     assert_same(built, at_once)
-    monkeypatch.setattr(sketch_module, "BLOCK_BYTES", 4 * 2 * 3 * head_dim * 17)
+    monkeypatch.setattr(scratch, "CPU_BYTES", 4 * 2 * 3 * head_dim * 17)
     by_blocks = build_sketch(keys, 40, turn, bits, queries=some_queries(keys))
     write_tokens(by_blocks, keys[:, :, 40:], torch.full((2, 3), 40), turn, bits)
     assert_same(by_blocks, at_once)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from close import assert_near
-from rocketkv.core import sketch as sketch_module
+from rocketkv.core import scratch
 from rocketkv.core.params import AttentionParams
 from rocketkv.core.sketch import (
     LEVEL_STEP,
@@ -110,7 +110,7 @@ def test_scores_are_products_with_the_decoded_keys(
     assert_near(logits, exact)
     capped = score_sketch(query, sketch, bits, AttentionParams(0.3, softcap=2.0), stored=tokens)
     assert_near(capped, 2 * torch.tanh(exact / 2))
-    monkeypatch.setattr(sketch_module, "BLOCK_BYTES", 4 * batch * kv_heads * head_dim * 10)
+    monkeypatch.setattr(scratch, "CPU_BYTES", 4 * batch * kv_heads * head_dim * 10)
     assert_near(score_sketch(query, sketch, bits, AttentionParams(0.3), stored=tokens), exact)
 
 

@@ -81,7 +81,7 @@ def test_fair_shares_are_their_definition(kept: int, values: int) -> None:
     scores[2, :, 10:14] = torch.inf  # protected
     scores[0, 1, 7] = torch.nan
     message = torch.stack([torch.randint(5, (60,)).sort().values for _ in range(3)])[:, None]
-    found = with_fair_shares(scores, message, kept).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    found = with_fair_shares(scores, message, 5, kept).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     for b in range(3):
         for g in range(2):
             mine = top(found[b, g], kept)

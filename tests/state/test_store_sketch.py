@@ -221,7 +221,7 @@ def test_sums_do_not_depend_on_blocks_or_order(monkeypatch: pytest.MonkeyPatch) 
     for count, row in zip(lengths.flatten().tolist(), range(6), strict=True):
         own = values.flatten(0, 1)[row, :count]
         assert_near(whole.flatten(0, 1)[row], own.double().sum(0), 1e-7)
-    monkeypatch.setattr("rocketkv.core.residual.BLOCK_BYTES", 8 * 2 * 3 * 7 * 13)
+    monkeypatch.setattr("rocketkv.core.scratch.CPU_BYTES", 8 * 2 * 3 * 7 * 13)
     assert sum_values(values, 500, lengths).equal(whole)
     order = torch.randperm(500)
     assert sum_values(values[:, :, order], 500).equal(sum_values(values, 500))
