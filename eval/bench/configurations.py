@@ -13,10 +13,13 @@ from torch import Tensor
 from ...budget import PAPER_POOL, READ_ON, SKETCH_POOL
 from ...core.decode import DecodeBuffers
 from ...core.params import AttentionParams
+from ...core.sketch import code_bytes, encoding
 from ...kernels.append_sketch import SketchRule
+from ...kernels.build_sketch import write_sketch
 from ...kernels.decode import TILE_PAGES, DecodeShape, DecodeWorkspace, decode_step_triton
 from ...kernels.dense_decode import DenseWorkspace, dense_decode
 from ...kernels.evict import compact, pool_scores, select_top, window_scores
+from ...kernels.value_aware import value_aware
 
 META = torch.device("meta")
 
@@ -169,6 +172,37 @@ def evict(
     return launch
 
 
+def sketched_prompt(
+    dtype: torch.dtype, *, heads: tuple[int, int] = (32, 8), head_dim: int = 128, tokens: int, kept: int, bits: int
+) -> Callable[[int], object]:
+    """Return a function that launches what a prompt's end needs beside `evict` for a sketch and value-aware scores.
+
+    Args:
+        dtype: of keys and values.
+        heads: H and Hkv.
+        head_dim: D.
+        tokens: of the prompt.
+        kept: tokens that stay.
+        bits: of a channel of the sketch.
+    """
+
+    def launch(programs: int) -> object:
+        kv_heads, capacity = heads[1], kept + RESERVE
+        keys = meta(1, kv_heads, capacity, head_dim, dtype=dtype)
+        sketch = (
+            meta(1, kv_heads, capacity, code_bytes(head_dim, bits), dtype=torch.uint8),
+            meta(1, kv_heads, capacity, dtype=BF16),
+            meta(1, kv_heads, head_dim, dtype=FP32),
+            meta(1, kv_heads, head_dim, dtype=BF16),
+        )
+        rotation = meta(head_dim, head_dim, dtype=FP32)
+        write_sketch(encoding, sketch, keys[:, :, :kept], 0, rotation, bits)
+        values = meta(1, tokens, kv_heads, head_dim, dtype=dtype).transpose(1, 2)
+        return value_aware(meta(1, kv_heads, tokens - WINDOW, dtype=FP32), values)
+
+    return launch
+
+
 def dense(
     dtype: torch.dtype, *, heads: tuple[int, int] = (32, 8), head_dim: int = 128, length: int
 ) -> Callable[[int], Tensor]:
@@ -244,6 +278,13 @@ CONFIGURATIONS = {
     ),
     "gemma-2-9b-prompt-8k": Configuration(evict(BF16, tokens=8192, kept=3614, page_size=1, **GEMMA), WIDEST),
     "mqa-fp32-prompt-8k": Configuration(evict(FP32, tokens=8192, kept=1024, page_size=None, **MQA), WIDEST),
+    "llama-3.1-8b-sketched-prompt-128k": Configuration(
+        sketched_prompt(BF16, tokens=131072, kept=7574, bits=2), main=True
+    ),
+    "gemma-2-9b-sketched-prompt-8k": Configuration(
+        sketched_prompt(BF16, tokens=8192, kept=8192, bits=1, heads=(16, 8), head_dim=256)
+    ),
+    "smollm2-135m-fp32-sketched-prompt": Configuration(sketched_prompt(FP32, tokens=8192, kept=3614, bits=3, **SMOLLM)),
     "llama-3.1-8b-dense-32k": Configuration(dense(BF16, length=32768), main=True),
     "smollm2-135m-dense-8k": Configuration(dense(FP16, length=8191, **SMOLLM)),
     "gpt-oss-20b-prompt-8k": Configuration(evict(BF16, tokens=8192, kept=3614, page_size=2, **GPT_OSS), WIDEST),

@@ -82,13 +82,14 @@ def fitted_bias(
     added = torch.sub(tried * square[:2], cross[:2], alpha=2).mul_(tried).sum(0)
     factor = fits[2].masked_fill_(added > NEGLIGIBLE, LEAST)
     factor.masked_fill_((buffers.seq_lens <= split.token_budget)[..., None], 1.0)
-    return factor.log_().flatten(1)
+    return factor.log().flatten(1)  # a tensor of its own, without the storage of `fits`
 
 
 class _Attention(NamedTuple):
     """Attention of queries to the tokens that they see, of which a step attends to some and leaves out the rest.
 
-    The dimensions are rows times KV heads, queries, G (1 for `rest_mean`) and Dv. Masses are log-sum-exps of logits.
+    The dimensions are rows times KV heads, queries, G and Dv, where the sum and the number of the rest have 1 for G.
+    Masses are log-sum-exps of logits.
 
     Attributes:
         total: mass of all seen tokens, or None without sinks.
@@ -97,7 +98,8 @@ class _Attention(NamedTuple):
         rest_estimate: estimated mass of the rest.
         out: output of attention to all seen tokens.
         chosen_out: output of attention to the tokens that a step attends to.
-        rest_mean: mean value of the rest.
+        rest_sum: sum of the values of the rest.
+        rest_count: number of tokens of the rest.
     """
 
     total: Tensor | None
@@ -106,7 +108,8 @@ class _Attention(NamedTuple):
     rest_estimate: Tensor
     out: Tensor
     chosen_out: Tensor
-    rest_mean: Tensor
+    rest_sum: Tensor
+    rest_count: Tensor
 
 
 def _terms(
@@ -130,9 +133,9 @@ def _terms(
     scaled, group = queries * params.scaling, queries.shape[2]
     positions = positions.masked_fill(positions < 0, seen)  # free slots come after every query
     last = torch.arange(seen - window, seen, device=keys.device)[:, None]
-    sinks = (
-        None if params.sinks is None else params.sinks.float().view(1, -1, group).expand(batch, -1, -1).flatten(0, 1)
-    )
+    sinks = params.sinks
+    if sinks is not None:
+        sinks = sinks.float().view(1, -1, 1, group).expand(batch, -1, window, -1).flatten(0, 1)
     # A block has some rows with all of their queries, or else some queries of one row.
     size = block_bytes(keys.device)
     row_count = max(1, size // (4 * stored * max(group * window, head_dim, values.shape[2])))
@@ -141,12 +144,12 @@ def _terms(
     for first in range(0, rows, row_count):
         own = slice(first, first + row_count)
         tensors = [tensor.flatten(0, 1)[own, None] for tensor in buffers.index_tensors]
-        own_params = params if sinks is None else params._replace(sinks=sinks[own])
         own_keys, own_values = keys[own].float(), values[own].float()
         parts = []
         for start in range(0, window, query_count):
             part = slice(start, start + query_count)
             unseen = positions[own, None] > last[part]
+            own_params = params._replace(sinks=None if sinks is None else sinks[own, part])
             asked = queries[own, part].flatten(1, 2)
             estimates = index.score(asked, tensors, own_keys[:, None], params, stored=stored, lengths=None)
             parts.append(_attention(scaled[own, part], own_keys, own_values, unseen, estimates, own_params, split))
@@ -181,7 +184,7 @@ def _attention(
         values: [p, N, Dv] float32.
         unseen: [p, n, N] bool, True at free slots and at tokens after the query.
         estimates: [p, n * G, N] float32, estimates of the logits; overwritten.
-        params: the model's attention parameters, with sinks [p, G].
+        params: the model's attention parameters, with sinks [p, n, G].
         split: the tokens that a step may read.
     """
     pairs, count, group, _ = query.shape
@@ -196,7 +199,7 @@ def _attention(
         lengths=None,
         kv_heads=1,
         unit_size=1,
-        sinks=None if params.sinks is None else params.sinks.repeat_interleave(count, 0),
+        sinks=None if params.sinks is None else params.sinks.flatten(0, 1),
         protected=split.protected,
         by_largest=split.by_largest,
         ordered=False,
@@ -212,9 +215,8 @@ def _attention(
     logits = logits.view_as(estimates).masked_fill_(hidden, -torch.inf)
     total = None if params.sinks is None else logits.logsumexp(-1)
     out = torch.bmm(logits.softmax(-1).flatten(1, 2), values)
-    logits.masked_fill_((rest | unseen)[:, :, None], -torch.inf)
+    logits.masked_fill_(rest[:, :, None], -torch.inf)
     chosen, chosen_out = logits.logsumexp(-1), torch.bmm(logits.softmax(-1).flatten(1, 2), values)
-    rest_sum = torch.bmm(rest.float(), values)[:, :, None]
     return _Attention(
         total=total,
         chosen=chosen,
@@ -222,21 +224,22 @@ def _attention(
         rest_estimate=rest_estimate,
         out=out.view(pairs, count, group, -1),
         chosen_out=chosen_out.view(pairs, count, group, -1),
-        rest_mean=rest_sum / rest.sum(-1)[..., None, None].clamp_(min=1),
+        rest_sum=torch.bmm(rest.float(), values)[:, :, None],
+        rest_count=rest.sum(-1)[..., None, None],
     )
 
 
 def _error_terms(found: _Attention, sinks: Tensor | None) -> Tensor:
-    """Return the terms of `_terms` for all queries; sinks [rows, G]."""
+    """Return the terms of `_terms` for all queries; sinks [rows, W, G]."""
     out, rest = found.out, found.rest_estimate - overestimate(found.chosen, found.chosen_estimate)
     # Shares of the softmax total: chosen tokens, residual, learned sink. The sink has no value.
     if sinks is None or found.total is None:
         share = torch.stack((found.chosen, rest), -1).softmax(-1)
         fixed = (out - found.chosen_out).mul_(share[..., :1])
     else:
-        sink = sinks[:, None].expand_as(rest)
-        share = torch.stack((found.chosen, rest, sink), -1).softmax(-1)
-        out = out * torch.sigmoid(found.total - sink)[..., None]
+        share = torch.stack((found.chosen, rest, sinks), -1).softmax(-1)
+        out = out * torch.sigmoid(found.total - sinks)[..., None]
         fixed = (out - found.chosen_out).mul_(share[..., :1]).addcmul_(share[..., 2:], out)
-    linear = (found.rest_mean - out).mul_(share[..., 1:2])
+    mean = found.rest_sum / found.rest_count.clamp_(min=1)
+    linear = (mean - out).mul_(share[..., 1:2])
     return torch.stack((fixed, linear)).mul_(linear).sum(-1).div_(out.square().sum(-1))

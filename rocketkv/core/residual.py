@@ -47,12 +47,12 @@ def sum_values(values: Tensor, stored: int, lengths: Tensor | None = None) -> Te
     """
     batch, kv_heads, _, value_dim = values.shape
     sums = []
+    empty = None if lengths is None else torch.arange(stored, device=values.device) >= lengths[..., None]
     block = block_length(values.device, 8 * batch * kv_heads * value_dim)
     for start in range(0, max(stored, 1), block):
         part = summable(values[:, :, start : min(start + block, stored)])
-        if lengths is not None:
-            slot = torch.arange(start, start + part.shape[2], device=part.device)
-            part.masked_fill_((slot >= lengths[..., None])[..., None], 0)
+        if empty is not None:
+            part.masked_fill_(empty[:, :, start : start + block, None], 0)
         sums.append(part.sum(2))
     return sum(sums[1:], sums[0])
 

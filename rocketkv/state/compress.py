@@ -64,7 +64,7 @@ def close_prompt(
     prompt, lens = store.prompt, store.lens
     if prompt.queries is None:
         raise ValueError("close_prompt ends a prompt: remember its queries first")
-    stored, queries = lens.longest, prompt.queries
+    stored, queries = lens.longest, prompt.queries.contiguous()
     keys, values, valid = prompt.keys[:, :, :stored], prompt.values[:, :, :stored], prompt.valid(stored)
     marked = None
     if store.marks is not None:

@@ -33,8 +33,15 @@ WIDE = {
     "window_statistics_kernel": {"block"},
     "window_sums_kernel": {"key", "query"},
     "compact_kernel": {"keys", "values"},
+    "build_sketch_kernel": {"keys"},
+    "weighted_values_kernel": {"values"},
+    "value_distances_kernel": {"values"},
 }
-NARROW = {"append_score_kernel": {"heads"}, "append_sketch_kernel": {"scales"}}
+NARROW = {
+    "append_score_kernel": {"heads"},
+    "append_sketch_kernel": {"scales"},
+    "build_sketch_kernel": {"balance"},
+}
 
 
 @pytest.fixture(scope="module")

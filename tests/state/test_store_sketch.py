@@ -23,6 +23,7 @@ from rocketkv.state.missed import missed_mass
 from rocketkv.state.protection import RowMarks
 from rocketkv.state.stats import store_stats
 from rocketkv.state.store import KVStore
+from tracking import Tracker
 from turns import (
     BUDGET,
     HKV,
@@ -111,6 +112,18 @@ def test_a_token_that_was_taken_back_leaves_no_trace(static: int | None, valid: 
     assert_same(cropped, straight)
     assert decode(cropped, late).equal(decode(straight, late))
     assert_same(cropped, straight)
+
+
+def test_a_crop_reads_the_values_that_it_removes_and_no_others(valid: Tensor | None) -> None:
+    store = prompted(tokens(3, PROMPT), PLUS, valid)
+    decode(store, tokens(3, 5))
+    with Tracker(known=store.tensors().values()) as tracker:
+        store.crop(store.seen - 2)
+    assert tracker.largest[0] <= max(
+        8 * 3 * HKV * 2 * store.decoding.values.shape[3], 8 * store.decoding.positions.numel()
+    )
+    assert tracker.syncs() == ["_local_scalar_dense"]
+    assert_as_rebuilt(store)
 
 
 def test_a_way_back_over_reordered_rows(valid: Tensor | None) -> None:
