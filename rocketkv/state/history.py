@@ -4,7 +4,8 @@ Source: paper (arXiv 2502.14051), section 3.5, "RocketKV-MT". Nothing is evicted
 history keeps all keys and values, and the store keeps those that stage 1 selects for decoding. At the next prompt, all
 tokens return to the store, the decoded ones included; the prompt attends to them, and stage 1 selects again. Slot and
 position in the sequence are equal. Between prompts a history may be on another device, in pinned memory if that is the
-host. Then the copy back of each layer overlaps the computation of the layer before it.
+host. Then the copy to the host overlaps the computation of the layers behind, and the copy back of each layer that of
+the layer before it.
 
 Letters: B batch, Hkv KV heads, D head dim, S tokens of the sequence.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..core.topk import gather_tokens
 from .store import KVStore, alone
+from .transfer import Fetched, buffer_like, copy_tokens, overlaps
 
 NAMES = ("keys", "values", "positions")
 
@@ -66,22 +68,25 @@ class History:
         self._home: torch.device | None = None  # device of the store
         self.keys = self.values = self.positions = None
         self.seen = 0
-        self._fetched: _Fetched | None = None
+        self._fetched: Fetched | None = None
+        self._copying: torch.cuda.Stream | None = None  # with copies to the host that may not have arrived
         self._life = object()
         self._snapshots: list[weakref.ref[HistorySnapshot]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the snapshots, which belong to this history, and copies in progress."""
-        left_out = ("_life", "_snapshots", "_fetched", "following")
+        self._arrive()
+        left_out = ("_life", "_snapshots", "_fetched", "_copying", "following")
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Start without snapshots."""
-        self._life, self._snapshots, self._fetched, self.following = object(), [], None, None
+        self._life, self._snapshots, self._fetched, self._copying, self.following = object(), [], None, None, None
         self.__dict__.update(state)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor of the history by name."""
+        self._arrive()
         return {name: tensor for name in NAMES if (tensor := getattr(self, name)) is not None}
 
     @torch.inference_mode(False)  # buffers may be written in a later call that is not in inference mode
@@ -126,7 +131,7 @@ class History:
             raise ValueError(f"the tensors of a history do not go together: {found} for {expected}")
         self._home = store.keys.device
         for name, tensor in tensors.items():
-            setattr(self, name, _like(tensor, store.seen, store.seen, self.device or self._home))
+            setattr(self, name, buffer_like(tensor, store.seen, store.seen, self.device or self._home))
         self.seen = store.seen
 
     @torch.inference_mode(False)
@@ -140,6 +145,9 @@ class History:
         decoded = self._decoded(store)
         if decoded is not None:
             self._append(*decoded, None, room)
+            if self._copying is not None:
+                # The store's buffers may be written next.
+                torch.cuda.current_stream(decoded[0].device).wait_stream(self._copying)
             self.seen += decoded[0].shape[2]
 
     def resume(self, store: KVStore, given: int) -> None:
@@ -179,7 +187,7 @@ class History:
         if following is not None and there is not None and overlaps(there):
             stream = fetched.stream if there == store.keys.device else None
             following._fetched = following._fetch(there, room, stream)
-        self.absorb(store, given)  # a host waits here; the copies that overlap the computation have started
+        self.absorb(store, given)
         keys, values, positions = fetched.arrived()
         if decoded is not None:
             # Decoded tokens are already on the store's device, and the copy in progress lacks them.
@@ -203,6 +211,7 @@ class History:
         """
         if self.keys is None or self.values is None:
             raise ValueError("there is no history")
+        self._arrive()
         held = [self.keys[row, head, : self.seen], self.values[row, head, : self.seen]]
         if self.positions is not None:
             real = self.positions[row, 0, : self.seen] >= 0
@@ -273,7 +282,7 @@ class History:
         """Copy the buffers before slots from `start` on are written, if a snapshot needs these slots."""
         if any(taken.keys is self.keys and taken.held > start for taken in self._living()):
             for name, tensor in self.tensors().items():
-                setattr(self, name, _like(tensor, tensor.shape[2], start, tensor.device))
+                setattr(self, name, buffer_like(tensor, tensor.shape[2], start, tensor.device))
 
     def _append(self, keys: Tensor, values: Tensor, positions: Tensor | None, room: int = 0) -> None:
         """Append tokens to the buffers.
@@ -285,6 +294,8 @@ class History:
             room: slots to allocate beyond these tokens if the buffers grow.
         """
         start, stop = self.seen, self.seen + keys.shape[2]
+        if self.keys is not None and (stop > self._capacity or self.keys.is_inference()):
+            self._arrive()  # the buffers grow
         self._protect(start)
         if positions is not None or self.positions is not None:
             arrived = torch.arange(start, stop, dtype=torch.int32, device=keys.device).expand(keys.shape[0], 1, -1)
@@ -300,78 +311,54 @@ class History:
                 # Grow by half, so that a long conversation is rarely copied.
                 capacity = stop + room if buffer is None else max(stop + room, start + start // 2)
                 like = new if buffer is None else buffer
-                buffer = _like(like, capacity, 0 if buffer is None else start, self.device or new.device)
+                buffer = buffer_like(like, capacity, 0 if buffer is None else start, self.device or new.device)
                 setattr(self, name, buffer)
-            _copy(buffer[:, :, start:stop], new)
             if new.is_cuda and not buffer.is_cuda:
-                torch.cuda.current_stream(new.device).synchronize()  # a host may read it next
+                self._start_copy(buffer[:, :, start:stop], new)
+            else:
+                copy_tokens(buffer[:, :, start:stop], new)
+
+    def _start_copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy from a GPU to the host on a stream of its own, which does not wait for later computations."""
+        current = torch.cuda.current_stream(source.device)
+        if self._copying is None:
+            self._copying = torch.cuda.Stream(source.device)  # type: ignore[no-untyped-call]  # PyTorch's own
+        self._copying.wait_stream(current)
+        with torch.cuda.stream(self._copying):
+            copy_tokens(target, source)
+        source.record_stream(self._copying)
+
+    def _arrive(self) -> None:
+        """Wait for the copies to the host, before it reads the buffers: once a turn, if they grow."""
+        copying, self._copying = self._copying, None
+        if copying is not None:
+            copying.synchronize()
 
     @property
     def _capacity(self) -> int:
         return 0 if self.keys is None else self.keys.shape[2]
 
     @torch.inference_mode(False)
-    def _fetch(self, device: torch.device, room: int, stream: "torch.cuda.Stream | None" = None) -> "_Fetched":
+    def _fetch(self, device: torch.device, room: int, stream: "torch.cuda.Stream | None" = None) -> "Fetched":
         """Start to copy everything to a device, into buffers with room for more tokens."""
         held, capacity = self._held(), self.seen + room
-        copies = [_like(tensor, capacity, 0, device) for tensor in held]
+        if device.type != "cuda":
+            self._arrive()
+        copies = [buffer_like(tensor, capacity, 0, device) for tensor in held]
         if device.type != "cuda":
             for copy, tensor in zip(copies, held, strict=True):
                 copy[:, :, : self.seen].copy_(tensor[:, :, : self.seen])
-            return _Fetched(copies, self.seen, room)
+            return Fetched(copies, self.seen, room)
         stream = stream or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # PyTorch's own is not typed
         # The current stream allocated the buffers, and may still use their memory for something else.
         stream.wait_stream(torch.cuda.current_stream(device))
+        if self._copying is not None:
+            stream.wait_stream(self._copying)
         with torch.cuda.stream(stream):
             for copy, tensor in zip(copies, held, strict=True):
-                _copy(copy[:, :, : self.seen], tensor[:, :, : self.seen])
+                copy_tokens(copy[:, :, : self.seen], tensor[:, :, : self.seen])
                 copy.record_stream(stream)
-        return _Fetched(copies, self.seen, room, stream)
+        return Fetched(copies, self.seen, room, stream)
 
     def _held(self) -> list[Tensor]:
         return [tensor for tensor in (self.keys, self.values, self.positions) if tensor is not None]
-
-
-@dataclass(eq=False)
-class _Fetched:
-    """A copy to a device in progress: keys, values, positions if there are any, and the stream that copies them."""
-
-    tensors: list[Tensor]
-    seen: int
-    room: int
-    stream: "torch.cuda.Stream | None" = None
-
-    def arrived(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return keys, values and positions; the current stream waits for them."""
-        if self.stream is not None:
-            torch.cuda.current_stream(self.tensors[0].device).wait_stream(self.stream)
-        return self.tensors[0], self.tensors[1], self.tensors[2] if len(self.tensors) > 2 else None
-
-
-def overlaps(device: torch.device) -> bool:
-    """Whether copies to a device overlap its computation, so that they should start early."""
-    return device.type == "cuda"
-
-
-def _like(tensor: Tensor, capacity: int, count: int, device: torch.device) -> Tensor:
-    """Return a buffer of `capacity` slots with a tensor's first `count` slots; pinned on the host of a GPU."""
-    pinned = device.type == "cpu" and (tensor.is_cuda or tensor.is_pinned())
-    value = 0 if tensor.is_floating_point() else -1
-    shape = (*tensor.shape[:2], capacity, *tensor.shape[3:])
-    buffer = torch.full(shape, value, dtype=tensor.dtype, device=device, pin_memory=pinned)
-    if count:
-        buffer[:, :, :count].copy_(tensor[:, :, :count])
-    return buffer
-
-
-def _copy(target: Tensor, source: Tensor) -> None:
-    """Copy [B, Hkv, n, ...]; between a GPU and pinned host memory, without waiting.
-
-    There it copies head by head: PyTorch copies non-contiguous tensors through memory that is not pinned.
-    """
-    if target.is_cuda == source.is_cuda:
-        target.copy_(source)
-        return
-    for row, from_row in zip(target, source, strict=True):
-        for tokens, given in zip(row, from_row, strict=True):
-            tokens.copy_(given, non_blocking=True)

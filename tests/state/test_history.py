@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -62,6 +63,34 @@ def defined(head: Head, turns: list[tuple[int, int]]) -> Tensor:
             out.append(head.attend(token, sparse(head, token, stored, SPLIT.page_size, SPLIT.channels, SPLIT.top_k)))
         at = end + decoded
     return torch.stack(out)
+
+
+class Arriving:
+    """Stands for a stream that still copies to the host, and counts how often it is waited for."""
+
+    waits = 0
+
+    def synchronize(self) -> None:
+        self.waits += 1
+
+
+@pytest.mark.parametrize("use", [History.tensors, copy.deepcopy, lambda history: history.map(torch.clone)])
+def test_a_host_waits_once_for_copies_before_it_reads_them(use: Callable[[History], Any]) -> None:
+    store, history = KVStore(), History("cpu")
+    key = torch.randn(1, HKV, 20, D)
+    store.extend(key, key + 1, expected=20)
+    history.keep(store)
+    stream = Arriving()
+    history._copying = stream  # type: ignore[assignment]
+    use(history)
+    assert stream.waits == 1
+    use(history)
+    assert stream.waits == 1
+    assert torch.equal(history.tensors()["values"][:, :, :20], key + 1)
+    history._copying = stream  # type: ignore[assignment]
+    store.extend(key, key)
+    history.keep(store)  # buffers that grow are read
+    assert stream.waits == 2
 
 
 @pytest.mark.parametrize("chunk", [0, 7])
