@@ -121,8 +121,8 @@ def eviction_ops(keys: Tensor, *, backend: str = "auto", workspaces: Workspaces 
         return run
 
     stage_1 = evict.window_scores, evict.pool_scores, evict.select_top, evict.compact
-    beyond = value_aware.value_aware, functools.partial(build_sketch.write_sketch, encoding)
-    return EvictionOps(*map(here, (*stage_1, *beyond)))
+    write_sketch = functools.partial(build_sketch.write_sketch, encoding)
+    return EvictionOps(*map(here, stage_1), here(value_aware.value_aware), here(write_sketch))
 
 
 def decode_step(

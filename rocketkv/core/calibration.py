@@ -70,7 +70,7 @@ def fitted_bias(
         return query.new_zeros(batch, heads, dtype=torch.float32)
     with full_precision(query.device):
         terms = _terms(query, buffers, index, params, split, stored, seen)
-    terms = terms.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).unflatten(1, (batch, -1))
+    terms = terms.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).view(2, batch, -1, *terms.shape[2:])
     if valid is not None:
         terms.masked_fill_(~valid[:, None, :, None], 0)
     even, odd = terms[..., 0::2, :].sum(-2), terms[..., 1::2, :].sum(-2)
@@ -162,9 +162,9 @@ def _joined(parts: list[_Attention], dim: int) -> _Attention:
     """Concatenate the tensors of some records."""
     if len(parts) == 1:
         return parts[0]
-    return _Attention(
-        *(None if tensors[0] is None else torch.cat(tensors, dim) for tensors in zip(*parts, strict=True))
-    )
+    totals = [part.total for part in parts if part.total is not None]
+    others = [torch.cat(tensors, dim) for tensors in zip(*(part[1:] for part in parts), strict=True)]
+    return _Attention(torch.cat(totals, dim) if totals else None, *others)
 
 
 def _attention(

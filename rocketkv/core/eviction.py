@@ -126,13 +126,12 @@ def value_aware(scores: Tensor, value: Tensor) -> Tensor:
     blocks = [slice(start, min(start + block, size)) for start in range(0, max(size, 1), block)]
     # Values at padding are arbitrary.
     unscored = (scores == 0)[..., None]
-    out: Tensor | None = None
+    out = value.new_zeros(rows, 1, value_dim, dtype=torch.float32)
     changed = torch.empty_like(scores)
     with full_precision(value.device):
         for part in blocks:
             scored = value[:, :, part].masked_fill(unscored[:, :, part], 0).float()
-            factors = scores[:, :, part].flatten(0, 1)[:, None], scored.flatten(0, 1)
-            out = torch.bmm(*factors) if out is None else out.baddbmm_(*factors)
+            out.baddbmm_(scores[:, :, part].flatten(0, 1)[:, None], scored.flatten(0, 1))
         total = scores.sum(-1).clamp_(min=torch.finfo(torch.float32).tiny)
         mean = out.view(batch, kv_heads, 1, value_dim) / total[..., None, None]
         for part in blocks:
