@@ -47,7 +47,7 @@ help:
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make wheel      build dist/*.whl and check it from an empty folder"
 	@echo "make evidence   measure the figures that README.md quotes"
-	@echo "make kernels-report  registers, spills and width of loads of every kernel, for devices that need not be there"
+	@echo "make kernels-report  registers, spills, loads and buffers of every kernel, for devices that need not be there"
 	@echo "make hooks      run the checks at each commit (pre-commit)"
 	@echo "make clean      remove what was built; make distclean: the environments too"
 
@@ -87,7 +87,7 @@ evidence: $(VENV)/.dev
 	$(BIN)/python tools/evidence.py
 
 kernels-report: $(VENV)/.dev
-	$(BIN)/python -m rocketkv.eval.bench.aot
+	$(BIN)/python tools/aot
 
 hooks: $(VENV)/.dev
 	$(BIN)/pre-commit install

@@ -16,10 +16,12 @@ pytest.importorskip("triton", reason="Triton is a dependency on Linux on x86-64 
 
 import triton
 
+import kernel_configurations as configurations
 from rocketkv.budget import rocketkv_plus_split, rocketkv_split
-from rocketkv.eval.bench import aot, configurations
+from tools.aot import targets
 
-KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ROOT / "kernels"
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # The first Triton that has all it needs to compile for a device, where that is not the oldest supported.
 SINCE = {"sm_100": (3, 3), "gfx942": (3, 5)}
@@ -54,8 +56,7 @@ def found(request: pytest.FixtureRequest) -> dict[str, Any]:
     done = subprocess.run(
         [
             sys.executable,
-            "-m",
-            "rocketkv.eval.bench.aot",
+            str(ROOT / "tools" / "aot"),
             "--json",
             *(f"--target={name}" for name in sorted(asked)),
             *(f"--brief={name}" for name in sorted(brief)),
@@ -84,12 +85,12 @@ def named(report: dict[str, Any]) -> str:
 
 
 def test_only_devices_that_this_triton_does_not_know_are_left_out() -> None:
-    left_out = {name for name, target in aot.TARGETS.items() if target.left_out() is not None}
+    left_out = {name for name, target in targets.TARGETS.items() if target.left_out() is not None}
     assert left_out == {target for target, since in SINCE.items() if since > VERSION}
-    assert set(aot.TARGETS) == {*NVIDIA, "gfx942"}
+    assert set(targets.TARGETS) == {*NVIDIA, "gfx942"}
 
 
-@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("target", targets.TARGETS)
 def test_every_kernel_compiles(found: dict[str, Any], target: str) -> None:
     reports = reports_for(found, target)
     assert not {named(report): report["error"] for report in reports if report["error"] is not None}
@@ -122,49 +123,6 @@ def test_main_configurations_load_sixteen_bytes_at_a_time(found: dict[str, Any],
         for pointer in set(report["loads"]) - NARROW.get(report["kernel"], set()):
             narrow += [(named(report), pointer, width) for width in report["loads"][pointer] if int(width) < 4]
     assert not narrow
-
-
-def test_loads_are_told_apart_by_width_and_line() -> None:
-    sass = """
-\t//## File "/somewhere/kernels/append_score.py", line 157
-        /*3f10*/                   LDGSTS.E.BYPASS.128 [R0], desc[UR28][R18.64] ;
-        /*3f30*/                   LDGDEPBAR ;
-\t//## File "/somewhere/kernels/append_score.py", line 159 inlined at "/somewhere/kernels/append_score.py", line 9
-        /*40d0*/               @P1 LDG.E.U16 R71, desc[UR28][R66.64] ;
-        /*40e0*/                   LDG.E R71, desc[UR28][R66.64] ;
-        /*40f0*/                   STL.64 [R1+0x8], R4 ;
-        /*4100*/                   LDL R4, [R1+0x8] ;
-"""
-    place = ("append_score.py", 159)
-    assert list(aot.nvidia_accesses(sass)) == [
-        (("append_score.py", 157), "load", 16),
-        (place, "load", 2),
-        (place, "load", 4),
-        (place, "spill store", 8),
-        (place, "spill load", 4),
-    ]
-    gcn = """
-\t.file\t1 "/somewhere/kernels" "append_score.py"
-\t.loc\t1 157 5 is_stmt 1               ; append_score.py:157:5
-\tglobal_load_dwordx4 v[2:5], v1, s[6:7]
-\tbuffer_load_ushort v22, v1, s[4:7], 0 offen
-\tscratch_store_dwordx2 off, v[2:3], off offset:8
-"""
-    place = ("append_score.py", 157)
-    assert list(aot.amd_accesses(gcn)) == [(place, "load", 16), (place, "load", 2), (place, "spill store", 8)]
-
-
-def test_inlined_assembly_keeps_the_line_of_source_it_comes_from() -> None:
-    load = "\t@%p1 ld.global.v2.b32 { %r1, %r2 }, [ %rd1 + 0 ];\n"
-    ptx = (
-        "\t.loc\t1 20 13\n\tmov.b32 %r5, 0;\n\t// begin inline asm\n\t.loc\t1 22 13\n\tmov.u32 %r1, %r5;\n"
-        f"\t.loc\t1 23 13\n\tmov.u32 %r2, %r5;\n{load}\t// end inline asm\n\t.loc\t1 25 13\n\tret;\n"
-    )
-    assert aot.one_line(ptx) == (
-        "\t.loc\t1 20 13\n\tmov.b32 %r5, 0;\n\t.loc\t1 22 13\n\t// begin inline asm\n\tmov.u32 %r1, %r5;\n"
-        f"\tmov.u32 %r2, %r5;\n{load}\t// end inline asm\n\t.loc\t1 25 13\n\tret;\n"
-    )
-    assert aot.one_line(load) == load
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...budget import PAPER_POOL, READ_ON, SKETCH_POOL
-from ...core.decode import DecodeBuffers
-from ...core.params import AttentionParams
-from ...core.sketch import code_bytes, encoding
-from ...kernels.append_sketch import SketchRule
-from ...kernels.build_sketch import write_sketch
-from ...kernels.decode import TILE_PAGES, DecodeShape, DecodeWorkspace, decode_step_triton
-from ...kernels.dense_decode import DenseWorkspace, dense_decode
-from ...kernels.evict import compact, pool_scores, select_top, window_scores
-from ...kernels.value_aware import value_aware
+from rocketkv.budget import PAPER_POOL, READ_ON, SKETCH_POOL
+from rocketkv.core.decode import DecodeBuffers
+from rocketkv.core.params import AttentionParams
+from rocketkv.core.sketch import code_bytes, encoding
+from rocketkv.kernels.append_sketch import SketchRule
+from rocketkv.kernels.build_sketch import write_sketch
+from rocketkv.kernels.decode import TILE_PAGES, DecodeShape, DecodeWorkspace, decode_step_triton
+from rocketkv.kernels.dense_decode import DenseWorkspace, dense_decode
+from rocketkv.kernels.evict import compact, pool_scores, select_top, window_scores
+from rocketkv.kernels.value_aware import value_aware
 
 META = torch.device("meta")
 

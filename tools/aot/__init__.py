@@ -1,0 +1,1 @@
+"""Compiles the kernels ahead of time and reports what the compiler made of them."""
