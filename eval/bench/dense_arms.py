@@ -6,6 +6,7 @@ Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, S tokens.
 """
 
 import importlib
+import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -23,8 +24,12 @@ from .gpu_timing import Arm, capture, seconds_of
 Call = Callable[[int], Tensor]
 SPLIT_KV = "split-KV (Triton)"
 FLASHINFER_PAGE = 16
-# Errors of a call that does not support a shape, a precision or a device, or is not installed.
-_CANNOT = (ImportError, RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError)
+# Errors of a call that does not support a shape, a precision or a device, or is not installed; the last two are of
+# flashinfer, which builds its kernels with ninja and nvcc.
+_CANNOT = (
+    *(ImportError, RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError),
+    *(OSError, subprocess.SubprocessError),
+)
 
 
 def dense_calls(

@@ -10,6 +10,7 @@ import torch
 
 from ..checks import WrongResultError
 from ..progress import Progress
+from .gpu_timing import CannotCaptureError
 from .kernel_cases import Case
 
 
@@ -38,6 +39,8 @@ def time_cases(
                     results.append(measure(case))
                 except torch.cuda.OutOfMemoryError as error:
                     reason = f"ran out of memory: {error}".splitlines()[0]
+                except CannotCaptureError as error:
+                    reason = str(error)
             if reason is not None:
                 left_out.append({"case": str(case), "reason": reason})
             progress.step()

@@ -5,15 +5,17 @@ An arm works on several sets of buffers in rotation, so that its inputs have lef
 
 import importlib.metadata
 import math
-from collections.abc import Callable, Sequence
+import os
+import subprocess
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..._version import __version__
-from ..checks import require_near
+from ..checks import WrongResultError, require_near
 from ..progress import Progress
 
 LEAST_SETS = 3
@@ -24,6 +26,13 @@ COPY_BYTES = 2**29
 LEAST_ROUNDS = 5
 REPLAY_UNITS = 4.0  # of the dtype's precision, within which a replay may differ from a plain call
 PACKAGES = ("triton", "transformers", "flash-attn", "flashinfer-python")
+
+
+T = TypeVar("T")
+
+
+class CannotCaptureError(RuntimeError):
+    """A step cannot be captured in a CUDA graph."""
 
 
 def nothing() -> None:
@@ -132,6 +141,41 @@ def _require_replayed(arm: Arm, replayed: Any, calls: int) -> None:
         require_near(f"{arm.name} as a CUDA graph", found, expected, REPLAY_UNITS * eps)
 
 
+def try_capture(arms: Mapping[str, Callable[[], T]], needed: Container[str]) -> tuple[dict[str, T], dict[str, str]]:
+    """Capture arms; return those that can be captured, and the reasons why the others cannot.
+
+    Args:
+        arms: functions that capture an arm, by its name.
+        needed: arms without which nothing can be compared.
+
+    Raises:
+        WrongResultError: a graph's result is not the plain call's.
+        CannotCaptureError: a needed arm cannot be captured.
+    """
+    captured: dict[str, T] = {}
+    absent: dict[str, str] = {}
+    for name, make in arms.items():
+        made, error = _attempt(make)
+        if error is None:
+            captured[name] = made  # type: ignore[assignment]  # without an error it was made
+            continue
+        reason = f"cannot be captured: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        if name in needed:
+            raise CannotCaptureError(f"{name} {reason}") from error
+        absent[name] = reason
+    return captured, absent
+
+
+def _attempt(make: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """Return what a function makes, or the error of PyTorch or Triton that kept it from doing so."""
+    try:
+        return make(), None
+    except WrongResultError:
+        raise
+    except (RuntimeError, ValueError, TypeError) as error:  # CUDA's errors, those of memory too, are RuntimeErrors
+        return None, error
+
+
 def seconds_of(captured: Captured) -> float:
     """Return the seconds of one call, over the replays of one round."""
     captured.arm.prepare()
@@ -188,6 +232,31 @@ def ratios(slower: Sequence[float], faster: Sequence[float]) -> dict[str, float]
     return spread([a / b for a, b in zip(slower, faster, strict=True)])
 
 
+CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu")
+
+
+def clocks(device: torch.device) -> dict[str, float | None] | None:
+    """Return a GPU's clocks in MHz, its limit of power in W and its temperature, or None where they are unknown."""
+    number = str(device.index or 0)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        number = visible.split(",")[int(number)]
+    query = ["nvidia-smi", f"--id={number}", f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, encoding="utf-8", check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    values = [value.strip() for value in done.stdout.splitlines()[0].split(",")]
+    return {name: _number(value) for name, value in zip(CLOCKS, values, strict=True)}
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:  # "[N/A]"
+        return None
+
+
 def card(device: torch.device) -> dict[str, Any]:
     """Return the device and the versions of a measurement."""
     versions: dict[str, str | None] = {"rocketkv": __version__, "torch": torch.__version__, "cuda": torch.version.cuda}
@@ -203,6 +272,7 @@ def card(device: torch.device) -> dict[str, Any]:
             "multiprocessors": found.multi_processor_count,
             "memory_bytes": found.total_memory,
             "l2_bytes": cache_bytes(device),
+            "clocks": clocks(device),
         },
         "versions": versions,
     }
@@ -226,10 +296,12 @@ def _driver() -> str | None:
 
 
 def verdict_lines(one: dict[str, Any]) -> list[str]:
-    """Return lines with a case's ratio and ceiling, its goals and its absent arms."""
-    ratio = one["speedup"]
-    spread = f"{ratio['median']:.2f}x ({ratio['min']:.2f}-{ratio['max']:.2f})"
-    lines = [f"  {spread} the speed of {one['best_dense']}; bytes allow {one['byte_ceiling']:.2f}x"]
+    """Return lines with a case's ratios and ceilings, its goals and its absent arms."""
+    lines = []
+    for method, ratio in one["speedup"].items():
+        spread = f"{ratio['median']:.2f}x ({ratio['min']:.2f}-{ratio['max']:.2f})"
+        ceiling = one["byte_ceiling"][method]
+        lines.append(f"  {method}: {spread} the speed of {one['best_dense']}; bytes allow {ceiling:.2f}x")
     for goal in one["goals"]:
         met = "met" if goal["met"] else "MISSED"
         lines.append(f"  goal: {goal['goal']:g} {goal['what']}: {goal['got']:.3g}, {met}")

@@ -1,4 +1,4 @@
-"""The arms of `rocketkv bench kernels` for one case: dense attention, the decode step, and each kernel alone.
+"""The arms of `rocketkv bench kernels` for one case: dense attention, the decode steps, and each kernel alone.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim, N stored tokens, k tokens read.
 """
@@ -12,13 +12,15 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from ...core.sketch import encoding, rotation_matrix
 from ...kernels import decode, evict
+from ...kernels.append_sketch import SketchRule
+from ...kernels.select_attend import select_attend_kernel
 from . import kernel_checks
 from .dense_arms import SPLIT_KV, dense_calls, split_kv
 from .gpu_timing import Arm, nothing
-from .kernel_cases import CaseBuffers
+from .kernel_cases import METHODS, CaseBuffers, kernel_name
 
-STEP = "rocketkv"
 STAGE_1 = "stage 1"
 
 
@@ -27,7 +29,7 @@ class CaseArms:
     """The arms of a case.
 
     Attributes:
-        arms: all of them, the step's own first.
+        arms: all of them, the steps of both methods first.
         absent: dense attention that this machine does not have, and why.
         tiling: how the split-KV kernel is cut.
     """
@@ -40,8 +42,9 @@ class CaseArms:
 def case_arms(buffers: CaseBuffers) -> CaseArms:
     """Return the arms of a case."""
     dense, absent, tiling = _dense_arms(buffers)
-    step = _Step(buffers)
-    return CaseArms((step.arm(), *dense, *step.kernel_arms(), *_eviction_arms(buffers)), absent, tiling)
+    steps = [_Step(buffers, method) for method in METHODS]
+    kernels = [arm for step in steps for arm in step.kernel_arms()]
+    return CaseArms((*(step.arm() for step in steps), *dense, *kernels, *_eviction_arms(buffers)), absent, tiling)
 
 
 def _dense_arms(buffers: CaseBuffers) -> tuple[list[Arm], dict[str, str], dict[str, int]]:
@@ -59,27 +62,15 @@ def _dense_arms(buffers: CaseBuffers) -> tuple[list[Arm], dict[str, str], dict[s
     return arms, absent, tiling
 
 
-class _Recorder:
-    """Replaces a kernel and records its launches."""
-
-    def __init__(self, name: str, kernel: Any, launches: dict[str, Callable[[], Any]]) -> None:
-        self.name, self.kernel, self.launches = name, kernel, launches
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def record(*args: Any, **kwargs: Any) -> None:
-            self.launches[self.name] = partial(self.kernel[grid], *args, **kwargs)
-
-        return record
-
-
 class _Step:
-    """The decode step over the sets of a case, and its launches one by one."""
+    """The decode step of a method over the sets of a case, and its launches one by one."""
 
-    kernels = ("append_score", "select", "select_attend")
-
-    def __init__(self, buffers: CaseBuffers) -> None:
-        self.buffers = buffers
-        layer, split, store = buffers.layer, buffers.split, buffers.stores[0]
+    def __init__(self, buffers: CaseBuffers, method: str) -> None:
+        self.buffers, self.stores = buffers, buffers.methods[method]
+        layer, split, store = buffers.layer, self.stores.split, self.stores.stores[0]
+        bits, rotation = split.sketch_bits, None
+        if bits is not None:
+            rotation = rotation_matrix(layer.head_dim, buffers.device).to(buffers.dtype)
         self.workspace = decode.DecodeWorkspace(
             decode.DecodeShape(
                 batch=buffers.case.batch,
@@ -93,14 +84,18 @@ class _Step:
                 top_k=split.top_k,
                 token_budget=split.token_budget,
                 sinks=split.sinks,
+                sketch=None if bits is None else SketchRule(bits, *encoding(layer.head_dim, bits)),
+                residual=split.residual,
+                by_largest=split.by_largest,
             ),
             buffers.device,
+            rotation=rotation,
         )
-        self.outs = [torch.empty_like(query) for query in buffers.query[: buffers.sets]]
+        self.outs = [torch.empty_like(query) for query in buffers.query[: len(self.stores.stores)]]
 
     def run(self, number: int) -> Tensor:
         """Run a whole step on one set."""
-        store, buffers = self.buffers.stores[number], self.buffers
+        store, buffers = self.stores.stores[number], self.buffers
         new = buffers.query[number], buffers.key[number], buffers.value[number]
         return decode.decode_step_triton(
             *new, store.decoding.buffers, self.workspace, buffers.params, self.outs[number]
@@ -108,47 +103,54 @@ class _Step:
 
     def check(self) -> None:
         """Check as many steps as fill a page, and one more, on the first set."""
-        self.buffers.rewind()
-        for number in range(self.buffers.split.page_size + 1):
+        self.stores.rewind()
+        for number in range(self.stores.split.page_size + 1):
             out = self.run(0)
-            kernel_checks.check_step(self.buffers, self.workspace, self.buffers.stores[0], out, number + 1)
-        self.buffers.rewind()
+            kernel_checks.check_step(self.buffers, self.stores, self.workspace, out, number + 1)
+        self.stores.rewind()
 
     def arm(self) -> Arm:
         """Return the whole step."""
         return Arm(
-            STEP,
+            self.stores.method,
             "step",
             self.run,
-            self.buffers.sets,
-            self.buffers.moved["rocketkv"],
+            len(self.outs),
+            self.buffers.moved[self.stores.method],
             check=self.check,
-            prepare=self.buffers.rewind,
+            prepare=self.stores.rewind,
             room=self.buffers.layer.reserve,
         )
 
     def launches(self, number: int) -> dict[str, Callable[[], Any]]:
         """Record the launches of a step on one set, by kernel, without running them."""
         made: dict[str, Callable[[], Any]] = {}
-        names = {name: f"{name}_kernel" for name in self.kernels}
-        recorders: dict[str, Any] = {
-            attribute: _Recorder(name, getattr(decode, attribute), made) for name, attribute in names.items()
-        }
-        with mock.patch.multiple(decode, **recorders):
+
+        def record(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*args: Any, **kwargs: Any) -> None:
+                name = kernel_name(self.stores.method, kernel.fn.__name__.removesuffix("_kernel"))
+                if name in made:
+                    name += f" {len(made)}"
+                made[name] = lambda: kernel[grid](*args, **kwargs)
+
+            return launch
+
+        with mock.patch.object(type(select_attend_kernel), "__getitem__", record):
             self.run(number)
         return made
 
     def kernel_arms(self) -> list[Arm]:
         """Return each launch alone, with the very arguments that it has in a step; the step's check stands for all."""
-        every = [self.launches(number) for number in range(self.buffers.sets)]
+        every = [self.launches(number) for number in range(len(self.outs))]
+        first = next(iter(every[-1]))
 
         def prepare() -> None:
             # Scores of every page that a step may reach, since `select_attend` alone raises the lengths.
-            self.buffers.rewind()
-            seq_lens = self.buffers.stores[-1].decoding.buffers.seq_lens
+            self.stores.rewind()
+            seq_lens = self.stores.stores[-1].decoding.buffers.seq_lens
             seq_lens += self.buffers.layer.reserve - 1
-            every[-1]["append_score"]()
-            self.buffers.rewind()
+            every[-1][first]()
+            self.stores.rewind()
 
         def run(name: str, number: int) -> Any:
             return every[number][name]()
@@ -158,7 +160,7 @@ class _Step:
                 name,
                 "kernel",
                 partial(run, name),
-                self.buffers.sets,
+                len(self.outs),
                 self.buffers.moved.get(name, 0),
                 prepare=prepare,
                 room=self.buffers.layer.reserve,
@@ -169,7 +171,7 @@ class _Step:
 
 def _eviction_arms(buffers: CaseBuffers) -> list[Arm]:
     """Return stage 1's kernels; the least that each moves is its inputs once and its outputs once."""
-    layer, split = buffers.layer, buffers.split
+    layer, split = buffers.layer, buffers.methods[METHODS[0]].split
     kept = split.kept_tokens or 0
     sets = buffers.dense_sets
 

@@ -1,5 +1,7 @@
 """`rocketkv bench kernels`: a layer's decode step and each kernel alone, on a GPU, against the best dense attention.
 
+The step is that of `rocketkv` and that of `rocketkv+`; the goals are for `rocketkv`.
+
 Each arm is replayed as a CUDA graph, between two events, over sets of buffers in rotation that are larger together than
 the L2 cache. Arms alternate in rounds; a copy, timed in the same rounds, measures the bandwidth. All results of a
 case are checked before it is timed.
@@ -7,18 +9,20 @@ case are checked before it is timed.
 The last line is JSON: `device`, `versions`, `dtype`, `layer`, `rounds`, `passed` (every goal met by its median),
 `left_out` (cases that do not fit), and for each of `cases`:
 
-    case, batch, context, token_budget, ties, split, stored_tokens, sets
+    case, batch, context, token_budget, ties, sets
+    split, stored_tokens    by method
     bytes               counted for one call, by arm: keys, values and index; inputs and outputs of stage 1's kernels
-    byte_ceiling        dense bytes over the step's
+    byte_ceiling        dense bytes over the step's, by method
     microseconds        of one call, by arm: median, min, max over the rounds
     copy_bytes_per_second
     share_of_copy       counted bytes over time, in the copy's bandwidth: median, min, max
     roles               of the arms
-    absent              dense attention that the machine does not have, and why
+    absent              arms that the machine does not have or cannot capture, and why
+    clocks              of the device when the case ends
     split_kv_tiling     the fastest of the split-KV kernel's
     best_dense          of the smallest median
-    speedup             the best dense time over the step's, in each round: median, min, max
-    share_of_ceiling    median speed-up over the byte ceiling
+    speedup             the best dense time over the step's, in each round, by method: median, min, max
+    share_of_ceiling    median speed-up over the byte ceiling, by method
     goals               what, goal, got, met
 """
 
@@ -35,7 +39,7 @@ from ..checks import WrongResultError
 from ..progress import Progress
 from . import gpu_timing
 from .gpu_run import report, time_cases
-from .kernel_cases import TINY_LAYER, Case, CaseBuffers, LayerShape, needed_bytes
+from .kernel_cases import METHODS, TINY_LAYER, Case, CaseBuffers, LayerShape, needed_bytes
 
 CASES = (
     Case(1, 8192, 512),
@@ -44,6 +48,7 @@ CASES = (
     Case(8, 8192, 512),
     Case(8, 32768, 1024),
     Case(32, 8192, 1024),
+    Case(32, 32768, 1024),
     Case(1, 32768, 1024, ties=True),
 )
 QUICK = (Case(1, 8192, 512), Case(1, 32768, 1024), Case(1, 32768, 1024, ties=True))
@@ -166,17 +171,22 @@ def _bench_case(case: Case, dtype: torch.dtype, device: torch.device, rounds: in
     made = case_arms(buffers)
     run_checks(case, made.arms)
     arms = {arm.name: arm for arm in (*made.arms, gpu_timing.copy_arm(device))}
-    captured = {name: gpu_timing.capture(arm) for name, arm in arms.items()}
+    captures = {name: partial(gpu_timing.capture, arm) for name, arm in arms.items()}
+    captured, failed = gpu_timing.try_capture(captures, {*METHODS, "copy"})
+    arms = {name: arms[name] for name in captured}
+    if not any(arm.role == "dense" for arm in arms.values()):
+        raise gpu_timing.CannotCaptureError("no dense attention can be captured")
     seconds = gpu_timing.alternate(
         {name: partial(gpu_timing.seconds_of, one) for name, one in captured.items()}, rounds
     )
     return {
         "case": str(case),
         **asdict(case),
-        "split": asdict(buffers.split),
-        "stored_tokens": buffers.split.kept_tokens,
+        "split": {method: asdict(buffers.methods[method].split) for method in METHODS},
+        "stored_tokens": {method: buffers.methods[method].split.kept_tokens for method in METHODS},
         "sets": {name: arm.sets for name, arm in arms.items()},
-        "absent": made.absent,
+        "absent": made.absent | failed,
+        "clocks": gpu_timing.clocks(device) if device.type == "cuda" else None,
         "split_kv_tiling": made.tiling,
         **summary(case, arms, seconds),
     }
@@ -187,7 +197,7 @@ def summary(case: Case, arms: dict[str, gpu_timing.Arm], seconds: dict[str, list
 
     Args:
         case: the case.
-        arms: by name, `rocketkv` and `copy` and a dense one among them.
+        arms: by name, those of `METHODS`, `copy` and a dense one among them.
         seconds: of one call, by arm and round.
     """
     dense = [name for name, arm in arms.items() if arm.role == "dense"]
@@ -200,8 +210,8 @@ def summary(case: Case, arms: dict[str, gpu_timing.Arm], seconds: dict[str, list
         for name, size in counted.items()
         if name != "copy"
     }
-    speedup = gpu_timing.ratios(seconds[best], seconds["rocketkv"])
-    ceiling = counted[best] / counted["rocketkv"]
+    speedup = {method: gpu_timing.ratios(seconds[best], seconds[method]) for method in METHODS}
+    ceiling = {method: counted[best] / counted[method] for method in METHODS}
     return {
         "roles": {name: arm.role for name, arm in arms.items()},
         "bytes": counted,
@@ -211,8 +221,8 @@ def summary(case: Case, arms: dict[str, gpu_timing.Arm], seconds: dict[str, list
         "share_of_copy": shares,
         "best_dense": best,
         "speedup": speedup,
-        "share_of_ceiling": speedup["median"] / ceiling,
-        "goals": goals(case, speedup, microseconds["rocketkv"], shares["rocketkv"]),
+        "share_of_ceiling": {method: speedup[method]["median"] / ceiling[method] for method in METHODS},
+        "goals": goals(case, speedup["rocketkv"], microseconds["rocketkv"], shares["rocketkv"]),
     }
 
 
@@ -246,13 +256,14 @@ def table(result: dict[str, Any]) -> str:
         return "\n".join(lines)
     for one in result["cases"]:
         copy = one["copy_bytes_per_second"]["median"] / 1e12
-        lines += ["", f"case {one['case']}: {one['stored_tokens']} tokens stored, copy {copy:.2f} TB/s"]
-        lines.append(f"  {'':22} {'us':>9} {'min-max':>19} {'MB':>9} {'of copy':>8}")
+        stored = ", ".join(f"{method} stores {count}" for method, count in one["stored_tokens"].items())
+        lines += ["", f"case {one['case']}: {stored} tokens; copy {copy:.2f} TB/s"]
+        lines.append(f"  {'':26} {'us':>9} {'min-max':>19} {'MB':>9} {'of copy':>8}")
         for name, times in one["microseconds"].items():
             size, share = one["bytes"].get(name), one["share_of_copy"].get(name)
             megabytes, percent = f"{size / 1e6:.2f}" if size else "", f"{share['median']:.0%}" if share else ""
             lines.append(
-                f"  {name:22} {times['median']:9.2f} {times['min']:9.2f}-{times['max']:<9.2f} "
+                f"  {name:26} {times['median']:9.2f} {times['min']:9.2f}-{times['max']:<9.2f} "
                 f"{megabytes:>9} {percent:>8}"
             )
         lines += gpu_timing.verdict_lines(one)

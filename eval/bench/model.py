@@ -1,8 +1,10 @@
 """`rocketkv bench model`: decode steps of a whole model on a GPU, dense and compressed, each as a CUDA graph.
 
 A step is a forward and the greedy choice of the next token, captured and replayed; every arm does the same.
-Arms: `static`, the stock model with transformers' StaticCache; `full`, our kernels over all tokens, in the same
-buffers; `rocketkv`. The dense figure is the faster of the first two.
+Arms: `static`, the stock model with transformers' StaticCache; `flash-attn`, the same with flash-attn's attention over
+a cache, where it is installed; `full`, our kernels over all tokens, in the same buffers; `rocketkv` and `rocketkv+`.
+The dense figure is the fastest of the first three; the goals are for `rocketkv`. The time to the first token is that of
+a whole prompt, stage 1 and index included, of the stock model with its growing cache and of both methods.
 
 The last line is JSON: `device`, `versions`, `shape`, `dtype`, `rounds`, `steps` (of a round), `passed` (every goal met
 by its median), `left_out`, and for each of `cases`:
@@ -10,9 +12,11 @@ by its median), `left_out`, and for each of `cases`:
     case, batch, context, token_budget
     milliseconds        of one step, by arm: median, min, max over the rounds
     tokens_per_second   of the whole batch, by arm, by the median
-    bytes               that a step reads: `weights`, and keys, values and index, `dense` and `rocketkv`
-    byte_ceiling        speed-up that the bytes allow, weights included
-    absent              dense arms that do not fit, and why
+    first_token         milliseconds of a prompt's first token, by arm: median, min, max over the rounds
+    bytes               that a step reads: `weights`, and keys, values and index, `dense`, `rocketkv` and `rocketkv+`
+    byte_ceiling        speed-up that the bytes allow, weights included, by method
+    absent              arms that do not fit, cannot run or cannot be captured, and why
+    clocks              of the device when the case ends
     best_dense, speedup, share_of_ceiling, goals        as in `bench kernels`
 """
 
@@ -26,15 +30,27 @@ import torch
 from transformers import PreTrainedModel
 
 from ...hf.cache import cache_stats
-from ...hf.patch import unpatch
 from ..checks import require_near_logits
+from .first_token import first_token
 from .gpu_run import report, time_cases
-from .gpu_timing import alternate, card, event_seconds, ratios, require_rounds, spread, verdict_lines
-from .kernel_cases import Case
-from .model_arms import DECODE_CAPACITY, TINY, ModelArm, build_model, check_arms, model_arms
+from .gpu_timing import (
+    CannotCaptureError,
+    alternate,
+    card,
+    clocks,
+    event_seconds,
+    ratios,
+    require_rounds,
+    spread,
+    try_capture,
+    verdict_lines,
+)
+from .kernel_cases import METHODS, Case
+from .model_arms import DECODE_CAPACITY, TINY, ModelArm, build_model, check_arms, model_arms, restore
 
 STEPS = 16
-CASES = (Case(1, 131072, 1024), Case(8, 32768, 1024), Case(1, 512, 1024))
+PROMPT_ROUNDS = 3
+CASES = (Case(1, 32768, 1024), Case(1, 131072, 1024), Case(8, 32768, 1024), Case(32, 8192, 1024), Case(1, 512, 1024))
 QUICK = (Case(1, 512, 1024), Case(1, 32768, 1024))
 TINY_CASES = (Case(1, 400, 64), Case(2, 300, 64), Case(1, 40, 64))
 
@@ -70,12 +86,14 @@ def check_model(shape: str, cases: Sequence[Case], device: torch.device) -> dict
     model = build_model(shape, longest, torch.float32, device, **TINY)
     checked = []
     for case in cases:
-        arms = model_arms(model, case)
+        arms, absent = model_arms(model, case)
         try:
-            check_arms(case, arms)
+            absent |= check_arms(case, arms)
         finally:
-            unpatch(model)
-        checked.append({"case": str(case), "arms": list(arms)})
+            restore(model)
+        first, _ = first_token(model, case, 1)
+        ran = [name for name in arms if name not in absent]
+        checked.append({"case": str(case), "arms": ran, "first_token": list(first), "absent": absent})
     return {"bench": "model", "shape": shape, "checked": checked, "dtype": "float32", **card(device)}
 
 
@@ -117,21 +135,29 @@ def _too_large(model: PreTrainedModel, case: Case, device: torch.device) -> str 
 
 
 def _bench_case(model: PreTrainedModel, case: Case, rounds: int) -> dict[str, Any]:
+    first, absent = first_token(model, case, PROMPT_ROUNDS)
+    absent = {f"first token of {name}": reason for name, reason in absent.items()}
     try:
-        arms = model_arms(model, case)
-        absent = check_arms(case, arms)
-        graphs = {name: _captured(arm, case) for name, arm in arms.items() if name not in absent}
+        arms, missing = model_arms(model, case)
+        missing |= check_arms(case, arms)
+        captures = {name: partial(_captured, arm, case) for name, arm in arms.items() if name not in missing}
+        graphs, failed = try_capture(captures, {"rocketkv"})
     finally:
-        unpatch(model)
+        restore(model)
+    if not set(graphs) - set(METHODS):
+        raise CannotCaptureError("no dense arm can be captured")
     seconds = alternate({name: partial(event_seconds, replay, STEPS) for name, replay in graphs.items()}, rounds)
-    read = {name: cache_stats(arms[name].cache).total("step_bytes") for name in ("full", "rocketkv")}
+    methods = [name for name in METHODS if name in graphs]
+    read = {name: cache_stats(arms[name].cache).total("step_bytes") for name in ("full", *methods)}
     return {
         "case": str(case),
         "batch": case.batch,
         "context": case.context,
         "token_budget": case.token_budget,
-        "absent": absent,
-        **summary(case, seconds, step_weights(model), read["full"], read["rocketkv"]),
+        "absent": absent | missing | failed,
+        "clocks": clocks(model.device) if model.device.type == "cuda" else None,
+        "first_token": first,
+        **summary(case, seconds, step_weights(model), read),
     }
 
 
@@ -161,27 +187,33 @@ def step_weights(model: PreTrainedModel) -> int:
     return sum(weight.nbytes for weight in model.parameters() if weight is not embedding)
 
 
-def summary(
-    case: Case, seconds: dict[str, list[float]], weights: int, dense_bytes: int, rocketkv_bytes: int
-) -> dict[str, Any]:
-    """Return times, rates, ratios and goals of a case."""
+def summary(case: Case, seconds: dict[str, list[float]], weights: int, read: dict[str, int]) -> dict[str, Any]:
+    """Return times, rates, ratios and goals of a case.
+
+    Args:
+        case: the case.
+        seconds: of one step, by arm and round.
+        weights: bytes of weights that a step reads.
+        read: bytes of keys, values and index that it reads, of `full` and each method.
+    """
     milliseconds = {name: spread(times, 1e3) for name, times in seconds.items()}
-    best = min((name for name in seconds if name != "rocketkv"), key=lambda name: milliseconds[name]["median"])
-    speedup = ratios(seconds[best], seconds["rocketkv"])
-    ceiling = (weights + dense_bytes) / (weights + rocketkv_bytes)
+    methods = [name for name in METHODS if name in seconds]
+    best = min((name for name in seconds if name not in METHODS), key=lambda name: milliseconds[name]["median"])
+    speedup = {name: ratios(seconds[best], seconds[name]) for name in methods}
+    ceiling = {name: (weights + read["full"]) / (weights + read[name]) for name in methods}
     goal = SPEEDUP_GOALS.get(case, SHORT_GOAL if case.context <= case.token_budget else None)
     found = []
     if goal is not None:
-        what = "times the dense tokens a second, at least"
-        found.append({"what": what, "goal": goal, "got": speedup["median"], "met": speedup["median"] >= goal})
+        what, got = "times the dense tokens a second, at least", speedup["rocketkv"]["median"]
+        found.append({"what": what, "goal": goal, "got": got, "met": got >= goal})
     return {
         "milliseconds": milliseconds,
         "tokens_per_second": {name: 1e3 * case.batch / times["median"] for name, times in milliseconds.items()},
-        "bytes": {"weights": weights, "dense": dense_bytes, "rocketkv": rocketkv_bytes},
+        "bytes": {"weights": weights, "dense": read["full"], **{name: read[name] for name in methods}},
         "byte_ceiling": ceiling,
         "best_dense": best,
         "speedup": speedup,
-        "share_of_ceiling": speedup["median"] / ceiling,
+        "share_of_ceiling": {name: speedup[name]["median"] / ceiling[name] for name in methods},
         "goals": found,
     }
 
@@ -196,6 +228,8 @@ def table(result: dict[str, Any]) -> str:
         for name, times in one["milliseconds"].items():
             rate, low, high = one["tokens_per_second"][name], times["min"], times["max"]
             lines.append(f"  {name:10} {times['median']:9.3f} ms ({low:.3f}-{high:.3f}) {rate:10.1f} tokens/s")
+        for name, times in one["first_token"].items():
+            lines.append(f"  first token, {name:10} {times['median']:9.1f} ms ({times['min']:.1f}-{times['max']:.1f})")
         lines += verdict_lines(one)
     lines += [f"left out: case {one['case']}: {one['reason']}" for one in result.get("left_out", ())]
     return "\n".join(lines)

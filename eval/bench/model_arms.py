@@ -1,29 +1,42 @@
 """Whole models for `rocketkv bench model`: real shapes with random weights, filled caches, and one token at a time.
 
 Weights do not change how long a step takes, nor do the values of keys: both are random, made on the device. Caches are
-filled without a prefill; stage 1 runs over their contents.
+filled without a prefill; stage 1 runs over their contents, on the kernels where there is a GPU.
 """
 
+import importlib
+import importlib.util
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
 from transformers.cache_utils import StaticCache
 
 from ...config import RocketKVConfig
 from ...core.params import AttentionParams
+from ...dispatch import eviction_ops
 from ...hf.cache import RocketKVCache
 from ...hf.layer import rocketkv_layers
 from ...hf.models import CACHE_ARGUMENT
 from ...hf.patch import patch, unpatch
 from ...state.compress import close_prompt
 from ..checks import WrongResultError, require_near_logits
-from .kernel_cases import Case
+from .kernel_cases import METHODS, Case
 
 DECODE_CAPACITY = 256
+USUAL_ATTENTION = "sdpa"
+FLASH_NAME = "rocketkv_bench_static"  # a name with "flash" in it would make transformers look for a package
 SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "llama-3.1-8b": (LlamaConfig, {"vocab_size": 128256, "intermediate_size": 14336, "num_hidden_layers": 32}),
     "qwen3-8b": (Qwen3Config, {"vocab_size": 151936, "intermediate_size": 12288, "num_hidden_layers": 36}),
@@ -46,9 +59,46 @@ def build_model(shape: str, positions: int, dtype: torch.dtype, device: torch.de
     kind, own = SHAPES[shape]
     config = kind(**HEADS | own | {"max_position_embeddings": positions, "tie_word_embeddings": False} | sizes)
     with torch.device(device):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=USUAL_ATTENTION
+        )
     model.eval()
     return model
+
+
+def flash_attention(
+    position: Tensor,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend by flash-attn from one query a row to the tokens of a static cache, up to the query's own.
+
+    Args:
+        position: [B, 1], the query's position.
+        module: the model's attention module.
+        query: [B, H, 1, D].
+        key: [B, Hkv, capacity, D].
+        value: [B, Hkv, capacity, Dv].
+        attention_mask: ignored: tokens behind the position are those that are not there.
+        scaling: factor of the logits.
+        **kwargs: of other attention functions.
+    """
+    attend = importlib.import_module("flash_attn").flash_attn_with_kvcache
+    lengths = (position[:, 0] + 1).to(torch.int32)
+    cached = (key.transpose(1, 2), value.transpose(1, 2))
+    out: Tensor = attend(query.transpose(1, 2), *cached, cache_seqlens=lengths, softmax_scale=scaling)
+    return out, None
+
+
+def restore(model: PreTrainedModel) -> None:
+    """Leave a model of `build_model` unpatched, with PyTorch's attention."""
+    unpatch(model)
+    model.set_attn_implementation(USUAL_ATTENTION)
 
 
 @dataclass(eq=False)
@@ -59,6 +109,7 @@ class ModelArm:
         model: patched or not, as the arm needs when it runs or is captured.
         config: to patch the model with, or None.
         cache: the arm's.
+        attention: name of the attention that the unpatched model runs.
         token: [B, 1], the last token; replaced by each step.
         position: [B, 1], its position; raised by each step.
         logits: of the last step.
@@ -67,15 +118,18 @@ class ModelArm:
     model: PreTrainedModel
     config: RocketKVConfig | None
     cache: Any
+    attention: str
     token: Tensor
     position: Tensor
     logits: Tensor | None = None
 
     def ready(self) -> None:
         """Patch the model as this arm needs it, or not."""
-        if self.config is None:
-            unpatch(self.model)
-        else:
+        restore(self.model)
+        if self.attention == FLASH_NAME:
+            AttentionInterface.register(FLASH_NAME, partial(flash_attention, self.position))
+            self.model.set_attn_implementation(FLASH_NAME)
+        if self.config is not None:
             patch(self.model, self.config)
 
     def step(self) -> Tensor:
@@ -103,8 +157,30 @@ class ModelArm:
                 count.fill_(position)
 
 
-def model_arms(model: PreTrainedModel, case: Case, *, kernel: str = "auto") -> dict[str, ModelArm]:
-    """Return the arms, their caches filled with the same random prompt; `static` and `full` share their buffers.
+def configs_of(case: Case, *, kernel: str = "auto") -> tuple[dict[str, RocketKVConfig], dict[str, str]]:
+    """Return the settings of the patched arms, and the methods that cannot have the case's budget, with the reasons.
+
+    Args:
+        case: batch, prompt and budget.
+        kernel: see `RocketKVConfig.backend`.
+    """
+    configs: dict[str, RocketKVConfig] = {}
+    absent: dict[str, str] = {}
+    for method in ("full", *METHODS):
+        budget: dict[str, Any] = {} if method == "full" else {"token_budget": case.token_budget}
+        try:
+            configs[method] = RocketKVConfig(method=method, decode_capacity=DECODE_CAPACITY, backend=kernel, **budget)
+        except ValueError as error:  # a budget that is too small for the method
+            absent[method] = str(error)
+    return configs, absent
+
+
+def model_arms(
+    model: PreTrainedModel, case: Case, *, kernel: str = "auto"
+) -> tuple[dict[str, ModelArm], dict[str, str]]:
+    """Return the arms, and the reasons why others are absent; the dense arms share their buffers.
+
+    All caches are filled with the same random prompt.
 
     Args:
         model: the model, not patched.
@@ -113,10 +189,7 @@ def model_arms(model: PreTrainedModel, case: Case, *, kernel: str = "auto") -> d
     """
     config: Any = model.config
     device, dtype = model.device, model.dtype
-    configs = {
-        "full": RocketKVConfig(method="full", decode_capacity=DECODE_CAPACITY, backend=kernel),
-        "rocketkv": RocketKVConfig(token_budget=case.token_budget, decode_capacity=DECODE_CAPACITY, backend=kernel),
-    }
+    configs, absent = configs_of(case, kernel=kernel)
     caches: dict[str, Any] = {name: RocketKVCache(config, settings) for name, settings in configs.items()}
     caches["static"] = StaticCache(config=config, max_cache_len=case.context + DECODE_CAPACITY)
     generator = torch.Generator(device).manual_seed(0)
@@ -142,6 +215,7 @@ def model_arms(model: PreTrainedModel, case: Case, *, kernel: str = "auto") -> d
                 decode_reserve=settings.decode_reserve,
                 kernel_size=settings.stage_1_kernel_size,
                 decode_capacity=DECODE_CAPACITY,
+                ops=eviction_ops(key, backend=kernel, workspaces=layer.workspaces),
             )
             layer.prompt_tokens = case.context
         # Share the buffers, which may fill half of the memory.
@@ -149,19 +223,25 @@ def model_arms(model: PreTrainedModel, case: Case, *, kernel: str = "auto") -> d
             caches["full"].layers[number].store.keys,
             caches["full"].layers[number].store.values,
         )
+    attentions = dict.fromkeys(("static", *configs), USUAL_ATTENTION)
+    if importlib.util.find_spec("flash_attn") is None:
+        absent["flash-attn"] = "flash-attn is not installed"
+    else:
+        attentions["flash-attn"], caches["flash-attn"] = FLASH_NAME, caches["static"]
     token = torch.zeros(case.batch, 1, dtype=torch.int64, device=device)
     position = torch.full_like(token, case.context)
-    return {
-        name: ModelArm(model, configs.get(name), caches[name], token.clone(), position.clone())
-        for name in ("static", "full", "rocketkv")
+    arms = {
+        name: ModelArm(model, configs.get(name), caches[name], attention, token.clone(), position.clone())
+        for name, attention in attentions.items()
     }
+    return arms, absent
 
 
 def check_arms(case: Case, arms: dict[str, ModelArm]) -> dict[str, str]:
     """Run two steps of each arm and require the dense ones to agree, and all of them where the prompt is within t.
 
     Returns:
-        Dense arms that do not fit into memory, and why.
+        Arms that do not fit into memory or cannot run, and why.
 
     Raises:
         WrongResultError: they do not agree.
@@ -169,23 +249,24 @@ def check_arms(case: Case, arms: dict[str, ModelArm]) -> dict[str, str]:
     logits: dict[str, Tensor] = {}
     absent: dict[str, str] = {}
     for name, arm in arms.items():
-        found = _unless_too_large(arm, case)
+        found = _unless_absent(arm, case)
         if isinstance(found, str):
             absent[name] = found
         else:
             logits[name] = found
     if "rocketkv" in absent or "full" in absent:
         raise torch.cuda.OutOfMemoryError(next(iter(absent.values())))
-    alike = [name for name in logits if name != "rocketkv" or case.context + 2 <= case.token_budget]
+    alike = [name for name in logits if name not in METHODS or case.context + 2 <= case.token_budget]
     for name in alike:
         require_near_logits(f"case {case}: logits of {name}", logits[name], logits["full"])
-    if not bool(logits["rocketkv"].isfinite().all()):
-        raise WrongResultError(f"case {case}: logits of rocketkv are not finite; nothing is timed")
+    for name, found in logits.items():
+        if not bool(found.isfinite().all()):
+            raise WrongResultError(f"case {case}: logits of {name} are not finite; nothing is timed")
     return absent
 
 
-def _unless_too_large(arm: ModelArm, case: Case) -> Tensor | str:
-    """Return the logits [2, B, V] of two steps, both of the same token, or why there is no memory for them."""
+def _unless_absent(arm: ModelArm, case: Case) -> Tensor | str:
+    """Return the logits [2, B, V] of two steps, both of the same token, or why it cannot take them."""
     start = arm.token.clone()
     try:
         arm.ready()
@@ -194,5 +275,9 @@ def _unless_too_large(arm: ModelArm, case: Case) -> Tensor | str:
         return torch.stack([first, arm.step()])
     except torch.cuda.OutOfMemoryError as error:
         return str(error).splitlines()[0]
+    except (ImportError, RuntimeError) as error:
+        if arm.attention != FLASH_NAME:
+            raise
+        return (str(error).splitlines() or [type(error).__name__])[0]  # an installation for another GPU or PyTorch
     finally:
         arm.rewind(start, case.context)
