@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="Triton is a dependency on Linux on x86-64 
 import triton
 
 import kernel_configurations as configurations
+from kernel_expectations import expected_loops
 from rocketkv.budget import rocketkv_plus_split, rocketkv_split
 from tools.aot import targets
 
@@ -123,6 +124,28 @@ def test_main_configurations_load_sixteen_bytes_at_a_time(found: dict[str, Any],
         for pointer in set(report["loads"]) - NARROW.get(report["kernel"], set()):
             narrow += [(named(report), pointer, width) for width in report["loads"][pointer] if int(width) < 4]
     assert not narrow
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_loops_copy_while_they_compute(found: dict[str, Any], target: str) -> None:
+    """Of the main configurations: enough buffers, waits that leave copies unfinished, and few instructions."""
+    expected = expected_loops(VERSION)
+    wrong, met = [], set()
+    for report in reports_for(found, target, main=True):
+        loop = expected.get(report["kernel"])
+        if loop is None or report["error"] is not None:
+            continue
+        met.add(report["kernel"])
+        for pointer in loop.pointers:
+            buffers, in_flight = report["buffers"].get(pointer, 0), report["in_flight"].get(pointer, 0)
+            if buffers < loop.buffers or in_flight < loop.in_flight:
+                wrong.append((named(report), pointer, "buffers and unfinished copies", (buffers, in_flight)))
+            if loop.issued is not None:
+                issued = report["instructions"][pointer] * report["warps"] / report["constants"][loop.tokens]
+                if issued > loop.issued:
+                    wrong.append((named(report), pointer, "instructions a token", issued))
+    assert met == set(expected)
+    assert not wrong
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,40 @@
+"""What the compiled loops of kernels must have in the main configurations, by version of Triton."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop that copies blocks to shared memory while it computes.
+
+    Attributes:
+        pointers: that it copies from.
+        buffers: blocks of each that shared memory holds, at least.
+        in_flight: groups of copies that its waits leave unfinished, at least.
+        issued: instructions of all warps for one token, at most, or None where they do not count.
+        tokens: the kernel's constant that says how many tokens a pass scores.
+    """
+
+    pointers: tuple[str, ...]
+    buffers: int
+    in_flight: int
+    issued: float | None = None
+    tokens: str = "BN"
+
+
+# From the named version of Triton on: which loops it pipelines, and how, changed in 3.8.
+_SINCE: dict[str, dict[tuple[int, int], Loop]] = {
+    "append_score_kernel": {(3, 2): Loop(("bounds",), 1, 0)},
+    "append_sketch_kernel": {(3, 2): Loop(("sketched",), 2, 1, issued=38.0)},
+    "select_attend_kernel": {(3, 2): Loop(("keys", "values"), 1, 0)},
+    "dense_partial_kernel": {(3, 2): Loop(("key_places", "value_places"), 2, 1)},
+    "window_statistics_kernel": {(3, 2): Loop(("block",), 3, 1)},
+    "window_sums_kernel": {(3, 2): Loop(("query",), 3, 1)},
+}
+
+
+def expected_loops(version: tuple[int, int]) -> dict[str, Loop]:
+    """Return the loop that each kernel must have when compiled by this version of Triton."""
+    return {
+        kernel: versions[max(since for since in versions if since <= version)] for kernel, versions in _SINCE.items()
+    }
