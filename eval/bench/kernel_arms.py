@@ -42,7 +42,7 @@ class CaseArms:
 def case_arms(buffers: CaseBuffers) -> CaseArms:
     """Return the arms of a case."""
     dense, absent, tiling = _dense_arms(buffers)
-    steps = [_Step(buffers, method) for method in METHODS]
+    steps = [DecodeStep(buffers, method) for method in METHODS]
     kernels = [arm for step in steps for arm in step.kernel_arms()]
     return CaseArms((*(step.arm() for step in steps), *dense, *kernels, *_eviction_arms(buffers)), absent, tiling)
 
@@ -62,7 +62,7 @@ def _dense_arms(buffers: CaseBuffers) -> tuple[list[Arm], dict[str, str], dict[s
     return arms, absent, tiling
 
 
-class _Step:
+class DecodeStep:
     """The decode step of a method over the sets of a case, and its launches one by one."""
 
     def __init__(self, buffers: CaseBuffers, method: str) -> None:

@@ -206,7 +206,7 @@ def test_a_wrong_result_ends_the_command_with_one(
 @pytest.mark.parametrize("method", METHODS)
 def test_equal_scores_leave_no_choice(method: str) -> None:
     buffers = CaseBuffers(replace(SMALL, ties=True), TINY_LAYER, FP32, DEVICE, None)
-    step = kernel_arms._Step(buffers, method)
+    step = kernel_arms.DecodeStep(buffers, method)
     with torch.inference_mode():
         step.check()
         step.run(0)
@@ -223,7 +223,7 @@ def test_equal_scores_leave_no_choice(method: str) -> None:
 )
 def test_launches_one_by_one_are_the_step(method: str, kernels: list[str]) -> None:
     buffers = CaseBuffers(SMALL, TINY_LAYER, FP32, DEVICE, None)
-    step = kernel_arms._Step(buffers, method)
+    step = kernel_arms.DecodeStep(buffers, method)
     with torch.inference_mode():
         expected = step.run(0).clone()
         step.stores.rewind()
