@@ -18,16 +18,17 @@ from torch import Tensor
 
 from .append_score import append_score_kernel
 from .append_sketch import SketchRule, append_sketch_kernel, arranged, code_block
+from .launches import Launch, architecture_of, launch_of
 from .operands import Buffers, Params
 from .select import select_kernel
 from .select_attend import ALL, GIVEN, RANKED, RECENT, select_attend_kernel
 
 TILE_PAGES = 128  # pages a tile of the index, also in append_score.py and rocketkv.core.pages; a test compares them
 REGISTER_PAGES = 8192
-ROW_CHUNK = 16  # channels that append_score multiplies at once
+LARGEST_TILE = 128  # channels that append_score multiplies at once, at most
 LINE_CHUNK = 32  # rows of the rotation matrix that append_sketch multiplies at once
 HEAD_BLOCK = 32  # heads whose rotated queries one program holds
-TOKEN_BLOCK = 32  # tokens whose keys and values select_attend loads at once
+TOKEN_BLOCK = 32  # tokens that a part of select_attend reads at least
 SELECT_CHUNK = 2048
 LARGEST_PAGE = 16
 LARGEST_HEAD_DIM = 256
@@ -156,7 +157,10 @@ class DecodeWorkspace:
             self.parts = 1
         self.page_capacity = shape.tiles * TILE_PAGES
         self.separate = shape.scored and self.page_capacity > REGISTER_PAGES
-        self.rank_block = triton.cdiv(shape.channels or 1, ROW_CHUNK) * ROW_CHUNK
+        self.rank_block = triton.cdiv(shape.channels or 1, LARGEST_TILE) * LARGEST_TILE
+        self.architecture = architecture_of(device)
+        # By kernel, bytes of an element of the keys and `EXACT`; `rocketkv bench tune` tries others.
+        self.launches: dict[tuple[str, int, bool], Launch] = {}
 
         given = None if buffers is None else iter(buffers)
 
@@ -191,6 +195,17 @@ class DecodeWorkspace:
         if rotation is None:
             raise ValueError("a workspace for a sketch needs the rotation")
         return arranged(rotation, self.shape.sketch)
+
+    def launch(self, kernel: str, itemsize: int, exact: bool) -> Launch:
+        """Return how a kernel is launched, with keys of so many bytes an element and float32 products or not."""
+        key = (kernel, itemsize, exact)
+        if key not in self.launches:
+            head_dim = max(16, triton.next_power_of_2(self.shape.head_dim))
+            held = self.shape.scored and not (kernel == "select_attend" and self.separate)
+            pages = triton.next_power_of_2(self.page_capacity) if held else 1
+            sizes = {"head_dim": head_dim, "itemsize": itemsize, "pages": pages, "group": self.group_block}
+            self.launches[key] = launch_of(kernel, self.architecture, **sizes, exact=exact)
+        return self.launches[key]
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every buffer by name."""
@@ -247,15 +262,18 @@ def decode_step_triton(
         "RING": 0 if ring is None else ring.shape[2],
     }  # fmt: skip
     if shape.sketch is None:
+        cut = space.launch("append_score", keys.itemsize, exact)
+        rank_block = -(-(shape.channels or 1) // cut.tile) * cut.tile
         append_score_kernel[(rows, space.splits)](
             *appended, buffers.index_tensors[0] if shape.scored else keys, seq_lens, buffers.clock,
             space.scores, space.peaks, space.sums, space.ranked, remembered, *strides,
             shape.capacity, shape.tiles, shape.kv_heads, shape.token_budget, shape.channels or 0, scaling, cap,
-            P=shape.page_size, SCORE=shape.scored, DC=min(32, head_block), RP=space.rank_block, RC=ROW_CHUNK,
-            num_warps=4 if space.group_block <= 32 else 8, **fixed,
+            P=shape.page_size, SCORE=shape.scored, DC=min(32, head_block), RP=rank_block, RC=cut.tile,
+            num_warps=cut.warps, num_stages=cut.stages, **fixed,
         )  # fmt: skip
     else:
         rule, (width, *higher) = shape.sketch, shape.sketch.widths
+        cut = space.launch("append_sketch", keys.itemsize, exact)
         append_sketch_kernel[(rows, space.splits)](
             *appended, *buffers.index_tensors, value_sum if shape.residual else seq_lens, space.turn, seq_lens,
             buffers.clock,
@@ -265,7 +283,7 @@ def decode_step_triton(
             WIDTH=width, HIGHER=bool(higher), RESIDUAL=shape.residual, BLOCK=code_block(shape.head_dim, width),
             BLOCK_HIGHER=code_block(shape.head_dim, 1) if higher else 2, HEADS=min(HEAD_BLOCK, space.group_block),
             RC=min(head_block, LINE_CHUNK if head_block * keys.itemsize <= 256 else LINE_CHUNK // 2),
-            BN=TILE_PAGES if head_block <= 128 else TILE_PAGES // 2, num_warps=4, **fixed,
+            BN=cut.tile, num_warps=cut.warps, num_stages=cut.stages, **fixed,
         )  # fmt: skip
     mode = ALL.value
     if shape.sinks is not None:
@@ -284,12 +302,7 @@ def decode_step_triton(
             CHUNK=SELECT_CHUNK, num_warps=16,
         )  # fmt: skip
     page_block = triton.next_power_of_2(space.page_capacity) if mode == RANKED.value else 1
-    # As many registers as the weights of all pages take, or the float32 sums of a large group.
-    warps = 4 if max(page_block, 16 * space.group_block) <= 1024 else 8
-    if exact and space.group_block > 32:
-        warps = 16
-    # Blocks of keys and values fit beside the queries into the shared memory of every device.
-    wide = head_block * keys.itemsize > 512
+    cut = space.launch("select_attend", keys.itemsize, exact)
     select_attend_kernel[(rows, space.parts)](
         query, keys, values, seq_lens, buffers.clock, seq_lens if sinks is None else sinks,
         space.scores, space.peaks, space.sums, value_sum if shape.residual else seq_lens,
@@ -302,7 +315,6 @@ def decode_step_triton(
         SPLITS=space.splits, PARTS=space.parts, SINKS=sinks is not None, SOFTCAP=softcap is not None, EXACT=exact,
         RESIDUAL=shape.residual, BIAS=bias is not None, LARGEST=shape.by_largest, GP=space.group_block,
         DP=head_block, DVP=space.value_block, SP=split_block, UP=page_block,
-        BT=TOKEN_BLOCK // 2 if wide else TOKEN_BLOCK,
-        num_warps=warps, num_stages=2 if wide else 3,
+        BT=cut.tile, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return out
