@@ -1,13 +1,17 @@
-"""`rocketkv bench attention | decode | kernels | model`: decode speed against dense attention, correctness first.
+"""`rocketkv bench attention | decode | kernels | tune | model`: decode speed against dense attention.
+
+Results are checked before anything is timed.
 
 `attention` times one layer's decode step against that of `rocketkv+` and PyTorch's attention over the full cache, with
 the query heads as they are (`enable_gqa`) and with the heads of a group as rows, which is the strongest dense form on a
 CPU. `decode` times whole decode steps of a model against `rocketkv+`, the stock model, whose cache copies itself each
-step, and dense attention over a preallocated cache (method `full`). `kernels` and `model` do the same on a GPU.
+step, and dense attention over a preallocated cache (method `full`). `kernels` and `model` do the same on a GPU, where
+`tune` tries launch configurations of the kernels.
 """
 
 import argparse
 import importlib
+from pathlib import Path
 
 from ...options import DTYPES, positive
 
@@ -16,9 +20,11 @@ BENCHMARKS = {
     "attention": (".cpu", "decode step of one attention layer, on a CPU"),
     "decode": (".cpu", "decode step of a whole model, on a CPU"),
     "kernels": (".kernels", "decode step of one attention layer, and its kernels, on a GPU"),
+    "tune": (".tune", "launch configurations of the decode kernels, tried on a GPU and written to their table"),
     "model": (".model", "decode step of a model of 8B parameters, on a GPU"),
 }
 ROUNDS, STEPS = 7, 8
+HEAD_DIMS = (64, 128)
 SHAPES = ("llama-3.1-8b", "qwen3-8b")  # of `model_arms.SHAPES`, which needs torch
 
 
@@ -33,10 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--json", action="store_true", help="print one JSON document and no table")
         if name in ("attention", "decode"):
             _add_cpu_options(command, context=32768 if name == "attention" else None)
-        else:
+        elif name != "tune":
             _add_gpu_options(command)
     parsers["decode"].add_argument("--model", help="hub name or local folder (default: SmolLM2-135M-Instruct)")
     parsers["kernels"].add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default %(default)s)")
+    tune = parsers["tune"]
+    tune.add_argument("--head-dims", type=positive, nargs="+", default=HEAD_DIMS, metavar="D", help="(default 64 128)")
+    tune.add_argument("-o", "--output", type=Path, help="file of the table (default: the installed one)")
     parsers["model"].add_argument("--shape", choices=SHAPES, default=SHAPES[0], help="(default %(default)s)")
 
 
