@@ -98,6 +98,7 @@ def test_a_models_ceiling_counts_its_weights() -> None:
         assert field in (bench_model.__doc__ or ""), field
 
 
+@pytest.mark.integration
 def test_flash_attention_over_a_static_cache_is_a_dense_arm(monkeypatch: pytest.MonkeyPatch) -> None:
     def attend(query: Tensor, keys: Tensor, values: Tensor, *, cache_seqlens: Tensor, softmax_scale: float) -> Tensor:
         rows = [

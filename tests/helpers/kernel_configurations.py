@@ -31,7 +31,7 @@ class Configuration:
     Attributes:
         launch: launches them on meta tensors, given the number of multiprocessors.
         kernels: those of its kernels that count, or None for all.
-        main: whether it must have no spills on sm_80 and sm_90, and wide loads.
+        main: whether it must have no spills on NVIDIA's devices, wide loads, and loops that copy while they compute.
         alone: whether some of its kernels are in no main configuration.
     """
 

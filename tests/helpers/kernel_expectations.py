@@ -28,8 +28,7 @@ _SINCE: dict[str, dict[tuple[int, int], Loop]] = {
     "append_sketch_kernel": {(3, 2): Loop(("sketched",), 2, 1, issued=38.0)},
     "select_attend_kernel": {(3, 2): Loop(("keys", "values"), 1, 0)},
     "dense_partial_kernel": {(3, 2): Loop(("key_places", "value_places"), 2, 1)},
-    "window_statistics_kernel": {(3, 2): Loop(("block",), 3, 1)},
-    "window_sums_kernel": {(3, 2): Loop(("query",), 3, 1)},
+    "window_statistics_kernel": {(3, 2): Loop(("block",), 2, 1)},
 }
 
 

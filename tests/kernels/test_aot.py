@@ -104,7 +104,7 @@ def test_every_kernel_compiles(found: dict[str, Any], target: str) -> None:
     assert {report["kernel"].split("[")[0] for report in reports} == written
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("target", NVIDIA)
 def test_main_configurations_spill_nothing(found: dict[str, Any], target: str) -> None:
     reports = reports_for(found, target, main=True)
     assert {report["kernel"] for report in reports} >= {"append_score_kernel", "select_attend_kernel", "select_kernel"}

@@ -88,6 +88,7 @@ def test_one_step_of_each_kind_equals_the_reference(capsys: pytest.CaptureFixtur
     assert "a full row" in result_of(capsys)["cases"]
 
 
+@pytest.mark.integration
 def test_captures_of_a_model_agree(capsys: pytest.CaptureFixture[str]) -> None:
     assert programs.run("capture", ["rocketkv", "--tiny"]) == 0
     found = result_of(capsys)

@@ -8,10 +8,11 @@ from layer_case import Case, bias_of, kernel_step, make, workspace_of
 from rocketkv.dispatch import decode_step
 from rocketkv.eval.bench.kernel_checks import require_equal
 from rocketkv.eval.checks import require_near
+from rocketkv.kernels.decode import REGISTER_PAGES
 
 BF16 = torch.bfloat16
-# More pages than one program holds, so that they are chosen in a launch of their own.
-BEYOND = 8200
+# More pages than one program holds, so that they are chosen in launches of their own.
+BEYOND = REGISTER_PAGES + 8
 CASES = {
     "pages of 3, ragged": Case(lengths=(200, 131, 20), heads=6, kv_heads=2, dtype=BF16, steps=4),
     "sketch and residual, ragged": Case(
