@@ -120,9 +120,14 @@ def eviction_ops(keys: Tensor, *, backend: str = "auto", workspaces: Workspaces 
 
         return run
 
-    stage_1 = evict.window_scores, evict.pool_scores, evict.select_top, evict.compact
-    write_sketch = functools.partial(build_sketch.write_sketch, encoding)
-    return EvictionOps(*map(here, stage_1), here(value_aware.value_aware), here(write_sketch))
+    return EvictionOps(
+        here(evict.window_scores),
+        here(evict.pool_scores),
+        here(evict.select_top),
+        here(evict.compact),
+        here(value_aware.value_aware),
+        here(functools.partial(build_sketch.write_sketch, encoding)),
+    )
 
 
 def decode_step(
