@@ -130,6 +130,50 @@ def eviction_ops(keys: Tensor, *, backend: str = "auto", workspaces: Workspaces 
     )
 
 
+def prefill_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    params: AttentionParams,
+    *,
+    window: int | None = None,
+    valid: Tensor | None = None,
+    backend: str = "auto",
+    workspaces: Workspaces | None = None,
+) -> Tensor | None:
+    """Attend causally from n queries, the last of S tokens, with the kernel; or return None if it cannot run.
+
+    Args:
+        query: [B, H, n, D], after rotary embedding.
+        key: [B, Hkv, S, D], after rotary embedding.
+        value: [B, Hkv, S, Dv].
+        params: the model's attention parameters.
+        window: keys that a query sees, itself included, or None for all.
+        valid: [B, 1 or Hkv, S] bool, False at padding, or None.
+        backend: see `backend_name`.
+        workspaces: shared by the layers of a cache; they warn if the kernel does not support these tensors.
+
+    Returns:
+        [B, n, H, Dv] in the query's dtype, or None on PyTorch and where gradients are needed: the kernel has none.
+
+    Raises:
+        ValueError: the backend cannot run on the device.
+    """
+    if backend_name(query.device, backend) == "torch":
+        return None
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+        return None
+    from .kernels import prefill  # imported where it runs: triton may not be installed
+
+    reason = prefill.refusal(query, key, value)
+    if reason is not None:
+        (workspaces or Workspaces()).warn(f"prompts of this layer run on PyTorch, not on the kernel: {reason}")
+        return None
+    with _current(query.device):
+        out: Tensor = prefill.prefill_attention(query, key, value, params, window=window, valid=valid)
+    return out
+
+
 def decode_step(
     query: Tensor,
     key: Tensor,
