@@ -1,4 +1,4 @@
-"""Exact attention of many queries in blocks of rows, for masks that the model's own attention does not support.
+"""Exact attention of many queries in blocks of rows, under a mask that is evaluated a block at a time.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, n queries, S keys.
 """
@@ -13,9 +13,17 @@ from torch.nn import functional as F
 from .attention import softmax_attention
 from .params import AttentionParams
 
-# Upper bound for a block's mask, one byte per query row and key; and, with a soft-cap or learned sinks, for its logits
-# and their copies in `softmax_attention`, 16 bytes per query row and key.
+# Upper bound on a CPU for a block's mask and its float copy, `MASK_BYTES` per query row and key; and, with a soft-cap
+# or learned sinks, for its logits and their copies in `softmax_attention`, `LOGIT_BYTES` per query row and key.
 BLOCK_BYTES = 16 * 2**20
+MASK_BYTES, LOGIT_BYTES = 5, 16
+
+
+def block_bytes(device: torch.device) -> int:
+    """Return the bytes of a block: about a CPU's cache, or a fixed part of a GPU's memory, where launches cost more."""
+    if device.type != "cuda":
+        return BLOCK_BYTES
+    return max(BLOCK_BYTES, torch.cuda.get_device_properties(device).total_memory // 64)
 
 
 @dataclass(frozen=True)
@@ -25,13 +33,6 @@ class VisibleBlock:
     start: int
     stop: int
     mask: Tensor | None
-
-
-def causal_block(start: int, stop: int, offset: int, device: torch.device) -> VisibleBlock:
-    """Return the keys that queries `start` to `stop` see under a causal mask: query i follows `offset + i` keys."""
-    last = offset + stop
-    query = torch.arange(start, stop, device=device)[:, None] + offset
-    return VisibleBlock(0, last, (torch.arange(last, device=device) <= query)[None, None])
 
 
 def dense_attention(
@@ -83,8 +84,8 @@ def dense_attention(
             )
 
         return torch.cat([one(head) for head in range(kv_heads)], dim=2)
-    bytes_a_query = batch * size * (16 * heads if unfused else group * mask_heads)
-    block = max(1, min(length, BLOCK_BYTES // bytes_a_query))
+    bytes_a_query = batch * size * (LOGIT_BYTES * heads if unfused else MASK_BYTES * group * mask_heads)
+    block = max(1, min(length, block_bytes(query.device) // bytes_a_query))
     out = query.new_empty(batch, length, heads, value.shape[-1])
     for start in range(0, length, block):
         stop = min(start + block, length)

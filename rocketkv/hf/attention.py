@@ -4,24 +4,27 @@ Letters: B batch, H query heads, Hkv KV heads, D head dim, n queries, S keys.
 """
 
 import functools
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..core.dense import VisibleBlock, causal_block, dense_attention
+from ..core.dense import VisibleBlock, dense_attention
 from ..core.params import AttentionParams
+from ..dispatch import Workspaces
 from .layer import RocketKVLayer, layer_of
 from .masks import LazyMask, MaskFunction
-from .prefill import FastAttention
+from .patch_state import PatchState
+from .prefill import FastAttention, attend_causally
 
 NAME = "rocketkv"
 # Arguments that some models pass to their attention, that change its weights, and that are not supported here.
 UNKNOWN = ("position_bias", "sinks", "indices", "block_indices")
 _JUST_CAUSAL: Any = causal_mask_function  # declared for ints, called with tensors
 IMPLEMENTATION = "_rocketkv_implementation"  # on each attention module of a patched model: its former implementation
+PATCH = "_rocketkv_patch"  # on the same modules: the model's PatchState
 
 
 class _Disguise:
@@ -94,12 +97,7 @@ def rocketkv_attention(
         **kwargs,
     )
     if layer is None:
-        if _takes_flash(attention_mask, module, sliding_window):
-            padding = attention_mask.key_padding()
-            out = own(query, key, value, None if padding is None else padding.to(query.device))
-            if out is not None:
-                return out, None
-        return _uncompressed(query, key, value, attention_mask, own, params, dropout, sliding_window), None
+        return _uncompressed(module, query, key, value, attention_mask, own, params, dropout, sliding_window), None
     if isinstance(attention_mask, Tensor):
         raise ValueError(
             f"RocketKV needs the 2D attention_mask [batch, tokens]; {type(module).__name__} got a mask of shape "
@@ -108,13 +106,6 @@ def rocketkv_attention(
         )
     out = layer.attend(query, attention_mask, params, fast=own)
     return out, None
-
-
-def _takes_flash(mask: LazyMask | Tensor | None, module: nn.Module, sliding_window: int | None) -> TypeGuard[LazyMask]:
-    """Whether the model's own flash attention supports this prompt, in a layer that is not compressed."""
-    if "flash" not in getattr(module, IMPLEMENTATION, "sdpa") or not isinstance(mask, LazyMask) or not mask.at_end:
-        return False
-    return mask.causal or (mask.window is not None and mask.window == sliding_window)
 
 
 def _model_attention(
@@ -151,6 +142,7 @@ def _model_attention(
 
 
 def _uncompressed(
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -165,18 +157,50 @@ def _uncompressed(
         out = own(query, key, value, None)
         if out is not None:
             return out
+    if mask is None:
+        return _attend_causally(module, query, key, value, params, dropout=dropout)
+    size = key.shape[2]
+    if (
+        isinstance(mask, LazyMask)
+        and mask.at_end
+        and (mask.causal or (mask.window is not None and mask.window == sliding_window))
+    ):
+        padding = mask.key_padding()
+        padding = None if padding is None else padding.to(query.device)
+        if "flash" in getattr(module, IMPLEMENTATION, "sdpa"):
+            out = own(query, key, value, padding)
+            if out is not None:
+                return out
+        starts = None if padding is None else mask.row_starts()
+        window = None if mask.causal else sliding_window
+        valid = None if padding is None else padding[:, None]
+        settings: dict[str, Any] = {"valid": valid, "starts": starts, "window": window, "dropout": dropout}
+        return _attend_causally(module, query, key, value, params, **settings)
     size = key.shape[2]
 
     def visible(start: int, stop: int) -> VisibleBlock:
         if isinstance(mask, LazyMask):
             return mask.block(start, stop, size, window=sliding_window)
-        if mask is None:
-            return causal_block(start, stop, size - query.shape[2], query.device)
         # The caller's 4D mask: a key is visible where it is True, or zero if it is additive.
         rows = mask[:, :, start:stop, :size]
         return VisibleBlock(0, size, rows if rows.dtype == torch.bool else rows >= 0)
 
     return dense_attention(query, key, value, params, visible, dropout=dropout)
+
+
+def _is_band(mask: LazyMask, sliding_window: int | None) -> bool:
+    """Return whether this is a prompt's mask that is causal, within the layer's sliding window if it has one."""
+    return mask.at_end and (mask.causal or (mask.window is not None and mask.window == sliding_window))
+
+
+def _attend_causally(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, **settings: Any
+) -> Tensor:
+    """Call `attend_causally` with the backend and the warnings of the module's patch."""
+    patch: PatchState | None = module.__dict__.get(PATCH)
+    if patch is not None:
+        settings |= {"backend": patch.config.backend, "workspaces": Workspaces(warned=patch.warned)}
+    return attend_causally(query, key, value, params, **settings)
 
 
 def rocketkv_mask(

@@ -323,7 +323,8 @@ class RocketKVLayer(CacheLayerMixin):
         store.extend(key, value, valid, expected=self.prompt_end or 0)
         store.prompt.remember(query, self.config.window_size)
         self.prompt_tokens = store.seen if mask is None else mask.longest_row(store.seen)
-        return attend_prompt(store, query, key, value, mask, fast, params)
+        settings: dict[str, Any] = {"backend": self.config.backend, "workspaces": self.workspaces}
+        return attend_prompt(store, query, key, value, mask, fast, params, **settings)
 
     def end_prompt(self, params: AttentionParams) -> None:
         """Run stage 1 at the end of a prompt.

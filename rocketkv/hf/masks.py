@@ -48,6 +48,7 @@ class LazyMask:
     dtype: torch.dtype = torch.bool
     window: int | None = None
     _padded: bool | None = field(default=None, repr=False)
+    _starts: tuple[tuple[int, ...], bool] | None = field(default=None, repr=False)
     _longest: dict[int, int] = field(default_factory=dict, repr=False)
     _rows: dict[tuple[int, int | None], VisibleBlock] = field(default_factory=dict, repr=False)
 
@@ -125,6 +126,21 @@ class LazyMask:
         found = self.padding[:, start:stop]
         missing = stop - start - found.shape[1]
         return found if missing <= 0 else torch.nn.functional.pad(found, (0, missing))
+
+    def row_starts(self) -> tuple[int, ...] | None:
+        """Return the first token of each row among this layer's keys, or None if padding lies behind a token.
+
+        A row of only padding starts at `kv_length`. Waits for the device once per forward.
+        """
+        if self._starts is None:
+            self._starts = (0,) * self.batch_size, True
+            if self.padded:
+                valid = self._key_padding()
+                behind = (valid[:, :-1] & ~valid[:, 1:]).any(-1)
+                found = torch.stack((valid.shape[1] - valid.sum(-1), behind), dim=-1).tolist()
+                self._starts = tuple(row[0] for row in found), not any(row[1] for row in found)
+        starts, left = self._starts
+        return starts if left else None
 
     def valid_tokens(self, start: int, stop: int) -> Tensor | None:
         """Return [B, stop - start] bool, True at tokens, for sequence positions, or None without padding."""

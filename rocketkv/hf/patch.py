@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from ..config import RocketKVConfig, make_config
 from ..state.monitor import OnStep, refuse_static
 from ..state.stats import CacheStats
-from .attention import IMPLEMENTATION, NAME, rocketkv_attention, rocketkv_mask
+from .attention import IMPLEMENTATION, NAME, PATCH, rocketkv_attention, rocketkv_mask
 from .chat import ChatMarks, chat_marks
 from .compiled import CompiledStep
 from .forward import DecoderForward, ForwardHook
@@ -208,6 +208,7 @@ def patch(
         raise
     for module in attentions:
         setattr(module, IMPLEMENTATION, before)
+        module.__dict__[PATCH] = state
     state.hook = decoder.register_forward_pre_hook(ForwardHook(state), with_kwargs=True)
     state.former_forward = decoder.__dict__.get("forward")
     decoder.__dict__["forward"] = DecoderForward(decoder, state.former_forward, state.warned)
@@ -245,6 +246,7 @@ def unpatch(model: nn.Module) -> None:
     for module in attentions:
         if IMPLEMENTATION in module.__dict__:
             delattr(module, IMPLEMENTATION)
+            del module.__dict__[PATCH]
     if state.hook is not None:
         state.hook.remove()
     if isinstance(decoder.__dict__.get("forward"), DecoderForward):  # if wrapped since, it stays and works

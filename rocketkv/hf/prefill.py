@@ -1,20 +1,65 @@
 """Attention of a prompt's tokens to all stored tokens and, causally, to themselves.
 
-Letters: B batch, H query heads, Hkv KV heads, D head dim, n tokens of a forward, N stored tokens.
+Letters: B batch, H query heads, Hkv KV heads, D head dim, n tokens of a forward, N stored tokens, S keys.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from ..core.dense import VisibleBlock, causal_block, dense_attention
+from ..core.causal import causal_attention, fused
+from ..core.dense import VisibleBlock, dense_attention
 from ..core.params import AttentionParams
+from ..dispatch import Workspaces, prefill_attention
 from ..state.store import KVStore
 from .masks import LazyMask
 
 # The model's own attention for causal queries at the end of the keys: maps (query, key, value, padding) to
 # [B, n, H, Dv], or to None if it does not support the shapes.
 FastAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None]
+
+
+def attend_causally(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    params: AttentionParams,
+    *,
+    valid: Tensor | None = None,
+    starts: Sequence[int] | None = None,
+    window: int | None = None,
+    dropout: float = 0.0,
+    backend: str = "auto",
+    workspaces: Workspaces | None = None,
+) -> Tensor:
+    """Attend causally from n queries, the last of S tokens, without a mask in memory.
+
+    One fused call, or one a padded row, wherever SDPA has one; else the kernel on a GPU; else blocks of rows.
+
+    Args:
+        query: [B, H, n, D].
+        key: [B, Hkv, S, D].
+        value: [B, Hkv, S, Dv].
+        params: the model's attention parameters.
+        valid: [B, 1 or Hkv, S] bool, False at padding, or None.
+        starts: each row's first token if all padding lies before it; else None.
+        window: keys that a query sees, itself included, or None for all.
+        dropout: probability of dropping a weight, in training.
+        backend: see `dispatch.backend_name`.
+        workspaces: shared by the layers of a cache.
+
+    Returns:
+        [B, n, H, Dv]. A query that sees no key returns zeros.
+    """
+    out, known = None, valid is None or starts is not None
+    if not dropout and not (known and fused(query, key, value, params, window=window)):
+        settings: dict[str, Any] = {"backend": backend, "workspaces": workspaces}
+        out = prefill_attention(query, key, value, params, window=window, valid=valid, **settings)
+    if out is None:
+        padding: dict[str, Any] = {"valid": valid, "starts": starts}
+        out = causal_attention(query, key, value, params, window=window, dropout=dropout, **padding)
+    return out
 
 
 def attend_prompt(
@@ -25,6 +70,9 @@ def attend_prompt(
     mask: LazyMask | None,
     fast: FastAttention,
     params: AttentionParams,
+    *,
+    backend: str = "auto",
+    workspaces: Workspaces | None = None,
 ) -> Tensor:
     """Attend from the last n tokens of a prompt, which are already in the store.
 
@@ -36,6 +84,8 @@ def attend_prompt(
         mask: the model's mask, or None for a causal one.
         fast: the model's own attention for plain causal prompts.
         params: the model's attention parameters.
+        backend: see `dispatch.backend_name`.
+        workspaces: shared by the layers of a cache.
 
     Returns:
         [B, n, H, Dv].
@@ -45,26 +95,26 @@ def attend_prompt(
     """
     prompt, length, stored = store.prompt, query.shape[2], store.stored
     keys, values = prompt.keys[:, :, :stored], prompt.values[:, :, :stored]
+    if mask is None and prompt.valid(stored) is not None:
+        raise ValueError("a batch with padding needs its attention_mask in every prompt")
     if stored == length:
         keys, values = key, value  # gradients flow through them, not through stored copies
-    holes = prompt.valid(stored) is not None
-    causal = mask is None or mask.causal
-    if prompt.aligned and causal:
-        padding = mask.padding if mask is not None and mask.padded else None
-        if padding is not None or not holes:
-            out = fast(query, keys, values, None if padding is None else padding.to(key.device))
-            if out is not None:
-                return out
-    offset = stored - length
+    valid, starts = prompt.valid(stored), None
+    if mask is None or mask.causal:
+        padding = mask.key_padding() if mask is not None and prompt.aligned else None
+        if mask is not None and padding is not None:
+            padding = padding.to(key.device)
+            valid, starts = padding[:, None], mask.row_starts()
+        out = fast(query, keys, values, padding) if prompt.aligned and (valid is None or padding is not None) else None
+        if out is not None:
+            return out
+        settings: dict[str, Any] = {"backend": backend, "workspaces": workspaces}
+        return attend_causally(query, keys, values, params, valid=valid, starts=starts, **settings)
+    if prompt.aligned:
+        return dense_attention(query, keys, values, params, lambda i, j: mask.block(i, j, stored))
+    positions = prompt.slot_positions(stored)
 
     def visible(first: int, last: int) -> VisibleBlock:
-        if mask is not None and prompt.aligned:
-            return mask.block(first, last, stored)
-        if causal and not holes:
-            return causal_block(first, last, offset, query.device)
-        if mask is None or prompt.positions is None:
-            raise ValueError("a batch with padding needs its attention_mask in every prompt")
-        return VisibleBlock(0, stored, mask.block_at(first, last, prompt.positions[:, :, :stored]))
+        return VisibleBlock(0, stored, mask.block_at(first, last, positions))
 
-    mask_heads = 1 if prompt.aligned or (causal and not holes) else keys.shape[1]
-    return dense_attention(query, keys, values, params, visible, mask_heads=mask_heads)
+    return dense_attention(query, keys, values, params, visible, mask_heads=keys.shape[1])

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from close import assert_as_precise, assert_near
 from naive import attention
 from rocketkv.core import dense
-from rocketkv.core.dense import VisibleBlock, causal_block, dense_attention
+from rocketkv.core.dense import VisibleBlock, dense_attention
 from rocketkv.core.params import AttentionParams
 from rocketkv.hf.masks import LazyMask
 from tracking import Tracker
@@ -141,18 +141,6 @@ def test_gradients_do_not_come_from_what_is_hidden(softcap: float | None) -> Non
 
 
 @pytest.mark.usefixtures("_blocks")
-@pytest.mark.parametrize("offset", [0, 1, 13])
-def test_causal_block_is_causal_after_what_came_before(offset: int) -> None:
-    query, size = torch.randn(2, 4, 10, 8), offset + 10
-    key, value = torch.randn(2, 2, size, 8), torch.randn(2, 2, size, 8)
-    cpu = torch.device("cpu")
-    found = dense_attention(query, key, value, AttentionParams(0.4), lambda i, j: causal_block(i, j, offset, cpu))
-    for i in range(10):
-        seen = [[list(range(offset + i + 1))] * 2] * 2
-        assert_near(found[:, i], attention(query[:, :, i], key, value, 0.4, seen))
-
-
-@pytest.mark.usefixtures("_blocks")
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_a_row_of_only_padding_gives_zeros_and_garbage_in_padding_is_not_seen(softcap: float | None) -> None:
     query, key, value = torch.randn(3, 4, 12, 8), torch.randn(3, 2, 12, 8), torch.randn(3, 2, 12, 8)
@@ -192,7 +180,7 @@ def test_dropout_is_applied() -> None:
     query, key, value = torch.randn(1, 2, 50, 8), torch.randn(1, 1, 50, 8), torch.ones(1, 1, 50, 1)
 
     def visible(start: int, stop: int) -> VisibleBlock:
-        return causal_block(start, stop, 0, torch.device("cpu"))
+        return VisibleBlock(0, stop, torch.ones(1, 1, stop, stop, dtype=torch.bool).tril()[:, :, start:])
 
     for softcap in (None, 5.0):
         out = dense_attention(query, key, value, AttentionParams(0.1, softcap), visible, dropout=0.5)
