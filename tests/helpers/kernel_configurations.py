@@ -19,6 +19,7 @@ from rocketkv.kernels.build_sketch import write_sketch
 from rocketkv.kernels.decode import TILE_PAGES, DecodeShape, DecodeWorkspace, decode_step_triton
 from rocketkv.kernels.dense_decode import DenseWorkspace, dense_decode
 from rocketkv.kernels.evict import compact, pool_scores, select_top, window_scores
+from rocketkv.kernels.prefill import prefill_attention
 from rocketkv.kernels.value_aware import value_aware
 
 META = torch.device("meta")
@@ -225,6 +226,45 @@ def dense(
     return launch
 
 
+def prefill(
+    dtype: torch.dtype,
+    *,
+    heads: tuple[int, int] = (32, 8),
+    head_dim: int = 128,
+    length: int,
+    tokens: int,
+    batch: int = 1,
+    softcap: float | None = None,
+    sinks: bool = False,
+    window: int | None = None,
+    padded: bool = False,
+) -> Callable[[int], Tensor]:
+    """Return a function that launches attention of a prompt's last `length` of `tokens` tokens.
+
+    Args:
+        dtype: of queries, keys and values.
+        heads: H and Hkv.
+        head_dim: D.
+        length: queries.
+        tokens: keys.
+        batch: B.
+        softcap: of the logits, or None.
+        sinks: whether the model has learned sinks.
+        window: of a sliding layer, or None.
+        padded: whether prompts are padded.
+    """
+
+    def launch(programs: int) -> Tensor:
+        query_heads, kv_heads = heads
+        query = meta(batch, length, query_heads, head_dim, dtype=dtype).transpose(1, 2)
+        keys = meta(batch, kv_heads, tokens, head_dim, dtype=dtype)
+        valid = meta(batch, 1, tokens, dtype=torch.bool) if padded else None
+        params = AttentionParams(head_dim**-0.5, softcap, meta(query_heads, dtype=dtype) if sinks else None)
+        return prefill_attention(query, keys, keys, params, window=window, valid=valid)
+
+    return launch
+
+
 WINDOW = 32
 RESERVE = 128
 BOTH = ("append_score_kernel", "select_attend_kernel")
@@ -287,5 +327,10 @@ CONFIGURATIONS = {
     "smollm2-135m-fp32-sketched-prompt": Configuration(sketched_prompt(FP32, tokens=8192, kept=3614, bits=3, **SMOLLM)),
     "llama-3.1-8b-dense-32k": Configuration(dense(BF16, length=32768), main=True),
     "smollm2-135m-dense-8k": Configuration(dense(FP16, length=8191, **SMOLLM)),
+    "gpt-oss-20b-chunk-8k": Configuration(prefill(BF16, length=2048, tokens=8192, **GPT_OSS), main=True),
+    "gemma-2-9b-sliding-8k": Configuration(
+        prefill(BF16, length=8192, tokens=8192, window=4096, batch=8, padded=True, **GEMMA)
+    ),
+    "smollm2-135m-fp32-chunk": Configuration(prefill(FP32, length=512, tokens=2048, batch=4, padded=True, **SMOLLM)),
     "gpt-oss-20b-prompt-8k": Configuration(evict(BF16, tokens=8192, kept=3614, page_size=2, **GPT_OSS), WIDEST),
 }

@@ -39,6 +39,7 @@ WIDE = {
     "build_sketch_kernel": {"keys"},
     "weighted_values_kernel": {"values"},
     "value_distances_kernel": {"values"},
+    "prefill_kernel": {"keys", "values"},
 }
 NARROW = {
     "append_score_kernel": {"heads"},
