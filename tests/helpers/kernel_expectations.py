@@ -29,6 +29,7 @@ _SINCE: dict[str, dict[tuple[int, int], Loop]] = {
     "select_attend_kernel": {(3, 2): Loop(("keys", "values"), 1, 0)},
     "dense_partial_kernel": {(3, 2): Loop(("key_places", "value_places"), 2, 1)},
     "window_statistics_kernel": {(3, 2): Loop(("block",), 2, 1)},
+    "prefill_kernel": {(3, 2): Loop(("keys", "values"), 2, 1)},
 }
 
 

@@ -85,7 +85,7 @@ def test_second_turn_is_the_same_in_every_way(method: str, way: str) -> None:
 def test_second_turn_of_a_padded_batch_is_its_rows_alone(family: str) -> None:
     model = build(family)
     rows = [FIRST, prompt(41), prompt(15, seed=9)]
-    seconds = prompt(50, rows=3, seed=7)
+    seconds = prompt(50, rows=3, seed=8)
     with rocketkv.patch(model, **SMALL):
         _, logits, cache = two_turns(model, left_padded(rows), seconds, "all tokens")
         for i, row in enumerate(rows):
