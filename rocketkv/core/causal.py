@@ -93,7 +93,7 @@ def _compacted_starts(valid: Tensor, length: int) -> list[int] | None:
     counts = valid.sum(-1)
     if moved or (counts != counts[:, :1]).any():
         return None
-    return (valid.shape[2] - counts[:, 0]).tolist()  # type: ignore[no-any-return]  # of integers
+    return (valid.shape[2] - counts[:, 0]).tolist()
 
 
 def _among_padding(
@@ -181,7 +181,7 @@ def _by_blocks(
         keys, values = key[:, :, first:last], value[:, :, first:last]
         seen = mask[:, width - (last - first) :]
         if count < block:
-            seen = seen.unflatten(0, (group, block))[:, block - count :].flatten(0, 1)
+            seen = seen.view(group, block, -1)[:, block - count :].flatten(0, 1)
         if unfused:
             sinks = params.sinks
             per_row = None if sinks is None else sinks.view(1, kv_heads, group).repeat_interleave(count, dim=-1)
