@@ -32,15 +32,24 @@ def _ranks(
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Return each channel's rank by magnitude, ties to the lower channel: how many channels come before it."""
-    magnitude = tl.where(channel < D, magnitude, -2.0)
+    magnitude = tl.where(channel < D, magnitude, -2.0)[None, :]
     rank = tl.zeros([DP], tl.int32)
     for start in range(0, DP, CHUNK):
         other = start + tl.arange(0, CHUNK)
         rival, _ = _channel_sums(queries, query_head, other, G, D)
-        rival = tl.where(other < D, rival, -2.0)[None, :]
-        tied = (rival == magnitude[:, None]) & (other[None, :] < channel[:, None])
-        rank += tl.sum(((rival > magnitude[:, None]) | tied).to(tl.int32), 1)
+        rival = tl.where(other < D, rival, -2.0)[:, None]
+        before = (rival > magnitude) | ((rival == magnitude) & (other[:, None] < channel[None, :]))
+        rank += tl.sum(before.to(tl.int32), 0)
     return rank
+
+
+@triton.jit
+def _product(part, block, total, EXACT: tl.constexpr):
+    """Return total + queries [heads, rows] times lines of the index [rows, pages]."""
+    block = widened(block)
+    if EXACT:
+        return tl.dot(part.to(tl.float32), block.to(tl.float32), total, input_precision="ieee")
+    return tl.dot(part, block.to(part.dtype), total, input_precision="ieee")
 
 
 @triton.jit
@@ -169,25 +178,27 @@ def append_score_kernel(
 
             tl.debug_barrier()  # the list is read by other threads than wrote it
             page = tl.arange(0, TILE_PAGES)
+            order = tl.arange(0, RC)
+            if RP == RC:
+                line = tl.load(listed + order)
+                # The list goes on to a whole block: zero times a channel that was not chosen may be NaN.
+                there = order < channels
+                part = tl.load(heads + (line % D)[None, :], mask=real & there[None, :], other=0.0)
             for tile in range(split, (closed + TILE_PAGES - 1) // TILE_PAGES, SPLITS):
-                bounds = index + (row * tiles + tile) * rows * TILE_PAGES
+                # Whole lines, whatever lies behind the last page: a mask on columns would cost the wide loads.
+                bounds = index + (row * tiles + tile) * rows * TILE_PAGES + page[None, :]
                 estimate = tl.zeros([GP, TILE_PAGES], tl.float32)
-                for first in range(0, RP, RC):
-                    order = first + tl.arange(0, RC)
-                    line = tl.load(listed + order)
-                    # Whole lines, whatever lies behind the last page: a mask on columns would cost the wide loads.
-                    # The list goes on to a whole block: zero times a channel that was not chosen may be NaN.
-                    listed_too = order[:, None] < channels
-                    block = tl.load(bounds + line[:, None] * TILE_PAGES + page[None, :], mask=listed_too, other=0.0)
-                    block = widened(block)
-                    within = line % D if P > 1 else line
-                    part = tl.load(heads + within[None, :], mask=real & (order[None, :] < channels), other=0.0)
-                    if EXACT:
-                        part = part.to(tl.float32)
-                        block = block.to(tl.float32)
-                    else:
-                        block = block.to(part.dtype)
-                    estimate = tl.dot(part, block, estimate, input_precision="ieee")
+                if RP == RC:
+                    # Addresses that are known before the loop: the loads of later tiles are under way.
+                    block = tl.load(bounds + line[:, None] * TILE_PAGES, mask=there[:, None], other=0.0)
+                    estimate = _product(part, block, estimate, EXACT)
+                else:
+                    for first in range(0, channels, RC):
+                        some = tl.load(listed + first + order)
+                        those = first + order < channels
+                        block = tl.load(bounds + some[:, None] * TILE_PAGES, mask=those[:, None], other=0.0)
+                        piece = tl.load(heads + (some % D)[None, :], mask=real & those[None, :], other=0.0)
+                        estimate = _product(piece, block, estimate, EXACT)
                 estimate *= factor[:, None]
                 if SOFTCAP:
                     estimate = soft_capped(estimate, softcap)

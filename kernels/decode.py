@@ -24,7 +24,8 @@ from .select_attend import ALL, GIVEN, RANKED, RECENT, select_attend_kernel
 
 TILE_PAGES = 128  # pages a tile of the index, also in append_score.py and rocketkv.core.pages; a test compares them
 REGISTER_PAGES = 8192
-ROW_CHUNK = 16  # channels that append_score multiplies at once
+ROW_CHUNK = 64  # channels that append_score multiplies at once, if there are more than twice as many
+RANK_BLOCK = 16384  # pairs of channels that append_score compares at once
 LINE_CHUNK = 32  # rows of the rotation matrix that append_sketch multiplies at once
 HEAD_BLOCK = 32  # heads whose rotated queries one program holds
 TOKEN_BLOCK = 32  # tokens whose keys and values select_attend loads at once
@@ -119,6 +120,17 @@ def _power_of_two_within(count: int) -> int:
     return 1 << (count.bit_length() - 1)
 
 
+def _row_chunk(channels: int, group_block: int, exact: bool) -> int:
+    """Return how many channels `append_score` multiplies at once, given both as powers of two.
+
+    All of them, if two blocks of the index fit beside the queries into the shared memory of every device: their
+    addresses are known before the loop, so that the next tile is loaded while one is multiplied.
+    """
+    if exact:
+        return 16  # products of float32 take more registers
+    return channels if channels <= 2 * ROW_CHUNK and group_block <= 32 else min(channels, ROW_CHUNK)
+
+
 class DecodeWorkspace:
     """The buffers that a decode step works in, for one shape; steps of several layers may share them in turn.
 
@@ -156,7 +168,7 @@ class DecodeWorkspace:
             self.parts = 1
         self.page_capacity = shape.tiles * TILE_PAGES
         self.separate = shape.scored and self.page_capacity > REGISTER_PAGES
-        self.rank_block = triton.cdiv(shape.channels or 1, ROW_CHUNK) * ROW_CHUNK
+        self.rank_block = max(16, triton.next_power_of_2(shape.channels or 1))
 
         given = None if buffers is None else iter(buffers)
 
@@ -235,7 +247,8 @@ def decode_step_triton(
     if out is None:
         out = query.new_empty(shape.batch, shape.heads, shape.value_dim)
     rows = shape.batch * shape.kv_heads
-    exact = INTERPRETED or query.dtype == torch.float32 or query.dtype != keys.dtype
+    full = query.dtype == torch.float32 or query.dtype != keys.dtype
+    exact = INTERPRETED or full
     head_block = max(16, triton.next_power_of_2(shape.head_dim))
     cap = 1.0 if softcap is None else softcap
     appended = (query, key, value, keys, values, buffers.positions)
@@ -247,12 +260,13 @@ def decode_step_triton(
         "RING": 0 if ring is None else ring.shape[2],
     }  # fmt: skip
     if shape.sketch is None:
+        chunk = _row_chunk(space.rank_block, space.group_block, full)
         append_score_kernel[(rows, space.splits)](
             *appended, buffers.index_tensors[0] if shape.scored else keys, seq_lens, buffers.clock,
             space.scores, space.peaks, space.sums, space.ranked, remembered, *strides,
             shape.capacity, shape.tiles, shape.kv_heads, shape.token_budget, shape.channels or 0, scaling, cap,
-            P=shape.page_size, SCORE=shape.scored, DC=min(32, head_block), RP=space.rank_block, RC=ROW_CHUNK,
-            num_warps=4 if space.group_block <= 32 else 8, **fixed,
+            P=shape.page_size, SCORE=shape.scored, DC=min(head_block, RANK_BLOCK // head_block), RP=space.rank_block, RC=chunk,
+            num_warps=4 if space.group_block <= 32 else 8, num_stages=3 if chunk == space.rank_block else 5, **fixed,
         )  # fmt: skip
     else:
         rule, (width, *higher) = shape.sketch, shape.sketch.widths
