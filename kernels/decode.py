@@ -36,6 +36,9 @@ LARGEST_GROUP = 128
 LARGEST_QUERIES = 32768  # bytes of one group's queries, which lie in shared memory beside blocks of keys and values
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+Launch = tuple[tuple[int, int], tuple[int, ...], dict[str, int]]
+"""Grid, constants and options of a launch."""
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -120,6 +123,11 @@ def _power_of_two_within(count: int) -> int:
     return 1 << (count.bit_length() - 1)
 
 
+def _side_by_side(heads: Tensor, dim: int) -> Tensor:
+    """Return a tensor [B, heads, dim], each row's heads one after another."""
+    return heads if heads.stride()[1:] == (dim, 1) else heads.contiguous()
+
+
 def _row_chunk(channels: int, group_block: int, exact: bool) -> int:
     """Return how many channels `append_score` multiplies at once, given both as powers of two.
 
@@ -152,16 +160,18 @@ class DecodeWorkspace:
         rotation: Tensor | None = None,
     ) -> None:
         self.shape = shape
+        self._launches: dict[tuple[torch.dtype, torch.dtype, int], Launch] = {}
         if programs is None:
             on_gpu = device.type == "cuda"
             programs = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
-        rows = shape.batch * shape.kv_heads
+        self.rows = rows = shape.batch * shape.kv_heads
         wanted = max(1, triton.cdiv(programs, rows))
         self.group_block = max(16, triton.next_power_of_2(shape.group))
         self.value_block = max(16, triton.next_power_of_2(shape.value_dim))
-        # Two waves of scoring programs, since most have one tile; of the others no more than have a block to read.
-        # Powers of two: each number is compiled for, and prompts of every length come.
-        self.splits = _power_of_two_within(min(shape.tiles, 2 * wanted)) if shape.scored else 1
+        # The first launch has one program to append, and for scores two waves: most of them have one tile.
+        self.splits = 1 + (triton.cdiv(shape.tiles, triton.cdiv(shape.tiles, 2 * wanted)) if shape.scored else 0)
+        # No more parts than have a block to read. A power of two: each number is compiled for, and prompts of every
+        # length come.
         self.parts = _power_of_two_within(min(wanted, triton.cdiv(shape.top_k or shape.capacity, TOKEN_BLOCK)))
         if torch.version.hip is not None:
             # An announcement covers the stores of its own wave alone: others' may not have reached memory yet.
@@ -204,6 +214,24 @@ class DecodeWorkspace:
             raise ValueError("a workspace for a sketch needs the rotation")
         return arranged(rotation, self.shape.sketch)
 
+    def score_launch(self, query_dtype: torch.dtype, dtype: torch.dtype, ring: int) -> Launch:
+        """Return what never changes of `append_score`, for keys of a dtype and a query ring of this length."""
+        known = self._launches.get((query_dtype, dtype, ring))
+        if known is not None:
+            return known
+        shape, exact = self.shape, query_dtype == torch.float32 or query_dtype != dtype
+        head_block = max(16, triton.next_power_of_2(shape.head_dim))
+        chunk = _row_chunk(self.rank_block, self.group_block, exact)
+        constants = (
+            shape.kv_heads, shape.group, shape.head_dim, shape.value_dim, shape.page_size, ring, INTERPRETED or exact,
+            self.group_block, head_block, self.value_block, self.rank_block, chunk,
+            min(head_block, RANK_BLOCK // head_block),
+        )  # fmt: skip
+        warps, stages = 4 if self.group_block <= 32 else 8, 3 if chunk == self.rank_block else 5
+        launch = (self.rows, self.splits), constants, {"num_warps": warps, "num_stages": stages}
+        self._launches[query_dtype, dtype, ring] = launch
+        return launch
+
     def tensors(self) -> dict[str, Tensor]:
         """Return every buffer by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -243,12 +271,13 @@ def decode_step_triton(
     scaling, softcap, sinks = params.scaling, params.softcap, params.sinks
     value_sum, bias, missed = buffers.value_sum, buffers.residual_bias, buffers.missed
     shape, space = workspace.shape, workspace
-    query, key, value = (tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    query = _side_by_side(query, shape.head_dim)
+    key = _side_by_side(key, shape.head_dim)
+    value = _side_by_side(value, shape.value_dim)
     if out is None:
         out = query.new_empty(shape.batch, shape.heads, shape.value_dim)
     rows = shape.batch * shape.kv_heads
-    full = query.dtype == torch.float32 or query.dtype != keys.dtype
-    exact = INTERPRETED or full
+    exact = INTERPRETED or query.dtype == torch.float32 or query.dtype != keys.dtype
     head_block = max(16, triton.next_power_of_2(shape.head_dim))
     cap = 1.0 if softcap is None else softcap
     appended = (query, key, value, keys, values, buffers.positions)
@@ -260,13 +289,12 @@ def decode_step_triton(
         "RING": 0 if ring is None else ring.shape[2],
     }  # fmt: skip
     if shape.sketch is None:
-        chunk = _row_chunk(space.rank_block, space.group_block, full)
-        append_score_kernel[(rows, space.splits)](
-            *appended, buffers.index_tensors[0] if shape.scored else keys, seq_lens, buffers.clock,
-            space.scores, space.peaks, space.sums, space.ranked, remembered, *strides,
-            shape.capacity, shape.tiles, shape.kv_heads, shape.token_budget, shape.channels or 0, scaling, cap,
-            P=shape.page_size, SCORE=shape.scored, DC=min(head_block, RANK_BLOCK // head_block), RP=space.rank_block, RC=chunk,
-            num_warps=4 if space.group_block <= 32 else 8, num_stages=3 if chunk == space.rank_block else 5, **fixed,
+        grid, constants, options = space.score_launch(query.dtype, keys.dtype, 0 if ring is None else ring.shape[2])
+        append_score_kernel[grid](
+            *appended, buffers.index_tensors[0] if shape.scored else None, seq_lens, buffers.clock, space.scores,
+            space.peaks, space.sums, space.ranked, ring, query.stride(0), key.stride(0), value.stride(0),
+            shape.capacity, shape.tiles, shape.token_budget, shape.channels or 0, scaling, softcap, *constants,
+            **options,
         )  # fmt: skip
     else:
         rule, (width, *higher) = shape.sketch, shape.sketch.widths
