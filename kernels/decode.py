@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from .append_score import append_score_kernel
-from .append_sketch import SketchRule, append_sketch_kernel, arranged, code_block
+from .append_sketch import SketchRule, append_sketch_kernel, arranged, code_words
 from .operands import Buffers, Params
 from .select import select_kernel
 from .select_attend import ALL, GIVEN, RANKED, RECENT, select_attend_kernel
@@ -27,7 +27,7 @@ REGISTER_PAGES = 8192
 ROW_CHUNK = 64  # channels that append_score multiplies at once, if there are more than twice as many
 RANK_BLOCK = 16384  # pairs of channels that append_score compares at once
 LINE_CHUNK = 32  # rows of the rotation matrix that append_sketch multiplies at once
-HEAD_BLOCK = 32  # heads whose rotated queries one program holds
+HEAD_BLOCK = 16  # heads whose rotated queries one program holds
 TOKEN_BLOCK = 32  # tokens whose keys and values select_attend loads at once
 SELECT_CHUNK = 2048
 LARGEST_PAGE = 16
@@ -232,6 +232,26 @@ class DecodeWorkspace:
         self._launches[query_dtype, dtype, ring] = launch
         return launch
 
+    def sketch_launch(self, query_dtype: torch.dtype, dtype: torch.dtype, ring: int) -> Launch:
+        """Return what never changes of `append_sketch`, for keys of a dtype and a query ring of this length."""
+        known = self._launches.get((query_dtype, dtype, ring))
+        if known is not None:
+            return known
+        shape, exact = self.shape, query_dtype == torch.float32 or query_dtype != dtype
+        width, *higher = shape.sketch.widths
+        head_block = max(16, triton.next_power_of_2(shape.head_dim))
+        constants = (
+            shape.kv_heads, shape.group, shape.head_dim, shape.value_dim, width, bool(higher), ring,
+            INTERPRETED or exact, torch.version.hip is None, self.group_block, head_block, self.value_block,
+            code_words(shape.head_dim, width), code_words(shape.head_dim, 1) if higher else 1,
+            max(8, min(HEAD_BLOCK, triton.next_power_of_2(shape.group))),
+            min(head_block, LINE_CHUNK if head_block * dtype.itemsize <= 256 else LINE_CHUNK // 2),
+            TILE_PAGES if head_block <= 128 else TILE_PAGES // 2,
+        )  # fmt: skip
+        launch = (self.rows, self.splits), constants, {"num_warps": 4, "num_stages": 5}
+        self._launches[query_dtype, dtype, ring] = launch
+        return launch
+
     def tensors(self) -> dict[str, Tensor]:
         """Return every buffer by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -281,13 +301,6 @@ def decode_step_triton(
     head_block = max(16, triton.next_power_of_2(shape.head_dim))
     cap = 1.0 if softcap is None else softcap
     appended = (query, key, value, keys, values, buffers.positions)
-    strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
-    remembered = seq_lens if ring is None else ring
-    fixed = {
-        "G": shape.group, "D": shape.head_dim, "DV": shape.value_dim, "SPLITS": space.splits, "EXACT": exact,
-        "SOFTCAP": softcap is not None, "GP": space.group_block, "DP": head_block, "DVP": space.value_block,
-        "RING": 0 if ring is None else ring.shape[2],
-    }  # fmt: skip
     if shape.sketch is None:
         grid, constants, options = space.score_launch(query.dtype, keys.dtype, 0 if ring is None else ring.shape[2])
         append_score_kernel[grid](
@@ -297,17 +310,13 @@ def decode_step_triton(
             **options,
         )  # fmt: skip
     else:
-        rule, (width, *higher) = shape.sketch, shape.sketch.widths
-        append_sketch_kernel[(rows, space.splits)](
-            *appended, *buffers.index_tensors, value_sum if shape.residual else seq_lens, space.turn, seq_lens,
-            buffers.clock,
-            space.scores, space.peaks, space.sums, remembered, *strides,
-            shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, scaling, cap,
-            scaling / rule.norm, rule.grid, rule.norm / rule.grid, rule.step,
-            WIDTH=width, HIGHER=bool(higher), RESIDUAL=shape.residual, BLOCK=code_block(shape.head_dim, width),
-            BLOCK_HIGHER=code_block(shape.head_dim, 1) if higher else 2, HEADS=min(HEAD_BLOCK, space.group_block),
-            RC=min(head_block, LINE_CHUNK if head_block * keys.itemsize <= 256 else LINE_CHUNK // 2),
-            BN=TILE_PAGES if head_block <= 128 else TILE_PAGES // 2, num_warps=4, **fixed,
+        rule = shape.sketch
+        grid, constants, options = space.sketch_launch(query.dtype, keys.dtype, 0 if ring is None else ring.shape[2])
+        append_sketch_kernel[grid](
+            *appended, *buffers.index_tensors, value_sum if shape.residual else None, space.turn, seq_lens,
+            buffers.clock, space.scores, space.peaks, space.sums, ring, query.stride(0), key.stride(0),
+            value.stride(0), shape.capacity, shape.tiles, shape.token_budget, scaling, softcap, rule.grid,
+            rule.norm / rule.grid, rule.step, *constants, **options,
         )  # fmt: skip
     mode = ALL.value
     if shape.sinks is not None:
