@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .append import write_token
-from .math import as_bound, rounded, soft_capped, widened
+from .math import as_bound, rounded, soft_capped, softmax_merged, softmax_summed, widened
 
 TILE_PAGES = tl.constexpr(128)
 TINY = tl.constexpr(1e-30)  # a head may be zero in the channels that its group chose; see `rocketkv.core.attention`
@@ -44,12 +44,9 @@ def _ranks(
 
 
 @triton.jit
-def _product(part, block, total, EXACT: tl.constexpr):
-    """Return total + queries [heads, rows] times lines of the index [rows, pages]."""
-    block = widened(block)
-    if EXACT:
-        return tl.dot(part.to(tl.float32), block.to(tl.float32), total, input_precision="ieee")
-    return tl.dot(part, block.to(part.dtype), total, input_precision="ieee")
+def _operand(block, dtype: tl.constexpr, EXACT: tl.constexpr):
+    """Return lines of the index, or queries, in the dtype that products are made in."""
+    return widened(block).to(tl.float32 if EXACT else dtype)
 
 
 @triton.jit
@@ -136,6 +133,7 @@ def append_score_kernel(
     own = channel < D
     top = tl.zeros([DP], tl.float32)
     bottom = tl.zeros([DP], tl.float32)
+    HP: tl.constexpr = 8 if G <= 8 else GP  # heads of which scores are kept
     if split == splits:
         new, _ = write_token(
             queries, key + batch.to(tl.int64) * key_batch + kv_head * D,
@@ -156,16 +154,14 @@ def append_score_kernel(
             if P > 1:
                 entry += tl.where(lower & own, D, 0)
 
-            head = tl.arange(0, GP)
-            heads = queries + head[:, None] * D
+            head = tl.arange(0, HP)
             real = head[:, None] < G
-            q = tl.load(heads + channel[None, :], mask=real & own[None, :], other=0.0).to(tl.float32)
+            q = tl.load(queries + head[:, None] * D + channel[None, :], mask=real & own[None, :], other=0.0)
+            q = q.to(tl.float32)
             chosen = rank[None, :] < channels
             kept = tl.sum(tl.where(chosen, tl.abs(q), 0.0), 1)
             factor = tl.sqrt(tl.sum(tl.abs(q), 1) / tl.maximum(kept, TINY)) * scaling
 
-            peak = tl.full([GP], float("-inf"), tl.float32)
-            mass = tl.zeros([GP], tl.float32)
             scored = scores + (row * G + head[:, None]) * tiles * TILE_PAGES
             program = row * (splits + 1) + split
             if split == splits:
@@ -175,8 +171,9 @@ def append_score_kernel(
                     logit = soft_capped(logit, softcap)
                 room = (closed < tiles * TILE_PAGES).to(tl.int32)  # none in a full row
                 tl.store(scored + closed, logit[:, None], mask=head[:, None] < G * room)
-                peak = logit
                 mass = tl.where(logit == logit, 1.0, logit) * (length + 1 - closed * P).to(tl.float32)
+                tl.store(peaks + program * GP + head, logit)
+                tl.store(sums + program * GP + head, mass)
             else:
                 listed = ranked + program * RP
                 tl.store(listed + rank, entry, mask=rank < RP)
@@ -184,11 +181,16 @@ def append_score_kernel(
                 rows: tl.constexpr = D if P == 1 else 2 * D
                 page = tl.arange(0, TILE_PAGES)
                 order = tl.arange(0, RC)
+                padded = tl.arange(0, GP)[:, None]
+                heads = queries + padded * D
+                peak = tl.full([HP, 16], float("-inf"), tl.float32)
+                mass = tl.zeros([HP, 16], tl.float32)
                 if RP == RC:
                     line = tl.load(listed + order)
                     # The list goes on to a whole block: zero times a channel that was not chosen may be NaN.
                     there = order < channels
-                    part = tl.load(heads + (line % D)[None, :], mask=real & there[None, :], other=0.0)
+                    part = tl.load(heads + (line % D)[None, :], mask=(padded < G) & there[None, :], other=0.0)
+                    part = _operand(part, query.dtype.element_ty, EXACT)
                 for tile in range(split, (closed + TILE_PAGES - 1) // TILE_PAGES, splits):
                     # Whole lines, whatever lies behind the last page: a mask on columns would cost the wide loads.
                     bounds = index + (row * tiles + tile) * rows * TILE_PAGES + page[None, :]
@@ -196,24 +198,27 @@ def append_score_kernel(
                     if RP == RC:
                         # Addresses that are known before the loop: the loads of later tiles are under way.
                         block = tl.load(bounds + line[:, None] * TILE_PAGES, mask=there[:, None], other=0.0)
-                        estimate = _product(part, block, estimate, EXACT)
+                        block = _operand(block, query.dtype.element_ty, EXACT)
+                        estimate = tl.dot(part, block, estimate, input_precision="ieee")
                     else:
                         for first in range(0, channels, RC):
                             some = tl.load(listed + first + order)
                             those = first + order < channels
                             block = tl.load(bounds + some[:, None] * TILE_PAGES, mask=those[:, None], other=0.0)
-                            piece = tl.load(heads + (some % D)[None, :], mask=real & those[None, :], other=0.0)
-                            estimate = _product(piece, block, estimate, EXACT)
+                            piece = tl.load(heads + (some % D)[None, :], mask=(padded < G) & those[None, :], other=0.0)
+                            block = _operand(block, query.dtype.element_ty, EXACT)
+                            piece = _operand(piece, query.dtype.element_ty, EXACT)
+                            estimate = tl.dot(piece, block, estimate, input_precision="ieee")
+                    if HP < GP:  # products have more heads than a group
+                        estimate = tl.sum(tl.reshape(estimate, [2, HP, TILE_PAGES]), 0)
                     estimate *= factor[:, None]
                     if softcap is not None:
                         estimate = soft_capped(estimate, softcap)
                     number = tile * TILE_PAGES + page
                     tl.store(scored + number[None, :], estimate, mask=real & (number[None, :] < closed))
                     estimate = tl.where(number[None, :] < closed, estimate, float("-inf"))
-                    higher = tl.maximum(peak, tl.max(estimate, 1))
-                    anchor = tl.where(higher == float("-inf"), 0.0, higher)
-                    weight = tl.exp(estimate - anchor[:, None])
-                    mass = mass * tl.exp(peak - anchor) + tl.sum(weight, 1) * P
-                    peak = higher
-            tl.store(peaks + program * GP + head, peak)
-            tl.store(sums + program * GP + head, mass)
+                    peak, mass = softmax_summed(peak, mass, estimate)
+                peak, mass = softmax_merged(peak, mass)
+                mass *= P
+                tl.store(peaks + program * GP + head, peak)
+                tl.store(sums + program * GP + head, mass)
