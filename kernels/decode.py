@@ -39,6 +39,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 Launch = tuple[tuple[int, int], tuple[int, ...], dict[str, int]]
 """Grid, constants and options of a launch."""
 
+SUBNORMALS = torch.version.hip is None  # whether matrix products take subnormal float16 as they are; an MI200's do not
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -242,7 +243,7 @@ class DecodeWorkspace:
         head_block = max(16, triton.next_power_of_2(shape.head_dim))
         constants = (
             shape.kv_heads, shape.group, shape.head_dim, shape.value_dim, width, bool(higher), ring,
-            INTERPRETED or exact, torch.version.hip is None, self.group_block, head_block, self.value_block,
+            INTERPRETED or exact, SUBNORMALS, self.group_block, head_block, self.value_block,
             code_words(shape.head_dim, width), code_words(shape.head_dim, 1) if higher else 1,
             max(8, min(HEAD_BLOCK, triton.next_power_of_2(shape.group))),
             min(head_block, LINE_CHUNK if head_block * dtype.itemsize <= 256 else LINE_CHUNK // 2),

@@ -17,8 +17,11 @@ from rocketkv.state.store import KVStore
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
-from layer_case import Case, bias_of, expected_logits, expected_positions, kernel_step, make, workspace_of
-from rocketkv.kernels import decode
+import triton
+import triton.language as tl
+
+from layer_case import DEVICE, Case, bias_of, expected_logits, expected_positions, kernel_step, make, workspace_of
+from rocketkv.kernels import append_sketch, decode
 
 BF16, FP16 = torch.bfloat16, torch.float16
 CASES = [
@@ -188,6 +191,39 @@ def test_a_bias_is_what_the_reference_adds() -> None:
     assert_near(found, out)
     assert buffers.missed is not None
     assert_near(buffers.missed, missed)
+
+
+@triton.jit
+def _unpacked(codes, out, WIDTH: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr, SUBNORMAL: tl.constexpr):
+    token = tl.arange(0, 256)
+    words = append_sketch._words(codes, token, token < 256, SIZE, 0, SIZE, WORDS)
+    digits = append_sketch._digits(words, WIDTH, SUBNORMAL)
+    line = tl.arange(0, WORDS * 32 // WIDTH)
+    tl.store(out + line[:, None] * 256 + token[None, :], digits.to(tl.float32))
+
+
+@pytest.mark.parametrize("subnormal", [True, False])
+@pytest.mark.parametrize(("width", "head_dim"), [(1, 32), (1, 40), (2, 32), (2, 72), (4, 16)])
+def test_digits_of_all_bytes_come_in_the_order_of_the_rotation(width: int, head_dim: int, subnormal: bool) -> None:
+    size, words = head_dim * width // 8, append_sketch.code_words(head_dim, width)
+    # Every byte takes every value, each in an order of its own.
+    codes = (torch.arange(256)[:, None] * (2 * torch.arange(size) + 1) % 256).to(DEVICE, torch.uint8)
+    out = torch.empty(words * 32 // width, 256, device=DEVICE)
+    _unpacked[(1,)](codes, out, width, size, words, subnormal)
+    channel = torch.arange(head_dim)
+    digit, byte = channel // size, channel % size
+    expected = codes.cpu().int()[:, byte] & ((1 << width) - 1) << (digit * width)
+    order = append_sketch.arranged(torch.eye(head_dim), append_sketch.SketchRule(width, 256, 1.0, 1.0))[:head_dim]
+    found = order @ out.cpu() * (2.0**24 if subnormal else 1.0)
+    assert torch.equal(found.T, expected.float())
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_devices_without_subnormal_products(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "SUBNORMALS", False)
+    case = Case(sketch_bits=bits, head_dim=16, lengths=(140,), softcap=4.0)
+    store, [step], sinks = make(case)
+    assert_step(case, store, copy.deepcopy(store), workspace_of(case, store), step, sinks)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
