@@ -9,9 +9,6 @@ import triton.language as tl
 from .append import write_token
 from .math import as_bound, rounded, soft_capped, softmax_merged, softmax_summed, widened
 
-TILE_PAGES = tl.constexpr(128)
-TINY = tl.constexpr(1e-30)  # a head may be zero in the channels that its group chose; see `rocketkv.core.attention`
-
 
 @triton.jit
 def _channel_sums(queries, channel, G: tl.constexpr, D: tl.constexpr):
@@ -51,7 +48,7 @@ def _operand(block, dtype: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _new_page(
-    new, keys, index, row, length, capacity, tiles, channel, D: tl.constexpr, P: tl.constexpr
+    new, keys, index, row, length, capacity, tiles, channel, D: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """Return the bounds of the page that a row's new key [DP] falls into, and write them if the key fills it."""
     closed = length // P
@@ -70,12 +67,12 @@ def _new_page(
     top = tl.where(full, rounded(top, index.dtype.element_ty), top)
     bottom = tl.where(full, rounded(bottom, index.dtype.element_ty), bottom)
     rows: tl.constexpr = D if P == 1 else 2 * D
-    place = (row * tiles + closed // TILE_PAGES) * rows * TILE_PAGES + closed % TILE_PAGES
-    entries = index + place + channel.to(tl.int64) * TILE_PAGES
+    place = (row * tiles + closed // TILE) * rows * TILE + closed % TILE
+    entries = index + place + channel.to(tl.int64) * TILE
     writes = channel < D * (full & (length < capacity)).to(tl.int32)
     tl.store(entries, as_bound(top, index.dtype.element_ty), mask=writes)
     if P > 1:
-        tl.store(entries + D * TILE_PAGES, as_bound(bottom, index.dtype.element_ty), mask=writes)
+        tl.store(entries + D * TILE, as_bound(bottom, index.dtype.element_ty), mask=writes)
     return top, bottom
 
 
@@ -90,7 +87,7 @@ def append_score_kernel(
     index,  # [B, Hkv, tiles, D or 2 * D, 128], in the keys' dtype or 8 bits; None where nothing is scored
     lengths,  # [B, Hkv] int32, before this token
     seen,  # [1] int32, position of the token
-    scores,  # [B, H, tiles * 128] float32, written
+    scores,  # [B, H, tiles * TILE] float32, written
     peaks,  # [B, Hkv, programs, GP] float32, written
     sums,  # [B, Hkv, programs, GP] float32, written
     ranked,  # [B, Hkv, programs, RP] int32, written
@@ -110,6 +107,7 @@ def append_score_kernel(
     DV: tl.constexpr,
     P: tl.constexpr,
     RING: tl.constexpr,
+    TILE: tl.constexpr,  # pages of a tile of the index
     EXACT: tl.constexpr,  # dot products of float32, which low precision on the interpreter needs too
     GP: tl.constexpr,  # powers of two, at least 16: of G,
     DP: tl.constexpr,  # of D,
@@ -141,7 +139,7 @@ def append_score_kernel(
             row, row * capacity + length, length < capacity, G, D, DV, DP, DVP, RING,
         )  # fmt: skip
         if index is not None:
-            top, bottom = _new_page(new, keys, index, row, length, capacity, tiles, channel, D, P)
+            top, bottom = _new_page(new, keys, index, row, length, capacity, tiles, channel, D, P, TILE)
 
     if index is not None:  # noqa: SIM102  # decided when compiling, the other at run time
         # A row that stores no more than the budget attends to all of it: nothing is to be ranked.
@@ -160,16 +158,17 @@ def append_score_kernel(
             q = q.to(tl.float32)
             chosen = rank[None, :] < channels
             kept = tl.sum(tl.where(chosen, tl.abs(q), 0.0), 1)
-            factor = tl.sqrt(tl.sum(tl.abs(q), 1) / tl.maximum(kept, TINY)) * scaling
+            # A head may be zero in the channels that its group chose.
+            factor = tl.sqrt(tl.sum(tl.abs(q), 1) / tl.maximum(kept, 1e-30)) * scaling
 
-            scored = scores + (row * G + head[:, None]) * tiles * TILE_PAGES
+            scored = scores + (row * G + head[:, None]) * tiles * TILE
             program = row * (splits + 1) + split
             if split == splits:
                 # Zero times what was not chosen must not spoil the sum.
                 logit = tl.sum(tl.where(chosen, q * tl.where(lower, bottom, top)[None, :], 0.0), 1) * factor
                 if softcap is not None:
                     logit = soft_capped(logit, softcap)
-                room = (closed < tiles * TILE_PAGES).to(tl.int32)  # none in a full row
+                room = (closed < tiles * TILE).to(tl.int32)  # none in a full row
                 tl.store(scored + closed, logit[:, None], mask=head[:, None] < G * room)
                 mass = tl.where(logit == logit, 1.0, logit) * (length + 1 - closed * P).to(tl.float32)
                 tl.store(peaks + program * GP + head, logit)
@@ -179,7 +178,7 @@ def append_score_kernel(
                 tl.store(listed + rank, entry, mask=rank < RP)
                 tl.debug_barrier()  # the list is read by other threads than wrote it
                 rows: tl.constexpr = D if P == 1 else 2 * D
-                page = tl.arange(0, TILE_PAGES)
+                page = tl.arange(0, TILE)
                 order = tl.arange(0, RC)
                 padded = tl.arange(0, GP)[:, None]
                 heads = queries + padded * D
@@ -191,30 +190,30 @@ def append_score_kernel(
                     there = order < channels
                     part = tl.load(heads + (line % D)[None, :], mask=(padded < G) & there[None, :], other=0.0)
                     part = _operand(part, query.dtype.element_ty, EXACT)
-                for tile in range(split, (closed + TILE_PAGES - 1) // TILE_PAGES, splits):
+                for tile in range(split, (closed + TILE - 1) // TILE, splits):
                     # Whole lines, whatever lies behind the last page: a mask on columns would cost the wide loads.
-                    bounds = index + (row * tiles + tile) * rows * TILE_PAGES + page[None, :]
-                    estimate = tl.zeros([GP, TILE_PAGES], tl.float32)
+                    bounds = index + (row * tiles + tile) * rows * TILE + page[None, :]
+                    estimate = tl.zeros([GP, TILE], tl.float32)
                     if RP == RC:
                         # Addresses that are known before the loop: the loads of later tiles are under way.
-                        block = tl.load(bounds + line[:, None] * TILE_PAGES, mask=there[:, None], other=0.0)
+                        block = tl.load(bounds + line[:, None] * TILE, mask=there[:, None], other=0.0)
                         block = _operand(block, query.dtype.element_ty, EXACT)
                         estimate = tl.dot(part, block, estimate, input_precision="ieee")
                     else:
                         for first in range(0, channels, RC):
                             some = tl.load(listed + first + order)
                             those = first + order < channels
-                            block = tl.load(bounds + some[:, None] * TILE_PAGES, mask=those[:, None], other=0.0)
+                            block = tl.load(bounds + some[:, None] * TILE, mask=those[:, None], other=0.0)
                             piece = tl.load(heads + (some % D)[None, :], mask=(padded < G) & those[None, :], other=0.0)
                             block = _operand(block, query.dtype.element_ty, EXACT)
                             piece = _operand(piece, query.dtype.element_ty, EXACT)
                             estimate = tl.dot(piece, block, estimate, input_precision="ieee")
                     if HP < GP:  # products have more heads than a group
-                        estimate = tl.sum(tl.reshape(estimate, [2, HP, TILE_PAGES]), 0)
+                        estimate = tl.sum(tl.reshape(estimate, [2, HP, TILE]), 0)
                     estimate *= factor[:, None]
                     if softcap is not None:
                         estimate = soft_capped(estimate, softcap)
-                    number = tile * TILE_PAGES + page
+                    number = tile * TILE + page
                     tl.store(scored + number[None, :], estimate, mask=real & (number[None, :] < closed))
                     estimate = tl.where(number[None, :] < closed, estimate, float("-inf"))
                     peak, mass = softmax_summed(peak, mass, estimate)

@@ -17,12 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .append import write_token
+from .digits import byte_of, digit_weights, digits_of, words_of, write_code
 from .math import as_bfloat16, soft_capped, softmax_merged, softmax_summed
-
-NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it and taking it away rounds to whole numbers, ties to even
-SUMMABLE = tl.constexpr(1572864.0)  # 1.5 * 2^20: in float64 the same, to multiples of 2^-32
-TILE_TOKENS = tl.constexpr(128)  # scores have room for whole tiles of so many
-LOW = tl.constexpr(2048.0)  # what the low half of a number is multiplied by to be a float16
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ def code_words(head_dim: int, width: int) -> int:
 
 
 def arranged(rotation: Tensor, rule: SketchRule) -> Tensor:
-    """Return the rotation [D, D] so that a vector times it has its channels in the order of `_digits`.
+    """Return the rotation [D, D] so that a vector times it has its channels in the order of `digits_of`.
 
     Args:
         rotation: R times the length of its rows.
@@ -79,7 +75,8 @@ def _whole(difference, largest, top):
     """Return a difference in whole numbers of at most `top`; zeros where its largest is zero or NaN."""
     usable = largest > 0
     x = tl.div_rn(tl.where(usable, difference, 0.0), tl.where(usable, largest, 1.0))
-    return x * top + NEAREST - NEAREST
+    nearest: tl.constexpr = 12582912.0  # 1.5 * 2^23: adding and taking it away rounds to whole numbers, ties to even
+    return x * top + nearest - nearest
 
 
 @triton.jit
@@ -87,88 +84,12 @@ def _levels(turned, step, D: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.conste
     """Return the codes of rotated channels that are in the order of digits, zero where no channel is, and levels."""
     column = tl.arange(0, turned.shape[0])
     size: tl.constexpr = (D * WIDTH + 7) // 8
-    byte = _byte(column // (2 * WORDS * (8 // WIDTH)), column, WORDS)
+    byte = byte_of(column // (2 * WORDS * (8 // WIDTH)), column, WORDS)
     digit = column // (2 * WORDS) % (8 // WIDTH)
     real = (byte < size) & (digit * size + byte < D)
     level = tl.floor(tl.div_rn(turned, step))
     level = tl.minimum(tl.maximum(level, -HALF), HALF - 1.0)
     return tl.where(real, level + HALF, 0.0).to(tl.int32), level
-
-
-@triton.jit
-def _byte(upper, column, WORDS: tl.constexpr):
-    """Return which byte of a code lies in a column, in the upper or the lower byte of half a word."""
-    return column // 2 % WORDS * 4 + column % 2 * 2 + upper
-
-
-@triton.jit
-def _write_code(
-    written, code, inside, D: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr, WORDS: tl.constexpr
-):  # fmt: skip
-    """Write the bytes of codes in the order of digits, which are `WIDTH` bits of them from `SHIFT` on."""
-    count: tl.constexpr = 8 // WIDTH
-    digit = tl.reshape((code >> SHIFT) & ((1 << WIDTH) - 1), [2, count, 2 * WORDS])
-    packed = tl.sum(digit << (tl.arange(0, count) * WIDTH)[None, :, None], 1)
-    byte = _byte(tl.arange(0, 2)[:, None], tl.arange(0, 2 * WORDS)[None, :], WORDS)
-    tl.store(written + byte, packed.to(tl.uint8), mask=byte < (D * WIDTH + 7) // 8 * inside.to(tl.int32))
-
-
-@triton.jit
-def _words(codes, places, there, SIZE: tl.constexpr, FIRST: tl.constexpr, BYTES: tl.constexpr, WORDS: tl.constexpr):
-    """Return `SIZE` bytes of tokens' codes from the `FIRST` on, as words [WORDS, tokens] int32."""
-    word = tl.arange(0, WORDS)[:, None]
-    if SIZE % 4 == 0 and BYTES % 4 == 0:
-        sketched = codes.to(tl.pointer_type(tl.int32)) + (places * (BYTES // 4))[None, :] + FIRST // 4
-        words = tl.load(sketched + word, mask=there[None, :] & (word < SIZE // 4), other=0)
-    else:
-        sketched = codes + (places * BYTES)[None, :] + FIRST
-        words = tl.zeros([WORDS, places.shape[0]], tl.int32)
-        for i in tl.static_range(4):
-            byte = 4 * word + i
-            words |= tl.load(sketched + byte, mask=there[None, :] & (byte < SIZE), other=0).to(tl.int32) << (8 * i)
-    return words
-
-
-@triton.jit
-def _digits(words, WIDTH: tl.constexpr, SUBNORMAL: tl.constexpr):
-    """Return digits of words [words, tokens] times their place values in a byte, as float16 [digits, tokens], exactly.
-
-    One instruction masks two digits, in the halves of a word. Ten low bits alone are a subnormal float16, so digits
-    come times 2^-24; where matrix products take those for zero, 1024 is added for a moment, whose last bits they are.
-    """
-    count: tl.constexpr = 8 // WIDTH
-    shift = (tl.arange(0, 2) * 8)[:, None, None, None]
-    mask = (((1 << WIDTH) - 1) * 0x00010001 << (tl.arange(0, count) * WIDTH))[None, :, None, None]
-    pair = (words[None, None, :, :] >> shift) & mask
-    if not SUBNORMAL:
-        pair = pair | 0x64006400
-    low = pair.to(tl.uint16).to(tl.float16, bitcast=True)
-    high = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
-    both = tl.permute(tl.join(low, high), (0, 1, 2, 4, 3))
-    digits = tl.reshape(both, [4 * count * words.shape[0], words.shape[1]])
-    if not SUBNORMAL:
-        digits -= 1024.0
-    return digits
-
-
-@triton.jit
-def _digit_weights(weight, WIDTH: tl.constexpr, WORDS: tl.constexpr, SUBNORMAL: tl.constexpr):
-    """Return weights of digits as those of digits times their places, in two halves, and what products are times.
-
-    Weights [heads, columns] come twice in a row: in the first half of the heads a float16 stays, in the second what it
-    lacks. With the last bit or two of float32 they make for it, in products with small whole numbers.
-    """
-    largest = tl.max(tl.abs(weight), 1)
-    bits = tl.maximum(largest.to(tl.int32, bitcast=True) & 0x7F800000, 1 << 23)
-    unit = bits.to(tl.float32, bitcast=True)
-    digit = tl.arange(0, weight.shape[1]) // (2 * WORDS) % (8 // WIDTH)
-    place = (1 << (8 - WIDTH - digit * WIDTH)).to(tl.float32)  # the other way round: small weights would lose bits
-    scaled = weight * ((254 << 23) - bits).to(tl.float32, bitcast=True)[:, None] * place[None, :]
-    high = scaled.to(tl.float16)
-    low = ((scaled - high.to(tl.float32)) * LOW).to(tl.float16)
-    first = tl.arange(0, weight.shape[0]) < weight.shape[0] // 2
-    unit *= tl.where(first, 1.0, 1.0 / LOW) * (2.0 ** (16 + WIDTH) if SUBNORMAL else 2.0 ** (WIDTH - 8))
-    return tl.where(first[:, None], high, low), unit
 
 
 @triton.jit
@@ -231,10 +152,10 @@ def _sketched(
     size: tl.constexpr = (D * WIDTH + 7) // 8
     written = codes + slot * (size + (D + 7) // 8 if HIGHER else size)
     code, level = _levels(turned, distance, D, WIDTH, WORDS, half)
-    _write_code(written, code, inside, D, WIDTH, 0, WORDS)
+    write_code(written, code, inside, D, WIDTH, 0, WORDS)
     if HIGHER:
         code, _ = _levels(tl.sum(products_higher, 0), distance, D, 1, WORDS_HIGHER, half)
-        _write_code(written + size, code, inside, D, 1, WIDTH, WORDS_HIGHER)
+        write_code(written + size, code, inside, D, 1, WIDTH, WORDS_HIGHER)
     product = tl.maximum(tl.sum(turned * (level + 0.5), 0), 0.5)
     scale = as_bfloat16(largest * tl.div_rn(square * rescale, product))
     tl.store(scales + slot, scale, mask=inside)
@@ -257,7 +178,7 @@ def append_sketch_kernel(
     turn,  # [DP, columns], `arranged`
     lengths,  # [B, Hkv] int32, before this token
     seen,  # [1] int32, position of the token
-    scores,  # [B, H, tiles * 128] float32, written
+    scores,  # [B, H, tiles * TILE] float32, written
     peaks,  # [B, Hkv, programs, GP] float32, written
     sums,  # [B, Hkv, programs, GP] float32, written
     ring,  # [B, H, RING, D], written: the query of token i at place i mod RING; or None
@@ -279,6 +200,7 @@ def append_sketch_kernel(
     WIDTH: tl.constexpr,  # bits of a packed digit
     HIGHER: tl.constexpr,  # whether a code has another digit, of one bit, in bytes of its own
     RING: tl.constexpr,
+    TILE: tl.constexpr,  # scores have room for whole tiles of so many tokens
     EXACT: tl.constexpr,  # rotate in float32, which low precision on the interpreter needs too
     SUBNORMAL: tl.constexpr,  # whether matrix products take subnormal numbers as they are
     GP: tl.constexpr,  # powers of two, at least 16: of G,
@@ -302,7 +224,7 @@ def append_sketch_kernel(
     length = tl.load(lengths + row)
     inside = length < capacity
     program = row * (splits + 1) + split
-    scored = scores + row * G * tiles * TILE_TOKENS
+    scored = scores + row * G * tiles * TILE
     size: tl.constexpr = (D * WIDTH + 7) // 8
     bytes_of: tl.constexpr = size + (D + 7) // 8 if HIGHER else size
     columns: tl.constexpr = WORDS * (32 // WIDTH)
@@ -321,7 +243,8 @@ def append_sketch_kernel(
             place = tl.arange(0, DVP)
             writes = place < DV * inside.to(tl.int32)
             total = tl.load(value_sum + row * DV + place, mask=writes, other=0.0)
-            summand = vector.to(tl.float32).to(tl.float64) + SUMMABLE - SUMMABLE
+            summable: tl.constexpr = 1572864.0  # 1.5 * 2^20: in float64 it rounds to multiples of 2^-32
+            summand = vector.to(tl.float32).to(tl.float64) + summable - summable
             tl.store(value_sum + row * DV + place, total + summand, mask=writes)
         level, scale = _sketched(
             new, own_key, mean, balance, codes, scales, turn, row, slot, inside, top, rescale, step,
@@ -344,7 +267,7 @@ def append_sketch_kernel(
             logit = tl.sum(logits, 1)
             if softcap is not None:
                 logit = soft_capped(logit, softcap)
-            tl.store(scored + head * tiles * TILE_TOKENS + length, logit, mask=head < G * inside.to(tl.int32))
+            tl.store(scored + head * tiles * TILE + length, logit, mask=head < G * inside.to(tl.int32))
             # No token in a full row.
             tl.store(peaks + program * GP + head, tl.where(inside, logit, float("-inf")))
             tl.store(sums + program * GP + head, tl.where(inside, tl.where(logit == logit, 1.0, logit), 0.0))
@@ -352,7 +275,7 @@ def append_sketch_kernel(
         stored = tl.minimum(length, capacity)
         last_head = tl.where(length >= token_budget, G, 0)
         for first_head in range(0, last_head, HEADS):
-            # Each head twice: `_digit_weights`.
+            # Each head twice: `digit_weights`.
             twice = first_head + tl.arange(0, 2 * HEADS) % HEADS
             doubled = queries + twice[:, None] * D
             weight = tl.zeros([2 * HEADS, columns], tl.float32)
@@ -373,9 +296,9 @@ def append_sketch_kernel(
             # Codes count from zero, levels from the middle.
             middle: tl.constexpr = 3.5 if HIGHER else ((1 << WIDTH) - 1) / 2.0
             lowered = tl.sum(weight, 1) * (middle * factor)
-            digit_weight, unit = _digit_weights(weight, WIDTH, WORDS, SUBNORMAL)
+            digit_weight, unit = digit_weights(weight, WIDTH, WORDS, SUBNORMAL)
             unit *= factor
-            digit_weight_higher, unit_higher = _digit_weights(weight_higher, 1, WORDS_HIGHER, SUBNORMAL)
+            digit_weight_higher, unit_higher = digit_weights(weight_higher, 1, WORDS_HIGHER, SUBNORMAL)
             unit_higher *= factor * (1 << WIDTH)
             shift = _first_half(tl.sum(shift, 1) * scaling)
             lowered = _first_half(lowered)
@@ -387,18 +310,18 @@ def append_sketch_kernel(
                 token = tile * BN + tl.arange(0, BN)
                 there = token < stored
                 slots = row * capacity + token
-                digits = _digits(_words(codes, slots, there, size, 0, bytes_of, WORDS), WIDTH, SUBNORMAL)
+                digits = digits_of(words_of(codes, slots, there, size, 0, bytes_of, WORDS), WIDTH, SUBNORMAL)
                 estimate = tl.dot(digit_weight, digits) * unit[:, None]
                 if HIGHER:
-                    digits = _words(codes, slots, there, bytes_of - size, size, bytes_of, WORDS_HIGHER)
-                    digits = _digits(digits, 1, SUBNORMAL)
+                    digits = words_of(codes, slots, there, bytes_of - size, size, bytes_of, WORDS_HIGHER)
+                    digits = digits_of(digits, 1, SUBNORMAL)
                     estimate += tl.dot(digit_weight_higher, digits) * unit_higher[:, None]
                 estimate = tl.sum(tl.reshape(estimate, [2, HEADS, BN]), 0) - lowered[:, None]
                 scale = tl.load(scales + slots, mask=there, other=0.0).to(tl.float32)
                 estimate = shift[:, None] + scale[None, :] * estimate
                 if softcap is not None:
                     estimate = soft_capped(estimate, softcap)
-                places = scored + head[:, None] * tiles * TILE_TOKENS + token[None, :]
+                places = scored + head[:, None] * tiles * TILE + token[None, :]
                 tl.store(places, estimate, mask=(head[:, None] < G) & there[None, :])
                 peak, mass = softmax_summed(peak, mass, tl.where(there[None, :], estimate, float("-inf")))
             peak, mass = softmax_merged(peak, mass)

@@ -22,7 +22,7 @@ from .operands import Buffers, Params
 from .select import select_kernel
 from .select_attend import ALL, GIVEN, RANKED, RECENT, select_attend_kernel
 
-TILE_PAGES = 128  # pages a tile of the index, also in append_score.py and rocketkv.core.pages; a test compares them
+TILE_PAGES = 128  # pages a tile of the index, also in rocketkv.core.pages; a test compares them
 REGISTER_PAGES = 8192
 ROW_CHUNK = 64  # channels that append_score multiplies at once, if there are more than twice as many
 RANK_BLOCK = 16384  # pairs of channels that append_score compares at once
@@ -224,8 +224,8 @@ class DecodeWorkspace:
         head_block = max(16, triton.next_power_of_2(shape.head_dim))
         chunk = _row_chunk(self.rank_block, self.group_block, exact)
         constants = (
-            shape.kv_heads, shape.group, shape.head_dim, shape.value_dim, shape.page_size, ring, INTERPRETED or exact,
-            self.group_block, head_block, self.value_block, self.rank_block, chunk,
+            shape.kv_heads, shape.group, shape.head_dim, shape.value_dim, shape.page_size, ring, TILE_PAGES,
+            INTERPRETED or exact, self.group_block, head_block, self.value_block, self.rank_block, chunk,
             min(head_block, RANK_BLOCK // head_block),
         )  # fmt: skip
         warps, stages = 4 if self.group_block <= 32 else 8, 3 if chunk == self.rank_block else 5
@@ -243,7 +243,7 @@ class DecodeWorkspace:
         head_block = max(16, triton.next_power_of_2(shape.head_dim))
         constants = (
             shape.kv_heads, shape.group, shape.head_dim, shape.value_dim, width, bool(higher), ring,
-            INTERPRETED or exact, SUBNORMALS, self.group_block, head_block, self.value_block,
+            TILE_PAGES, INTERPRETED or exact, SUBNORMALS, self.group_block, head_block, self.value_block,
             code_words(shape.head_dim, width), code_words(shape.head_dim, 1) if higher else 1,
             max(8, min(HEAD_BLOCK, triton.next_power_of_2(shape.group))),
             min(head_block, LINE_CHUNK if head_block * dtype.itemsize <= 256 else LINE_CHUNK // 2),

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from layer_case import DEVICE, Case, bias_of, expected_logits, expected_positions, kernel_step, make, workspace_of
-from rocketkv.kernels import append_sketch, decode
+from rocketkv.kernels import append_sketch, decode, digits
 
 BF16, FP16 = torch.bfloat16, torch.float16
 CASES = [
@@ -196,10 +196,10 @@ def test_a_bias_is_what_the_reference_adds() -> None:
 @triton.jit
 def _unpacked(codes, out, WIDTH: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr, SUBNORMAL: tl.constexpr):
     token = tl.arange(0, 256)
-    words = append_sketch._words(codes, token, token < 256, SIZE, 0, SIZE, WORDS)
-    digits = append_sketch._digits(words, WIDTH, SUBNORMAL)
+    words = digits.words_of(codes, token, token < 256, SIZE, 0, SIZE, WORDS)
+    found = digits.digits_of(words, WIDTH, SUBNORMAL)
     line = tl.arange(0, WORDS * 32 // WIDTH)
-    tl.store(out + line[:, None] * 256 + token[None, :], digits.to(tl.float32))
+    tl.store(out + line[:, None] * 256 + token[None, :], found.to(tl.float32))
 
 
 @pytest.mark.parametrize("subnormal", [True, False])
