@@ -33,6 +33,7 @@ LARGEST_PAGE = 16
 LARGEST_HEAD_DIM = 256
 LARGEST_GROUP = 128
 LARGEST_QUERIES = 32768  # bytes of one group's queries, which lie in shared memory beside blocks of keys and values
+SHARED_MEMORY = 96 * 1024  # bytes that a program may take on every device, less what the compiler adds
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -119,6 +120,32 @@ def _power_of_two_within(count: int) -> int:
     return 1 << (count.bit_length() - 1)
 
 
+def _attend_warps(page_block: int, group_block: int, exact: bool) -> int:
+    """Return the warps of a program that holds the weights of so many pages, and the sums of a padded group."""
+    # As many registers as the weights of all pages take, or the float32 sums of a large group.
+    warps = 4 if max(page_block, 16 * group_block) <= 1024 else 8
+    if page_block >= 8192 or (exact and group_block > 32):
+        warps = 16
+    return warps
+
+
+def _attend_stages(group_block: int, token_block: int, head_block: int, value_block: int, itemsize: int) -> int:
+    """Return the stages of the loop over keys and values: two buffers of each in flight, where they fit.
+
+    The list of tokens comes two stages ahead of them. Buffers lie beside the queries in the shared memory that every
+    device has.
+    """
+    queries = group_block * (head_block * itemsize + 4 * token_block)
+    buffers = 2 * token_block * (head_block + value_block) * itemsize
+    return 5 if queries + buffers <= SHARED_MEMORY else 2
+
+
+def _parts_at_once(part_block: int, floats: int, warps: int) -> int:
+    """Return how many parts' sums, of so many floats each, are loaded at once to be combined: 32 floats a thread."""
+    at_once = max(1, 32 * 32 * warps // floats)
+    return min(part_block, at_once)
+
+
 class DecodeWorkspace:
     """The buffers that a decode step works in, for one shape; steps of several layers may share them in turn.
 
@@ -148,9 +175,9 @@ class DecodeWorkspace:
         self.group_block = max(16, triton.next_power_of_2(shape.group))
         self.value_block = max(16, triton.next_power_of_2(shape.value_dim))
         # Two waves of scoring programs, since most have one tile; of the others no more than have a block to read.
-        # Powers of two: each number is compiled for, and prompts of every length come.
         self.splits = _power_of_two_within(min(shape.tiles, 2 * wanted)) if shape.scored else 1
-        self.parts = _power_of_two_within(min(wanted, triton.cdiv(shape.top_k or shape.capacity, TOKEN_BLOCK)))
+        blocks = triton.cdiv(shape.top_k or shape.capacity, TOKEN_BLOCK)
+        self.parts = triton.cdiv(blocks, triton.cdiv(blocks, wanted))
         if torch.version.hip is not None:
             # An announcement covers the stores of its own wave alone: others' may not have reached memory yet.
             self.parts = 1
@@ -173,10 +200,7 @@ class DecodeWorkspace:
         self.ranked = empty(paged, self.splits, self.rank_block, dtype=torch.int32)
         self.chosen = empty(scored, shape.top_k or 1, dtype=torch.int32)
         self.ordered = empty(scored if self.separate else 0, self.page_capacity, dtype=torch.int32)
-        self.partial_out = empty(combined, self.parts, self.group_block, self.value_block)
-        self.partial_peaks = empty(combined, self.parts, self.group_block)
-        self.partial_sums = empty(combined, self.parts, self.group_block)
-        self.partial_values = empty(combined if shape.residual else 0, self.parts, self.value_block)
+        self.records = empty(combined, self.parts, 2 * self.group_block + (shape.group + 1) * self.value_block)
         self.rest = empty(residual, 4, self.group_block)
         self.missed = empty(residual, shape.group)
         self.turn = self._turn(rotation) if given is None else next(given)
@@ -277,32 +301,28 @@ def decode_step_triton(
     page_size = shape.page_size if shape.scored else 1
     if space.separate:
         select_kernel[(rows,)](
-            seq_lens, seq_lens if sinks is None else sinks, space.scores, space.peaks, space.sums, space.ordered,
-            space.chosen, space.rest, shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, top_k,
-            shape.protected, G=shape.group, P=page_size, SPLITS=space.splits, SINKS=sinks is not None,
-            RESIDUAL=shape.residual, LARGEST=shape.by_largest, GP=space.group_block, SP=split_block,
-            CHUNK=SELECT_CHUNK, num_warps=16,
+            seq_lens, sinks, space.scores, space.peaks, space.sums, space.ordered, space.chosen, space.rest,
+            shape.capacity, shape.tiles, space.splits, shape.kv_heads, shape.token_budget, top_k, shape.protected,
+            G=shape.group, P=page_size, RESIDUAL=shape.residual, LARGEST=shape.by_largest, GP=space.group_block,
+            SP=split_block, CHUNK=SELECT_CHUNK, num_warps=16,
         )  # fmt: skip
     page_block = triton.next_power_of_2(space.page_capacity) if mode == RANKED.value else 1
-    # As many registers as the weights of all pages take, or the float32 sums of a large group.
-    warps = 4 if max(page_block, 16 * space.group_block) <= 1024 else 8
-    if exact and space.group_block > 32:
-        warps = 16
-    # Blocks of keys and values fit beside the queries into the shared memory of every device.
+    few_heads = triton.next_power_of_2(shape.group)
+    part_block = triton.next_power_of_2(space.parts)
+    warps = _attend_warps(page_block, space.group_block, exact)
     wide = head_block * keys.itemsize > 512
+    token_block = TOKEN_BLOCK // 2 if wide else TOKEN_BLOCK
     select_attend_kernel[(rows, space.parts)](
-        query, keys, values, seq_lens, buffers.clock, seq_lens if sinks is None else sinks,
-        space.scores, space.peaks, space.sums, value_sum if shape.residual else seq_lens,
-        seq_lens if bias is None else bias.contiguous(), space.rest,
-        space.missed if missed is None else missed, space.chosen,
-        space.partial_out, space.partial_peaks, space.partial_sums, space.partial_values, space.arrivals, out,
-        *query.stride()[:2], shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, top_k,
-        shape.sinks or 0, shape.protected, scaling, cap,
-        MODE=mode, G=shape.group, D=shape.head_dim, DV=shape.value_dim, P=page_size,
-        SPLITS=space.splits, PARTS=space.parts, SINKS=sinks is not None, SOFTCAP=softcap is not None, EXACT=exact,
-        RESIDUAL=shape.residual, BIAS=bias is not None, LARGEST=shape.by_largest, GP=space.group_block,
-        DP=head_block, DVP=space.value_block, SP=split_block, UP=page_block,
-        BT=TOKEN_BLOCK // 2 if wide else TOKEN_BLOCK,
-        num_warps=warps, num_stages=2 if wide else 3,
+        query, keys, values, seq_lens, buffers.clock, sinks, space.scores, space.peaks, space.sums,
+        value_sum if shape.residual else None, None if bias is None else bias.contiguous(),
+        space.rest, space.missed if missed is None else missed, space.chosen, space.records, space.arrivals, out,
+        *query.stride()[:2], shape.capacity, shape.tiles, space.splits, space.parts, shape.kv_heads,
+        shape.token_budget, top_k, shape.sinks or 0, shape.protected, scaling, softcap,
+        MODE=mode, G=shape.group, D=shape.head_dim, DV=shape.value_dim, P=page_size, EXACT=exact,
+        LARGEST=shape.by_largest, CUT=space.parts > 1, GP=space.group_block, HP=few_heads, DP=head_block,
+        DVP=space.value_block, SP=split_block, UP=page_block, BT=token_block,
+        PP=part_block, PB=_parts_at_once(part_block, few_heads * space.value_block, warps),
+        num_warps=warps,
+        num_stages=_attend_stages(space.group_block, token_block, head_block, space.value_block, keys.itemsize),
     )  # fmt: skip
     return out
