@@ -21,6 +21,7 @@ from .append_sketch import SketchRule, append_sketch_kernel, arranged, code_bloc
 from .operands import Buffers, Params
 from .select import select_kernel
 from .select_attend import ALL, GIVEN, RANKED, RECENT, select_attend_kernel
+from .select_parts import select_parts_kernel
 
 TILE_PAGES = 128  # pages a tile of the index, also in append_score.py and rocketkv.core.pages; a test compares them
 REGISTER_PAGES = 8192
@@ -28,7 +29,8 @@ ROW_CHUNK = 16  # channels that append_score multiplies at once
 LINE_CHUNK = 32  # rows of the rotation matrix that append_sketch multiplies at once
 HEAD_BLOCK = 32  # heads whose rotated queries one program holds
 TOKEN_BLOCK = 32  # tokens whose keys and values select_attend loads at once
-SELECT_CHUNK = 2048
+SELECT_BLOCKS = (4096, 8192)  # pages that one of several programs chooses among
+SELECT_CHUNK = 2048  # pages that a row's only program loads at once
 LARGEST_PAGE = 16
 LARGEST_HEAD_DIM = 256
 LARGEST_GROUP = 128
@@ -115,6 +117,52 @@ def refusal(shape: DecodeShape, dtype: torch.dtype) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class SelectTree:
+    """How the choice of a row's tokens is dealt out to several programs.
+
+    Attributes:
+        block: pages that a program chooses among.
+        chunks: programs of a row, the leaves of the tree.
+        slots: candidates that a node may leave; a power of two.
+    """
+
+    block: int
+    chunks: int
+    slots: int
+
+    @property
+    def fan(self) -> int:
+        """Children of a node: as many as leave no more candidates than a block."""
+        return min(self.block // self.slots, int(triton.next_power_of_2(self.chunks)))
+
+    @property
+    def nodes_above(self) -> int:
+        """Nodes above the leaves."""
+        count, nodes = 0, self.chunks
+        while nodes > 1 or not count:
+            nodes = -(-nodes // self.fan)
+            count += nodes
+        return count
+
+
+def select_tree(page_capacity: int, top_k: int, page_size: int) -> SelectTree | None:
+    """Return the tree of the smallest block of four nodes' candidates or more, or None where two fill the largest.
+
+    Args:
+        page_capacity: pages of a row's buffers.
+        top_k: k.
+        page_size: P.
+    """
+    # Whole pages, the page that the cut falls in, and the row's last one.
+    most = top_k if page_size == 1 else triton.cdiv(top_k, page_size) + 1
+    slots = max(16, triton.next_power_of_2(most))
+    for block in SELECT_BLOCKS:
+        if 4 * slots <= block or (block == SELECT_BLOCKS[-1] and 2 * slots <= block):
+            return SelectTree(block, triton.cdiv(page_capacity, block), slots)
+    return None
+
+
 def _power_of_two_within(count: int) -> int:
     """Return the largest power of two that is no more than `count`, which is at least one."""
     return 1 << (count.bit_length() - 1)
@@ -178,11 +226,15 @@ class DecodeWorkspace:
         self.splits = _power_of_two_within(min(shape.tiles, 2 * wanted)) if shape.scored else 1
         blocks = triton.cdiv(shape.top_k or shape.capacity, TOKEN_BLOCK)
         self.parts = triton.cdiv(blocks, triton.cdiv(blocks, wanted))
-        if torch.version.hip is not None:
-            # An announcement covers the stores of its own wave alone: others' may not have reached memory yet.
+        # On AMD an announcement covers the stores of its own wave alone: others' may not have reached memory yet.
+        announces = torch.version.hip is None
+        if not announces:
             self.parts = 1
         self.page_capacity = shape.tiles * TILE_PAGES
         self.separate = shape.scored and self.page_capacity > REGISTER_PAGES
+        self.select_tree = None
+        if self.separate and announces:
+            self.select_tree = select_tree(self.page_capacity, shape.top_k or 1, shape.page_size)
         self.rank_block = triton.cdiv(shape.channels or 1, ROW_CHUNK) * ROW_CHUNK
 
         given = None if buffers is None else iter(buffers)
@@ -199,13 +251,21 @@ class DecodeWorkspace:
         self.sums = empty(scored, self.splits, self.group_block)
         self.ranked = empty(paged, self.splits, self.rank_block, dtype=torch.int32)
         self.chosen = empty(scored, shape.top_k or 1, dtype=torch.int32)
-        self.ordered = empty(scored if self.separate else 0, self.page_capacity, dtype=torch.int32)
+        tree = self.select_tree
+        chunks, slots = (0, 0) if tree is None else (tree.chunks, tree.slots)
+        alone = rows if self.separate and tree is None else 0
+        self.ordered = empty(alone, self.page_capacity, dtype=torch.int32)
+        self.candidates = empty(scored, 2, chunks, slots, dtype=torch.int32)
+        self.logits = empty(residual, shape.group, chunks, slots)
+        self.others = empty(residual, chunks, 2, self.group_block)
         self.records = empty(combined, self.parts, 2 * self.group_block + (shape.group + 1) * self.value_block)
         self.rest = empty(residual, 4, self.group_block)
         self.missed = empty(residual, shape.group)
         self.turn = self._turn(rotation) if given is None else next(given)
+        self.finished = empty(rows, 0 if tree is None else tree.nodes_above, dtype=torch.int32)
         self.arrivals = empty(rows, dtype=torch.int32)
         if given is None:
+            self.finished.zero_()
             self.arrivals.zero_()
 
     def _turn(self, rotation: Tensor | None) -> Tensor:
@@ -299,7 +359,17 @@ def decode_step_triton(
     top_k = shape.top_k or shape.capacity
     split_block = triton.next_power_of_2(space.splits)
     page_size = shape.page_size if shape.scored else 1
-    if space.separate:
+    tree = space.select_tree
+    if tree is not None:
+        select_parts_kernel[(rows, tree.chunks)](
+            seq_lens, sinks, space.scores, space.peaks, space.sums, space.candidates,
+            space.logits if shape.residual else None, space.others if shape.residual else None, space.finished,
+            space.chosen, space.rest, shape.capacity, shape.tiles, space.splits, tree.chunks, tree.nodes_above,
+            shape.kv_heads, shape.token_budget, top_k, shape.protected,
+            G=shape.group, P=page_size, LARGEST=shape.by_largest, GP=space.group_block, SP=split_block, UP=tree.block,
+            SLOTS=tree.slots, FAN=tree.fan, num_warps=16,
+        )  # fmt: skip
+    elif space.separate:
         select_kernel[(rows,)](
             seq_lens, sinks, space.scores, space.peaks, space.sums, space.ordered, space.chosen, space.rest,
             shape.capacity, shape.tiles, space.splits, shape.kv_heads, shape.token_budget, top_k, shape.protected,

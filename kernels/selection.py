@@ -10,7 +10,8 @@ TILE_PAGES = tl.constexpr(128)  # as in decode.py
 HIGHEST = tl.constexpr(2147483647)
 INFINITE = tl.constexpr(0x7F800000)  # the bits of infinity
 NO_TOKENS = tl.constexpr(-2)  # in place of the bits of a page without tokens
-FEW_HEADS = tl.constexpr(8)  # so many heads' loads are unrolled, to be in flight together
+FEW_HEADS = tl.constexpr(8)  # so many heads' loads are unrolled, to be in flight together,
+FEW_PAGES = tl.constexpr(8192)  # where so many pages leave the registers for it
 HALF = tl.constexpr(16)  # bits of a count of pages, two of which share an integer
 LOWER = tl.constexpr(0xFFFF)
 
@@ -50,7 +51,7 @@ def page_weights(
     """Return the weight of one token of each page, a softmax over stored tokens: the heads' average, or the largest."""
     weight = tl.zeros(page.shape, tl.float32)
     split = tl.arange(0, SP)
-    if G <= FEW_HEADS:
+    if (G <= FEW_HEADS) & (page.shape[0] <= FEW_PAGES):
         for g in tl.static_range(G):
             weight = _with_head(
                 weight,
@@ -89,11 +90,8 @@ def tokens_in(page, stored, P: tl.constexpr):
 @triton.jit
 def _at_least(bits, count, value, P: tl.constexpr):
     """Return how many tokens have at least this value, which is no less than -1."""
-    if P == 1:
-        found = tl.sum((bits >= value).to(tl.int32), 0)
-    else:
-        found = tl.sum(tl.where(bits >= value, count, 0), 0)
-    return found
+    each = 1 if P == 1 else count
+    return tl.sum(tl.where(bits >= value, each, 0), 0)
 
 
 @triton.jit

@@ -34,6 +34,7 @@ def test_ties_go_to_the_lowest_positions(
 ) -> None:
     if separate:
         monkeypatch.setattr(decode, "REGISTER_PAGES", 0)
+        monkeypatch.setattr(decode, "SELECT_BLOCKS", (32, 128))
     case = Case(page_size=page_size, lengths=(200,))
     store, [(query, key, value)], _ = make(case)
     if query_is_zero:
@@ -136,6 +137,7 @@ def test_nothing_beyond_the_buffers_is_touched(length: int, separate: bool, monk
     """A row within the budget has no list to read, and one that is full has nowhere to score another page."""
     if separate:
         monkeypatch.setattr(decode, "REGISTER_PAGES", 0)
+        monkeypatch.setattr(decode, "SELECT_BLOCKS", (64, 128))
     case = Case(lengths=(length,), page_size=2, top_k=64, token_budget=128)
     store, [step], _ = make(case)
     full = length == 256
@@ -160,8 +162,9 @@ def test_nothing_beyond_the_buffers_is_touched(length: int, separate: bool, monk
 
 
 @pytest.mark.parametrize("pages", [256, 2048])
-def test_a_separate_choice_takes_few_passes(pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_choice_by_one_program_takes_few_passes(pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "REGISTER_PAGES", 0)
+    monkeypatch.setattr(decode, "SELECT_BLOCKS", ())
     case = Case(lengths=(pages - 1,), page_size=1, top_k=40, token_budget=80)
     store, [step], _ = make(case)
     passes = []
@@ -172,13 +175,48 @@ def test_a_separate_choice_takes_few_passes(pages: int, monkeypatch: pytest.Monk
         assert 3 <= len(passes) <= 34  # bits of a float32 and two more
 
 
+def test_nothing_beyond_a_row_of_the_tree_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short rows have fewer nodes than their buffers; full ones and their neighbours keep to their own."""
+    monkeypatch.setattr(decode, "REGISTER_PAGES", 0)
+    monkeypatch.setattr(decode, "SELECT_BLOCKS", (32,))
+    case = Case(lengths=(250, 40, 130, 20), page_size=1, top_k=13, token_budget=26, protected=2)
+    store, [step], _ = make(case)
+    space = workspace_of(case, store)
+    tree = space.select_tree
+    assert tree is not None
+    assert (tree.fan, tree.chunks, tree.nodes_above) == (2, 12, 12)
+    kernel_step(case, store, space, step, None)
+    lengths, nodes = store.decoding.buffers.seq_lens.flatten().tolist(), space.candidates[:, 0].tolist()
+    for length, chunks in zip(lengths, nodes, strict=True):
+        used = math.ceil(length / tree.block) if length > case.token_budget else 0
+        written = [any(bits != torch.iinfo(torch.int32).min for bits in slots) for slots in chunks]
+        assert written == [i < used for i in range(tree.chunks)]
+    assert space.finished.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 33, 1025])
+@pytest.mark.parametrize("top_k", [1, 512, 1024, 4096])
+def test_a_tree_holds_all_candidates_of_a_node_and_ends_in_one(count: int, top_k: int) -> None:
+    tree = decode.select_tree(count * 4096, top_k, 1)
+    assert tree is not None
+    assert tree.chunks * tree.block >= count * 4096
+    assert top_k <= tree.slots <= tree.fan * tree.slots <= max(tree.block, tree.slots)
+    nodes, above = tree.chunks, []
+    while nodes > 1 or not above:
+        nodes = -(-nodes // tree.fan)
+        above.append(nodes)
+    assert tree.nodes_above == sum(above)
+    assert decode.select_tree(count * 4096, 4097, 1) is None
+
+
 @pytest.mark.parametrize(("pages", "launches"), [(decode.REGISTER_PAGES, 2), (0, 3)])
 def test_a_step_is_two_launches_and_no_operation(pages: int, launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "REGISTER_PAGES", pages)
     case = Case(lengths=(300,))
     store, steps, _ = make(case)
     workspace = workspace_of(case, store)
-    kernels = {name: getattr(decode, name) for name in ("append_score_kernel", "select_kernel", "select_attend_kernel")}
+    names = ("append_score_kernel", "select_parts_kernel", "select_kernel", "select_attend_kernel")
+    kernels = {name: getattr(decode, name) for name in names}
     launched = []
 
     class Recorded:
