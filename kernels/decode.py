@@ -8,9 +8,11 @@ Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, N stored t
 r channels, k tokens read, C bytes of a token's codes.
 """
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -18,27 +20,29 @@ from torch import Tensor
 
 from .append_score import append_score_kernel
 from .append_sketch import SketchRule, append_sketch_kernel, arranged, code_block
+from .launch import Launcher
 from .operands import Buffers, Params
 from .select import select_kernel
 from .select_attend import ALL, GIVEN, RANKED, RECENT, select_attend_kernel
 from .select_parts import select_parts_kernel
+from .select_plan import TOKEN_BLOCK, SelectTree, attend_stages, attend_warps, parts_at_once, select_tree
 
 TILE_PAGES = 128  # pages a tile of the index, also in append_score.py and rocketkv.core.pages; a test compares them
 REGISTER_PAGES = 8192
 ROW_CHUNK = 16  # channels that append_score multiplies at once
 LINE_CHUNK = 32  # rows of the rotation matrix that append_sketch multiplies at once
 HEAD_BLOCK = 32  # heads whose rotated queries one program holds
-TOKEN_BLOCK = 32  # tokens whose keys and values select_attend loads at once
-SELECT_BLOCKS = (4096, 8192)  # pages that one of several programs chooses among
 SELECT_CHUNK = 2048  # pages that a row's only program loads at once
 LARGEST_PAGE = 16
 LARGEST_HEAD_DIM = 256
 LARGEST_GROUP = 128
 LARGEST_QUERIES = 32768  # bytes of one group's queries, which lie in shared memory beside blocks of keys and values
-SHARED_MEMORY = 96 * 1024  # bytes that a program may take on every device, less what the compiler adds
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+Launch = tuple[tuple[int, ...], dict[str, int]]
+"""Constants and options of a launch."""
 
 
 @dataclass(frozen=True)
@@ -117,81 +121,9 @@ def refusal(shape: DecodeShape, dtype: torch.dtype) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class SelectTree:
-    """How the choice of a row's tokens is dealt out to several programs.
-
-    Attributes:
-        block: pages that a program chooses among.
-        chunks: programs of a row, the leaves of the tree.
-        slots: candidates that a node may leave; a power of two.
-    """
-
-    block: int
-    chunks: int
-    slots: int
-
-    @property
-    def fan(self) -> int:
-        """Children of a node: as many as leave no more candidates than a block."""
-        return min(self.block // self.slots, int(triton.next_power_of_2(self.chunks)))
-
-    @property
-    def nodes_above(self) -> int:
-        """Nodes above the leaves."""
-        count, nodes = 0, self.chunks
-        while nodes > 1 or not count:
-            nodes = -(-nodes // self.fan)
-            count += nodes
-        return count
-
-
-def select_tree(page_capacity: int, top_k: int, page_size: int) -> SelectTree | None:
-    """Return the tree of the smallest block of four nodes' candidates or more, or None where two fill the largest.
-
-    Args:
-        page_capacity: pages of a row's buffers.
-        top_k: k.
-        page_size: P.
-    """
-    # Whole pages, the page that the cut falls in, and the row's last one.
-    most = top_k if page_size == 1 else triton.cdiv(top_k, page_size) + 1
-    slots = max(16, triton.next_power_of_2(most))
-    for block in SELECT_BLOCKS:
-        if 4 * slots <= block or (block == SELECT_BLOCKS[-1] and 2 * slots <= block):
-            return SelectTree(block, triton.cdiv(page_capacity, block), slots)
-    return None
-
-
 def _power_of_two_within(count: int) -> int:
     """Return the largest power of two that is no more than `count`, which is at least one."""
     return 1 << (count.bit_length() - 1)
-
-
-def _attend_warps(page_block: int, group_block: int, exact: bool) -> int:
-    """Return the warps of a program that holds the weights of so many pages, and the sums of a padded group."""
-    # As many registers as the weights of all pages take, or the float32 sums of a large group.
-    warps = 4 if max(page_block, 16 * group_block) <= 1024 else 8
-    if page_block >= 8192 or (exact and group_block > 32):
-        warps = 16
-    return warps
-
-
-def _attend_stages(group_block: int, token_block: int, head_block: int, value_block: int, itemsize: int) -> int:
-    """Return the stages of the loop over keys and values: two buffers of each in flight, where they fit.
-
-    The list of tokens comes two stages ahead of them. Buffers lie beside the queries in the shared memory that every
-    device has.
-    """
-    queries = group_block * (head_block * itemsize + 4 * token_block)
-    buffers = 2 * token_block * (head_block + value_block) * itemsize
-    return 5 if queries + buffers <= SHARED_MEMORY else 2
-
-
-def _parts_at_once(part_block: int, floats: int, warps: int) -> int:
-    """Return how many parts' sums, of so many floats each, are loaded at once to be combined: 32 floats a thread."""
-    at_once = max(1, 32 * 32 * warps // floats)
-    return min(part_block, at_once)
 
 
 class DecodeWorkspace:
@@ -215,6 +147,10 @@ class DecodeWorkspace:
         rotation: Tensor | None = None,
     ) -> None:
         self.shape = shape
+        self.launch = Launcher()
+        self.warm = False
+        self._select: Launch | None = None
+        self._attend: dict[tuple[torch.dtype, torch.dtype], Launch] = {}
         if programs is None:
             on_gpu = device.type == "cuda"
             programs = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
@@ -232,7 +168,7 @@ class DecodeWorkspace:
             self.parts = 1
         self.page_capacity = shape.tiles * TILE_PAGES
         self.separate = shape.scored and self.page_capacity > REGISTER_PAGES
-        self.select_tree = None
+        self.select_tree: SelectTree | None = None
         if self.separate and announces:
             self.select_tree = select_tree(self.page_capacity, shape.top_k or 1, shape.page_size)
         self.rank_block = triton.cdiv(shape.channels or 1, ROW_CHUNK) * ROW_CHUNK
@@ -276,9 +212,57 @@ class DecodeWorkspace:
             raise ValueError("a workspace for a sketch needs the rotation")
         return arranged(rotation, self.shape.sketch)
 
+    def select_launch(self) -> Launch:
+        """Return constants and options of the launch that chooses, where the choice has one."""
+        if self._select is None:
+            shape, tree = self.shape, self.select_tree
+            split_block = triton.next_power_of_2(self.splits)
+            page_size = shape.page_size
+            if tree is None:
+                ends: tuple[int, ...] = (split_block, SELECT_CHUNK)
+                ranked: tuple[int, ...] = (shape.residual, shape.by_largest)
+            else:
+                ends, ranked = (split_block, tree.block, tree.slots, tree.fan), (shape.by_largest,)
+            self._select = (shape.group, page_size, *ranked, self.group_block, *ends), {"num_warps": 16}
+        return self._select
+
+    def attend_launch(self, query_dtype: torch.dtype, dtype: torch.dtype) -> Launch:
+        """Return constants and options of the launch that attends, for queries and keys of these dtypes."""
+        known = self._attend.get((query_dtype, dtype))
+        if known is not None:
+            return known
+        shape = self.shape
+        exact = INTERPRETED or query_dtype == torch.float32 or query_dtype != dtype
+        mode = ALL.value
+        if shape.sinks is not None:
+            mode = RECENT.value
+        elif shape.top_k is not None:
+            mode = GIVEN.value if self.separate else RANKED.value
+        head_block = max(16, triton.next_power_of_2(shape.head_dim))
+        page_block = triton.next_power_of_2(self.page_capacity) if mode == RANKED.value else 1
+        token_block = TOKEN_BLOCK // 2 if head_block * dtype.itemsize > 512 else TOKEN_BLOCK
+        few_heads, part_block = triton.next_power_of_2(shape.group), triton.next_power_of_2(self.parts)
+        warps = attend_warps(page_block, self.group_block, exact)
+        constants = (
+            mode, shape.group, shape.head_dim, shape.value_dim, shape.page_size if shape.scored else 1, exact,
+            shape.by_largest, self.parts > 1, self.group_block, few_heads, head_block, self.value_block,
+            triton.next_power_of_2(self.splits), page_block, token_block, part_block,
+            parts_at_once(part_block, few_heads * self.value_block, warps),
+        )  # fmt: skip
+        stages = attend_stages(self.group_block, token_block, head_block, self.value_block, dtype.itemsize)
+        launch = constants, {"num_warps": warps, "num_stages": stages}
+        self._attend[query_dtype, dtype] = launch
+        return launch
+
     def tensors(self) -> dict[str, Tensor]:
         """Return every buffer by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+
+def _started(kernel: Any, grid: tuple[int, int], compile_only: bool) -> Callable[..., object]:
+    """Return a function that launches a kernel, or compiles it."""
+    started: Callable[..., object] = functools.partial(kernel.warmup, grid=grid) if compile_only else kernel[grid]
+    return started
 
 
 def decode_step_triton(
@@ -289,6 +273,8 @@ def decode_step_triton(
     workspace: DecodeWorkspace,
     params: Params,
     out: Tensor | None = None,
+    *,
+    compile_only: bool = False,
 ) -> Tensor:
     """Append one token to every row and attend to the tokens that stage 2 selects, writing everything on the device.
 
@@ -302,6 +288,7 @@ def decode_step_triton(
         workspace: made for these shapes.
         params: the model's attention parameters.
         out: [B, H, Dv] to write to, or None for a new one.
+        compile_only: whether only to compile what the step would launch, and to write nothing.
 
     Returns:
         [B, H, Dv] in the query's dtype.
@@ -318,6 +305,8 @@ def decode_step_triton(
     query, key, value = (tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in (query, key, value))
     if out is None:
         out = query.new_empty(shape.batch, shape.heads, shape.value_dim)
+    if compile_only and INTERPRETED:
+        return out  # nothing to compile
     rows = shape.batch * shape.kv_heads
     exact = INTERPRETED or query.dtype == torch.float32 or query.dtype != keys.dtype
     head_block = max(16, triton.next_power_of_2(shape.head_dim))
@@ -331,7 +320,7 @@ def decode_step_triton(
         "RING": 0 if ring is None else ring.shape[2],
     }  # fmt: skip
     if shape.sketch is None:
-        append_score_kernel[(rows, space.splits)](
+        _started(append_score_kernel, (rows, space.splits), compile_only)(
             *appended, buffers.index_tensors[0] if shape.scored else keys, seq_lens, buffers.clock,
             space.scores, space.peaks, space.sums, space.ranked, remembered, *strides,
             shape.capacity, shape.tiles, shape.kv_heads, shape.token_budget, shape.channels or 0, scaling, cap,
@@ -340,7 +329,7 @@ def decode_step_triton(
         )  # fmt: skip
     else:
         rule, (width, *higher) = shape.sketch, shape.sketch.widths
-        append_sketch_kernel[(rows, space.splits)](
+        _started(append_sketch_kernel, (rows, space.splits), compile_only)(
             *appended, *buffers.index_tensors, value_sum if shape.residual else seq_lens, space.turn, seq_lens,
             buffers.clock,
             space.scores, space.peaks, space.sums, remembered, *strides,
@@ -351,48 +340,43 @@ def decode_step_triton(
             RC=min(head_block, LINE_CHUNK if head_block * keys.itemsize <= 256 else LINE_CHUNK // 2),
             BN=TILE_PAGES if head_block <= 128 else TILE_PAGES // 2, num_warps=4, **fixed,
         )  # fmt: skip
-    mode = ALL.value
-    if shape.sinks is not None:
-        mode = RECENT.value
-    elif shape.top_k is not None:
-        mode = GIVEN.value if space.separate else RANKED.value
-    top_k = shape.top_k or shape.capacity
-    split_block = triton.next_power_of_2(space.splits)
-    page_size = shape.page_size if shape.scored else 1
-    tree = space.select_tree
-    if tree is not None:
-        select_parts_kernel[(rows, tree.chunks)](
-            seq_lens, sinks, space.scores, space.peaks, space.sums, space.candidates,
-            space.logits if shape.residual else None, space.others if shape.residual else None, space.finished,
-            space.chosen, space.rest, shape.capacity, shape.tiles, space.splits, tree.chunks, tree.nodes_above,
-            shape.kv_heads, shape.token_budget, top_k, shape.protected,
-            G=shape.group, P=page_size, LARGEST=shape.by_largest, GP=space.group_block, SP=split_block, UP=tree.block,
-            SLOTS=tree.slots, FAN=tree.fan, num_warps=16,
-        )  # fmt: skip
-    elif space.separate:
-        select_kernel[(rows,)](
-            seq_lens, sinks, space.scores, space.peaks, space.sums, space.ordered, space.chosen, space.rest,
-            shape.capacity, shape.tiles, space.splits, shape.kv_heads, shape.token_budget, top_k, shape.protected,
-            G=shape.group, P=page_size, RESIDUAL=shape.residual, LARGEST=shape.by_largest, GP=space.group_block,
-            SP=split_block, CHUNK=SELECT_CHUNK, num_warps=16,
-        )  # fmt: skip
-    page_block = triton.next_power_of_2(space.page_capacity) if mode == RANKED.value else 1
-    few_heads = triton.next_power_of_2(shape.group)
-    part_block = triton.next_power_of_2(space.parts)
-    warps = _attend_warps(page_block, space.group_block, exact)
-    wide = head_block * keys.itemsize > 512
-    token_block = TOKEN_BLOCK // 2 if wide else TOKEN_BLOCK
-    select_attend_kernel[(rows, space.parts)](
-        query, keys, values, seq_lens, buffers.clock, sinks, space.scores, space.peaks, space.sums,
-        value_sum if shape.residual else None, None if bias is None else bias.contiguous(),
-        space.rest, space.missed if missed is None else missed, space.chosen, space.records, space.arrivals, out,
-        *query.stride()[:2], shape.capacity, shape.tiles, space.splits, space.parts, shape.kv_heads,
-        shape.token_budget, top_k, shape.sinks or 0, shape.protected, scaling, softcap,
-        MODE=mode, G=shape.group, D=shape.head_dim, DV=shape.value_dim, P=page_size, EXACT=exact,
-        LARGEST=shape.by_largest, CUT=space.parts > 1, GP=space.group_block, HP=few_heads, DP=head_block,
-        DVP=space.value_block, SP=split_block, UP=page_block, BT=token_block,
-        PP=part_block, PB=_parts_at_once(part_block, few_heads * space.value_block, warps),
-        num_warps=warps,
-        num_stages=_attend_stages(space.group_block, token_block, head_block, space.value_block, keys.itemsize),
+    constants, options = space.attend_launch(query.dtype, keys.dtype)
+    top_k, tree = shape.top_k or shape.capacity, space.select_tree
+    launch = functools.partial(space.launch, compile_only=compile_only)
+    scored = (sinks, space.scores, space.peaks, space.sums)
+    if space.separate:
+        selects, options_of = space.select_launch()
+        if tree is not None:
+            logits, others = (space.logits, space.others) if shape.residual else (None, None)
+            launch(
+                select_parts_kernel, (rows, tree.chunks, 1),
+                (seq_lens, *scored, space.candidates, logits, others, space.finished, space.chosen, space.rest),
+                (
+                    shape.capacity, shape.tiles, space.splits, tree.chunks, tree.nodes_above, shape.kv_heads,
+                    shape.token_budget, top_k, shape.protected,
+                ),
+                selects, options_of,
+            )  # fmt: skip
+        else:
+            launch(
+                select_kernel, (rows, 1, 1), (seq_lens, *scored, space.ordered, space.chosen, space.rest),
+                (
+                    shape.capacity, shape.tiles, space.splits, shape.kv_heads, shape.token_budget, top_k,
+                    shape.protected,
+                ),
+                selects, options_of,
+            )  # fmt: skip
+    launch(
+        select_attend_kernel, (rows, space.parts, 1),
+        (
+            query, keys, values, seq_lens, buffers.clock, *scored, value_sum if shape.residual else None,
+            None if bias is None else bias.contiguous(), space.rest, space.missed if missed is None else missed,
+            space.chosen, space.records, space.arrivals, out,
+        ),
+        (
+            *query.stride()[:2], shape.capacity, shape.tiles, space.splits, space.parts, shape.kv_heads,
+            shape.token_budget, top_k, shape.sinks or 0, shape.protected, scaling, softcap,
+        ),
+        constants, options,
     )  # fmt: skip
     return out

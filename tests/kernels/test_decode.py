@@ -20,7 +20,7 @@ from rocketkv.state.store import KVStore
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
 from layer_case import DEVICE, HALF, Case, expected_logits, expected_positions, kernel_step, make, workspace_of
-from rocketkv.kernels import append_score, decode
+from rocketkv.kernels import append_score, decode, select_plan
 
 CASES = [
     Case(),
@@ -152,7 +152,7 @@ def test_a_choice_in_a_launch_of_its_own(case: Case, several: bool, monkeypatch:
     monkeypatch.setattr(decode, "REGISTER_PAGES", 0)
     monkeypatch.setattr(decode, "SELECT_CHUNK", 256)
     # A small tree, of one level or more: of two nodes' candidates or more.
-    monkeypatch.setattr(decode, "SELECT_BLOCKS", (32, 64, 128) if several else ())
+    monkeypatch.setattr(select_plan, "SELECT_BLOCKS", (32, 64, 128) if several else ())
     store, [step, *_], sinks = make(case)
     plain = copy.deepcopy(store)
     workspace = workspace_of(case, store)

@@ -18,7 +18,7 @@ from rocketkv.state.store import KVStore
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
 from layer_case import Case, bias_of, expected_logits, expected_positions, kernel_step, make, workspace_of
-from rocketkv.kernels import decode
+from rocketkv.kernels import decode, select_plan
 
 BF16, FP16 = torch.bfloat16, torch.float16
 CASES = [
@@ -148,7 +148,7 @@ def test_steps_equal_the_reference(case: Case) -> None:
 def test_a_choice_in_a_launch_of_its_own(case: Case, blocks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "REGISTER_PAGES", 0)
     monkeypatch.setattr(decode, "SELECT_CHUNK", 256)
-    monkeypatch.setattr(decode, "SELECT_BLOCKS", blocks)
+    monkeypatch.setattr(select_plan, "SELECT_BLOCKS", blocks)
     store, [step], sinks = make(case)
     workspace = workspace_of(case, store)
     assert workspace.separate
