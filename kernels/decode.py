@@ -2,7 +2,8 @@
 
 `append_score` writes the token and scores the pages, `append_sketch` in its place the tokens of a sketch;
 `select_attend` chooses, attends and combines. Where one program's registers do not hold all pages (more than
-`REGISTER_PAGES`), `select` chooses in a launch between them. Of a sketch a page is a token.
+`REGISTER_PAGES`), `select_parts` chooses in a launch between them, or `select` where k is too large for it. Of a sketch
+a page is a token.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, N stored tokens, t token budget, P page size,
 r channels, k tokens read, C bytes of a token's codes.
