@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from layer_case import DEVICE, Case, bias_of, expected_logits, expected_positions, kernel_step, make, workspace_of
-from rocketkv.kernels import append_sketch, decode, digits
+from rocketkv.kernels import append_sketch, decode, digits, score_plan, select_plan
 
 BF16, FP16 = torch.bfloat16, torch.float16
 CASES = [
@@ -131,21 +131,31 @@ def test_steps_equal_the_reference(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("case", "blocks"),
     [
-        Case(sketch_bits=2, head_dim=16, heads=3, lengths=(300, 90), sinks=True, by_largest=True),
-        Case(sketch_bits=3, head_dim=16, lengths=(300,), programs=64, protected=3),
-        Case(sketch_bits=2, head_dim=16, heads=4, kv_heads=2, lengths=(300, 90), programs=64, sinks=True, biased=True),
-        Case(sketch_bits=2, head_dim=16, lengths=(150, 20), programs=1, by_largest=True, biased=True),
+        # One program a row; a tree of one level, and of several.
+        (Case(sketch_bits=2, head_dim=16, heads=3, lengths=(300, 90), sinks=True, by_largest=True), ()),
+        (Case(sketch_bits=2, head_dim=16, lengths=(150, 20), programs=1, by_largest=True, biased=True), (256,)),
+        (Case(sketch_bits=3, head_dim=16, lengths=(300,), programs=64, protected=3), (128,)),
+        (
+            Case(
+                sketch_bits=2, head_dim=16, heads=4, kv_heads=2, lengths=(140, 90), programs=64, sinks=True,
+                biased=True, top_k=16, token_budget=50,
+            ),
+            (32,),
+        ),
+        (Case(sketch_bits=2, head_dim=16, heads=3, lengths=(100, 40, 260), top_k=15, by_largest=True), (32,)),
     ],
     ids=str,
-)
-def test_a_choice_in_a_launch_of_its_own(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+)  # fmt: skip
+def test_a_choice_in_a_launch_of_its_own(case: Case, blocks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "REGISTER_PAGES", 0)
     monkeypatch.setattr(decode, "SELECT_CHUNK", 256)
+    monkeypatch.setattr(select_plan, "SELECT_BLOCKS", blocks)
     store, [step], sinks = make(case)
     workspace = workspace_of(case, store)
     assert workspace.separate
+    assert (workspace.select_tree is None) == (not blocks)
     assert_step(case, store, copy.deepcopy(store), workspace, step, sinks)
 
 
@@ -220,7 +230,7 @@ def test_digits_of_all_bytes_come_in_the_order_of_the_rotation(width: int, head_
 
 @pytest.mark.parametrize("bits", [2, 3])
 def test_devices_without_subnormal_products(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "SUBNORMALS", False)
+    monkeypatch.setattr(score_plan, "SUBNORMALS", False)
     case = Case(sketch_bits=bits, head_dim=16, lengths=(140,), softcap=4.0)
     store, [step], sinks = make(case)
     assert_step(case, store, copy.deepcopy(store), workspace_of(case, store), step, sinks)
