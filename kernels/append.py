@@ -10,7 +10,6 @@ import triton.language as tl
 @triton.jit
 def write_token(
     queries,  # of the row: [G, D]
-    query_head,
     own_key,  # [D]
     own_value,  # [DV]
     keys, values, positions, seen, ring, row, slot, inside,
@@ -25,9 +24,9 @@ def write_token(
     value = tl.load(own_value + column, mask=column < DV, other=0.0).to(values.dtype.element_ty)
     tl.store(values + slot * DV + column, value, mask=column < DV * inside.to(tl.int32))
     tl.store(positions + slot, tl.load(seen), mask=inside)
-    if RING > 0:
+    if ring is not None:
         place = tl.load(seen) % RING
         for g in range(G):
-            remembered = tl.load(queries + g * query_head + channel, mask=own, other=0.0)
+            remembered = tl.load(queries + g * D + channel, mask=own, other=0.0)
             tl.store(ring + ((row * G + g) * RING + place) * D + channel, remembered, mask=own)
     return key, value

@@ -7,19 +7,16 @@ import triton
 import triton.language as tl
 
 from .append import write_token
-from .math import as_bound, rounded, soft_capped, widened
-
-TILE_PAGES = tl.constexpr(128)
-TINY = tl.constexpr(1e-30)  # a head may be zero in the channels that its group chose; see `rocketkv.core.attention`
+from .math import as_bound, rounded, soft_capped, softmax_merged, softmax_summed, widened
 
 
 @triton.jit
-def _channel_sums(queries, query_head, channel, G: tl.constexpr, D: tl.constexpr):
+def _channel_sums(queries, channel, G: tl.constexpr, D: tl.constexpr):
     """Return, over the group's queries, sums of |q| and of q: head after head, so in one order whatever the layout."""
     magnitude = tl.zeros(channel.shape, tl.float32)
     total = tl.zeros(channel.shape, tl.float32)
     for g in range(G):
-        q = tl.load(queries + g * query_head + channel, mask=channel < D, other=0.0).to(tl.float32)
+        q = tl.load(queries + g * D + channel, mask=channel < D, other=0.0).to(tl.float32)
         magnitude += tl.abs(q)
         total += q
     # NaN would rank nowhere and leave a hole in the list of channels.
@@ -28,177 +25,199 @@ def _channel_sums(queries, query_head, channel, G: tl.constexpr, D: tl.constexpr
 
 @triton.jit
 def _ranks(
-    queries, query_head, channel, magnitude,
+    queries, channel, magnitude,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Return each channel's rank by magnitude, ties to the lower channel: how many channels come before it."""
-    magnitude = tl.where(channel < D, magnitude, -2.0)
+    magnitude = tl.where(channel < D, magnitude, -2.0)[None, :]
     rank = tl.zeros([DP], tl.int32)
     for start in range(0, DP, CHUNK):
         other = start + tl.arange(0, CHUNK)
-        rival, _ = _channel_sums(queries, query_head, other, G, D)
-        rival = tl.where(other < D, rival, -2.0)[None, :]
-        tied = (rival == magnitude[:, None]) & (other[None, :] < channel[:, None])
-        rank += tl.sum(((rival > magnitude[:, None]) | tied).to(tl.int32), 1)
+        rival, _ = _channel_sums(queries, other, G, D)
+        rival = tl.where(other < D, rival, -2.0)[:, None]
+        before = (rival > magnitude) | ((rival == magnitude) & (other[:, None] < channel[None, :]))
+        rank += tl.sum(before.to(tl.int32), 0)
     return rank
 
 
 @triton.jit
+def _operand(block, dtype: tl.constexpr, EXACT: tl.constexpr):
+    """Return lines of the index, or queries, in the dtype that products are made in."""
+    return widened(block).to(tl.float32 if EXACT else dtype)
+
+
+@triton.jit
+def _new_page(
+    new, keys, index, row, length, capacity, tiles, channel, D: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Return the bounds of the page that a row's new key [DP] falls into, and write them if the key fills it."""
+    closed = length // P
+    top = new.to(tl.float32)
+    bottom = top
+    for i in tl.static_range(P - 1):
+        earlier = closed * P + i
+        there = earlier < length
+        old = tl.load(keys + (row * capacity + earlier) * D + channel, mask=channel < D * there.to(tl.int32), other=0.0)
+        old = tl.where(there, old.to(tl.float32), top)
+        # Written so that NaN stays: a maximum that drops it would hide it.
+        top = tl.where((old > top) | (old != old), old, top)
+        bottom = tl.where((old < bottom) | (old != old), old, bottom)
+    # A page that the token fills is scored as it will be read from now on; an open one is exact.
+    full = (length + 1) % P == 0
+    top = tl.where(full, rounded(top, index.dtype.element_ty), top)
+    bottom = tl.where(full, rounded(bottom, index.dtype.element_ty), bottom)
+    rows: tl.constexpr = D if P == 1 else 2 * D
+    place = (row * tiles + closed // TILE) * rows * TILE + closed % TILE
+    entries = index + place + channel.to(tl.int64) * TILE
+    writes = channel < D * (full & (length < capacity)).to(tl.int32)
+    tl.store(entries, as_bound(top, index.dtype.element_ty), mask=writes)
+    if P > 1:
+        tl.store(entries + D * TILE, as_bound(bottom, index.dtype.element_ty), mask=writes)
+    return top, bottom
+
+
+@triton.jit(do_not_specialize=["capacity", "tiles", "token_budget", "channels"])
 def append_score_kernel(
-    query,  # [B, H, D], channels side by side
+    query,  # [B, H, D], heads one after another
     key,  # [B, Hkv, D], likewise
     value,  # [B, Hkv, DV], likewise
     keys,  # [B, Hkv, capacity, D]
     values,  # [B, Hkv, capacity, DV]
     positions,  # [B, Hkv, capacity] int32
-    index,  # [B, Hkv, tiles, D or 2 * D, 128], in the keys' dtype or 8 bits
+    index,  # [B, Hkv, tiles, D or 2 * D, 128], in the keys' dtype or 8 bits; None where nothing is scored
     lengths,  # [B, Hkv] int32, before this token
     seen,  # [1] int32, position of the token
-    scores,  # [B, H, tiles * 128] float32, written
-    peaks,  # [B, Hkv, SPLITS, GP] float32, written
-    sums,  # [B, Hkv, SPLITS, GP] float32, written
-    ranked,  # [B, Hkv, SPLITS, RP] int32, written
-    ring,  # [B, H, RING, D], written: the query of token i at place i mod RING
-    query_batch,  # strides of the first three, by row and by head
-    query_head,
+    scores,  # [B, H, tiles * TILE] float32, written
+    peaks,  # [B, Hkv, programs, GP] float32, written
+    sums,  # [B, Hkv, programs, GP] float32, written
+    ranked,  # [B, Hkv, programs, RP] int32, written
+    ring,  # [B, H, RING, D], written: the query of token i at place i mod RING; or None
+    query_batch,  # strides of the first three, by row
     key_batch,
-    key_head,
     value_batch,
-    value_head,
     capacity,
     tiles,
-    kv_heads,
     token_budget,
     channels,
     scaling,
-    softcap,
+    softcap,  # or None
+    KV_HEADS: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     P: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SCORE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    RING: tl.constexpr,
+    TILE: tl.constexpr,  # pages of a tile of the index
     EXACT: tl.constexpr,  # dot products of float32, which low precision on the interpreter needs too
-    GP: tl.constexpr,
-    DP: tl.constexpr,
-    DC: tl.constexpr,
-    DVP: tl.constexpr,
-    RP: tl.constexpr,
-    RC: tl.constexpr,
-    RING: tl.constexpr,  # 0 where queries are not remembered
+    GP: tl.constexpr,  # powers of two, at least 16: of G,
+    DP: tl.constexpr,  # of D,
+    DVP: tl.constexpr,  # of DV
+    RP: tl.constexpr,  # and of the channels
+    RC: tl.constexpr,  # channels that are multiplied at once
+    DC: tl.constexpr,  # channels whose ranks are compared at once
 ):
-    """Append a token to each row and score its pages; grid (B * Hkv, SPLITS)."""
+    """Append a token to each row and score its pages; grid (B * Hkv, programs).
+
+    The last program of a row appends, and scores the page that the token falls into. The others score full pages.
+    """
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    batch, kv_head = row // kv_heads, row % kv_heads
-    queries = query + batch * query_batch + kv_head * G * query_head
+    splits = tl.num_programs(1) - 1
+    batch, kv_head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
+    queries = query + batch.to(tl.int64) * query_batch + kv_head * G * D
     length = tl.load(lengths + row)
-    inside = length < capacity
     closed = length // P
     channel = tl.arange(0, DP)
     own = channel < D
-    rows: tl.constexpr = D if P == 1 else 2 * D
-    # The last split has the fewest tiles: it appends, and scores the page that the token falls into.
-    owner = split == SPLITS - 1
     top = tl.zeros([DP], tl.float32)
     bottom = tl.zeros([DP], tl.float32)
-    if owner:
+    HP: tl.constexpr = 8 if G <= 8 else GP  # heads of which scores are kept
+    if split == splits:
         new, _ = write_token(
-            queries, query_head, key + batch * key_batch + kv_head * key_head,
-            value + batch * value_batch + kv_head * value_head,
-            keys, values, positions, seen, ring, row, row * capacity + length, inside, G, D, DV, DP, DVP, RING,
+            queries, key + batch.to(tl.int64) * key_batch + kv_head * D,
+            value + batch.to(tl.int64) * value_batch + kv_head * DV, keys, values, positions, seen, ring,
+            row, row * capacity + length, length < capacity, G, D, DV, DP, DVP, RING,
         )  # fmt: skip
-        if SCORE:
-            top = new.to(tl.float32)
-            bottom = top
-            for i in tl.static_range(P - 1):
-                earlier = closed * P + i
-                there = earlier < length
-                old = tl.load(
-                    keys + (row * capacity + earlier) * D + channel, mask=channel < D * there.to(tl.int32), other=0.0
-                )
-                old = tl.where(there, old.to(tl.float32), top)
-                # Written so that NaN stays: a maximum that drops it would hide it.
-                top = tl.where((old > top) | (old != old), old, top)
-                bottom = tl.where((old < bottom) | (old != old), old, bottom)
-            # A page that the token fills is scored as it will be read from now on; an open one is exact.
-            full = (length + 1) % P == 0
-            top = tl.where(full, rounded(top, index.dtype.element_ty), top)
-            bottom = tl.where(full, rounded(bottom, index.dtype.element_ty), bottom)
-            place = (row * tiles + closed // TILE_PAGES) * rows * TILE_PAGES + closed % TILE_PAGES
-            entries = index + place + channel.to(tl.int64) * TILE_PAGES
-            writes = channel < D * (full & inside).to(tl.int32)
-            tl.store(entries, as_bound(top, index.dtype.element_ty), mask=writes)
-            if P > 1:
-                tl.store(entries + D * TILE_PAGES, as_bound(bottom, index.dtype.element_ty), mask=writes)
+        if index is not None:
+            top, bottom = _new_page(new, keys, index, row, length, capacity, tiles, channel, D, P, TILE)
 
-    if SCORE:  # noqa: SIM102  # decided when compiling, the other at run time
+    if index is not None:  # noqa: SIM102  # decided when compiling, the other at run time
         # A row that stores no more than the budget attends to all of it: nothing is to be ranked.
         if length >= token_budget:
-            magnitude, total = _channel_sums(queries, query_head, channel, G, D)
-            rank = _ranks(queries, query_head, channel, magnitude, G, D, DP, DC)
+            magnitude, total = _channel_sums(queries, channel, G, D)
+            rank = _ranks(queries, channel, magnitude, G, D, DP, DC)
             # The index holds maxima, then minima: where the group's sum is not positive the minimum bounds a product.
             lower = total <= 0.0
             entry = tl.where(own, channel, 0)
             if P > 1:
                 entry += tl.where(lower & own, D, 0)
-            listed = ranked + (row * SPLITS + split) * RP
-            tl.store(listed + rank, entry, mask=rank < RP)
 
-            head = tl.arange(0, GP)
-            heads = queries + head[:, None] * query_head
+            head = tl.arange(0, HP)
             real = head[:, None] < G
-            q = tl.load(heads + channel[None, :], mask=real & own[None, :], other=0.0).to(tl.float32)
+            q = tl.load(queries + head[:, None] * D + channel[None, :], mask=real & own[None, :], other=0.0)
+            q = q.to(tl.float32)
             chosen = rank[None, :] < channels
             kept = tl.sum(tl.where(chosen, tl.abs(q), 0.0), 1)
-            factor = tl.sqrt(tl.sum(tl.abs(q), 1) / tl.maximum(kept, TINY)) * scaling
+            # A head may be zero in the channels that its group chose.
+            factor = tl.sqrt(tl.sum(tl.abs(q), 1) / tl.maximum(kept, 1e-30)) * scaling
 
-            peak = tl.full([GP], float("-inf"), tl.float32)
-            mass = tl.zeros([GP], tl.float32)
-            scored = scores + (row * G + head[:, None]) * tiles * TILE_PAGES
-            if owner:
+            scored = scores + (row * G + head[:, None]) * tiles * TILE
+            program = row * (splits + 1) + split
+            if split == splits:
                 # Zero times what was not chosen must not spoil the sum.
                 logit = tl.sum(tl.where(chosen, q * tl.where(lower, bottom, top)[None, :], 0.0), 1) * factor
-                if SOFTCAP:
+                if softcap is not None:
                     logit = soft_capped(logit, softcap)
-                room = (closed < tiles * TILE_PAGES).to(tl.int32)  # none in a full row
+                room = (closed < tiles * TILE).to(tl.int32)  # none in a full row
                 tl.store(scored + closed, logit[:, None], mask=head[:, None] < G * room)
-                peak = logit
                 mass = tl.where(logit == logit, 1.0, logit) * (length + 1 - closed * P).to(tl.float32)
-
-            tl.debug_barrier()  # the list is read by other threads than wrote it
-            page = tl.arange(0, TILE_PAGES)
-            for tile in range(split, (closed + TILE_PAGES - 1) // TILE_PAGES, SPLITS):
-                bounds = index + (row * tiles + tile) * rows * TILE_PAGES
-                estimate = tl.zeros([GP, TILE_PAGES], tl.float32)
-                for first in range(0, RP, RC):
-                    order = first + tl.arange(0, RC)
+                tl.store(peaks + program * GP + head, logit)
+                tl.store(sums + program * GP + head, mass)
+            else:
+                listed = ranked + program * RP
+                tl.store(listed + rank, entry, mask=rank < RP)
+                tl.debug_barrier()  # the list is read by other threads than wrote it
+                rows: tl.constexpr = D if P == 1 else 2 * D
+                page = tl.arange(0, TILE)
+                order = tl.arange(0, RC)
+                padded = tl.arange(0, GP)[:, None]
+                heads = queries + padded * D
+                peak = tl.full([HP, 16], float("-inf"), tl.float32)
+                mass = tl.zeros([HP, 16], tl.float32)
+                if RP == RC:
                     line = tl.load(listed + order)
-                    # Whole lines, whatever lies behind the last page: a mask on columns would cost the wide loads.
                     # The list goes on to a whole block: zero times a channel that was not chosen may be NaN.
-                    listed_too = order[:, None] < channels
-                    block = tl.load(bounds + line[:, None] * TILE_PAGES + page[None, :], mask=listed_too, other=0.0)
-                    block = widened(block)
-                    within = line % D if P > 1 else line
-                    part = tl.load(heads + within[None, :], mask=real & (order[None, :] < channels), other=0.0)
-                    if EXACT:
-                        part = part.to(tl.float32)
-                        block = block.to(tl.float32)
+                    there = order < channels
+                    part = tl.load(heads + (line % D)[None, :], mask=(padded < G) & there[None, :], other=0.0)
+                    part = _operand(part, query.dtype.element_ty, EXACT)
+                for tile in range(split, (closed + TILE - 1) // TILE, splits):
+                    # Whole lines, whatever lies behind the last page: a mask on columns would cost the wide loads.
+                    bounds = index + (row * tiles + tile) * rows * TILE + page[None, :]
+                    estimate = tl.zeros([GP, TILE], tl.float32)
+                    if RP == RC:
+                        # Addresses that are known before the loop: the loads of later tiles are under way.
+                        block = tl.load(bounds + line[:, None] * TILE, mask=there[:, None], other=0.0)
+                        block = _operand(block, query.dtype.element_ty, EXACT)
+                        estimate = tl.dot(part, block, estimate, input_precision="ieee")
                     else:
-                        block = block.to(part.dtype)
-                    estimate = tl.dot(part, block, estimate, input_precision="ieee")
-                estimate *= factor[:, None]
-                if SOFTCAP:
-                    estimate = soft_capped(estimate, softcap)
-                number = tile * TILE_PAGES + page
-                tl.store(scored + number[None, :], estimate, mask=real & (number[None, :] < closed))
-                estimate = tl.where(number[None, :] < closed, estimate, float("-inf"))
-                higher = tl.maximum(peak, tl.max(estimate, 1))
-                anchor = tl.where(higher == float("-inf"), 0.0, higher)
-                weight = tl.exp(estimate - anchor[:, None])
-                mass = mass * tl.exp(peak - anchor) + tl.sum(weight, 1) * P
-                peak = higher
-            partial = (row * SPLITS + split) * GP + head
-            tl.store(peaks + partial, peak)
-            tl.store(sums + partial, mass)
+                        for first in range(0, channels, RC):
+                            some = tl.load(listed + first + order)
+                            those = first + order < channels
+                            block = tl.load(bounds + some[:, None] * TILE, mask=those[:, None], other=0.0)
+                            piece = tl.load(heads + (some % D)[None, :], mask=(padded < G) & those[None, :], other=0.0)
+                            block = _operand(block, query.dtype.element_ty, EXACT)
+                            piece = _operand(piece, query.dtype.element_ty, EXACT)
+                            estimate = tl.dot(piece, block, estimate, input_precision="ieee")
+                    if HP < GP:  # products have more heads than a group
+                        estimate = tl.sum(tl.reshape(estimate, [2, HP, TILE]), 0)
+                    estimate *= factor[:, None]
+                    if softcap is not None:
+                        estimate = soft_capped(estimate, softcap)
+                    number = tile * TILE + page
+                    tl.store(scored + number[None, :], estimate, mask=real & (number[None, :] < closed))
+                    estimate = tl.where(number[None, :] < closed, estimate, float("-inf"))
+                    peak, mass = softmax_summed(peak, mass, estimate)
+                peak, mass = softmax_merged(peak, mass)
+                mass *= P
+                tl.store(peaks + program * GP + head, peak)
+                tl.store(sums + program * GP + head, mass)

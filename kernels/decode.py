@@ -2,12 +2,14 @@
 
 `append_score` writes the token and scores the pages, `append_sketch` in its place the tokens of a sketch;
 `select_attend` chooses, attends and combines. Where one program's registers do not hold all pages (more than
-`REGISTER_PAGES`), `select` chooses in a launch between them. Of a sketch a page is a token.
+`REGISTER_PAGES`), `select_parts` chooses in a launch between them, or `select` where k is too large for it. Of a sketch
+a page is a token.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, N stored tokens, t token budget, P page size,
 r channels, k tokens read, C bytes of a token's codes.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,19 +19,18 @@ import triton
 from torch import Tensor
 
 from .append_score import append_score_kernel
-from .append_sketch import SketchRule, append_sketch_kernel, arranged, code_block
+from .append_sketch import SketchRule, append_sketch_kernel, arranged
+from .launch import Launcher
 from .launches import Launch, architecture_of, launch_of
 from .operands import Buffers, Params
+from .score_plan import TILE_PAGES, score_launch, sketch_launch
 from .select import select_kernel
 from .select_attend import ALL, GIVEN, RANKED, RECENT, select_attend_kernel
+from .select_parts import select_parts_kernel
+from .select_plan import TOKEN_BLOCK, SelectTree, parts_at_once, select_tree
 
-TILE_PAGES = 128  # pages a tile of the index, also in append_score.py and rocketkv.core.pages; a test compares them
 REGISTER_PAGES = 8192
-LARGEST_TILE = 128  # channels that append_score multiplies at once, at most
-LINE_CHUNK = 32  # rows of the rotation matrix that append_sketch multiplies at once
-HEAD_BLOCK = 32  # heads whose rotated queries one program holds
-TOKEN_BLOCK = 32  # tokens that a part of select_attend reads at least
-SELECT_CHUNK = 2048
+SELECT_CHUNK = 2048  # pages that a row's only program loads at once
 LARGEST_PAGE = 16
 LARGEST_HEAD_DIM = 256
 LARGEST_GROUP = 128
@@ -37,6 +38,10 @@ LARGEST_QUERIES = 32768  # bytes of one group's queries, which lie in shared mem
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# Constants and options of a launch.
+Prepared = tuple[tuple[int, ...], dict[str, int]]
+"""Constants and options of a launch."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,9 @@ def refusal(shape: DecodeShape, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _power_of_two_within(count: int) -> int:
-    """Return the largest power of two that is no more than `count`, which is at least one."""
-    return 1 << (count.bit_length() - 1)
+def _side_by_side(heads: Tensor, dim: int) -> Tensor:
+    """Return a tensor [B, heads, dim], each row's heads one after another."""
+    return heads if heads.stride()[1:] == (dim, 1) else heads.contiguous()
 
 
 class DecodeWorkspace:
@@ -141,26 +146,35 @@ class DecodeWorkspace:
         rotation: Tensor | None = None,
     ) -> None:
         self.shape = shape
+        self.launch = Launcher()
+        self.warm = False
+        self.architecture = architecture_of(device)
+        self._forced: dict[str, Launch] = {}
+        self._first: dict[tuple[torch.dtype, torch.dtype, int], Prepared] = {}
+        self._select: Prepared | None = None
+        self._attend: dict[tuple[torch.dtype, torch.dtype], Prepared] = {}
         if programs is None:
             on_gpu = device.type == "cuda"
             programs = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
-        rows = shape.batch * shape.kv_heads
+        self.rows = rows = shape.batch * shape.kv_heads
         wanted = max(1, triton.cdiv(programs, rows))
         self.group_block = max(16, triton.next_power_of_2(shape.group))
         self.value_block = max(16, triton.next_power_of_2(shape.value_dim))
-        # Two waves of scoring programs, since most have one tile; of the others no more than have a block to read.
-        # Powers of two: each number is compiled for, and prompts of every length come.
-        self.splits = _power_of_two_within(min(shape.tiles, 2 * wanted)) if shape.scored else 1
-        self.parts = _power_of_two_within(min(wanted, triton.cdiv(shape.top_k or shape.capacity, TOKEN_BLOCK)))
-        if torch.version.hip is not None:
-            # An announcement covers the stores of its own wave alone: others' may not have reached memory yet.
+        # The first launch has one program to append, and for scores two waves: most of them have one tile.
+        self.splits = 1 + (triton.cdiv(shape.tiles, triton.cdiv(shape.tiles, 2 * wanted)) if shape.scored else 0)
+        # Of the second no more than have a block to read.
+        blocks = triton.cdiv(shape.top_k or shape.capacity, TOKEN_BLOCK)
+        self.parts = triton.cdiv(blocks, triton.cdiv(blocks, wanted))
+        # On AMD an announcement covers the stores of its own wave alone: others' may not have reached memory yet.
+        announces = torch.version.hip is None
+        if not announces:
             self.parts = 1
         self.page_capacity = shape.tiles * TILE_PAGES
         self.separate = shape.scored and self.page_capacity > REGISTER_PAGES
-        self.rank_block = triton.cdiv(shape.channels or 1, LARGEST_TILE) * LARGEST_TILE
-        self.architecture = architecture_of(device)
-        # By kernel, bytes of an element of the keys and `EXACT`; `rocketkv bench tune` tries others.
-        self.launches: dict[tuple[str, int, bool], Launch] = {}
+        self.select_tree: SelectTree | None = None
+        if self.separate and announces:
+            self.select_tree = select_tree(self.page_capacity, shape.top_k or 1, shape.page_size)
+        self.rank_block = max(16, triton.next_power_of_2(shape.channels or 1))
 
         given = None if buffers is None else iter(buffers)
 
@@ -176,16 +190,21 @@ class DecodeWorkspace:
         self.sums = empty(scored, self.splits, self.group_block)
         self.ranked = empty(paged, self.splits, self.rank_block, dtype=torch.int32)
         self.chosen = empty(scored, shape.top_k or 1, dtype=torch.int32)
-        self.ordered = empty(scored if self.separate else 0, self.page_capacity, dtype=torch.int32)
-        self.partial_out = empty(combined, self.parts, self.group_block, self.value_block)
-        self.partial_peaks = empty(combined, self.parts, self.group_block)
-        self.partial_sums = empty(combined, self.parts, self.group_block)
-        self.partial_values = empty(combined if shape.residual else 0, self.parts, self.value_block)
+        tree = self.select_tree
+        chunks, slots = (0, 0) if tree is None else (tree.chunks, tree.slots)
+        alone = rows if self.separate and tree is None else 0
+        self.ordered = empty(alone, self.page_capacity, dtype=torch.int32)
+        self.candidates = empty(scored, 2, chunks, slots, dtype=torch.int32)
+        self.logits = empty(residual, shape.group, chunks, slots)
+        self.others = empty(residual, chunks, 2, self.group_block)
+        self.records = empty(combined, self.parts, 2 * self.group_block + (shape.group + 1) * self.value_block)
         self.rest = empty(residual, 4, self.group_block)
         self.missed = empty(residual, shape.group)
         self.turn = self._turn(rotation) if given is None else next(given)
+        self.finished = empty(rows, 0 if tree is None else tree.nodes_above, dtype=torch.int32)
         self.arrivals = empty(rows, dtype=torch.int32)
         if given is None:
+            self.finished.zero_()
             self.arrivals.zero_()
 
     def _turn(self, rotation: Tensor | None) -> Tensor:
@@ -196,16 +215,88 @@ class DecodeWorkspace:
             raise ValueError("a workspace for a sketch needs the rotation")
         return arranged(rotation, self.shape.sketch)
 
-    def launch(self, kernel: str, itemsize: int, exact: bool) -> Launch:
-        """Return how a kernel is launched, with keys of so many bytes an element and float32 products or not."""
-        key = (kernel, itemsize, exact)
-        if key not in self.launches:
-            head_dim = max(16, triton.next_power_of_2(self.shape.head_dim))
-            held = self.shape.scored and not (kernel == "select_attend" and self.separate)
-            pages = triton.next_power_of_2(self.page_capacity) if held else 1
-            sizes = {"head_dim": head_dim, "itemsize": itemsize, "pages": pages, "group": self.group_block}
-            self.launches[key] = launch_of(kernel, self.architecture, **sizes, exact=exact)
-        return self.launches[key]
+    def sizes(self, kernel: str, itemsize: int) -> dict[str, int]:
+        """Return what of this workspace the table of launches knows a kernel by, with keys of so many bytes a number.
+
+        Pages count where a kernel holds their weights in registers.
+        """
+        head_dim = max(16, triton.next_power_of_2(self.shape.head_dim))
+        held = self.shape.scored and not (kernel == "select_attend" and self.separate)
+        pages = triton.next_power_of_2(self.page_capacity) if held else 1
+        return {"head_dim": head_dim, "itemsize": itemsize, "pages": pages}
+
+    def force(self, kernel: str, launch: Launch | None) -> None:
+        """Cut a kernel in this way, or with None as the table of launches says; for `rocketkv bench tune`."""
+        self._first.clear()
+        self._attend.clear()
+        if launch is None:
+            self._forced.pop(kernel, None)
+        else:
+            self._forced[kernel] = launch
+
+    def _cut(self, kernel: str, itemsize: int, exact: bool) -> Launch:
+        """Return how a kernel is cut, with float32 products or not."""
+        if kernel in self._forced:
+            return self._forced[kernel]
+        blocks = {"group": self.group_block, "value_dim": self.value_block, "channels": self.rank_block}
+        return launch_of(kernel, self.architecture, **self.sizes(kernel, itemsize), **blocks, exact=exact)
+
+    def first_launch(self, query_dtype: torch.dtype, dtype: torch.dtype, ring: int) -> Prepared:
+        """Return constants and options of the first launch, for queries and keys of these dtypes and a query ring."""
+        known = self._first.get((query_dtype, dtype, ring))
+        if known is not None:
+            return known
+        shape, exact = self.shape, query_dtype == torch.float32 or query_dtype != dtype
+        sizes = shape.kv_heads, shape.group, shape.head_dim, shape.value_dim
+        blocks = self.group_block, max(16, triton.next_power_of_2(shape.head_dim)), self.value_block
+        if shape.sketch is None:
+            cut = self._cut("append_score", dtype.itemsize, exact)
+            launch = score_launch(sizes, blocks, shape.page_size, ring, self.rank_block, cut, exact or INTERPRETED)
+        else:
+            cut, widths = self._cut("append_sketch", dtype.itemsize, exact), shape.sketch.widths
+            launch = sketch_launch(sizes, blocks, widths, ring, cut, exact or INTERPRETED, dtype.itemsize)
+        self._first[query_dtype, dtype, ring] = launch
+        return launch
+
+    def select_launch(self) -> Prepared:
+        """Return constants and options of the launch that chooses, where the choice has one."""
+        if self._select is None:
+            shape, tree = self.shape, self.select_tree
+            split_block = triton.next_power_of_2(self.splits)
+            page_size = shape.page_size
+            if tree is None:
+                ends: tuple[int, ...] = (split_block, SELECT_CHUNK)
+                ranked: tuple[int, ...] = (shape.residual, shape.by_largest)
+            else:
+                ends, ranked = (split_block, tree.block, tree.slots, tree.fan), (shape.by_largest,)
+            self._select = (shape.group, page_size, *ranked, self.group_block, *ends), {"num_warps": 16}
+        return self._select
+
+    def attend_launch(self, query_dtype: torch.dtype, dtype: torch.dtype) -> Prepared:
+        """Return constants and options of the launch that attends, for queries and keys of these dtypes."""
+        known = self._attend.get((query_dtype, dtype))
+        if known is not None:
+            return known
+        shape = self.shape
+        exact = INTERPRETED or query_dtype == torch.float32 or query_dtype != dtype
+        mode = ALL.value
+        if shape.sinks is not None:
+            mode = RECENT.value
+        elif shape.top_k is not None:
+            mode = GIVEN.value if self.separate else RANKED.value
+        head_block = max(16, triton.next_power_of_2(shape.head_dim))
+        page_block = triton.next_power_of_2(self.page_capacity) if mode == RANKED.value else 1
+        cut = self._cut("select_attend", dtype.itemsize, exact)
+        few_heads, part_block = triton.next_power_of_2(shape.group), triton.next_power_of_2(self.parts)
+        constants = (
+            mode, shape.group, shape.head_dim, shape.value_dim, shape.page_size if shape.scored else 1, exact,
+            shape.by_largest, self.parts > 1, self.group_block, few_heads, head_block, self.value_block,
+            triton.next_power_of_2(self.splits), page_block, cut.tile, part_block,
+            parts_at_once(part_block, few_heads * self.value_block, cut.warps),
+        )  # fmt: skip
+        launch = constants, {"num_warps": cut.warps, "num_stages": cut.stages}
+        self._attend[query_dtype, dtype] = launch
+        return launch
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every buffer by name."""
@@ -220,6 +311,8 @@ def decode_step_triton(
     workspace: DecodeWorkspace,
     params: Params,
     out: Tensor | None = None,
+    *,
+    compile_only: bool = False,
 ) -> Tensor:
     """Append one token to every row and attend to the tokens that stage 2 selects, writing everything on the device.
 
@@ -233,6 +326,7 @@ def decode_step_triton(
         workspace: made for these shapes.
         params: the model's attention parameters.
         out: [B, H, Dv] to write to, or None for a new one.
+        compile_only: whether only to compile what the step would launch, and to write nothing.
 
     Returns:
         [B, H, Dv] in the query's dtype.
@@ -246,75 +340,78 @@ def decode_step_triton(
     scaling, softcap, sinks = params.scaling, params.softcap, params.sinks
     value_sum, bias, missed = buffers.value_sum, buffers.residual_bias, buffers.missed
     shape, space = workspace.shape, workspace
-    query, key, value = (tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    query = _side_by_side(query, shape.head_dim)
+    key = _side_by_side(key, shape.head_dim)
+    value = _side_by_side(value, shape.value_dim)
     if out is None:
         out = query.new_empty(shape.batch, shape.heads, shape.value_dim)
+    if compile_only and INTERPRETED:
+        return out  # nothing to compile
     rows = shape.batch * shape.kv_heads
-    exact = INTERPRETED or query.dtype == torch.float32 or query.dtype != keys.dtype
-    head_block = max(16, triton.next_power_of_2(shape.head_dim))
-    cap = 1.0 if softcap is None else softcap
     appended = (query, key, value, keys, values, buffers.positions)
-    strides = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
-    remembered = seq_lens if ring is None else ring
-    fixed = {
-        "G": shape.group, "D": shape.head_dim, "DV": shape.value_dim, "SPLITS": space.splits, "EXACT": exact,
-        "SOFTCAP": softcap is not None, "GP": space.group_block, "DP": head_block, "DVP": space.value_block,
-        "RING": 0 if ring is None else ring.shape[2],
-    }  # fmt: skip
+    strides = (query.stride(0), key.stride(0), value.stride(0))
+    places = 0 if ring is None else ring.shape[2]
+    launch = functools.partial(space.launch, compile_only=compile_only)
     if shape.sketch is None:
-        cut = space.launch("append_score", keys.itemsize, exact)
-        rank_block = -(-(shape.channels or 1) // cut.tile) * cut.tile
-        append_score_kernel[(rows, space.splits)](
-            *appended, buffers.index_tensors[0] if shape.scored else keys, seq_lens, buffers.clock,
-            space.scores, space.peaks, space.sums, space.ranked, remembered, *strides,
-            shape.capacity, shape.tiles, shape.kv_heads, shape.token_budget, shape.channels or 0, scaling, cap,
-            P=shape.page_size, SCORE=shape.scored, DC=min(32, head_block), RP=rank_block, RC=cut.tile,
-            num_warps=cut.warps, num_stages=cut.stages, **fixed,
+        launch(
+            append_score_kernel, (rows, space.splits, 1),
+            (
+                *appended, buffers.index_tensors[0] if shape.scored else None, seq_lens, buffers.clock, space.scores,
+                space.peaks, space.sums, space.ranked, ring,
+            ),
+            (*strides, shape.capacity, shape.tiles, shape.token_budget, shape.channels or 0, scaling, softcap),
+            *space.first_launch(query.dtype, keys.dtype, places),
         )  # fmt: skip
     else:
-        rule, (width, *higher) = shape.sketch, shape.sketch.widths
-        cut = space.launch("append_sketch", keys.itemsize, exact)
-        append_sketch_kernel[(rows, space.splits)](
-            *appended, *buffers.index_tensors, value_sum if shape.residual else seq_lens, space.turn, seq_lens,
-            buffers.clock,
-            space.scores, space.peaks, space.sums, remembered, *strides,
-            shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, scaling, cap,
-            scaling / rule.norm, rule.grid, rule.norm / rule.grid, rule.step,
-            WIDTH=width, HIGHER=bool(higher), RESIDUAL=shape.residual, BLOCK=code_block(shape.head_dim, width),
-            BLOCK_HIGHER=code_block(shape.head_dim, 1) if higher else 2, HEADS=min(HEAD_BLOCK, space.group_block),
-            RC=min(head_block, LINE_CHUNK if head_block * keys.itemsize <= 256 else LINE_CHUNK // 2),
-            BN=cut.tile, num_warps=cut.warps, num_stages=cut.stages, **fixed,
+        rule = shape.sketch
+        launch(
+            append_sketch_kernel, (rows, space.splits, 1),
+            (
+                *appended, *buffers.index_tensors, value_sum if shape.residual else None, space.turn, seq_lens,
+                buffers.clock, space.scores, space.peaks, space.sums, ring,
+            ),
+            (
+                *strides, shape.capacity, shape.tiles, shape.token_budget, scaling, softcap, rule.grid,
+                rule.norm / rule.grid, rule.step,
+            ),
+            *space.first_launch(query.dtype, keys.dtype, places),
         )  # fmt: skip
-    mode = ALL.value
-    if shape.sinks is not None:
-        mode = RECENT.value
-    elif shape.top_k is not None:
-        mode = GIVEN.value if space.separate else RANKED.value
-    top_k = shape.top_k or shape.capacity
-    split_block = triton.next_power_of_2(space.splits)
-    page_size = shape.page_size if shape.scored else 1
+    constants, options = space.attend_launch(query.dtype, keys.dtype)
+    top_k, tree = shape.top_k or shape.capacity, space.select_tree
+    scored = (sinks, space.scores, space.peaks, space.sums)
     if space.separate:
-        select_kernel[(rows,)](
-            seq_lens, seq_lens if sinks is None else sinks, space.scores, space.peaks, space.sums, space.ordered,
-            space.chosen, space.rest, shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, top_k,
-            shape.protected, G=shape.group, P=page_size, SPLITS=space.splits, SINKS=sinks is not None,
-            RESIDUAL=shape.residual, LARGEST=shape.by_largest, GP=space.group_block, SP=split_block,
-            CHUNK=SELECT_CHUNK, num_warps=16,
-        )  # fmt: skip
-    page_block = triton.next_power_of_2(space.page_capacity) if mode == RANKED.value else 1
-    cut = space.launch("select_attend", keys.itemsize, exact)
-    select_attend_kernel[(rows, space.parts)](
-        query, keys, values, seq_lens, buffers.clock, seq_lens if sinks is None else sinks,
-        space.scores, space.peaks, space.sums, value_sum if shape.residual else seq_lens,
-        seq_lens if bias is None else bias.contiguous(), space.rest,
-        space.missed if missed is None else missed, space.chosen,
-        space.partial_out, space.partial_peaks, space.partial_sums, space.partial_values, space.arrivals, out,
-        *query.stride()[:2], shape.capacity, space.page_capacity, shape.kv_heads, shape.token_budget, top_k,
-        shape.sinks or 0, shape.protected, scaling, cap,
-        MODE=mode, G=shape.group, D=shape.head_dim, DV=shape.value_dim, P=page_size,
-        SPLITS=space.splits, PARTS=space.parts, SINKS=sinks is not None, SOFTCAP=softcap is not None, EXACT=exact,
-        RESIDUAL=shape.residual, BIAS=bias is not None, LARGEST=shape.by_largest, GP=space.group_block,
-        DP=head_block, DVP=space.value_block, SP=split_block, UP=page_block,
-        BT=cut.tile, num_warps=cut.warps, num_stages=cut.stages,
+        selects, options_of = space.select_launch()
+        if tree is not None:
+            logits, others = (space.logits, space.others) if shape.residual else (None, None)
+            launch(
+                select_parts_kernel, (rows, tree.chunks, 1),
+                (seq_lens, *scored, space.candidates, logits, others, space.finished, space.chosen, space.rest),
+                (
+                    shape.capacity, shape.tiles, space.splits, tree.chunks, tree.nodes_above, shape.kv_heads,
+                    shape.token_budget, top_k, shape.protected,
+                ),
+                selects, options_of,
+            )  # fmt: skip
+        else:
+            launch(
+                select_kernel, (rows, 1, 1), (seq_lens, *scored, space.ordered, space.chosen, space.rest),
+                (
+                    shape.capacity, shape.tiles, space.splits, shape.kv_heads, shape.token_budget, top_k,
+                    shape.protected,
+                ),
+                selects, options_of,
+            )  # fmt: skip
+    launch(
+        select_attend_kernel, (rows, space.parts, 1),
+        (
+            query, keys, values, seq_lens, buffers.clock, *scored, value_sum if shape.residual else None,
+            None if bias is None else bias.contiguous(), space.rest, space.missed if missed is None else missed,
+            space.chosen, space.records, space.arrivals, out,
+        ),
+        (
+            *query.stride()[:2], shape.capacity, shape.tiles, space.splits, space.parts, shape.kv_heads,
+            shape.token_budget, top_k, shape.sinks or 0, shape.protected, scaling, softcap,
+        ),
+        constants, options,
     )  # fmt: skip
     return out

@@ -8,9 +8,10 @@ import triton
 from torch import Tensor
 
 from .compact import compact_kernel, tokens_first_kernel
-from .decode import DTYPES, INTERPRETED, LARGEST_HEAD_DIM, TILE_PAGES
+from .decode import DTYPES, INTERPRETED, LARGEST_HEAD_DIM
 from .operands import Params
 from .pool import pool_kernel, side_by_side_kernel
+from .score_plan import TILE_PAGES
 from .select_top import BINS, DIGITS, count_kernel, digits_kernel, positions_kernel
 from .window_scores import LOG2E, window_merge_kernel, window_statistics_kernel, window_sums_kernel
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .select_plan import TOKEN_BLOCK, attend_stages, attend_warps
+
 TABLE = Path(__file__).with_name("launches.json")
 
 
@@ -57,7 +59,9 @@ class LaunchKey:
 KERNELS = ("append_score", "append_sketch", "select_attend")
 
 
-def default_launch(kernel: str, *, head_dim: int, itemsize: int, pages: int, group: int, exact: bool) -> Launch:
+def default_launch(
+    kernel: str, *, head_dim: int, itemsize: int, pages: int, group: int, value_dim: int, channels: int, exact: bool
+) -> Launch:
     """Return a kernel's launch where the table has none.
 
     Args:
@@ -66,25 +70,28 @@ def default_launch(kernel: str, *, head_dim: int, itemsize: int, pages: int, gro
         itemsize: bytes of an element of the keys.
         pages: of a row, padded to a power of two, where the kernel holds their weights in registers, else 1.
         group: G, padded to a power of two, at least 16.
+        value_dim: Dv, padded to a power of two.
+        channels: r, padded to a power of two.
         exact: whether products are float32's.
 
     Raises:
         ValueError: there is no such kernel.
     """
     if kernel == "append_score":
+        # All channels, if two blocks of the index fit beside the queries into the shared memory of every device: their
+        # addresses are known before the loop, so that the next tile is loaded while one is multiplied. Otherwise the
+        # list of channels comes two stages ahead. Products of float32 take more registers.
+        tile = 128 if channels <= 128 and group <= 32 else 64
+        tile = 16 if exact else tile
         # The float32 sums of more than 32 heads and 128 pages do not fit the registers of 4 warps.
-        return Launch(tile=16, warps=4 if group <= 32 else 8, stages=3)
+        return Launch(tile=tile, warps=4 if group <= 32 else 8, stages=3 if tile >= channels else 5)
     if kernel == "append_sketch":
-        # As digits, 128 tokens of more than 128 channels spill.
-        return Launch(tile=128 if head_dim <= 128 else 64, warps=4, stages=3)
+        # As digits, 128 tokens of more than 128 channels spill. With 4 stages sm_100 spills.
+        return Launch(tile=128 if head_dim <= 128 else 64, warps=4, stages=5)
     if kernel == "select_attend":
-        # As many registers as the weights of all pages take, or the float32 sums of a large group.
-        warps = 4 if max(pages, 16 * group) <= 1024 else 8
-        if exact and group > 32:
-            warps = 16
-        # Blocks of keys and values fit beside the queries into the shared memory of every device.
-        wide = head_dim * itemsize > 512
-        return Launch(tile=16 if wide else 32, warps=warps, stages=2 if wide else 3)
+        tile = TOKEN_BLOCK // 2 if head_dim * itemsize > 512 else TOKEN_BLOCK
+        stages = attend_stages(group, tile, head_dim, value_dim, itemsize)
+        return Launch(tile=tile, warps=attend_warps(pages, group, exact), stages=stages)
     raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}")
 
 
@@ -127,7 +134,16 @@ _installed = functools.cache(read_table)  # constant for an installation
 
 @functools.cache
 def launch_of(
-    kernel: str, architecture: str | None, *, head_dim: int, itemsize: int, pages: int, group: int, exact: bool
+    kernel: str,
+    architecture: str | None,
+    *,
+    head_dim: int,
+    itemsize: int,
+    pages: int,
+    group: int,
+    value_dim: int,
+    channels: int,
+    exact: bool,
 ) -> Launch:
     """Return how a kernel is launched: the table's entry for 16-bit products of a usual group, or the default.
 
@@ -138,13 +154,16 @@ def launch_of(
         itemsize: bytes of an element of the keys.
         pages: of a row, padded to a power of two.
         group: G, padded to a power of two, at least 16.
+        value_dim: Dv, padded to a power of two.
+        channels: r, padded to a power of two.
         exact: whether products are float32's.
     """
     if architecture is not None and group == 16 and not exact:
         tuned = _installed().get(LaunchKey(kernel, architecture, head_dim, itemsize, pages))
         if tuned is not None:
             return tuned
-    return default_launch(kernel, head_dim=head_dim, itemsize=itemsize, pages=pages, group=group, exact=exact)
+    sizes = {"head_dim": head_dim, "itemsize": itemsize, "pages": pages, "group": group, "value_dim": value_dim}
+    return default_launch(kernel, **sizes, channels=channels, exact=exact)
 
 
 @functools.cache

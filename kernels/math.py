@@ -63,3 +63,24 @@ def as_bfloat16(x):
     bits = x.to(tl.int32, bitcast=True)
     near = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
     return near.to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def softmax_summed(peak, mass, logits):
+    """Return the running peaks and masses of a softmax [heads, 16] with more logits [heads, a multiple of 32].
+
+    As a matrix product leaves its result, a thread holds all that one peak is of: nothing is exchanged until the end.
+    """
+    parts = tl.reshape(logits, [logits.shape[0], logits.shape[1] // 32, 16, 2])
+    higher = tl.maximum(peak, tl.max(tl.max(parts, 3), 1))
+    anchor = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp(parts - anchor[:, None, :, None])
+    return higher, mass * tl.exp(peak - anchor) + tl.sum(tl.sum(weights, 3), 1)
+
+
+@triton.jit
+def softmax_merged(peak, mass):
+    """Return each head's peak and mass, of those of `softmax_summed`."""
+    highest = tl.max(peak, 1)
+    anchor = tl.where(highest == float("-inf"), 0.0, highest)
+    return highest, tl.sum(mass * tl.exp(peak - anchor[:, None]), 1)

@@ -6,7 +6,7 @@ Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, N stored tokens, P pag
 import triton
 import triton.language as tl
 
-from .select_attend import HIGHEST, mass_over, ordered_bits, page_weights, write_rest
+from .selection import HIGHEST, TILE_PAGES, joined, mass_over, ordered_bits, page_weights, tokens_in, write_rest
 
 BEYOND = tl.constexpr(0x7F800001)  # the bits of infinity, and one
 
@@ -18,7 +18,7 @@ def _found(ordered, pages, stored, value, P: tl.constexpr, CHUNK: tl.constexpr):
     for start in range(0, pages, CHUNK):
         page = start + tl.arange(0, CHUNK)
         bits = tl.load(ordered + page, mask=page < pages, other=-2)
-        count = tl.minimum(tl.maximum(stored - page * P, 0), P)
+        count = tokens_in(page, stored, P)
         found += tl.where(bits >= value, count, 0)
     return tl.sum(found, 0)
 
@@ -34,34 +34,25 @@ def _smallest(ordered, pages, value, CHUNK: tl.constexpr):
     return tl.min(smallest, 0)
 
 
-@triton.jit
-def _joined(peak, mass, other_peak, other_mass):
-    """Return the largest logit and the sum of exponentials over it of two sets of logits."""
-    higher = tl.maximum(peak, other_peak)
-    anchor = tl.where(higher == float("-inf"), 0.0, higher)
-    return higher, mass * tl.exp(peak - anchor) + other_mass * tl.exp(other_peak - anchor)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "tiles", "splits", "token_budget", "k", "protected"])
 def select_kernel(
     lengths,  # [B, Hkv] int32, before this step's token
-    sinks,  # [H]
-    scores,  # [B, H, page capacity] float32
-    peaks,  # [B, Hkv, SPLITS, GP] float32
-    sums,  # [B, Hkv, SPLITS, GP] float32
-    ordered,  # [B, Hkv, page capacity] int32, written
+    sinks,  # [H], or None
+    scores,  # [B, H, tiles, 128 pages] float32
+    peaks,  # [B, Hkv, splits, GP] float32
+    sums,  # [B, Hkv, splits, GP] float32
+    ordered,  # [B, Hkv, tiles, 128 pages] int32, written
     chosen,  # [B, Hkv, k] int32, written
     rest,  # [B, Hkv, 4, GP] float32, written: estimates of `write_rest`
     capacity,
-    page_capacity,
+    tiles,
+    splits,
     kv_heads,
     token_budget,
     k,
     protected,
     G: tl.constexpr,
     P: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SINKS: tl.constexpr,
     RESIDUAL: tl.constexpr,  # pages are single tokens then
     LARGEST: tl.constexpr,  # whether tokens rank by the largest weight of the group's heads, not by their average
     GP: tl.constexpr,
@@ -69,9 +60,10 @@ def select_kernel(
     CHUNK: tl.constexpr,
 ):
     """Write the positions of each row's k tokens of largest weight; grid (B * Hkv,)."""
-    row = tl.program_id(0).to(tl.int64)
+    number = tl.program_id(0)
+    row = number.to(tl.int64)
     stored = tl.minimum(tl.load(lengths + row) + 1, capacity)
-    ordered += row * page_capacity
+    ordered += row * tiles * TILE_PAGES
     listed = chosen + row * k
     read = tl.minimum(k, stored)
     if stored > token_budget:
@@ -79,7 +71,7 @@ def select_kernel(
         for start in range(0, pages, CHUNK):
             page = start + tl.arange(0, CHUNK)
             weight = page_weights(
-                scores, peaks, sums, sinks, row, page, pages, page_capacity, kv_heads, G, GP, SPLITS, SP, SINKS, LARGEST
+                scores, peaks, sums, sinks, row, number % kv_heads, splits, page, pages, tiles, G, GP, SP, LARGEST
             )
             tl.store(ordered + page, ordered_bits(weight, pages - page, page * P < protected), mask=page < pages)
         tl.debug_barrier()  # what follows reads what other threads wrote
@@ -102,13 +94,13 @@ def select_kernel(
         for start in range(0, pages, CHUNK):
             page = start + tl.arange(0, CHUNK)
             bits = tl.load(ordered + page, mask=page < pages, other=-2)
-            count = tl.minimum(tl.maximum(stored - page * P, 0), P)
+            count = tokens_in(page, stored, P)
             tied = tl.where(bits == value, count, 0)
             before = tied_before + tl.cumsum(tied, 0) - tied
             taken = tl.where(bits > value, count, tl.minimum(tl.maximum(read - above - before, 0), tied))
-            number = taken_before + tl.cumsum(taken, 0) - taken
+            place = taken_before + tl.cumsum(taken, 0) - taken
             for i in tl.static_range(P):
-                tl.store(listed + number + i, page * P + i, mask=i < taken)
+                tl.store(listed + place + i, page * P + i, mask=i < taken)
             if RESIDUAL:
                 tl.store(ordered + page, HIGHEST, mask=taken > 0)
             tied_before += tl.sum(tied, 0)
@@ -121,11 +113,11 @@ def select_kernel(
                 for start in range(0, pages, CHUNK):
                     page = start + tl.arange(0, CHUNK)
                     left = tl.load(ordered + page, mask=page < pages, other=HIGHEST) != HIGHEST
-                    logit = scores + (row * G + g) * page_capacity + page
+                    logit = scores + (row * G + g) * tiles * TILE_PAGES + page
                     logit = tl.load(logit, mask=page < pages, other=float("-inf"))
                     highest, summed = mass_over(tl.where(left, logit, float("-inf")))
-                    peak, mass = _joined(peak, mass, highest, summed)
+                    peak, mass = joined(peak, mass, highest, summed)
                     highest, summed = mass_over(tl.where(left, float("-inf"), logit))
-                    own_peak, own_mass = _joined(own_peak, own_mass, highest, summed)
+                    own_peak, own_mass = joined(own_peak, own_mass, highest, summed)
                 write_rest(rest, row, 0, g, peak, mass, GP)
                 write_rest(rest, row, 1, g, own_peak, own_mass, GP)

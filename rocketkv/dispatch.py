@@ -230,6 +230,41 @@ def _kernel_step(
     return _run_kernels(*new, decoding.buffers, workspace, params)
 
 
+def warm_up(
+    query: Tensor,
+    store: KVStore,
+    params: AttentionParams,
+    *,
+    backend: str = "auto",
+    workspaces: Workspaces,
+) -> None:
+    """Compile the kernels of the store's decode steps on a GPU, once for each shape of a layer, and run nothing.
+
+    The host compiles while the device still works on the prompt, not when the first generated token waits.
+
+    Args:
+        query: [B, H, D], any query of the layer.
+        store: the layer's store, its prompt closed.
+        params: the model's attention parameters.
+        backend: see `backend_name`.
+        workspaces: shared by the layers of a cache.
+    """
+    if backend_name(query.device, backend) == "torch":
+        return
+    decoding = store.decoding
+    workspace = _workspace(query, decoding.buffers, decoding.split, workspaces)
+    if workspace is None or workspace.warm:
+        return
+    from .kernels.decode import decode_step_triton  # imported where it runs: triton may not be installed
+
+    store.clock()
+    step = (query, decoding.keys[:, :, 0], decoding.values[:, :, 0])
+    new = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in step]
+    with _current(query.device):
+        decode_step_triton(*new, decoding.buffers, workspace, params, compile_only=True)
+    workspace.warm = True
+
+
 def _run_kernels(
     query: Tensor,
     key: Tensor,

@@ -193,7 +193,7 @@ def test_every_method_has_a_definition() -> None:
     assert DEFINITIONS.keys() == METHODS.keys()
 
 
-# With 20 tokens of reserve, the buffers never fill up; with 5, they grow by doubling, or roll.
+# With 20 tokens of reserve, the buffers never fill up; with 5, they grow by a step, or roll.
 @pytest.mark.parametrize(("batch", "reserve"), [(1, 20), (2, 5)])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_its_definition(method: str, batch: int, reserve: int) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from triton.runtime.errors import OutOfResources
 
 from ...kernels.launches import Launch, LaunchKey, default_launch, read_devices, read_table, table_of
@@ -122,9 +121,7 @@ def tune(
 def key_of(step: DecodeStep, kernel: str) -> LaunchKey:
     """Return what an entry of a kernel in this step is for."""
     space, buffers = step.workspace, step.buffers
-    head_dim = max(16, triton.next_power_of_2(buffers.layer.head_dim))
-    pages = triton.next_power_of_2(space.page_capacity)
-    return LaunchKey(kernel, space.architecture or buffers.device.type, head_dim, buffers.dtype.itemsize, pages)
+    return LaunchKey(kernel, space.architecture or buffers.device.type, **space.sizes(kernel, buffers.dtype.itemsize))
 
 
 def _try_case(buffers: CaseBuffers, rounds: int, trials: dict[LaunchKey, Trials]) -> None:
@@ -138,8 +135,9 @@ def _try_case(buffers: CaseBuffers, rounds: int, trials: dict[LaunchKey, Trials]
 def _try_all(step: DecodeStep, kernel: str, rounds: int, trials: dict[LaunchKey, Trials]) -> None:
     """Time a kernel with its default and every configuration, in alternating rounds, and note the ratios."""
     key = key_of(step, kernel)
-    sizes = {"head_dim": key.head_dim, "itemsize": key.itemsize, "pages": key.pages}
-    default = default_launch(kernel, **sizes, group=step.workspace.group_block, exact=False)
+    space, sizes = step.workspace, {"head_dim": key.head_dim, "itemsize": key.itemsize, "pages": key.pages}
+    blocks = {"group": space.group_block, "value_dim": space.value_block, "channels": space.rank_block}
+    default = default_launch(kernel, **sizes, **blocks, exact=False)
     tried = trials.setdefault(key, Trials(default))
     tried.cases.append(f"{step.stores.method} {step.buffers.case}")
     ready = {default: captured(step, kernel, default)}
@@ -151,7 +149,7 @@ def _try_all(step: DecodeStep, kernel: str, rounds: int, trials: dict[LaunchKey,
             tried.refused[launch] = made
         else:
             ready[launch] = made
-    step.workspace.launches.clear()
+    space.force(kernel, None)
     named = {str(number): measure for number, measure in enumerate(ready.values())}
     seconds = gpu_timing.alternate(named, rounds)
     for launch, times in zip(ready, seconds.values(), strict=True):
@@ -173,10 +171,7 @@ def captured(step: DecodeStep, kernel: str, launch: Launch) -> Callable[[], floa
     Raises:
         WrongResultError: a step with it is wrong.
     """
-    launches = step.workspace.launches
-    launches.clear()
-    for exact in (False, True):
-        launches[kernel, step.buffers.dtype.itemsize, exact] = launch
+    step.workspace.force(kernel, launch)
     step.check()
     name = kernel_name(step.stores.method, kernel)
     arm = next(arm for arm in step.kernel_arms() if arm.name == name)

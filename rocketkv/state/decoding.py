@@ -18,6 +18,20 @@ from .lens import SeqLens
 from .prompt import larger
 from .queries import QueryRing
 
+# Least slots by which buffers grow.
+LEAST_GROWTH = 256
+
+
+def grown_capacity(stored: int) -> int:
+    """Return the capacity that full buffers of `stored` slots grow to: the next multiple of a step.
+
+    The step is a power of two between 1/16 and 1/8 of `stored`, but at least `LEAST_GROWTH`. So a generated token costs
+    copies of at most 16 tokens, at most an eighth of large buffers is empty, and the capacity passes no power of two
+    before the tokens do: kernels are compiled for powers of two, and choose in registers up to one.
+    """
+    step = max(LEAST_GROWTH, 1 << max(0, stored.bit_length() - 4))
+    return (stored // step + 1) * step
+
 
 @dataclass(eq=False, kw_only=True)
 class DecodeTokens:

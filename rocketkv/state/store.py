@@ -15,7 +15,7 @@ from torch import Tensor
 from ..budget import BudgetSplit
 from ..core.decode import Fill, append_token
 from ..core.pages import movable, restored
-from .decoding import DecodeTokens
+from .decoding import DecodeTokens, grown_capacity
 from .lens import SeqLens
 from .prompt import PromptTokens
 from .protection import RowMarks
@@ -287,12 +287,12 @@ class KVStore:
         return decoding, Fill(lens.longest, lens.shortest, lens.seen)
 
     def _grow_or_roll(self, decoding: DecodeTokens) -> None:
-        """Grow by doubling, or roll."""
+        """Grow by a step, or roll."""
         if decoding.decode_capacity is not None:
             raise ValueError(self.out_of_room())
         kept, stored = decoding.split.kept_tokens, self.lens.longest
         if not decoding.split.rolling or kept is None or stored <= kept:
-            decoding.reserve(2 * stored, stored)
+            decoding.reserve(grown_capacity(stored), stored)
             return
         self._save_before_write(0, 0)
         slack = (stored - kept) // 2

@@ -16,10 +16,11 @@ from rocketkv.core.params import AttentionParams
 from rocketkv.core.sketch import code_bytes, encoding
 from rocketkv.kernels.append_sketch import SketchRule
 from rocketkv.kernels.build_sketch import write_sketch
-from rocketkv.kernels.decode import TILE_PAGES, DecodeShape, DecodeWorkspace, decode_step_triton
+from rocketkv.kernels.decode import DecodeShape, DecodeWorkspace, decode_step_triton
 from rocketkv.kernels.dense_decode import DenseWorkspace, dense_decode
 from rocketkv.kernels.evict import compact, pool_scores, select_top, window_scores
 from rocketkv.kernels.prefill import prefill_attention
+from rocketkv.kernels.score_plan import TILE_PAGES
 from rocketkv.kernels.value_aware import value_aware
 
 META = torch.device("meta")
@@ -269,7 +270,8 @@ WINDOW = 32
 RESERVE = 128
 BOTH = ("append_score_kernel", "select_attend_kernel")
 SKETCHED = ("append_sketch_kernel", "select_attend_kernel")
-APPEND, SELECT, ATTEND = ("append_score_kernel",), ("select_kernel",), ("select_attend_kernel",)
+APPEND, ATTEND = ("append_score_kernel",), ("select_attend_kernel",)
+TREE, ALONE = ("select_parts_kernel",), ("select_kernel",)
 WIDEST = ("window_statistics_kernel", "window_merge_kernel", "window_sums_kernel", "compact_kernel")
 PADDED = (*WIDEST, "side_by_side_kernel", "pool_kernel", "tokens_first_kernel")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -291,6 +293,7 @@ SPARQ_32K: dict[str, Any] = {"capacity": 32896, "token_budget": 1024, "page_size
 # Of `rocketkv_plus_split`; then 3 bits, and more tokens than one program holds.
 PLUS_32K: dict[str, Any] = {"capacity": 7702, "token_budget": 1024, "sketch_bits": 2, "top_k": 511}
 PLUS_8K: dict[str, Any] = {"capacity": 8320, "token_budget": 512, "sketch_bits": 1, "top_k": 234}
+PLUS_128K: dict[str, Any] = {"capacity": 15412, "token_budget": 2048, "sketch_bits": 2, "top_k": 1023}
 THREE_BITS: dict[str, Any] = {"capacity": 16384, "token_budget": 1024, "sketch_bits": 3, "top_k": 512}
 
 # No more than six a kernel: code that one of them leaves out, such as reading all tokens, is part of another's.
@@ -299,17 +302,22 @@ CONFIGURATIONS = {
     "llama-3.1-8b-128k": Configuration(decode(BF16, **LLAMA_128K), BOTH, main=True),
     "qwen3-8b-8k-batch-8": Configuration(decode(BF16, **QWEN_8K, batch=8), BOTH, main=True),
     # Nothing evicted: more pages than one program holds.
-    "llama-3.1-8b-128k-mt": Configuration(decode(BF16, **{**LLAMA_128K, "capacity": 131200}), SELECT, main=True),
+    "llama-3.1-8b-128k-mt": Configuration(decode(BF16, **{**LLAMA_128K, "capacity": 131200}), TREE, main=True),
+    "llama-3.1-8b-128k-sketch": Configuration(decode(BF16, **PLUS_128K), TREE, main=True),
+    # More tokens read than several programs' candidates may be.
+    "llama-3.1-8b-128k-oracle": Configuration(
+        decode(BF16, capacity=131200, token_budget=16384, channels=128, top_k=16384), ALONE, main=True
+    ),
     "smollm2-135m-8k": Configuration(decode(FP16, index_dtype=E5M2, **SMOLLM_8K, **SMOLLM), APPEND),
     "gemma-2-9b-quest-4k": Configuration(decode(BF16, **QUEST_4K, **GEMMA), BOTH),
     "mqa-fp32-sparq-8k": Configuration(decode(FP32, **SPARQ_8K, **MQA), BOTH),
-    "mqa-fp32-sparq-32k": Configuration(decode(FP32, **SPARQ_32K, **MQA), SELECT),
+    "mqa-fp32-sparq-32k": Configuration(decode(FP32, **SPARQ_32K, **MQA), TREE),
     "gpt-oss-20b-streaming": Configuration(
         decode(BF16, capacity=1151, token_budget=1024, top_k=1024, ends=4, **GPT_OSS), ATTEND
     ),
     "llama-3.1-8b-32k-sketch": Configuration(decode(BF16, **PLUS_32K), SKETCHED, main=True),
     "gemma-2-9b-sketch-8k": Configuration(decode(BF16, **PLUS_8K, **GEMMA), SKETCHED[:1]),
-    "smollm2-135m-fp32-sketch": Configuration(decode(FP32, **THREE_BITS, **SMOLLM), (*SKETCHED[:1], *SELECT)),
+    "smollm2-135m-fp32-sketch": Configuration(decode(FP32, **THREE_BITS, **SMOLLM), (*SKETCHED[:1], *TREE)),
     "llama-3.1-8b-prompt-128k": Configuration(evict(BF16, tokens=131072, kept=6343, page_size=3), main=True),
     "smollm2-135m-prompt-8k": Configuration(
         evict(FP16, tokens=8192, kept=3614, page_size=2, index_dtype=E5M2, batch=8, padded=True, **SMOLLM),

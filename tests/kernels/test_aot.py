@@ -31,7 +31,8 @@ NVIDIA = ("sm_80", "sm_90", "sm_100")
 WIDE = {
     "append_score_kernel": {"bounds"},
     "append_sketch_kernel": {"sketched", "turn"},
-    "select_attend_kernel": {"keys", "values"},
+    "select_attend_kernel": {"keys", "values", "scores"},
+    "select_parts_kernel": {"scores"},
     "dense_partial_kernel": {"key_places", "value_places"},
     "window_statistics_kernel": {"block"},
     "window_sums_kernel": {"key", "query"},
@@ -108,7 +109,10 @@ def test_every_kernel_compiles(found: dict[str, Any], target: str) -> None:
 @pytest.mark.parametrize("target", NVIDIA)
 def test_main_configurations_spill_nothing(found: dict[str, Any], target: str) -> None:
     reports = reports_for(found, target, main=True)
-    assert {report["kernel"] for report in reports} >= {"append_score_kernel", "select_attend_kernel", "select_kernel"}
+    assert {report["kernel"] for report in reports} >= {
+        *("append_score_kernel", "append_sketch_kernel"),
+        *("select_attend_kernel", "select_parts_kernel", "select_kernel"),
+    }
     spilled = {named(report): (report["spill_stores"], report["spill_loads"]) for report in reports}
     assert not {name: spills for name, spills in spilled.items() if spills != (0, 0)}
 
@@ -174,7 +178,11 @@ def test_configurations_are_what_the_budget_splits_into(
 
 @pytest.mark.parametrize(
     ("settings", "length", "token_budget", "head_dim"),
-    [(configurations.PLUS_32K, 32768, 1024, 128), (configurations.PLUS_8K, 8192, 512, 256)],
+    [
+        (configurations.PLUS_32K, 32768, 1024, 128),
+        (configurations.PLUS_128K, 131072, 2048, 128),
+        (configurations.PLUS_8K, 8192, 512, 256),
+    ],
 )
 def test_configurations_of_sketches_are_what_the_budget_splits_into(
     settings: dict[str, Any], length: int, token_budget: int, head_dim: int

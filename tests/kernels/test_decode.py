@@ -20,7 +20,7 @@ from rocketkv.state.store import KVStore
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
 from layer_case import DEVICE, HALF, Case, expected_logits, expected_positions, kernel_step, make, workspace_of
-from rocketkv.kernels import append_score, decode
+from rocketkv.kernels import decode, score_plan, select_plan
 
 CASES = [
     Case(),
@@ -147,14 +147,17 @@ APART = [
 ]
 
 
-@pytest.mark.parametrize("case", APART, ids=str)
-def test_a_choice_in_a_launch_of_its_own(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("case", "several"), [(c, i % 4 > 0) for i, c in enumerate(APART)], ids=str)
+def test_a_choice_in_a_launch_of_its_own(case: Case, several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "REGISTER_PAGES", 0)
     monkeypatch.setattr(decode, "SELECT_CHUNK", 256)
+    # A small tree, of one level or more: of two nodes' candidates or more.
+    monkeypatch.setattr(select_plan, "SELECT_BLOCKS", (32, 64, 128) if several else ())
     store, [step, *_], sinks = make(case)
     plain = copy.deepcopy(store)
     workspace = workspace_of(case, store)
     assert workspace.separate
+    assert (workspace.select_tree is not None) == several
     found = kernel_step(case, store, workspace, step, sinks)
     expected = backend.decode_step(*step, plain, case.params(sinks), backend="torch")
     assert_near(found, expected, 1e-5 if case.dtype == torch.float32 else 2e-2)
@@ -162,7 +165,8 @@ def test_a_choice_in_a_launch_of_its_own(case: Case, monkeypatch: pytest.MonkeyP
     for row, length in enumerate(store.decoding.buffers.seq_lens.flatten().tolist()):
         if length > case.token_budget:
             assert workspace.chosen[row].tolist() == chosen[row].tolist()
+    assert workspace.finished.count_nonzero() == workspace.arrivals.count_nonzero() == 0
 
 
 def test_kernels_and_reference_have_the_same_tiles() -> None:
-    assert TILE_PAGES == decode.TILE_PAGES == append_score.TILE_PAGES.value
+    assert TILE_PAGES == score_plan.TILE_PAGES

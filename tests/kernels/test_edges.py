@@ -18,7 +18,7 @@ from rocketkv.state.store import KVStore
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
 from layer_case import HALF, Case, kernel_step, make, workspace_of
-from rocketkv.kernels import decode, select
+from rocketkv.kernels import decode, launch, select, select_plan
 from tracking import Operators
 
 
@@ -34,6 +34,7 @@ def test_ties_go_to_the_lowest_positions(
 ) -> None:
     if separate:
         monkeypatch.setattr(decode, "REGISTER_PAGES", 0)
+        monkeypatch.setattr(select_plan, "SELECT_BLOCKS", (32, 128))
     case = Case(page_size=page_size, lengths=(200,))
     store, [(query, key, value)], _ = make(case)
     if query_is_zero:
@@ -136,6 +137,7 @@ def test_nothing_beyond_the_buffers_is_touched(length: int, separate: bool, monk
     """A row within the budget has no list to read, and one that is full has nowhere to score another page."""
     if separate:
         monkeypatch.setattr(decode, "REGISTER_PAGES", 0)
+        monkeypatch.setattr(select_plan, "SELECT_BLOCKS", (64, 128))
     case = Case(lengths=(length,), page_size=2, top_k=64, token_budget=128)
     store, [step], _ = make(case)
     full = length == 256
@@ -160,8 +162,9 @@ def test_nothing_beyond_the_buffers_is_touched(length: int, separate: bool, monk
 
 
 @pytest.mark.parametrize("pages", [256, 2048])
-def test_a_separate_choice_takes_few_passes(pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_choice_by_one_program_takes_few_passes(pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "REGISTER_PAGES", 0)
+    monkeypatch.setattr(select_plan, "SELECT_BLOCKS", ())
     case = Case(lengths=(pages - 1,), page_size=1, top_k=40, token_budget=80)
     store, [step], _ = make(case)
     passes = []
@@ -172,13 +175,118 @@ def test_a_separate_choice_takes_few_passes(pages: int, monkeypatch: pytest.Monk
         assert 3 <= len(passes) <= 34  # bits of a float32 and two more
 
 
+def test_nothing_beyond_a_row_of_the_tree_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short rows have fewer nodes than their buffers; full ones and their neighbours keep to their own."""
+    monkeypatch.setattr(decode, "REGISTER_PAGES", 0)
+    monkeypatch.setattr(select_plan, "SELECT_BLOCKS", (32,))
+    case = Case(lengths=(250, 40, 130, 20), page_size=1, top_k=13, token_budget=26, protected=2)
+    store, [step], _ = make(case)
+    space = workspace_of(case, store)
+    tree = space.select_tree
+    assert tree is not None
+    assert (tree.fan, tree.chunks, tree.nodes_above) == (2, 12, 12)
+    kernel_step(case, store, space, step, None)
+    lengths, nodes = store.decoding.buffers.seq_lens.flatten().tolist(), space.candidates[:, 0].tolist()
+    for length, chunks in zip(lengths, nodes, strict=True):
+        used = math.ceil(length / tree.block) if length > case.token_budget else 0
+        written = [any(bits != torch.iinfo(torch.int32).min for bits in slots) for slots in chunks]
+        assert written == [i < used for i in range(tree.chunks)]
+    assert space.finished.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("sketch_bits", [None, 2])
+@pytest.mark.parametrize("separate", [False, True])
+def test_warming_up_compiles_what_a_step_launches_and_writes_nothing(
+    sketch_bits: int | None, separate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "REGISTER_PAGES", 0 if separate else decode.REGISTER_PAGES)
+    case = Case(lengths=(90,), head_dim=16, sketch_bits=sketch_bits)
+    store, [step], _ = make(case)
+    compiled: list[Any] = []
+
+    class Compiler:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def warmup(self, *args: Any, grid: Any, **kwargs: Any) -> None:
+            compiled.append((self.name, grid[:2], [a for a in args if not isinstance(a, Tensor)], kwargs))
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **kwargs: self.warmup(*args, grid=grid, **kwargs)
+
+    for name in ("append_score", "append_sketch", "select_parts", "select", "select_attend"):
+        monkeypatch.setattr(decode, f"{name}_kernel", Compiler(name))
+    workspaces, params = backend.Workspaces(), case.params()
+    before = {name: tensor.clone() for name, tensor in store.tensors().items() if name != "missed"}
+    monkeypatch.setattr(decode, "INTERPRETED", False)
+    for _ in range(2):  # once for a shape
+        backend.warm_up(step[0], store, params, backend="triton", workspaces=workspaces)
+    warmed = compiled.copy()
+    compiled.clear()
+    assert len(warmed) == 2 + separate
+    assert all(torch.equal(store.tensors()[name], tensor) for name, tensor in before.items())
+    backend.decode_step(*step, store, params, backend="triton", workspaces=workspaces)
+    assert compiled == warmed
+
+
+def test_a_launch_goes_to_what_was_compiled_for_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "DIRECT", True)
+    went: list[Any] = []
+
+    class Kernel:
+        def __init__(self, kind: str) -> None:
+            self.kind = kind
+
+        def __getitem__(self, grid: Any) -> Any:
+            def run(*args: Any, **kwargs: Any) -> Kernel:
+                went.append((self.kind, len(args), sorted(kwargs)))
+                return Kernel("compiled")
+
+            return run
+
+    started, kernel, numbers = launch.Launcher(), Kernel("triton"), [3, 0.5, None]
+
+    def start(tensors: list[Tensor | None], numbers: list[float | None], constants: tuple[int, ...] = (7,)) -> Any:
+        started(kernel, (1, 1, 1), tensors, numbers, constants, {"num_warps": 4})
+        return went.pop()
+
+    wide = torch.zeros(32)
+    first = ("triton", 6, ["num_warps"])
+    assert start([wide, None], numbers) == first
+    assert start([torch.ones(64), None], numbers) == ("compiled", 6, [])
+    # Other dtypes, operands, numbers and constants are compiled apart.
+    assert start([wide.half(), None], numbers) == first
+    assert start([wide, wide], numbers) == first
+    assert start([wide, None], [4, 0.5, None]) == first
+    assert start([wide, None], numbers, (8,)) == first
+    assert start([wide, None], numbers) == ("compiled", 6, [])
+    # An address that is no multiple of 16 was not compiled for.
+    assert start([wide[1:], None], numbers) == start([wide[1:], None], numbers) == first
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 33, 1025])
+@pytest.mark.parametrize("top_k", [1, 512, 1024, 4096])
+def test_a_tree_holds_all_candidates_of_a_node_and_ends_in_one(count: int, top_k: int) -> None:
+    tree = select_plan.select_tree(count * 4096, top_k, 1)
+    assert tree is not None
+    assert tree.chunks * tree.block >= count * 4096
+    assert top_k <= tree.slots <= tree.fan * tree.slots <= max(tree.block, tree.slots)
+    nodes, above = tree.chunks, []
+    while nodes > 1 or not above:
+        nodes = -(-nodes // tree.fan)
+        above.append(nodes)
+    assert tree.nodes_above == sum(above)
+    assert select_plan.select_tree(count * 4096, 4097, 1) is None
+
+
 @pytest.mark.parametrize(("pages", "launches"), [(decode.REGISTER_PAGES, 2), (0, 3)])
 def test_a_step_is_two_launches_and_no_operation(pages: int, launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "REGISTER_PAGES", pages)
     case = Case(lengths=(300,))
     store, steps, _ = make(case)
     workspace = workspace_of(case, store)
-    kernels = {name: getattr(decode, name) for name in ("append_score_kernel", "select_kernel", "select_attend_kernel")}
+    names = ("append_score_kernel", "select_parts_kernel", "select_kernel", "select_attend_kernel")
+    kernels = {name: getattr(decode, name) for name in names}
     launched = []
 
     class Recorded:

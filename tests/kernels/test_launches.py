@@ -11,7 +11,15 @@ import torch
 from rocketkv.kernels import launches
 from rocketkv.kernels.launches import Launch, LaunchKey, default_launch, launch_of, read_table, table_of
 
-SIZES: dict[str, Any] = {"head_dim": 128, "itemsize": 2, "pages": 2048, "group": 16, "exact": False}
+SIZES: dict[str, Any] = {
+    "head_dim": 128,
+    "itemsize": 2,
+    "pages": 2048,
+    "group": 16,
+    "value_dim": 128,
+    "channels": 128,
+    "exact": False,
+}
 KEY = LaunchKey("append_score", "sm_90", 128, 2, 2048)
 TUNED = Launch(tile=64, warps=8, stages=5)
 
@@ -61,7 +69,8 @@ def test_defaults_are_powers_of_two_for_every_shape() -> None:
     for kernel in launches.KERNELS:
         for head_dim in (16, 64, 128, 256):
             for itemsize, exact, group in ((2, False, 16), (4, True, 128)):
-                cut = default_launch(kernel, head_dim=head_dim, itemsize=itemsize, pages=8192, group=group, exact=exact)
+                sizes = {"head_dim": head_dim, "value_dim": head_dim, "channels": head_dim, "itemsize": itemsize}
+                cut = default_launch(kernel, **sizes, pages=8192, group=group, exact=exact)
                 assert cut.tile & (cut.tile - 1) == cut.warps & (cut.warps - 1) == 0
     with pytest.raises(ValueError, match=r"kernel must be one of append_score.*got 'other'"):
         default_launch("other", **SIZES)

@@ -17,8 +17,11 @@ from rocketkv.state.store import KVStore
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
-from layer_case import Case, bias_of, expected_logits, expected_positions, kernel_step, make, workspace_of
-from rocketkv.kernels import decode
+import triton
+import triton.language as tl
+
+from layer_case import DEVICE, Case, bias_of, expected_logits, expected_positions, kernel_step, make, workspace_of
+from rocketkv.kernels import append_sketch, decode, digits, score_plan, select_plan
 
 BF16, FP16 = torch.bfloat16, torch.float16
 CASES = [
@@ -128,21 +131,31 @@ def test_steps_equal_the_reference(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("case", "blocks"),
     [
-        Case(sketch_bits=2, head_dim=16, heads=3, lengths=(300, 90), sinks=True, by_largest=True),
-        Case(sketch_bits=3, head_dim=16, lengths=(300,), programs=64, protected=3),
-        Case(sketch_bits=2, head_dim=16, heads=4, kv_heads=2, lengths=(300, 90), programs=64, sinks=True, biased=True),
-        Case(sketch_bits=2, head_dim=16, lengths=(150, 20), programs=1, by_largest=True, biased=True),
+        # One program a row; a tree of one level, and of several.
+        (Case(sketch_bits=2, head_dim=16, heads=3, lengths=(300, 90), sinks=True, by_largest=True), ()),
+        (Case(sketch_bits=2, head_dim=16, lengths=(150, 20), programs=1, by_largest=True, biased=True), (256,)),
+        (Case(sketch_bits=3, head_dim=16, lengths=(300,), programs=64, protected=3), (128,)),
+        (
+            Case(
+                sketch_bits=2, head_dim=16, heads=4, kv_heads=2, lengths=(140, 90), programs=64, sinks=True,
+                biased=True, top_k=16, token_budget=50,
+            ),
+            (32,),
+        ),
+        (Case(sketch_bits=2, head_dim=16, heads=3, lengths=(100, 40, 260), top_k=15, by_largest=True), (32,)),
     ],
     ids=str,
-)
-def test_a_choice_in_a_launch_of_its_own(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+)  # fmt: skip
+def test_a_choice_in_a_launch_of_its_own(case: Case, blocks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "REGISTER_PAGES", 0)
     monkeypatch.setattr(decode, "SELECT_CHUNK", 256)
+    monkeypatch.setattr(select_plan, "SELECT_BLOCKS", blocks)
     store, [step], sinks = make(case)
     workspace = workspace_of(case, store)
     assert workspace.separate
+    assert (workspace.select_tree is None) == (not blocks)
     assert_step(case, store, copy.deepcopy(store), workspace, step, sinks)
 
 
@@ -188,6 +201,39 @@ def test_a_bias_is_what_the_reference_adds() -> None:
     assert_near(found, out)
     assert buffers.missed is not None
     assert_near(buffers.missed, missed)
+
+
+@triton.jit
+def _unpacked(codes, out, WIDTH: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr, SUBNORMAL: tl.constexpr):
+    token = tl.arange(0, 256)
+    words = digits.words_of(codes, token, token < 256, SIZE, 0, SIZE, WORDS)
+    found = digits.digits_of(words, WIDTH, SUBNORMAL)
+    line = tl.arange(0, WORDS * 32 // WIDTH)
+    tl.store(out + line[:, None] * 256 + token[None, :], found.to(tl.float32))
+
+
+@pytest.mark.parametrize("subnormal", [True, False])
+@pytest.mark.parametrize(("width", "head_dim"), [(1, 32), (1, 40), (2, 32), (2, 72), (4, 16)])
+def test_digits_of_all_bytes_come_in_the_order_of_the_rotation(width: int, head_dim: int, subnormal: bool) -> None:
+    size, words = head_dim * width // 8, append_sketch.code_words(head_dim, width)
+    # Every byte takes every value, each in an order of its own.
+    codes = (torch.arange(256)[:, None] * (2 * torch.arange(size) + 1) % 256).to(DEVICE, torch.uint8)
+    out = torch.empty(words * 32 // width, 256, device=DEVICE)
+    _unpacked[(1,)](codes, out, width, size, words, subnormal)
+    channel = torch.arange(head_dim)
+    digit, byte = channel // size, channel % size
+    expected = codes.cpu().int()[:, byte] & ((1 << width) - 1) << (digit * width)
+    order = append_sketch.arranged(torch.eye(head_dim), append_sketch.SketchRule(width, 256, 1.0, 1.0))[:head_dim]
+    found = order @ out.cpu() * (2.0**24 if subnormal else 1.0)
+    assert torch.equal(found.T, expected.float())
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_devices_without_subnormal_products(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score_plan, "SUBNORMALS", False)
+    case = Case(sketch_bits=bits, head_dim=16, lengths=(140,), softcap=4.0)
+    store, [step], sinks = make(case)
+    assert_step(case, store, copy.deepcopy(store), workspace_of(case, store), step, sinks)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -15,6 +15,7 @@ from close import assert_near
 from naive import attention
 from pairs import pairs
 from rocketkv.budget import METHODS
+from rocketkv.state.decoding import grown_capacity
 from rocketkv.state.store import KVStore, decode_room
 from turns import (
     BUDGET,
@@ -412,3 +413,25 @@ def test_calls_out_of_order_are_refused() -> None:
         close(store, SPLITS["rocketkv"])
     with pytest.raises(ValueError, match="needs a store whose prompt is closed"):
         decode(store, given)
+
+
+@pytest.mark.parametrize("first", [1, 300, 1452, 7702, 100_000])
+def test_growth_copies_few_tokens_and_leaves_little_room(first: int) -> None:
+    capacity, copied, last = first, 0, 3 * first + 2000
+    while capacity < last:
+        copied += capacity
+        grown = grown_capacity(capacity)
+        assert 0 < grown - capacity <= max(256, capacity / 8)
+        # Kernels are compiled for powers of two: buffers pass none that their tokens do not.
+        assert grown <= max(256, 1 << capacity.bit_length())
+        capacity = grown
+    assert copied <= 16 * (capacity - first) + capacity
+
+
+@pytest.mark.parametrize("method", ["rocketkv", "rocketkv+", "snapkv"])
+def test_full_buffers_grow_to_the_next_step(method: str) -> None:
+    store = prompted(tokens(1, PROMPT), SPLITS[method])
+    full = store.capacity
+    decode(store, tokens(1, RESERVE + 1))
+    assert store.capacity == grown_capacity(full) == 256
+    assert all(tensor.shape[2] == 256 for name, tensor in store.tensors().items() if name in ("keys", "positions"))

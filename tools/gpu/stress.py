@@ -17,7 +17,7 @@ from rocketkv.eval.checks import WrongResultError
 from .replay import Noise, captured, warmed
 
 # Buffers of a workspace that are constants, or that every step leaves as it found them: counters, zero.
-KEPT = ("arrivals", "turn")
+KEPT = ("arrivals", "finished", "turn")
 NOISE_EVERY = 50
 
 
