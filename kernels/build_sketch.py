@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .append_sketch import NEAREST, SketchRule
+from .append_sketch import SketchRule
 from .decode import INTERPRETED
 from .math import as_bfloat16
 
@@ -62,7 +62,8 @@ def build_sketch_kernel(
     usable = (largest > 0)[:, None]
     # Whole numbers of at most `top`; zeros where the largest is zero or NaN.
     whole = tl.div_rn(tl.where(usable, difference, 0.0), tl.where(usable, largest[:, None], 1.0))
-    whole = whole * top + NEAREST - NEAREST
+    nearest: tl.constexpr = 12582912.0  # 1.5 * 2^23: adding and taking it away rounds to whole numbers, ties to even
+    whole = whole * top + nearest - nearest
     square = tl.sum(whole * whole, 1)
     # Levels count from the middle; the largest difference is `top`, so only zeros have squares under 1.
     distance = tl.sqrt_rn(tl.maximum(square, 1.0))[:, None] * step

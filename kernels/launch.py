@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
@@ -44,7 +45,8 @@ class Launcher:
         if not DIRECT:
             kernel[grid](*tensors, *numbers, *constants, **options)
             return
-        addresses, kinds = 0, []
+        addresses = 0
+        kinds: list[torch.dtype | None] = []
         for tensor in tensors:
             if tensor is None:
                 kinds.append(None)

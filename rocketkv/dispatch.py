@@ -258,10 +258,10 @@ def warm_up(
     from .kernels.decode import decode_step_triton  # imported where it runs: triton may not be installed
 
     store.clock()
-    step = (query, decoding.keys[:, :, 0], decoding.values[:, :, 0])
-    new = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in step]
+    new = query, decoding.keys[:, :, 0], decoding.values[:, :, 0]
+    query, key, value = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in new)
     with _current(query.device):
-        decode_step_triton(*new, decoding.buffers, workspace, params, compile_only=True)
+        decode_step_triton(query, key, value, decoding.buffers, workspace, params, compile_only=True)
     workspace.warm = True
 
 
