@@ -338,9 +338,7 @@ class Measurer:
             self._read[window.id] = read
         return read
 
-    def _continued(
-        self, method: Method, shared: ReadPrompt, continuation: Sequence[int]
-    ) -> tuple[Tensor, CacheStats]:
+    def _continued(self, method: Method, shared: ReadPrompt, continuation: Sequence[int]) -> tuple[Tensor, CacheStats]:
         """Return the log-probabilities [steps, vocabulary] float32 of each token of a continuation, and the cache's."""
         with method.attached(self._model):
             loop = start(self._model, method, shared)

@@ -127,9 +127,7 @@ def arm_of(name: str, budget: int, settings: Settings, head_dim: int, layers: Se
     return Arm(name, budget, Compressed(config), tuple(part for part in parts if part in VARIANTS))
 
 
-def step_logprobs(
-    model: PreTrainedModel, arm: Method, shared: ReadPrompt, tokens: Sequence[int]
-) -> Iterator[Tensor]:
+def step_logprobs(model: PreTrainedModel, arm: Method, shared: ReadPrompt, tokens: Sequence[int]) -> Iterator[Tensor]:
     """Yield the log-probabilities [1, vocabulary] float32 that predict each token but the first, from decode steps."""
     with arm.attached(model):
         yield from itertools.islice(following(start(model, arm, shared), tokens), 1, None)

@@ -288,9 +288,7 @@ def divergence_sample(
             f"a prompt; got {steps}"
         )
     prompt, continuation = window.ids[:-steps], window.ids[-steps:]
-    reference = full_logprobs(
-        model, prompt, continuation, model_name=model_name, folder=folder, prefills=prefills
-    )
+    reference = full_logprobs(model, prompt, continuation, model_name=model_name, folder=folder, prefills=prefills)
     logprobs, cache = teacher_forced(model, method, prompt, continuation, prefills)
     figures = divergence(reference, logprobs, continuation)
     return {

@@ -33,6 +33,7 @@ def provenance(records: Sequence[Record]) -> Provenance:
     facts = [
         ("Records", (str(len(records)),)),
         ("Out of memory", (str(sum(record["status"] == "out_of_memory" for record in records)),)),
+        ("Failed", (str(sum(record["status"] == "failed" for record in records)),)),
         ("Created", tuple(dict.fromkeys((min(created), max(created))))),
         ("rocketkv", _counted(origin["rocketkv"] for origin in origins)),
         ("Git commit", _counted(origin["git_hash"] or "unknown" for origin in origins)),

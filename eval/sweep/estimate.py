@@ -6,6 +6,7 @@ weights and cache, computed from the model's configuration.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from ...budget import METHODS
 from ...hf.loading import SMOLLM2, load_smollm2
 from ...hf.plan import plan as make_plan
 from ..methods import FULL
-from ..records import CellDict, label, read_record, record_path
+from ..records import CELLS, CellDict, digest, label, read_record
 from .plan import Plan, cells, shard
 
 NEW_TOKENS = 64  # of an answer where the plan does not limit it
@@ -36,9 +37,10 @@ def dry_run(plan: Plan, results: Path, device: torch.device, part: tuple[int, in
     flops, bandwidth = _speed(device)
     lines = [f"{'task':24} {'length':>7} {'method':24} {'samples':>7} {'cache MiB':>10} {'minutes':>8}"]
     total, largest, known = 0.0, 0.0, True
+    done = _done(results)
     for cell in shard(cells(plan, chat=chat), *part):
         row = f"{cell['task']:24} {cell['length'] or '-':>7} {label(cell):24} {cell['samples']:>7}"
-        if _done(record_path(results, cell)):
+        if _without_weights(cell) in done:
             lines.append(f"{row} {'':>10} {'done':>8}")
             continue
         figures = _figures(config, cell, flops, bandwidth)
@@ -57,12 +59,19 @@ def dry_run(plan: Plan, results: Path, device: torch.device, part: tuple[int, in
     return "\n".join(lines) + "\n"
 
 
-def _done(path: Path) -> bool:
-    """Whether a whole record exists; a run makes a damaged one again."""
-    try:
-        return bool(read_record(path))
-    except (FileNotFoundError, ValueError):
-        return False
+def _done(results: Path) -> set[str]:
+    """Return the cells that have a record, without their weights: a run knows those, and makes a damaged one again."""
+    done = set()
+    for path in (results / CELLS).glob("*.json"):
+        with contextlib.suppress(ValueError):
+            record = read_record(path)
+            if record["status"] != "failed":
+                done.add(_without_weights(record["cell"]))
+    return done
+
+
+def _without_weights(cell: CellDict) -> str:
+    return digest({name: value for name, value in cell.items() if name != "weights"})
 
 
 def _configuration(name: str) -> tuple[PretrainedConfig, bool]:

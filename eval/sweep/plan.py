@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from ..._version import __version__
 from ...budget import METHODS
 from ...hf.loading import SMOLLM2
 from ...options import DTYPES
@@ -124,12 +125,13 @@ def plan_from(given: Mapping[str, Any]) -> Plan:
     return Plan(**values)
 
 
-def cells(plan: Plan, *, chat: bool) -> list[CellDict]:
+def cells(plan: Plan, *, chat: bool, weights: str = "") -> list[CellDict]:
     """Return every cell of a plan, ordered by task, then with the full cache first.
 
     Args:
         plan: the sweep.
         chat: whether the model has a chat template to use where the plan leaves it open.
+        weights: see `provenance.weights_mark`.
 
     Raises:
         ValueError: a task or method is unknown, or a budget is impossible for a method.
@@ -159,6 +161,8 @@ def cells(plan: Plan, *, chat: bool) -> list[CellDict]:
                     "seed": plan.seed,
                     "model": plan.model,
                     "dtype": plan.dtype,
+                    "weights": weights,
+                    "library": __version__,
                     "settings": _settings(plan, method),
                 }
                 planned.append(cell)

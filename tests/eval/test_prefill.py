@@ -27,7 +27,9 @@ SETTINGS: dict[str, Any] = {"window_size": 8, "decode_reserve": 8, "kernel_size"
 # All methods of the library, and settings that change what happens at a prompt's end.
 ARMS: dict[str, Method] = {
     "stock": Full(),
-    **{name: Compressed(RocketKVConfig(method=name, token_budget=40, **SETTINGS)) for name in METHODS if name != "full"},
+    **{
+        name: Compressed(RocketKVConfig(method=name, token_budget=40, **SETTINGS)) for name in METHODS if name != "full"
+    },
     "full": Compressed(RocketKVConfig(method="full", window_size=8)),
     "small": Compressed(RocketKVConfig(**SMALL)),
     "sketch": Compressed(RocketKVConfig(**{**SMALL, "method": "rocketkv+", "split": SKETCH_SPLIT})),
