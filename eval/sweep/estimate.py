@@ -18,7 +18,7 @@ from ...hf.loading import SMOLLM2, load_smollm2
 from ...hf.plan import plan as make_plan
 from ..methods import FULL
 from ..records import CELLS, CellDict, digest, label, read_record
-from .plan import Plan, cells, shard
+from .plan import LATENCY, Plan, cells, shard, shared_fields
 
 NEW_TOKENS = 64  # of an answer where the plan does not limit it
 _MEBI, _GIBI = 2**20, 2**30
@@ -37,7 +37,7 @@ def dry_run(plan: Plan, results: Path, device: torch.device, part: tuple[int, in
     flops, bandwidth = _speed(device)
     lines = [f"{'task':24} {'length':>7} {'method':24} {'samples':>7} {'cache MiB':>10} {'minutes':>8}"]
     total, largest, known = 0.0, 0.0, True
-    done = _done(results)
+    done, read = _done(results), set()
     for cell in shard(cells(plan, chat=chat), *part):
         row = f"{cell['task']:24} {cell['length'] or '-':>7} {label(cell):24} {cell['samples']:>7}"
         if _without_weights(cell) in done:
@@ -48,7 +48,10 @@ def dry_run(plan: Plan, results: Path, device: torch.device, part: tuple[int, in
             known = False
             lines.append(f"{row} {'?':>10} {'?':>8}")
             continue
-        seconds, cache_bytes, peak = figures
+        prefill, decoding, cache_bytes, peak = figures
+        samples = digest(shared_fields(cell))
+        seconds = decoding if samples in read and cell["task"] != LATENCY else prefill + decoding
+        read.add(samples)  # by one prefill for all methods
         total, largest = total + seconds, max(largest, peak)
         lines.append(f"{row} {cache_bytes / _MEBI:>10.1f} {seconds / 60:>8.1f}")
     unknown = "" if known else " (without the cells marked ?, whose length or method is not known here)"
@@ -84,8 +87,11 @@ def _configuration(name: str) -> tuple[PretrainedConfig, bool]:
 
 def _figures(
     config: PretrainedConfig, cell: CellDict, flops: float, bandwidth: float
-) -> tuple[float, float, float] | None:
-    """Return seconds, bytes of a cache after its prompt, and bytes at the peak of a prefill; None where not known."""
+) -> tuple[float, float, float, float] | None:
+    """Return seconds of prefills and of decode steps, and bytes of a cache after its prompt and at the prefill's peak.
+
+    None where they are not known.
+    """
     length = cell["length"]
     if length is None or cell["method"] not in (*METHODS, FULL):
         return None
@@ -102,9 +108,9 @@ def _figures(
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     work = 2 * (weights / itemsize) * prompt + 2 * layers * heads * head_dim * prompt**2
     step = (weights + total("step_bytes")) / bandwidth
-    seconds = cell["samples"] * (work / flops + new * step)
     full_layer = total("full_bytes") / layers
-    return seconds, planned.cache.total_bytes, weights + planned.cache.total_bytes + full_layer
+    seconds = cell["samples"] * work / flops, cell["samples"] * new * step
+    return *seconds, planned.cache.total_bytes, weights + planned.cache.total_bytes + full_layer
 
 
 def _speed(device: torch.device) -> tuple[float, float]:

@@ -16,8 +16,8 @@ from ..progress import Progress
 from ..records import CELLS, CellDict, Record, cell_key, digest, finished, label, read_record, record_path, write_record
 from .cells import Session, is_whole, method_of, record_of, run_whole, unfinished_record
 from .locks import try_lock
-from .plan import LM_EVAL
-from .units import Unit, answer, attempt, free_memory, remove_answers, shared_fields
+from .plan import LM_EVAL, shared_fields
+from .units import Unit, answer, attempt, free_memory, remove_answers
 from .work import Work, work_of
 
 

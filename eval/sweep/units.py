@@ -23,15 +23,10 @@ from ..prefill import Prefills, shares_prefill
 from ..records import CellDict, cell_key, digest
 from .cells import Session
 from .locks import lock_path, try_lock
+from .plan import shared_fields
 from .work import Work
 
 FOLDER = "answers"  # inside the folder of the results
-_OWN = ("method", "token_budget", "settings")  # fields in which the cells of a group differ
-
-
-def shared_fields(cell: CellDict) -> dict[str, Any]:
-    """Return the fields in which cells with the same samples agree."""
-    return {name: value for name, value in cell.items() if name not in _OWN}
 
 
 class Unit:
@@ -121,13 +116,10 @@ def remove_answers(results: Path, cell: CellDict, complete: Collection[str]) -> 
         complete: keys of cells with a complete record.
     """
     folder = group_folder(results, cell)
-    for path in sorted(folder.glob("*.journal")):
+    for path in {path.with_suffix(".journal") for path in folder.glob("*.[jl]o*")}:
         with try_lock(path) as held:
             if held and all(key.split()[0] in complete for key in Journal.read(path)):
                 path.unlink(missing_ok=True)
                 lock_path(path).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # there are answers left, or another process has removed it
-        for lock in folder.glob("*.lock"):
-            if not lock.with_suffix(".journal").exists():
-                lock.unlink(missing_ok=True)
         folder.rmdir()
