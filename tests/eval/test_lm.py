@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -288,6 +290,25 @@ def test_a_stock_task_that_generates_nothing_is_refused(session: Session) -> Non
         with pytest.raises(ValueError, match=message):  # before any cell has run
             run_cells(session, [*stock_cells("mine_generate"), *stock_cells(task, methods=("full",))])
     assert not list(records(session.results))
+
+
+def test_logs_and_warnings_of_a_stock_task_are_shown(
+    session: Session,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    generate = RocketKVLM._model_generate
+
+    def loud(self: RocketKVLM, *args: Any, **kwargs: Any) -> torch.Tensor:
+        sys.stderr.write("decode steps run on PyTorch\n")
+        logging.getLogger("lm_eval").warning("a warning of lm-eval")
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(RocketKVLM, "_model_generate", loud)
+    run_whole(session, stock_cells("mine_generate", methods=("full",), samples=1)[0])
+    assert "decode steps run on PyTorch" in capsys.readouterr().err
+    assert "a warning of lm-eval" in caplog.text
 
 
 def test_batches_are_for_methods_that_pad(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

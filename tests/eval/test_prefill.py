@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from hybrids import linear
 from rocketkv import METHODS, RocketKVConfig
 from rocketkv.eval.conversation import Answers, answer_sample
 from rocketkv.eval.generate import DecodeLoop
+from rocketkv.eval.measures.kl import Window, divergence_sample
 from rocketkv.eval.methods import Compressed, Full, Method
 from rocketkv.eval.prefill import Prefills, read_prompt, start
 from rocketkv.hf import fork
@@ -193,3 +195,14 @@ def test_a_prompt_that_does_not_fit_the_device_waits_on_the_host(
     layers = [layer for layer in read.cache.layers if isinstance(layer, RocketKVLayer)]
     own = sum(layer.store.prompt.keys.nbytes + layer.store.prompt.values.nbytes for layer in layers)
     assert sizes == [own, own]  # each layer asks for all of them
+
+
+def test_a_divergence_is_what_it_is_alone(made: PreTrainedModel, tmp_path: Path) -> None:
+    window = Window("0", tiny.prompt(140)[0].tolist(), {})
+    prefills = Prefills(made)
+    for name in ("stock", "small", "rocketkv-mt"):
+        alone, shared = (
+            divergence_sample(made, ARMS[name], window, steps=20, model_name="m", folder=folder, prefills=given)
+            for folder, given in ((tmp_path / "alone", None), (tmp_path / "shared", prefills))
+        )
+        assert alone == shared
