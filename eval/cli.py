@@ -208,4 +208,4 @@ def _run(args: argparse.Namespace) -> int:
         if counts != Counts():
             sys.stdout.write(f"{summary(load(args.output))}\n")
     sys.stderr.write(f"{counts}; records in {args.output}\n")
-    return int(failed)
+    return code or int(failed)
