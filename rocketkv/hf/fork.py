@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..config import RocketKVConfig
 from ..core.params import AttentionParams
-from ..dispatch import static_step
+from ..dispatch import static_step, warm_up
 from ..state.prompt import PromptTokens
 from .cache import RocketKVCache
 from .layer import RocketKVLayer, rocketkv_layers
@@ -147,6 +147,7 @@ def _begin(layer: RocketKVLayer, source: RocketKVLayer) -> None:
     layer.prompt_tokens, layer.params = source.prompt_tokens, params
     query = prompt.queries[:, :, -1]
     layer.end_prompt(params)
+    warm_up(query, layer.store, params, backend=layer.backend, workspaces=layer.workspaces)
     if layer.config.decode_capacity is not None:
         layer.step = static_step(query, layer.store, backend=layer.backend, workspaces=layer.workspaces)
 
