@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,9 +129,23 @@ def given_plan(args: argparse.Namespace) -> Plan:
     return plan_from(found)
 
 
-def part_of(shard: tuple[int, int] | None) -> tuple[int, int]:
-    """Return the number of this process's shard and their count: --shard, or without it the rank under torchrun."""
-    return shard or (int(os.environ.get("RANK", "0")) + 1, int(os.environ.get("WORLD_SIZE", "1")))
+def others_failed(failed: bool) -> bool:
+    """Wait under torchrun until all processes have ended their work; return whether any of them has failed cells.
+
+    torchrun would stop the others when one ends with an error.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or int(os.environ.get("MASTER_PORT", "0")) == 0:
+        return failed
+    import torch
+    from torch import distributed
+
+    if distributed.is_initialized():
+        return failed
+    distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    count = torch.tensor([int(failed)])
+    distributed.all_reduce(count)
+    distributed.destroy_process_group()
+    return bool(count)
 
 
 def _device(given: str | None) -> torch.device:
@@ -151,7 +166,8 @@ def _run(args: argparse.Namespace) -> int:
     from .methods import find_method
     from .sweep.cells import Session
     from .sweep.plan import LM_EVAL, cells, shard
-    from .sweep.run import is_press, run_cells, run_presses
+    from .sweep.provenance import weights_mark
+    from .sweep.run import Counts, is_press, run_cells, run_presses
 
     plan = given_plan(args)
     if any(task.startswith(LM_EVAL) for task in plan.tasks):
@@ -159,7 +175,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = _device(args.device)
-    number, count = part_of(args.shard)
+    number, count = args.shard or (1, 1)
     if args.dry_run:
         from .sweep.estimate import dry_run
 
@@ -168,7 +184,8 @@ def _run(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(plan.model, getattr(torch, plan.dtype))
     model.to(device)  # type: ignore[arg-type]  # torch types `to`
     session = Session(model, tokenizer, args.output, plan.data_dir, args.retry_oom)
-    wanted = shard(cells(plan, chat=tokenizer.chat_template is not None), number, count)
+    known = cells(plan, chat=tokenizer.chat_template is not None, weights=weights_mark(model))
+    wanted = shard(known, number, count)
     presses = [cell for cell in wanted if is_press(cell)]
     apart = args.kvpress_python is not None
     if args.only_presses:
@@ -181,10 +198,14 @@ def _run(args: argparse.Namespace) -> int:
     code = 0
     if presses and apart and not args.only_presses:
         code = run_presses(args.kvpress_python, [*args.given, "--only-presses"])
-    if number == 1 and not args.only_presses:
+    failed = counts.failed > 0 or code != 0
+    if args.only_presses:
+        return int(failed)
+    failed = others_failed(failed)
+    if number == 1 and int(os.environ.get("RANK", "0")) == 0:
         from .report.write import load, summary
 
-        if counts.done or counts.done_before:
+        if counts != Counts():
             sys.stdout.write(f"{summary(load(args.output))}\n")
     sys.stderr.write(f"{counts}; records in {args.output}\n")
-    return code
+    return code or int(failed)

@@ -5,9 +5,10 @@ Two modes:
 - query-aware: the whole prompt is read, then compressed, as papers do. A further question follows the right answer to
   the one before (SCBench's multi-turn mode with golden context); the model's own answer is dropped.
 - query-agnostic: the context is read and compressed before any question is seen. Every question follows the context
-  alone, on a copy of the cache (SCBench's same-context mode).
+  alone, as the cache returns to its state after it (SCBench's same-context mode).
 
-Generation is greedy, one sequence at a time.
+Generation is greedy, one sequence at a time. Methods may share the prefill of the first prompt; so the cost has no time
+to the first token and no peak of memory, which the task `latency` measures.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..hf.cache import cache_stats
 from ..hf.prompts import continued, encode, follow_up, longest, render
-from .generate import DecodeLoop
-from .measures.latency import step_cost, time_stage_1
-from .measures.memory import cache_cost, peak_bytes, reset_peak
+from .measures.latency import step_cost
+from .measures.memory import cache_cost
 from .methods import Method
+from .prefill import Prefills, after_prompt
 from .records import CostDict, digest
 from .tasks.base import Sample, Turn
 
@@ -36,7 +37,7 @@ class Answers:
     Attributes:
         predictions: the text of each turn, without special tokens.
         prompt_sha256: of the tokens of all prompts.
-        cost: of all turns together; time to the first token is the first turn's, context included.
+        cost: bytes of the cache at the end, and times of the decode steps of all turns together.
     """
 
     predictions: tuple[str, ...]
@@ -60,6 +61,7 @@ def answer_sample(
     mode: str = AWARE,
     chat: bool = False,
     max_new_tokens: int | None = None,
+    prefills: Prefills | None = None,
 ) -> Answers:
     """Answer the questions of a sample.
 
@@ -71,6 +73,7 @@ def answer_sample(
         mode: `aware` or `agnostic`, see the module.
         chat: whether to use the model's chat template.
         max_new_tokens: most tokens of each answer; None leaves it to the turns.
+        prefills: reads the first prompt once for several methods; None: this method reads it itself.
 
     Raises:
         ValueError: the mode is unknown, or a prompt does not fit the model.
@@ -81,71 +84,53 @@ def answer_sample(
     agnostic, turns = mode == AGNOSTIC, sample.turns
     rendered = [render(tokenizer, sample.context, turn.question, turn.answer_prefix, chat=chat) for turn in turns]
     ids, head = encode(tokenizer, rendered[0], apart=agnostic)
-    # The peak of a process counts everything in it: on a CPU the task `latency` measures it.
-    on_cuda = model.device.type == "cuda" and reset_peak(model.device) is not None
-
-    def peak() -> int | None:
-        return peak_bytes(model.device) if on_cuda else None
-
-    history: list[int] = []  # tokens that the next question follows
+    first = ids[:head] if agnostic else ids
+    _check_length(model, first)
     predictions, prompts, steps = [], [], list[float]()
-    first_seconds, new_tokens = 0.0, 0
-    peak_prefill = peak_decode = None
-    with method.attached(model):
-        shared = loop = DecodeLoop(model=model, cache=method.new_cache(model, head if agnostic else len(ids)))
-        stage_1 = time_stage_1(shared.cache)
-        if agnostic:
-            history = ids[:head]
-            _read(shared, history, history)
-            first_seconds, peak_prefill = shared.seconds[-1], peak()  # before a question has a copy of the cache
+    new_tokens = 0
+    with after_prompt(model, method, first, prefills) as loop:
+        sequence = first  # tokens that the next question follows
+        after = loop.snapshot() if agnostic and len(turns) > 1 else None
         for number, turn in enumerate(turns):
             last = number + 1 == len(turns)
+            if after is not None and number:
+                loop.rollback(after)
+                after = None if last else after
             if agnostic:
                 new = encode(tokenizer, rendered[number], apart=True)[0][head:]
             else:
-                new = _next_turn(tokenizer, turns[number - 1], turn, chat=chat) if number else ids
-            prompts.append(history + new)
-            loop = shared if last or not agnostic else shared.fork()
-            _read(loop, new, prompts[-1])
-            if not number:
-                first_seconds += loop.seconds[-1]
-                peak_prefill = peak_prefill if agnostic else peak()
+                new = _next_turn(tokenizer, turns[number - 1], turn, chat=chat) if number else []
+            prompts.append(sequence + new)
+            if new:
+                _check_length(model, prompts[-1])
+                loop.prefill([new])
             if not agnostic:
-                history = prompts[-1]
-                loop = shared if last else shared.fork()
+                sequence = prompts[-1]
+                after = None if last else loop.snapshot()
             limit = turn.max_new_tokens if max_new_tokens is None else min(max_new_tokens, turn.max_new_tokens)
             before = len(loop.seconds)
-            if on_cuda:
-                reset_peak(model.device)
             written = list(loop.greedy(limit, ends))
-            peak_decode = peak()
             steps += loop.seconds[before:]
             new_tokens += len(written)
             predictions.append(str(tokenizer.decode(written, skip_special_tokens=True)))
-        compression_seconds = None if stage_1 is None else stage_1()
     cost: CostDict = {
         **cache_cost(cache_stats(loop.cache)),
         "prompt_tokens": len(prompts[0]),
         "new_tokens": new_tokens,
-        "first_token_seconds": first_seconds,
-        "compression_seconds": compression_seconds,
-        "peak_prefill_bytes": peak_prefill,
-        "peak_decode_bytes": peak_decode,
     }
     if steps:
         cost |= step_cost(steps)
     return Answers(predictions=tuple(predictions), prompt_sha256=digest(prompts), cost=cost)
 
 
-def _read(loop: DecodeLoop, ids: list[int], sequence: list[int]) -> None:
-    """Prefill `ids`, the last tokens of a sequence that must fit the model."""
-    most = longest(loop.model.config)
+def _check_length(model: PreTrainedModel, sequence: list[int]) -> None:
+    """Refuse a sequence that does not fit the model."""
+    most = longest(model.config)
     if len(sequence) > most:
         raise ValueError(
             f"a prompt must have at most the {most} tokens that the model takes, got {len(sequence)}; ask for a "
             "shorter length"
         )
-    loop.prefill([ids])
 
 
 def _next_turn(tokenizer: PreTrainedTokenizerBase, before: Turn, turn: Turn, *, chat: bool) -> list[int]:

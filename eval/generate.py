@@ -1,4 +1,4 @@
-"""The decode loop of the harness: a prefill, one token a forward, and several methods after one shared prefill.
+"""The decode loop of the harness: a prefill, and one token a forward.
 
 Every measurement runs this loop, so that all of them time and compare the same work. Decoding is greedy or
 teacher-forced: a caller steps with the loop's own choice (`token`) or with given tokens.
@@ -11,24 +11,21 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 
 from ..config import RocketKVConfig
-from ..hf.cache import begin_prompt, cache_stats
-from ..hf.layer import RocketKVLayer
+from ..hf.cache import RocketKVCache, begin_prompt, cache_stats
+from ..hf.fork import copy_layer
 from ..hf.models import CACHE_ARGUMENT
 from ..state.stats import CacheStats
 from .methods import Compressed, Full, Method
-
-TAIL = 64  # last tokens of a prompt that every method reads itself after a shared prefill; above any window used here
 
 Ids = Tensor | Sequence[Sequence[int]]
 """Token ids [B, n], or rows of token ids, which are padded on the left where their lengths differ."""
@@ -109,10 +106,41 @@ class DecodeLoop:
                 return
             yield token
 
-    def fork(self) -> DecodeLoop:
-        """Return an independent copy, its cache copied and without times."""
-        with torch.inference_mode(False):  # a copy made in inference mode could not be written to outside of it
-            return replace(self, cache=copy.deepcopy(self.cache), seconds=[], processor_seconds=[])
+    def snapshot(self) -> LoopSnapshot:
+        """Return the present state, for `rollback`; it has no times."""
+        return LoopSnapshot(self.seen, self.mask, self.logits, self.token, _cache_state(self.cache))
+
+    def rollback(self, taken: LoopSnapshot) -> None:
+        """Return to a state of this loop, any number of times."""
+        self.seen, self.mask, self.logits, self.token = taken[:4]
+        if isinstance(self.cache, RocketKVCache):
+            self.cache.rollback(taken.cache)
+        elif isinstance(taken.cache, list):
+            self.cache.layers[:] = [copy_layer(layer) for layer in taken.cache]
+        else:
+            self.cache = _copied(taken.cache)
+
+
+class LoopSnapshot(NamedTuple):
+    """The state of a `DecodeLoop` at one time: its fields, and the state of its cache."""
+
+    seen: int
+    mask: Tensor | None
+    logits: Tensor
+    token: Tensor
+    cache: Any
+
+
+def _cache_state(cache: Cache) -> Any:
+    """Return the state of a cache: without copies of keys and values where it is this library's or a stock one."""
+    if isinstance(cache, RocketKVCache):
+        return cache.snapshot()
+    return [copy_layer(layer) for layer in cache.layers] if type(cache) is DynamicCache else _copied(cache)
+
+
+def _copied(cache: Cache) -> Cache:
+    with torch.inference_mode(False):  # a copy made in inference mode could not be written to outside of it
+        return copy.deepcopy(cache)
 
 
 def _padded(ids: Ids, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -130,84 +158,6 @@ def synchronize(device: torch.device) -> None:
     """Wait until a device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-class SharedPrefill(NamedTuple):
-    """Keys and values of a batch of prompts up to their last `TAIL` tokens, from dense attention.
-
-    All methods prefill densely, so each can continue from here.
-
-    Attributes:
-        layers: keys and values [B, Hkv, S - TAIL, D] of each full-attention layer, padded on the left; of any other
-            layer, which no method changes, the cache layer itself.
-        mask: [B, S - TAIL] int64, 0 at padding; None: there is no padding.
-        tails: [B, TAIL] int64, the last tokens.
-        size: S - TAIL, tokens of the longest row so far.
-    """
-
-    layers: list[tuple[Tensor, Tensor] | CacheLayerMixin]
-    mask: Tensor | None
-    tails: Tensor
-    size: int
-
-
-def shared_prefill(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> SharedPrefill:
-    """Read prompts up to their tails, one by one, with the stock model.
-
-    Args:
-        model: a model with no method attached.
-        prompts: token ids of each; a single one where the model has layers without full attention.
-
-    Raises:
-        ValueError: a prompt has at most `TAIL` tokens, or there are several for layers without full attention.
-    """
-    if min(map(len, prompts)) <= TAIL:
-        raise ValueError(f"a prompt must have more than {TAIL} tokens, got {min(map(len, prompts))}")
-    size = max(map(len, prompts)) - TAIL
-    rows: list[list[Any]] = []
-    for ids in prompts:
-        loop = DecodeLoop(model=model, cache=Full().new_cache(model, len(ids)))
-        loop.prefill([ids[:-TAIL]])
-        rows.append(list(loop.cache.layers))
-    joined: list[tuple[Tensor, Tensor] | CacheLayerMixin] = []
-    for layer_of_rows in zip(*rows, strict=True):
-        if type(layer_of_rows[0]) in (DynamicLayer, RocketKVLayer):
-            keys = [F.pad(layer.keys, (0, 0, size - layer.keys.shape[2], 0)) for layer in layer_of_rows]
-            values = [F.pad(layer.values, (0, 0, size - layer.values.shape[2], 0)) for layer in layer_of_rows]
-            joined.append((torch.cat(keys), torch.cat(values)))
-        elif len(prompts) == 1:
-            joined.append(layer_of_rows[0])
-        else:
-            raise ValueError(
-                f"layers without full attention, as {type(model).__name__} has, take one prompt, got {len(prompts)}"
-            )
-    _, mask = _padded([ids[:-TAIL] for ids in prompts], model.device)
-    tails = torch.tensor([list(ids[-TAIL:]) for ids in prompts], device=model.device)
-    return SharedPrefill(joined, mask, tails, size)
-
-
-def continue_prefill(model: PreTrainedModel, method: Method, shared: SharedPrefill) -> DecodeLoop:
-    """Return a loop that has read the whole prompts by a method, which must be attached to the model.
-
-    Args:
-        model: the model.
-        method: compresses at the prompts' end.
-        shared: stays unchanged.
-    """
-    size = shared.size
-    cache = method.new_cache(model, size + TAIL)
-    valid = None if shared.mask is None else shared.mask.bool()
-    for number, read in enumerate(shared.layers):
-        layer: Any = cache.layers[number]
-        if not isinstance(read, tuple):
-            cache.layers[number] = copy.deepcopy(read)
-        elif isinstance(layer, RocketKVLayer):
-            layer.store.extend(*read, valid, expected=size + TAIL)
-        else:
-            cache.update(*read, number)
-    loop = DecodeLoop(model=model, cache=cache, seen=size, mask=shared.mask)
-    loop.prefill(shared.tails)
-    return loop
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,22 @@ class Journal:
                 return
             self._results[key] = value
 
+    @staticmethod
+    def read(path: Path) -> dict[str, Any]:
+        """Return the results of a file up to its first truncated or damaged line, and leave the file as it is."""
+        results: dict[str, Any] = {}
+        try:
+            lines = path.read_bytes().split(b"\n")[:-1]
+        except FileNotFoundError:
+            return results
+        for line in lines:
+            try:
+                key, value = json.loads(line)
+            except (ValueError, TypeError):
+                break
+            results[key] = value
+        return results
+
     def __len__(self) -> int:
         return len(self._results)
 

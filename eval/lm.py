@@ -8,7 +8,6 @@ single forward over both would never read a compressed cache.
 from __future__ import annotations
 
 import contextlib
-import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import fields
@@ -19,6 +18,7 @@ import lm_eval
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models import huggingface
+from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from ..config import RocketKVConfig
@@ -119,21 +119,30 @@ class RocketKVLM(huggingface.HFLM):  # type: ignore[misc]  # lm-eval ships no ty
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hide what lm-eval and datasets log below an error, and their bars where the output is piped, inside the block."""
-    levels = {logger: logger.level for logger in map(logging.getLogger, ("lm_eval", "datasets"))}
-    for logger in levels:
-        logger.setLevel(logging.ERROR)
-    try:
-        with mock.patch.object(lm_eval.api.task, "tqdm", _bar), mock.patch.object(huggingface, "tqdm", _bar):
-            yield
-    finally:
-        for logger, level in levels.items():
-            logger.setLevel(level)
+def without_bars() -> Iterator[None]:
+    """Hide lm-eval's progress bars inside the block where the output is piped; its logs and warnings are shown."""
+    with mock.patch.object(lm_eval.api.task, "tqdm", _bar), mock.patch.object(huggingface, "tqdm", _bar):
+        yield
 
 
 def _bar(*args: Any, **kwargs: Any) -> tqdm:
     return tqdm(*args, **{**kwargs, "disable": None})
+
+
+def check_stock_task(name: str) -> None:
+    """Check that a task of lm-eval can run as a cell; its data are read.
+
+    Raises:
+        ValueError: there is no such task, it is a group of several, or it does not generate text.
+    """
+    manager = TaskManager()
+    if name not in manager.all_subtasks:
+        groups = name in manager.all_groups or name in manager.all_tags
+        kind = "is a group of lm-eval: name its tasks one by one" if groups else "is no task of lm-eval"
+        raise ValueError(f"a stock task must be a single task, but {name!r} {kind}; `lm_eval ls tasks` lists them")
+    kind = manager.load([name])["tasks"][name].OUTPUT_TYPE
+    if kind != "generate_until":
+        raise ValueError(f"{name!r} must generate text and score it with a number; its output type is {kind}")
 
 
 def evaluate_stock_task(
@@ -152,7 +161,7 @@ def evaluate_stock_task(
         ValueError: it is not a single generation task with a metric between 0 and 1.
     """
     generation = None if max_new_tokens is None else {"max_gen_toks": max_new_tokens}
-    with quiet():
+    with without_bars():
         results = lm_eval.simple_evaluate(
             lm, tasks=[name], limit=samples, apply_chat_template=chat, gen_kwargs=generation, bootstrap_iters=0
         )

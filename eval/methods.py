@@ -14,7 +14,7 @@ import importlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -37,7 +37,11 @@ SETTINGS = tuple(field.name for field in fields(RocketKVConfig) if field.name no
 
 
 class Method(Protocol):
-    """A method at one budget, as the harness uses it."""
+    """A method at one budget, as the harness uses it.
+
+    A method whose prefill is dense attention, after which only its cache's layers of this library compress, may have an
+    attribute `dense_prefill` that is true: then it shares the prefill of a sample with others (`prefill.py`).
+    """
 
     @property
     def name(self) -> str:
@@ -60,6 +64,7 @@ class Full:
 
     name: str = FULL
     token_budget: int | None = None
+    dense_prefill: ClassVar[bool] = True
 
     def attached(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         """Return a context that changes nothing."""
@@ -75,6 +80,7 @@ class Compressed:
     """A method of the library."""
 
     config: RocketKVConfig
+    dense_prefill: ClassVar[bool] = True
 
     @property
     def name(self) -> str:

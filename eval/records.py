@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
-SCHEMA = 1
+SCHEMA = 2
 CELLS = "cells"  # folder of the records, inside the folder of the results
 
 
@@ -35,11 +35,16 @@ class CellDict(TypedDict):
     seed: int
     model: str
     dtype: str
+    weights: str  # the model's commit on the hub, or a digest of its weights
+    library: str  # version of rocketkv
     settings: dict[str, Any]  # further fields of RocketKVConfig, and of the task
 
 
 class CostDict(TypedDict, total=False):
-    """Seconds and bytes of one generation, or of several together; None where they could not be measured."""
+    """Seconds and bytes of one generation, or of several together; None where they could not be measured.
+
+    Times to the first token and peaks of memory come from the task `latency` alone: in others, methods share a prefill.
+    """
 
     prompt_tokens: float
     new_tokens: float
@@ -100,8 +105,8 @@ class Record(TypedDict):
     schema: int
     key: str
     cell: CellDict
-    status: Literal["complete", "out_of_memory"]
-    message: str  # of the error, or empty
+    status: Literal["complete", "out_of_memory", "failed"]  # the last two have the samples before the error
+    message: str  # of the error, where it failed its traceback; or empty
     metric: str
     higher_is_better: bool
     score: float | None  # mean over samples, 0 to 100 (other metrics: their own unit)

@@ -26,11 +26,11 @@ from ..config import RocketKVConfig
 from ..hf.cache import cache_stats
 from ..hf.tuned import fingerprint, sealed
 from ..state.stats import CacheStats
-from .generate import SharedPrefill, continue_prefill, shared_prefill
 from .intervals import at_least, mean_interval
 from .journal import Journal
 from .measures.kl import Window, divergence, following, start_tokens, text_tokens
 from .methods import Compressed, Full, Method
+from .prefill import ReadPrompt, read_prompt, start
 from .progress import Progress
 from .records import digest
 
@@ -271,16 +271,15 @@ def certificate(held_out: Measured, target_kl: float) -> dict[str, Any]:
 
 
 class _Read(NamedTuple):
-    """A window's prompt up to its tail, and the full cache's log-probabilities [steps, vocabulary] float32."""
+    """A window's prompt, and the full cache's log-probabilities [steps, vocabulary] float32."""
 
-    shared: SharedPrefill
+    shared: ReadPrompt
     logprobs: Tensor
 
     @property
     def nbytes(self) -> int:
         """Bytes of both, without the layers that no method changes."""
-        pairs = [pair for pair in self.shared.layers if isinstance(pair, tuple)]
-        return self.logprobs.nbytes + sum(part.nbytes for pair in pairs for part in pair)
+        return self.logprobs.nbytes + self.shared.nbytes
 
 
 class Measurer:
@@ -332,18 +331,16 @@ class Measurer:
     def _prefill(self, window: Window) -> _Read:
         """Read a window's prompt, and keep it if there is room."""
         prompt, continuation = window.ids[: self._settings.prompt], window.ids[self._settings.prompt :]
-        shared = shared_prefill(self._model, [prompt])
+        shared = read_prompt(self._model, [prompt])
         read = _Read(shared, self._continued(Full(), shared, continuation)[0])
         # The first ones stay: of windows that are visited in turns, the least recently used is needed next.
         if sum(kept.nbytes for kept in self._read.values()) + read.nbytes <= KEPT_BYTES:
             self._read[window.id] = read
         return read
 
-    def _continued(
-        self, method: Method, shared: SharedPrefill, continuation: Sequence[int]
-    ) -> tuple[Tensor, CacheStats]:
+    def _continued(self, method: Method, shared: ReadPrompt, continuation: Sequence[int]) -> tuple[Tensor, CacheStats]:
         """Return the log-probabilities [steps, vocabulary] float32 of each token of a continuation, and the cache's."""
         with method.attached(self._model):
-            loop = continue_prefill(self._model, method, shared)
+            loop = start(self._model, method, shared)
             rows = torch.cat(list(following(loop, continuation)))
         return rows, cache_stats(loop.cache)

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
@@ -30,10 +30,10 @@ from rocketkv._version import __version__
 from rocketkv.budget import rocketkv_plus_split
 from rocketkv.config import RocketKVConfig
 from rocketkv.core.params import AttentionParams
-from rocketkv.eval.generate import SharedPrefill, continue_prefill, shared_prefill
 from rocketkv.eval.measures.kl import Window, following
 from rocketkv.eval.methods import Compressed, Full, Method
 from rocketkv.eval.oracle.run import LayerTensors, each_layer, feed, layer_numbers
+from rocketkv.eval.prefill import ReadPrompt, read_prompt, start
 from rocketkv.eval.progress import Progress
 from rocketkv.eval.records import digest
 from rocketkv.hf.layer import RocketKVLayer
@@ -84,6 +84,7 @@ class Arm:
     token_budget: int | None
     method: Method
     replaced: tuple[str, ...] = ()
+    dense_prefill: ClassVar[bool] = True
 
     @contextmanager
     def in_form(self) -> Iterator[None]:
@@ -126,12 +127,10 @@ def arm_of(name: str, budget: int, settings: Settings, head_dim: int, layers: Se
     return Arm(name, budget, Compressed(config), tuple(part for part in parts if part in VARIANTS))
 
 
-def step_logprobs(
-    model: PreTrainedModel, arm: Method, shared: SharedPrefill, tokens: Sequence[int]
-) -> Iterator[Tensor]:
+def step_logprobs(model: PreTrainedModel, arm: Method, shared: ReadPrompt, tokens: Sequence[int]) -> Iterator[Tensor]:
     """Yield the log-probabilities [1, vocabulary] float32 that predict each token but the first, from decode steps."""
     with arm.attached(model):
-        yield from itertools.islice(following(continue_prefill(model, arm, shared), tokens), 1, None)
+        yield from itertools.islice(following(start(model, arm, shared), tokens), 1, None)
 
 
 def divergences(expected: Sequence[Tensor], found: Iterator[Tensor]) -> list[float]:
@@ -208,7 +207,7 @@ def study(
     with Progress("beginning", total=len(windows) * len(asked)) as progress:
         for window in windows:
             prompt, continuation = window.ids[: settings.prompt], window.ids[settings.prompt :]
-            shared: SharedPrefill | None = None
+            shared: ReadPrompt | None = None
             expected: list[Tensor] = []
             for skipped, budget, name in asked:
                 progress.say(f"{window.id}: {name} at {budget}")
@@ -216,7 +215,7 @@ def study(
                 key = digest([*of_run, name, budget, skipped])
                 if journal.get(key) is None:
                     if shared is None:
-                        shared = shared_prefill(model, [prompt])
+                        shared = read_prompt(model, [prompt])
                         expected = list(step_logprobs(model, Full(), shared, continuation))
                     arm = arm_of(name, budget, settings, head_dim, skipped)
                     journal.put(key, divergences(expected, step_logprobs(model, arm, shared, continuation)))

@@ -12,9 +12,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rocketkv._version import __version__
-from rocketkv.eval.generate import SharedPrefill, continue_prefill, shared_prefill
 from rocketkv.eval.intervals import wilson
 from rocketkv.eval.methods import FULL, Method, find_method
+from rocketkv.eval.prefill import ReadPrompt, read_prompt, start
 from rocketkv.eval.progress import Progress
 from rocketkv.eval.records import digest
 from rocketkv.eval.tasks.needle import found, needle_grid
@@ -48,10 +48,10 @@ def method_of(arm: str) -> Method:
     return find_method(name, int(budget) if budget else None)
 
 
-def answer(model: PreTrainedModel, method: Method, prompt: SharedPrefill, new_tokens: int) -> list[int]:
+def answer(model: PreTrainedModel, method: Method, prompt: ReadPrompt, new_tokens: int) -> list[int]:
     """Return the greedy tokens after a prompt by one method."""
     with method.attached(model):
-        return list(continue_prefill(model, method, prompt).greedy(new_tokens))
+        return list(start(model, method, prompt).greedy(new_tokens))
 
 
 def study(
@@ -65,12 +65,12 @@ def study(
         for length in settings.tokens:
             for prompt in needle_grid(tokenizer, tokens=length, count=settings.prompts, seed=settings.seed):
                 ids = list(tokenizer(prompt.text)["input_ids"])
-                shared: SharedPrefill | None = None
+                shared: ReadPrompt | None = None
                 for arm, method in methods.items():
                     progress.say(f"{length} tokens: {arm}")
                     key = digest([VERSION, __version__, settings.model, arm, ids])
                     if journal.get(key) is None:
-                        shared = shared_prefill(model, [ids]) if shared is None else shared
+                        shared = read_prompt(model, [ids]) if shared is None else shared
                         journal.put(key, str(tokenizer.decode(answer(model, method, shared, NEW_TOKENS))))
                     right[str(length)][arm].append(found(prompt.answer, journal.get(key)))
                     progress.step()

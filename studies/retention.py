@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rocketkv._version import __version__
-from rocketkv.eval.generate import SharedPrefill, continue_prefill, shared_prefill
 from rocketkv.eval.intervals import Interval, paired_interval, wilson
 from rocketkv.eval.methods import FULL, Method, find_method
+from rocketkv.eval.prefill import ReadPrompt, read_prompt, start
 from rocketkv.eval.progress import Progress
 from rocketkv.eval.records import digest
 from rocketkv.hf.prompts import continued, encode, follow_up, render
@@ -100,7 +100,7 @@ def turns(tokenizer: PreTrainedTokenizerBase, given: Document) -> list[Turn]:
 
 
 def scores(
-    model: PreTrainedModel, method: Method, shared: SharedPrefill, conversations: Sequence[Sequence[Turn]]
+    model: PreTrainedModel, method: Method, shared: ReadPrompt, conversations: Sequence[Sequence[Turn]]
 ) -> list[ScoreDict]:
     """Run a batch of conversations by one method.
 
@@ -112,7 +112,7 @@ def scores(
     """
     results: list[ScoreDict] = [{"nll": [], "right": []} for _ in conversations]
     with method.attached(model):
-        loop = continue_prefill(model, method, shared)
+        loop = start(model, method, shared)
         for number, turn in enumerate(conversations[0]):
             if number:
                 # The last token of an answer is read with the next prompt, as `generate` does.
@@ -246,13 +246,13 @@ def study(
     with Progress("beginning", total=len(groups) * len(ARMS)) as progress:
         for group in groups:
             talks = [conversations[number] for number in group]
-            shared: SharedPrefill | None = None
+            shared: ReadPrompt | None = None
             for method in methods:
                 progress.say(method.name)
                 settings_of = [method.name, method.token_budget, None if method.name == FULL else fields]
                 key = digest([VERSION, __version__, settings.model, *settings_of, talks])
                 if journal.get(key) is None:
-                    shared = shared_prefill(model, [talk[0].given for talk in talks]) if shared is None else shared
+                    shared = read_prompt(model, [talk[0].given for talk in talks]) if shared is None else shared
                     journal.put(key, scores(model, method, shared, talks))
                 for number, score in zip(group, journal.get(key), strict=True):
                     results[method.name][number] = score

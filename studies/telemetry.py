@@ -23,7 +23,7 @@ from rocketkv.config import RocketKVConfig
 from rocketkv.core.attention import attend
 from rocketkv.core.params import AttentionParams
 from rocketkv.eval.generate import DecodeLoop
-from rocketkv.eval.measures.kl import Window, teacher_forced, texts
+from rocketkv.eval.measures.kl import Window, following, texts
 from rocketkv.eval.optional import optional
 from rocketkv.eval.progress import Progress
 from rocketkv.eval.tasks.base import Preparation
@@ -92,7 +92,10 @@ def errors(model: PreTrainedModel, config: RocketKVConfig, window: Window, promp
         if isinstance(layer, RocketKVLayer):
             cache.layers[number] = _Compared(config, number)
     with patch(model, config):
-        teacher_forced(model, cache, window.ids[:prompt], window.ids[prompt:])
+        loop = DecodeLoop(model=model, cache=cache)
+        loop.prefill([window.ids[:prompt]])
+        for _ in following(loop, window.ids[prompt:]):
+            pass
     ours = [layer for layer in cache.layers if isinstance(layer, _Compared)]
     return {
         name: torch.stack([torch.cat(layer.found[name]) for layer in ours], dim=1).double().cpu()
@@ -167,17 +170,18 @@ def costs(
     with patch(model, config):
         loop.prefill([ids])
         loop.step([ids[-1:]])
+        after = loop.snapshot()
     milliseconds = {}
     for name, fields in WATCHED.items():
-        watched = loop.fork()
-        layers = rocketkv_layers(watched.cache)
+        loop.rollback(after)
+        layers = rocketkv_layers(cache)
         monitor = _Timed(replace(config, **fields), [layer.number for layer in layers])
         for layer in layers:
             layer.monitor = monitor
         with patch(model, config, on_step=_unread if name == "on_step" else None):
             for _ in range(steps):
-                watched.step([ids[-1:]])
-        spent = sum(watched.processor_seconds)
+                loop.step([ids[-1:]])
+        spent = sum(loop.processor_seconds[-steps:])
         milliseconds[name] = {"step": 1000 * spent / steps, "watching": 1000 * monitor.spent / steps}
     return milliseconds
 

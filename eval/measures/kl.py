@@ -29,6 +29,7 @@ from transformers.cache_utils import Cache
 from ...hf.cache import cache_stats
 from ..generate import DecodeLoop
 from ..methods import Full, Method
+from ..prefill import Prefills, after_prompt
 from ..records import SampleDict, digest, quarantine, write_atomically
 from ..tasks.base import Preparation
 from ..tasks.text import prose
@@ -129,22 +130,24 @@ def decode_logprobs(
     Raises:
         ValueError: prompt or continuation has no token.
     """
-    with method.attached(model):
-        return teacher_forced(model, method.new_cache(model, len(prompt_ids)), prompt_ids, continuation_ids)
+    return teacher_forced(model, method, prompt_ids, continuation_ids)[0]
 
 
 def teacher_forced(
-    model: PreTrainedModel, cache: Cache, prompt_ids: Sequence[int], continuation_ids: Sequence[int]
-) -> Tensor:
-    """As `decode_logprobs`, over a given empty cache whose method is attached to the model."""
+    model: PreTrainedModel,
+    method: Method,
+    prompt_ids: Sequence[int],
+    continuation_ids: Sequence[int],
+    prefills: Prefills | None = None,
+) -> tuple[Tensor, Cache]:
+    """Return `decode_logprobs` and the cache; `prefills` reads the prompt once for several methods."""
     if not prompt_ids or not continuation_ids:
         raise ValueError(
             f"prompt and continuation must have tokens, got {len(prompt_ids)} and {len(continuation_ids)}; cut the "
             "text elsewhere"
         )
-    loop = DecodeLoop(model=model, cache=cache)
-    loop.prefill([prompt_ids])
-    return torch.cat(list(following(loop, continuation_ids)))
+    with after_prompt(model, method, list(prompt_ids), prefills) as loop:
+        return torch.cat(list(following(loop, continuation_ids))), loop.cache
 
 
 def following(loop: DecodeLoop, continuation_ids: Sequence[int]) -> Iterator[Tensor]:
@@ -167,6 +170,7 @@ def full_logprobs(
     *,
     model_name: str,
     folder: Path,
+    prefills: Prefills | None = None,
 ) -> Tensor:
     """Return `decode_logprobs` of the stock model and its own cache, computed once and then read from a file.
 
@@ -180,6 +184,7 @@ def full_logprobs(
         continuation_ids: likewise.
         model_name: identifies the model in the file's key.
         folder: of the files.
+        prefills: reads the prompt once for several methods.
     """
     key = {
         "version": VERSION,
@@ -198,7 +203,7 @@ def full_logprobs(
         with contextlib.suppress(SafetensorError, KeyError):
             return safetensors.torch.load(path.read_bytes())["logprobs"]
         quarantine(path)
-    logprobs = decode_logprobs(model, Full(), prompt_ids, continuation_ids)
+    logprobs, _ = teacher_forced(model, Full(), prompt_ids, continuation_ids, prefills)
     write_atomically(path, safetensors.torch.save({"logprobs": logprobs}))
     return logprobs
 
@@ -251,7 +256,14 @@ def divergence(reference: Tensor, other: Tensor, targets: Sequence[int]) -> dict
 
 
 def divergence_sample(
-    model: PreTrainedModel, method: Method, window: Window, *, steps: int = STEPS, model_name: str, folder: Path
+    model: PreTrainedModel,
+    method: Method,
+    window: Window,
+    *,
+    steps: int = STEPS,
+    model_name: str,
+    folder: Path,
+    prefills: Prefills | None = None,
 ) -> SampleDict:
     """Measure one window, whose last `steps` tokens are the continuation.
 
@@ -262,6 +274,7 @@ def divergence_sample(
         steps: m, tokens of the continuation, of which all but the first count.
         model_name: see `full_logprobs`.
         folder: likewise.
+        prefills: reads the prompt once for several methods; None: each reads it itself.
 
     Returns:
         A sample whose score is the mean KL and whose notes have the figures of `divergence`.
@@ -275,10 +288,8 @@ def divergence_sample(
             f"a prompt; got {steps}"
         )
     prompt, continuation = window.ids[:-steps], window.ids[-steps:]
-    reference = full_logprobs(model, prompt, continuation, model_name=model_name, folder=folder)
-    with method.attached(model):
-        cache = method.new_cache(model, len(prompt))
-        logprobs = teacher_forced(model, cache, prompt, continuation)
+    reference = full_logprobs(model, prompt, continuation, model_name=model_name, folder=folder, prefills=prefills)
+    logprobs, cache = teacher_forced(model, method, prompt, continuation, prefills)
     figures = divergence(reference, logprobs, continuation)
     return {
         "id": window.id,

@@ -12,7 +12,7 @@ from ..intervals import Interval, mean_of_means_interval, paired_interval
 from ..records import Record
 from .arms import FULL, Arm, ColumnKey
 
-Status = Literal["complete", "out_of_memory", "missing"]
+Status = Literal["complete", "out_of_memory", "failed", "missing"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +106,8 @@ def _figure(arm: Arm, cells: Mapping[Arm, Record]) -> Figure:
     record = cells.get(arm)
     if record is None:
         return MISSING
-    if record["status"] == "out_of_memory":
-        return Figure(status="out_of_memory")
+    if record["status"] != "complete":
+        return Figure(status=record["status"])
     ends = record["interval"]
     figure = Figure(
         status="complete",

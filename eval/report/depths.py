@@ -57,7 +57,9 @@ def depth_maps(records: Sequence[Record]) -> list[DepthMap]:
 
 
 def _depths(record: Record) -> list[tuple[float, float]]:
-    """Return depth and score of each sample that notes a depth."""
+    """Return depth and score of each sample that notes a depth; none of a cell that has not ended."""
+    if record["status"] != "complete":
+        return []
     noted = [(sample["notes"].get("depth"), sample["score"]) for sample in record["samples"]]
     return [(float(depth), score) for depth, score in noted if isinstance(depth, int | float) and 0 <= depth <= 1]
 

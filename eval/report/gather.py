@@ -37,7 +37,8 @@ def gather(records: Sequence[Record]) -> Report:
     """
     cells = [record["cell"] for record in records]
     asked = [record for record in records if record["cell"]["task"] != LATENCY]
-    counts = sorted({len(record["samples"]) for record in asked if record["samples"]}) or [0]
+    complete = [record for record in asked if record["status"] == "complete"]
+    counts = sorted({len(record["samples"]) for record in complete if record["samples"]}) or [0]
     lengths = sorted({cell["length"] for cell in cells if cell["length"]})
     own = [length_text(None)] if any(cell["length"] is None for cell in cells) else []
     facts = (

@@ -33,6 +33,7 @@ def provenance(records: Sequence[Record]) -> Provenance:
     facts = [
         ("Records", (str(len(records)),)),
         ("Out of memory", (str(sum(record["status"] == "out_of_memory" for record in records)),)),
+        ("Failed", (str(sum(record["status"] == "failed" for record in records)),)),
         ("Created", tuple(dict.fromkeys((min(created), max(created))))),
         ("rocketkv", _counted(origin["rocketkv"] for origin in origins)),
         ("Git commit", _counted(origin["git_hash"] or "unknown" for origin in origins)),
@@ -46,6 +47,10 @@ def provenance(records: Sequence[Record]) -> Provenance:
         warnings.append("Records come from different machines: their times and peak memory are not comparable.")
     if len({(origin["rocketkv"], origin["git_hash"], _text(origin["versions"])) for origin in origins}) > 1:
         warnings.append("Records come from different versions of the code or of the packages it runs on.")
+    if len({(record["cell"]["model"], record["cell"]["weights"]) for record in records}) > len(
+        {record["cell"]["model"] for record in records}
+    ):
+        warnings.append("Records under one name of a model come from different weights.")
     for task, members in sorted(grouped(records, lambda record: record["cell"]["task"]).items()):
         complete = [record for record in members if record["status"] == "complete"]  # others lack their data's hash
         facts.append((f"Data of {task}", _counted(map(_data, complete)) or ("unknown",)))

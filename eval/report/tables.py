@@ -24,6 +24,7 @@ SCORES_NOTE = (
 DISTANCES_NOTE = (
     "Lower is better. With each figure the difference to the full cache on the same samples and its 95 % interval."
 )
+_NO_SCORE = {"out_of_memory": "OOM", "failed": "failed"}  # by the status of a cell
 UNITS = {
     "seconds": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")),
     "bytes": ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")),
@@ -106,7 +107,7 @@ def costs_note(section: Section) -> str:
 def figure_cell(figure: Figure, *, percent: bool = True) -> Cell:
     """Return a score with its difference and the interval of that, or with the interval of the score."""
     if figure.score is None:
-        return Cell("OOM" if figure.status == "out_of_memory" else "-")
+        return Cell(_NO_SCORE.get(figure.status, "-"))
     text = number(figure.score, percent=percent)
     if figure.difference is None:
         return Cell(text, interval=_interval(figure.interval, percent=percent), value=figure.score)
@@ -117,7 +118,7 @@ def figure_cell(figure: Figure, *, percent: bool = True) -> Cell:
 def _value_cell(column: Column, arm: Arm, name: str) -> Cell:
     value = column.cells[arm]["values"].get(name) if arm in column.cells else None
     if value is None:
-        return Cell("OOM" if column.figures[arm].status == "out_of_memory" else "-")
+        return Cell(_NO_SCORE.get(column.figures[arm].status, "-"))
     return Cell(number(value, percent=False), value=value)
 
 

@@ -6,6 +6,7 @@ weights and cache, computed from the model's configuration.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -16,8 +17,8 @@ from ...budget import METHODS
 from ...hf.loading import SMOLLM2, load_smollm2
 from ...hf.plan import plan as make_plan
 from ..methods import FULL
-from ..records import CellDict, label, read_record, record_path
-from .plan import Plan, cells, shard
+from ..records import CELLS, CellDict, digest, label, read_record
+from .plan import LATENCY, Plan, cells, shard, shared_fields
 
 NEW_TOKENS = 64  # of an answer where the plan does not limit it
 _MEBI, _GIBI = 2**20, 2**30
@@ -36,9 +37,10 @@ def dry_run(plan: Plan, results: Path, device: torch.device, part: tuple[int, in
     flops, bandwidth = _speed(device)
     lines = [f"{'task':24} {'length':>7} {'method':24} {'samples':>7} {'cache MiB':>10} {'minutes':>8}"]
     total, largest, known = 0.0, 0.0, True
+    done, read = _done(results), set()
     for cell in shard(cells(plan, chat=chat), *part):
         row = f"{cell['task']:24} {cell['length'] or '-':>7} {label(cell):24} {cell['samples']:>7}"
-        if _done(record_path(results, cell)):
+        if _without_weights(cell) in done:
             lines.append(f"{row} {'':>10} {'done':>8}")
             continue
         figures = _figures(config, cell, flops, bandwidth)
@@ -46,7 +48,10 @@ def dry_run(plan: Plan, results: Path, device: torch.device, part: tuple[int, in
             known = False
             lines.append(f"{row} {'?':>10} {'?':>8}")
             continue
-        seconds, cache_bytes, peak = figures
+        prefill, decoding, cache_bytes, peak = figures
+        samples = digest(shared_fields(cell))
+        seconds = decoding if samples in read and cell["task"] != LATENCY else prefill + decoding
+        read.add(samples)  # by one prefill for all methods
         total, largest = total + seconds, max(largest, peak)
         lines.append(f"{row} {cache_bytes / _MEBI:>10.1f} {seconds / 60:>8.1f}")
     unknown = "" if known else " (without the cells marked ?, whose length or method is not known here)"
@@ -57,12 +62,19 @@ def dry_run(plan: Plan, results: Path, device: torch.device, part: tuple[int, in
     return "\n".join(lines) + "\n"
 
 
-def _done(path: Path) -> bool:
-    """Whether a whole record exists; a run makes a damaged one again."""
-    try:
-        return bool(read_record(path))
-    except (FileNotFoundError, ValueError):
-        return False
+def _done(results: Path) -> set[str]:
+    """Return the cells that have a record, without their weights: a run knows those, and makes a damaged one again."""
+    done = set()
+    for path in (results / CELLS).glob("*.json"):
+        with contextlib.suppress(ValueError):
+            record = read_record(path)
+            if record["status"] != "failed":
+                done.add(_without_weights(record["cell"]))
+    return done
+
+
+def _without_weights(cell: CellDict) -> str:
+    return digest({name: value for name, value in cell.items() if name != "weights"})
 
 
 def _configuration(name: str) -> tuple[PretrainedConfig, bool]:
@@ -75,8 +87,11 @@ def _configuration(name: str) -> tuple[PretrainedConfig, bool]:
 
 def _figures(
     config: PretrainedConfig, cell: CellDict, flops: float, bandwidth: float
-) -> tuple[float, float, float] | None:
-    """Return seconds, bytes of a cache after its prompt, and bytes at the peak of a prefill; None where not known."""
+) -> tuple[float, float, float, float] | None:
+    """Return seconds of prefills and of decode steps, and bytes of a cache after its prompt and at the prefill's peak.
+
+    None where they are not known.
+    """
     length = cell["length"]
     if length is None or cell["method"] not in (*METHODS, FULL):
         return None
@@ -93,9 +108,9 @@ def _figures(
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     work = 2 * (weights / itemsize) * prompt + 2 * layers * heads * head_dim * prompt**2
     step = (weights + total("step_bytes")) / bandwidth
-    seconds = cell["samples"] * (work / flops + new * step)
     full_layer = total("full_bytes") / layers
-    return seconds, planned.cache.total_bytes, weights + planned.cache.total_bytes + full_layer
+    seconds = cell["samples"] * work / flops, cell["samples"] * new * step
+    return *seconds, planned.cache.total_bytes, weights + planned.cache.total_bytes + full_layer
 
 
 def _speed(device: torch.device) -> tuple[float, float]:

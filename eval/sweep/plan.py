@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from ..._version import __version__
 from ...budget import METHODS
 from ...hf.loading import SMOLLM2
 from ...options import DTYPES
 from ..measures.kl import METRIC as KL
 from ..measures.kl import VERSION as KL_VERSION
 from ..methods import FULL, KVPRESS, SETTINGS, find_method
-from ..records import CellDict, cell_key
+from ..records import CellDict, cell_key, digest
 from ..tasks.base import find_tasks
 
 LATENCY = "latency"
@@ -124,12 +125,13 @@ def plan_from(given: Mapping[str, Any]) -> Plan:
     return Plan(**values)
 
 
-def cells(plan: Plan, *, chat: bool) -> list[CellDict]:
+def cells(plan: Plan, *, chat: bool, weights: str = "") -> list[CellDict]:
     """Return every cell of a plan, ordered by task, then with the full cache first.
 
     Args:
         plan: the sweep.
         chat: whether the model has a chat template to use where the plan leaves it open.
+        weights: see `provenance.weights_mark`.
 
     Raises:
         ValueError: a task or method is unknown, or a budget is impossible for a method.
@@ -159,6 +161,8 @@ def cells(plan: Plan, *, chat: bool) -> list[CellDict]:
                     "seed": plan.seed,
                     "model": plan.model,
                     "dtype": plan.dtype,
+                    "weights": weights,
+                    "library": __version__,
                     "settings": _settings(plan, method),
                 }
                 planned.append(cell)
@@ -190,11 +194,18 @@ def _settings(plan: Plan, method: str) -> dict[str, Any]:
 def shard(all_cells: Sequence[CellDict], number: int, count: int) -> list[CellDict]:
     """Return the cells of shard `number` of `count`, counted from 1; the same for any order of the cells.
 
+    Cells with the same samples stay together, but for those at the ends of a shard.
+
     Raises:
         ValueError: `number` is not from 1 to `count`.
     """
     if not 1 <= number <= count:
         raise ValueError(f"shard must be from 1/{count} to {count}/{count}, got {number}/{count}")
-    order = sorted(all_cells, key=cell_key)
-    mine = {cell_key(cell) for cell in order[number - 1 :: count]}
+    keys = sorted((digest(shared_fields(cell)), cell_key(cell)) for cell in all_cells)
+    mine = {key for _, key in keys[len(keys) * (number - 1) // count : len(keys) * number // count]}
     return [cell for cell in all_cells if cell_key(cell) in mine]
+
+
+def shared_fields(cell: CellDict) -> dict[str, Any]:
+    """Return the fields in which cells with the same samples agree; such cells share each prompt's prefill."""
+    return {name: value for name, value in cell.items() if name not in ("method", "token_budget", "settings")}

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import filelock
-
-from ..journal import Journal
-from ..methods import KVPRESS
+from ..methods import KVPRESS, Method
 from ..progress import Progress
-from ..records import CELLS, CellDict, Record, finished, label, read_record, record_path, write_record
-from .cells import Session, journal_path, prepare_cell, run_cell
+from ..records import CELLS, CellDict, Record, cell_key, digest, finished, label, read_record, record_path, write_record
+from .cells import Session, is_whole, method_of, record_of, run_whole, unfinished_record
+from .locks import try_lock
+from .plan import LM_EVAL, shared_fields
+from .units import Unit, answer, attempt, free_memory, remove_answers
+from .work import Work, work_of
 
 
 @dataclass
@@ -27,73 +28,193 @@ class Counts:
     done_before: int = 0
     done: int = 0
     out_of_memory: int = 0
+    failed: int = 0
+    elsewhere: int = 0  # done by another process meanwhile
     locked: int = 0  # by another process
 
     def __str__(self) -> str:
         parts = [f"{self.done} cells done", f"{self.done_before} were before"]
-        if self.out_of_memory:
-            parts.append(f"{self.out_of_memory} out of memory")
-        if self.locked:
-            parts.append(f"{self.locked} locked by another process")
-        return ", ".join(parts)
-
-
-@contextlib.contextmanager
-def try_lock(path: Path) -> Iterator[bool]:
-    """Lock a cell's record; yields whether this process has the lock, which the end of a process releases."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path.with_suffix(".lock"), blocking=False)
-    try:
-        held = lock.acquire()
-    except filelock.Timeout:
-        yield False
-        return
-    with held:
-        yield True
+        named = {
+            "out of memory": self.out_of_memory,
+            "failed": self.failed,
+            "done by another process": self.elsewhere,
+            "locked by another process": self.locked,
+        }
+        return ", ".join([*parts, *(f"{count} {name}" for name, count in named.items() if count)])
 
 
 def run_cells(session: Session, cells: Sequence[CellDict]) -> Counts:
     """Run every cell that has no record and that no other process has locked.
+
+    A cell that an error ends has a record that says so, and the others go on.
 
     Args:
         session: the model and the folders.
         cells: of one model; presses of kvpress only where that is installed.
 
     Raises:
-        ValueError: a cell cannot run (see `run_cell`); the records of earlier cells stay.
+        ValueError: the samples of a cell cannot be made, or a stock task cannot run; before any cell runs.
+        OSError: data cannot be read, or the disk is full.
     """
     counts = Counts()
-    prepared = set()
-    for cell in cells:  # missing data must show before hours of work, not after
-        samples = (cell["task"], cell["length"], cell["chat"])
-        if samples not in prepared and not record_path(session.results, cell).exists():
-            prepare_cell(session, cell)
-            prepared.add(samples)
-    with Progress("beginning", total=len(cells)) as progress:
-        for cell in cells:
-            path = record_path(session.results, cell)
-            progress.say(f"{cell['task']} {cell['length'] or ''} {label(cell)}")
-            with try_lock(path) as locked:  # before a look: only the holder may quarantine a damaged record
-                if locked:
-                    _run_one(session, cell, path, counts)
-                else:
-                    counts.locked += 1
-            progress.step()
+    groups = grouped(cells)
+    for group in groups:  # missing data must show before hours of work, not after
+        if not all(record_path(session.results, cell).exists() for cell in group):
+            _check(session, group[0])
+    with Progress("beginning", total=sum(cell["samples"] for cell in cells)) as progress:
+        for group in groups:
+            if is_whole(group[0]):
+                _run_whole(session, group[0], counts, progress)
+            else:
+                _run_group(session, group, counts, progress)
     return counts
 
 
-def _run_one(session: Session, cell: CellDict, path: Path, counts: Counts) -> None:
-    earlier = finished(path)
-    if earlier is not None and not (session.retry_out_of_memory and earlier["status"] == "out_of_memory"):
-        Journal(journal_path(session.results, cell)).remove()  # of a process that ended between its record and this
+def grouped(cells: Sequence[CellDict]) -> list[list[CellDict]]:
+    """Return cells by the samples that they share, in order; a cell that runs as a whole is alone."""
+    groups: dict[str, list[CellDict]] = {}
+    for cell in cells:
+        groups.setdefault(cell_key(cell) if is_whole(cell) else digest(shared_fields(cell)), []).append(cell)
+    return list(groups.values())
+
+
+def _check(session: Session, cell: CellDict) -> None:
+    """Make a cell's samples where there are none yet, and check that a stock task can run."""
+    if cell["task"].startswith(LM_EVAL):
+        from ..lm import check_stock_task
+
+        check_stock_task(cell["task"].removeprefix(LM_EVAL))
+    elif not is_whole(cell):
+        work_of(session, cell)
+
+
+def _settled(session: Session, cell: CellDict, counts: Counts) -> bool:
+    """Whether a cell is not to run: it has a record, or another process writes it. Failed ones run again."""
+    path = record_path(session.results, cell)
+    with try_lock(path) as locked:  # before a look: only the holder may quarantine a damaged record
+        if not locked:
+            counts.locked += 1
+            return True
+        earlier = finished(path)
+        if earlier is None:
+            return False
+        again = earlier["status"] == "failed" or (earlier["status"] == "out_of_memory" and session.retry_out_of_memory)
+        if again:
+            path.unlink()
+            return False
         counts.done_before += 1
-        return
+        return True
+
+
+def _run_whole(session: Session, cell: CellDict, counts: Counts, progress: Progress) -> None:
+    """Run a cell that runs as a whole, which other processes leave to this one."""
+    path = record_path(session.results, cell)
+    progress.say(f"{cell['task']} {cell['length'] or ''} {label(cell)}")
+    if not _settled(session, cell, counts):
+        with try_lock(path) as locked:
+            if not locked:
+                counts.locked += 1
+            elif finished(path) is not None:
+                counts.elsewhere += 1
+            else:
+                start = time.monotonic()
+                record, error = attempt(partial(run_whole, session, cell))
+                _finish(path, record if error is None else unfinished_record(session, cell, error), counts, start)
+                record = error = None
+                free_memory()
+    progress.update(cell["samples"])
+
+
+def _run_group(session: Session, group: Sequence[CellDict], counts: Counts, progress: Progress) -> None:
+    """Answer every sample of a group by all its cells, sample by sample, and write their records."""
     start = time.monotonic()
-    record = run_cell(session, cell)
+    running = [cell for cell in group if not _settled(session, cell, counts)]
+    progress.update(sum(cell["samples"] for cell in group if cell not in running))
+    if running:
+        work = work_of(session, running[0])
+        units = [Unit(session, running[0], number, name) for number, name in enumerate(work.names)]
+        pending: dict[str, tuple[CellDict, Method]] = {}
+        for cell in running:
+            method, error = attempt(partial(method_of, cell))
+            if error is None:
+                pending[cell_key(cell)] = cell, method
+            else:
+                _end(session, cell, unfinished_record(session, cell, error), counts, start)
+        _answer_all(session, work, units, pending, counts, progress)
+        for cell, _ in pending.values():
+            results = [unit.result(cell) for unit in units]
+            if None not in results:
+                _end(session, cell, record_of(session, cell, work.outcome(results)), counts, start)
+            elif record_path(session.results, cell).exists():  # a failure of another process
+                counts.elsewhere += 1
+            else:
+                counts.locked += 1
+    remove_answers(session.results, group[0], {cell_key(cell) for cell in group if _is_complete(session, cell)})
+
+
+def _is_complete(session: Session, cell: CellDict) -> bool:
+    """Whether a cell has a record of all its samples."""
+    try:
+        return read_record(record_path(session.results, cell))["status"] == "complete"
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _answer_all(
+    session: Session,
+    work: Work,
+    units: Sequence[Unit],
+    pending: dict[str, tuple[CellDict, Method]],
+    counts: Counts,
+    progress: Progress,
+) -> None:
+    """Answer every sample that no other process answers; a cell that an error ends leaves `pending`.
+
+    The samples that others have locked are tried again as long as there is other work.
+    """
+    start = time.monotonic()
+    left = list(units)
+    while left and pending:
+        others = []
+        for unit in left:
+            with unit.locked() as journal:
+                if journal is None:
+                    others.append(unit)
+                    continue
+                for key in [key for key, (cell, _) in pending.items() if record_path(session.results, cell).exists()]:
+                    counts.elsewhere += 1
+                    del pending[key]
+                names = ", ".join(label(cell) for cell, _ in pending.values())
+                progress.say(f"{work.names[unit.number].split()[-1]}: {names}")
+                for cell, error in answer(session, work, unit, journal, list(pending.values())):
+                    so_far = work.outcome([each.result(cell) for each in units])
+                    record = unfinished_record(session, cell, error, so_far)
+                    _end(session, cell, record, counts, start)
+                    del pending[cell_key(cell)], error
+                    free_memory()
+                progress.update(len(pending))
+        if len(others) == len(left):
+            return
+        left = others
+
+
+def _end(session: Session, cell: CellDict, record: Record, counts: Counts, start: float) -> None:
+    """Write the record of a cell, unless another process has."""
+    path = record_path(session.results, cell)
+    with try_lock(path) as locked:
+        if not locked or finished(path) is not None:
+            counts.elsewhere += 1
+            return
+        _finish(path, record, counts, start)
+
+
+def _finish(path: Path, record: Record, counts: Counts, start: float) -> None:
+    """Write a record and report it."""
     write_record(path, record)
-    Journal(journal_path(session.results, cell)).remove()
     if record["status"] == "complete":
         counts.done += 1
+    elif record["status"] == "failed":
+        counts.failed += 1
     else:
         counts.out_of_memory += 1
     sys.stderr.write(f"{_line(record)} ({time.monotonic() - start:.0f} s)\n")
@@ -103,8 +224,13 @@ def _line(record: Record) -> str:
     """Return the line that reports a finished cell."""
     cell = record["cell"]
     length = "" if cell["length"] is None else f" {cell['length']}"
-    score = "out of memory" if record["score"] is None else f"{record['metric']} {record['score']:.4g}"
-    return f"{cell['task']}{length} {label(cell)}: {score}"
+    if record["status"] == "failed":
+        result = f"failed: {record['message'].strip().splitlines()[-1]}"
+    elif record["score"] is None:
+        result = "out of memory"
+    else:
+        result = f"{record['metric']} {record['score']:.4g}"
+    return f"{cell['task']}{length} {label(cell)}: {result}"
 
 
 def run_presses(python: str, arguments: Sequence[str]) -> int:

@@ -237,13 +237,13 @@ def test_prompts_that_do_not_fit_in_memory_are_read_again(
     folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = []
-    read = tuning.shared_prefill
+    read = tuning.read_prompt
 
     def counting(model: Any, prompts: Any) -> Any:
         reads.append(len(prompts))
         return read(model, prompts)
 
-    monkeypatch.setattr(tuning, "shared_prefill", counting)
+    monkeypatch.setattr(tuning, "read_prompt", counting)
     assert main(arguments(folder, model_folder, ALL)) == 0
     expected = (folder / "out.json").read_bytes()
     assert len(reads) == WINDOWS  # each once

@@ -296,11 +296,9 @@ def test_the_cost_is_the_caches_own_count(name: str, mode: str, tiny: PreTrained
     read = int(cost["prompt_tokens"]) + 8 - 1  # the last token is written and not read
     assert cost["full_kv_bytes"] == read * 2 * 2 * 2 * 16 * 4  # layers, heads, keys and values, channels, float32
     assert 0 < cost["step_seconds"] <= cost["step_seconds_p95"]
-    assert cost["first_token_seconds"] > 0
-    stage_1 = cost["compression_seconds"]
-    assert stage_1 is None if name == "full" else stage_1 is not None and 0 < stage_1 < cost["first_token_seconds"]
-    for peak in (cost["peak_prefill_bytes"], cost["peak_decode_bytes"]):
-        assert peak is None or peak > 2**20
+    # Methods may share a prefill, so that its time and the peaks of memory are of `latency` alone.
+    times = {"step_seconds", "step_seconds_p95"}
+    assert set(cost) == {*expected, *times, "prompt_tokens", "new_tokens"}
 
 
 def stock(tiny: PreTrainedModel) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""The decode loop: against `generate`, with padded rows, forked, and after a shared prefill."""
+"""The decode loop: against `generate`, with padded rows, rolled back, and after a shared prefill."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import rocketkv
-from rocketkv.eval.generate import DecodeLoop, continue_prefill, measured_generate, shared_prefill
+from rocketkv.eval.generate import DecodeLoop, measured_generate
 from rocketkv.eval.methods import Compressed, Full, Method
+from rocketkv.eval.prefill import read_prompt, start
 from tiny import SMALL, build, greedy, prompt
 
 METHODS: dict[str, Method] = {"full": Full(), "rocketkv": Compressed(rocketkv.RocketKVConfig(**SMALL))}
@@ -20,10 +21,13 @@ def test_greedy_tokens_are_those_of_generate(name: str) -> None:
         expected, *_ = greedy(model, ids, 12)
         loop = DecodeLoop(model=model, cache=method.new_cache(model, 120))
         loop.prefill(ids)
-        fork = loop.fork()
+        before = loop.snapshot()
         assert list(loop.greedy(12)) == expected[0].tolist()
-        assert list(fork.greedy(12)) == expected[0].tolist()
-    assert (loop.seen, len(loop.seconds), len(loop.processor_seconds), len(fork.seconds)) == (131, 12, 12, 11)
+        assert (loop.seen, len(loop.seconds), len(loop.processor_seconds)) == (131, 12, 12)
+        for _ in range(2):
+            loop.rollback(before)
+            assert list(loop.greedy(12)) == expected[0].tolist()
+            assert loop.seen == 131
     end = expected[0, 3].item()
     with method.attached(model):
         loop = DecodeLoop(model=model, cache=method.new_cache(model, 120))
@@ -35,10 +39,11 @@ def test_greedy_tokens_are_those_of_generate(name: str) -> None:
 def test_padded_rows_are_each_row_alone(name: str) -> None:
     model, method = build(), METHODS[name]
     rows = [[prompt(count, seed=count)[0].tolist() for count in counts] for counts in ((110, 120), (5, 9))]
+    read = read_prompt(model, rows[0])
     with method.attached(model):
         for shared in (False, True):
             if shared:
-                batch = continue_prefill(model, method, shared_prefill(model, rows[0]))
+                batch = start(model, method, read)
             else:
                 batch = DecodeLoop(model=model, cache=method.new_cache(model, 120))
                 batch.prefill(rows[0])

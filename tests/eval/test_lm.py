@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ from rocketkv.cli.main import main
 from rocketkv.eval.lm import RocketKVLM
 from rocketkv.eval.lm_eval_cli import set_model
 from rocketkv.eval.methods import Full, find_method
-from rocketkv.eval.sweep.cells import Session, run_cell
+from rocketkv.eval.records import records
+from rocketkv.eval.sweep.cells import Session, run_whole
 from rocketkv.eval.sweep.plan import Plan, cells
+from rocketkv.eval.sweep.run import run_cells
 from rocketkv.hf.loading import load_model
 from tiny import NEVER
 
@@ -57,6 +61,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\nmetadata: {version: 1.0}\n",
         encoding="utf-8",
     )
+    (found / "mine.yaml").write_text("group: mine\ntask: [mine_generate, mine_choice]\n", encoding="utf-8")
     return found
 
 
@@ -250,8 +255,8 @@ def stock_cells(task: str, **fields: Any) -> list[Any]:
 
 
 def test_a_stock_task_is_a_cell_of_a_sweep(session: Session) -> None:
-    records = [run_cell(session, cell) for cell in stock_cells("mine_generate")]
-    for record in records:
+    made = [run_whole(session, cell) for cell in stock_cells("mine_generate")]
+    for record in made:
         assert record["metric"] == "exact_match"
         assert [sample["id"] for sample in record["samples"]] == ["0", "1"]
         assert len({sample["prompt_sha256"] for sample in record["samples"]}) == 2
@@ -261,24 +266,49 @@ def test_a_stock_task_is_a_cell_of_a_sweep(session: Session) -> None:
             assert sample["cost"]["prompt_tokens"] == len(WORDS(prompt)["input_ids"])
             assert sample["cost"]["new_tokens"] <= 5
             assert sample["cost"]["kv_bytes"] > 0
-    full, ours = ([sample["prompt_sha256"] for sample in record["samples"]] for record in records)
+    full, ours = ([sample["prompt_sha256"] for sample in record["samples"]] for record in made)
     assert full == ours
-    replies = [[sample["turns"][0]["prediction"] for sample in record["samples"]] for record in records]
+    replies = [[sample["turns"][0]["prediction"] for sample in record["samples"]] for record in made]
     assert replies[0] != replies[1]
 
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_stock_tasks_prompt_is_in_the_chat_template_where_asked(chat: bool, session: Session) -> None:
     (cell,) = stock_cells("mine_generate", methods=("full",), samples=1, chat=chat)
-    (sample,) = run_cell(session, cell)["samples"]
+    (sample,) = run_whole(session, cell)["samples"]
     prompt = f"{ROWS[0]['text']} {ROWS[0]['question']}"
     ids = WORDS(f"<|user|>{prompt}<|end|><|assistant|>" if chat else prompt)["input_ids"]
     assert sample["cost"]["prompt_tokens"] == len(ids)
 
 
 def test_a_stock_task_that_generates_nothing_is_refused(session: Session) -> None:
-    with pytest.raises(ValueError, match="'mine_choice' must generate text and score it with a number"):
-        run_cell(session, stock_cells("mine_choice", methods=("full",))[0])
+    for task, message in (
+        ("mine_choice", "must generate text and score it with a number; its output type is multiple_choice"),
+        ("mine", "must be a single task, but 'mine' is a group of lm-eval: name its tasks one by one"),
+        ("mine_generated", "must be a single task, but 'mine_generated' is no task of lm-eval"),
+    ):
+        with pytest.raises(ValueError, match=message):  # before any cell has run
+            run_cells(session, [*stock_cells("mine_generate"), *stock_cells(task, methods=("full",))])
+    assert not list(records(session.results))
+
+
+def test_logs_and_warnings_of_a_stock_task_are_shown(
+    session: Session,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    generate = RocketKVLM._model_generate
+
+    def loud(self: RocketKVLM, *args: Any, **kwargs: Any) -> torch.Tensor:
+        sys.stderr.write("decode steps run on PyTorch\n")
+        logging.getLogger("lm_eval").warning("a warning of lm-eval")
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(RocketKVLM, "_model_generate", loud)
+    run_whole(session, stock_cells("mine_generate", methods=("full",), samples=1)[0])
+    assert "decode steps run on PyTorch" in capsys.readouterr().err
+    assert "a warning of lm-eval" in caplog.text
 
 
 def test_batches_are_for_methods_that_pad(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

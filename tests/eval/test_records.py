@@ -46,14 +46,17 @@ CELL: CellDict = {
     "seed": 0,
     "model": "smollm2",
     "dtype": "float32",
+    "weights": "0e9e39f2",
+    "library": "0.1.0",
     "settings": {},
 }
 # Every record on users' disks is found by its key: one that changes makes them all be run again.
 CELL_TEXT = (
-    '{"chat":true,"dtype":"float32","length":4096,"max_new_tokens":null,"method":"rocketkv","mode":"aware",'
-    '"model":"smollm2","samples":50,"seed":0,"settings":{},"task":"niah_single_1","task_version":1,"token_budget":512}'
+    '{"chat":true,"dtype":"float32","length":4096,"library":"0.1.0","max_new_tokens":null,"method":"rocketkv",'
+    '"mode":"aware","model":"smollm2","samples":50,"seed":0,"settings":{},"task":"niah_single_1","task_version":1,'
+    '"token_budget":512,"weights":"0e9e39f2"}'
 )
-KEY = "14905fd3a2f703e5"
+KEY = "ac088f11b5cbd77a"
 CHANGES: dict[str, Any] = {
     "task": "niah_single_2",
     "task_version": 2,
@@ -67,6 +70,8 @@ CHANGES: dict[str, Any] = {
     "seed": 1,
     "model": "smollm",
     "dtype": "bfloat16",
+    "weights": "1e9e39f2",
+    "library": "0.2.0",
     "settings": {"window_size": 16},
 }
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -22,13 +24,30 @@ from transformers import PreTrainedModel
 from eval_case import know_tasks, made_cells, made_task, make_session, sample, save, words
 from made_records import made_record
 from presses import module
+from rocketkv.eval import prefill as prefill_module
+from rocketkv.eval.generate import DecodeLoop
 from rocketkv.eval.journal import Journal
 from rocketkv.eval.methods import Full
-from rocketkv.eval.records import CELLS, CellDict, Record, finished, read_record, record_path, records, write_record
-from rocketkv.eval.sweep import cells as cells_module
-from rocketkv.eval.sweep.cells import Session, journal_path, mean_cost, run_cell
+from rocketkv.eval.prefill import Prefills, read_prompt
+from rocketkv.eval.records import (
+    CELLS,
+    CellDict,
+    Record,
+    cell_key,
+    finished,
+    read_record,
+    record_path,
+    records,
+    write_record,
+)
+from rocketkv.eval.sweep import work as work_module
+from rocketkv.eval.sweep.cells import Session, mean_cost
+from rocketkv.eval.sweep.locks import try_lock
 from rocketkv.eval.sweep.plan import Plan, cells, shard
-from rocketkv.eval.sweep.run import Counts, merge, run_cells, substance, try_lock
+from rocketkv.eval.sweep.provenance import weights_mark
+from rocketkv.eval.sweep.run import Counts, merge, run_cells, substance
+from rocketkv.eval.sweep.units import FOLDER, group_folder
+from rocketkv.hf.loading import load_model
 
 OWN = "rocketkv_test_method"
 FLAGS = [
@@ -109,7 +128,8 @@ def undisturbed(children: Children, folder: Path, tmp_path_factory: pytest.TempP
 
 
 def wanted(folder: Path) -> list[CellDict]:
-    return cells(dataclasses.replace(PLAN, model=str(folder)), chat=True)
+    weights = weights_mark(load_model(str(folder))[0])
+    return cells(dataclasses.replace(PLAN, model=str(folder)), chat=True, weights=weights)
 
 
 def by_key(results: Path) -> dict[str, list[object]]:
@@ -124,10 +144,15 @@ def identities(results: Path) -> dict[str, tuple[int, int]]:
 def progress(results: Path) -> int:
     """Return how many answers and records there are."""
     found = len(list((results / CELLS).glob("*.json"))) * 4
-    for path in (results / CELLS).glob("*.journal"):
+    for path in journals(results):
         with contextlib.suppress(FileNotFoundError):
             found += path.read_bytes().count(b"\n")
     return found
+
+
+def journals(results: Path) -> list[Path]:
+    """Return the files of unfinished answers."""
+    return sorted((results / FOLDER).rglob("*.journal"))
 
 
 def test_a_sweep_killed_five_times_ends_as_an_undisturbed_one(
@@ -149,7 +174,7 @@ def test_a_sweep_killed_five_times_ends_as_an_undisturbed_one(
         assert children.wait(pid) == signal.SIGKILL  # it was still at work
         now = identities(tmp_path)
         assert {name: now.get(name) for name in before} == before  # no finished cell was run again
-        unfinished += len(list((tmp_path / CELLS).glob("*.journal")))
+        unfinished += len(journals(tmp_path))
         before = now
     assert unfinished  # some kills came in the middle of a cell
     assert 0 < len(before) < len(wanted(folder))
@@ -164,9 +189,10 @@ def test_a_sweep_killed_five_times_ends_as_an_undisturbed_one(
     assert {read_record(path)["status"] for path in (tmp_path / CELLS).glob("*.json")} == {"complete"}
     assert by_key(tmp_path) == by_key(undisturbed)
     assert len(now) == len(wanted(folder))
-    assert not list((tmp_path / CELLS).glob("*.journal"))
+    assert not list((tmp_path / FOLDER).iterdir())
 
-    left = min((tmp_path / CELLS).glob("*.json")).with_suffix(".journal")  # by a kill between a record and this
+    left = group_folder(tmp_path, wanted(folder)[0]) / "00000.journal"  # by a kill between a record and this
+    left.parent.mkdir()
     left.touch()
     assert children.wait(children.start(folder, tmp_path)) == 0  # and once more: there is nothing to do
     assert identities(tmp_path) == now
@@ -195,24 +221,26 @@ def test_shards_in_two_folders_are_the_whole_once_merged(
     for number, part in enumerate(parts, 1):
         assert children.wait(children.start(folder, part, "--shard", f"{number}/2")) == 0
         keys = {record["key"] for record in records(part)}
-        assert keys == {cells_module.cell_key(cell) for cell in shard(wanted(folder), number, 2)}
+        assert keys == {cell_key(cell) for cell in shard(wanted(folder), number, 2)}
     merged = tmp_path / "merged"
     assert merge(parts, merged) == len(wanted(folder))
     assert by_key(merged) == by_key(undisturbed)
     assert merge([*parts, undisturbed], merged) == 0  # all are there, and say the same
 
 
-def test_torchrun_parts_the_cells_among_its_processes(folder: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_torchruns_processes_share_the_samples(folder: Path, undisturbed: Path, tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m",
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m",
         "rocketkv.cli.main", "eval", "run", "--model", str(folder), *FLAGS, "-o", str(tmp_path),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr
     assert by_key(tmp_path) == by_key(undisturbed)
-    half = len(wanted(folder)) // 2
-    assert done.stderr.count(f"{half} cells done, 0 were before") == 2  # neither waited for the other, none ran twice
+    counted = re.findall(r"(\d+) cells done, 0 were before", done.stderr)
+    assert len(counted) == 2
+    assert sum(map(int, counted)) == len(wanted(folder))  # none was written twice
+    assert done.stdout.count("niah_single_1") > 0  # one process says what came out, once all have ended
 
 
 def test_a_cell_has_a_record_of_all_its_answers(session: Session) -> None:
@@ -235,10 +263,11 @@ def test_a_cell_has_a_record_of_all_its_answers(session: Session) -> None:
 
 def test_what_a_journal_has_is_not_asked_again(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     (cell,) = made_cells(methods=("full",), samples=4)
-    undisturbed = run_cell(session, cell)
-    journal_path(session.results, cell).unlink()
+    run_cells(session, [cell])
+    undisturbed = read_record(record_path(session.results, cell))
+    record_path(session.results, cell).unlink()
     asked: list[str] = []
-    answer_sample = cells_module.answer_sample
+    answer_sample = work_module.answer_sample
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         asked.append(args[3].id)
@@ -246,17 +275,17 @@ def test_what_a_journal_has_is_not_asked_again(session: Session, monkeypatch: py
             raise KeyboardInterrupt
         return answer_sample(*args, **kwargs)
 
-    monkeypatch.setattr(cells_module, "answer_sample", interrupted)
+    monkeypatch.setattr(work_module, "answer_sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_cells(session, [cell])
-    path = journal_path(session.results, cell)
-    assert len(Journal(path)) == 2
-    path.write_bytes(path.read_bytes()[:-10])  # the kill came while the second one was written
+    paths = journals(session.results)
+    assert [len(Journal(path)) for path in paths] == [1, 1]
+    paths[1].write_bytes(paths[1].read_bytes()[:-10])  # the kill came while the second one was written
     asked.append("between")
     assert run_cells(session, [cell]).done == 1
     assert asked == ["s0", "s1", "s2", "between", "s1", "s2", "s3"]
     assert substance(read_record(record_path(session.results, cell))) == substance(undisturbed)
-    assert not path.exists()
+    assert not journals(session.results)
 
 
 def test_a_cell_that_another_process_holds_is_left_to_it(children: Children, session: Session) -> None:
@@ -319,21 +348,123 @@ def test_memory_that_runs_out_is_recorded_and_the_sweep_goes_on(
     assert run_cells(session, found) == Counts(done_before=3)
 
 
-def test_another_error_is_raised_and_the_records_before_it_stay(
-    session: Session, monkeypatch: pytest.MonkeyPatch
+def test_another_error_is_recorded_with_its_traceback_and_the_sweep_goes_on(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Mine(Starving):
         error = RuntimeError("a bug of the method")
 
     module(monkeypatch, OWN, make=lambda budget: Mine(name=f"{OWN}:make", token_budget=budget))
     found = made_cells(methods=("full", f"{OWN}:make", "streaming"))
-    with pytest.raises(RuntimeError, match="a bug of the method"):
-        run_cells(session, found)
-    assert [record["cell"]["method"] for record in records(session.results)] == ["full"]
+    counts = run_cells(session, found)
+    assert counts == Counts(done=2, failed=1)
+    assert str(counts) == "2 cells done, 0 were before, 1 failed"
+    record = read_record(record_path(session.results, found[1]))
+    assert (record["status"], record["score"], record["samples"]) == ("failed", None, [])
+    assert "in attached" in record["message"]
+    assert f"{OWN}:make 24: failed: RuntimeError: a bug of the method" in capsys.readouterr().err
+    assert run_cells(session, found) == Counts(failed=1, done_before=2)
     module(monkeypatch, OWN, make=lambda budget: Full(name=f"{OWN}:make", token_budget=budget))
-    assert run_cells(session, found) == Counts(done=2, done_before=1)  # once the method is mended
+    assert run_cells(session, found) == Counts(done=1, done_before=2)  # once the method is mended
+    assert not journals(session.results)
     scores = {record["cell"]["method"]: record["score"] for record in records(session.results)}
     assert scores["full"] == scores[f"{OWN}:make"]
+
+
+class Breaking(Full):
+    """A method that one sample breaks."""
+
+    samples: int = 0
+    error: Exception = RuntimeError("a bug of the method")
+
+    def attached(self, model: PreTrainedModel) -> Any:
+        type(self).samples += 1
+        if type(self).samples == 2:
+            raise self.error
+        return super().attached(model)
+
+
+@pytest.mark.parametrize("error", [MemoryError("no memory"), RuntimeError("a bug")], ids=["memory", "bug"])
+def test_answers_before_an_error_are_kept(error: Exception, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(Breaking):
+        dense_prefill = False
+
+    Mine.error = error
+    module(monkeypatch, OWN, make=lambda budget: Mine(name=f"{OWN}:make", token_budget=budget))
+    found = made_cells(methods=("full", f"{OWN}:make"), samples=4)
+    counts = run_cells(session, found)
+    assert (counts.done, counts.out_of_memory + counts.failed, Mine.samples) == (1, 1, 2)
+    whole, broken = (read_record(record_path(session.results, cell)) for cell in found)
+    assert [made["id"] for made in broken["samples"]] == ["s0"]
+    assert broken["samples"][0]["turns"] == whole["samples"][0]["turns"]
+    retrying = dataclasses.replace(session, retry_out_of_memory=True)
+    assert run_cells(retrying, found) == Counts(done=1, done_before=1)
+    assert Mine.samples == 5  # the first sample is not asked again
+    mended = read_record(record_path(session.results, found[1]))
+    assert substance(mended) == substance(whole)
+    assert not journals(session.results)
+
+
+def test_memory_that_runs_out_beside_a_shared_prefill_suffices_alone(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(self: Prefills, ids: list[int]) -> Any:
+        raise torch.OutOfMemoryError("no memory for a prompt of full size")
+
+    found = made_cells(methods=("full", "streaming"))
+    before = run_again(session, found)
+    monkeypatch.setattr(Prefills, "read", read)
+    assert run_cells(session, found) == Counts(done=2)
+    assert [substance(read_record(record_path(session.results, cell))) for cell in found] == before
+
+
+def run_again(session: Session, found: list[CellDict]) -> list[list[object]]:
+    """Run cells and remove their records; return what was in them."""
+    run_cells(session, found)
+    paths = [record_path(session.results, cell) for cell in found]
+    before = [substance(read_record(path)) for path in paths]
+    for path in paths:
+        path.unlink()
+    return before
+
+
+def test_every_prompt_is_read_once(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[list[int]] = []
+
+    def counted(model: PreTrainedModel, ids: list[list[int]]) -> Any:
+        reads.extend(ids)
+        return read_prompt(model, ids)
+
+    monkeypatch.setattr(prefill_module, "read_prompt", counted)
+    monkeypatch.setattr(DecodeLoop, "prefill", lambda self, ids: pytest.fail("a method has read a prompt itself"))
+    know_tasks(monkeypatch, made_task(turns=1))
+    counts = run_cells(session, made_cells(methods=("full", "rocketkv", "streaming", "quest"), budgets=(192, 300)))
+    assert counts == Counts(done=7)
+    assert len(reads) == 2
+    assert reads[0] != reads[1]
+
+
+def test_a_full_disk_ends_a_sweep_and_loses_nothing(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = made_cells(samples=3)
+    before = run_again(session, found)
+    append = Journal._append
+    written: list[str] = []
+
+    def full_disk(self: Journal, key: str, value: Any) -> None:
+        written.append(key)
+        if len(written) == 4:
+            with self._path.open("ab") as file:
+                file.write(b'["half a li')
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, key, value)
+
+    monkeypatch.setattr(Journal, "_append", full_disk)
+    with pytest.raises(OSError, match="No space left on device"):
+        run_cells(session, found)
+    assert not list((session.results / CELLS).glob("*.json"))
+    assert run_cells(session, found) == Counts(done=2)
+    assert [substance(read_record(record_path(session.results, cell))) for cell in found] == before
+    assert len(written) == 4 + 3  # the three answers that were whole are not asked again
 
 
 @pytest.mark.parametrize("mode", ["aware", "agnostic"])
@@ -355,8 +486,9 @@ def test_a_text_with_any_character_is_asked_and_recorded(session: Session, monke
 
 def test_latency_needs_room_for_what_it_generates(session: Session) -> None:
     (cell,) = made_cells(tasks=("latency",), methods=("full",), lengths=(32,), max_new_tokens=None)
-    with pytest.raises(ValueError, match="length must be above the 32 tokens that latency generates, got 32"):
-        run_cell(session, cell)
+    assert run_cells(session, [cell]).failed == 1
+    message = read_record(record_path(session.results, cell))["message"]
+    assert "length must be above the 32 tokens that latency generates, got 32" in message
 
 
 def changed(record: Record, **fields: Any) -> Record:

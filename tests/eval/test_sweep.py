@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from eval_case import know_tasks, made_task, save
+from rocketkv._version import __version__
 from rocketkv.cli.main import main
-from rocketkv.eval.cli import add_arguments, given_plan, part_of
+from rocketkv.eval.cli import add_arguments, given_plan
 from rocketkv.eval.records import CellDict, cell_key, record_path, write_record
 from rocketkv.eval.sweep.plan import SETTINGS, Plan, arms, cells, plan_from, shard
 from rocketkv.eval.sweep.run import run_cells
@@ -64,7 +65,7 @@ def test_a_cell_has_what_the_plan_says() -> None:
         methods=("rocketkv",), samples=7, max_new_tokens=5, seed=3, model="m", dtype="bfloat16", agnostic=True,
         settings={"window_size": 16},
     )  # fmt: skip
-    assert cells(asked, chat=True) == [
+    assert cells(asked, chat=True, weights="abc") == [
         {
             "task": "sized",
             "task_version": 1,
@@ -78,6 +79,8 @@ def test_a_cell_has_what_the_plan_says() -> None:
             "seed": 3,
             "model": "m",
             "dtype": "bfloat16",
+            "weights": "abc",
+            "library": __version__,
             "settings": {"window_size": 16},
         }
     ]
@@ -296,17 +299,6 @@ def test_settings_are_read_as_yaml_reads_values() -> None:
     assert len(SETTINGS) > 1
     found = given("--set", "window_size=8", "--set", "index_dtype=int8").settings
     assert found == {"window_size": 8, "index_dtype": "int8"}
-
-
-def test_which_part_a_process_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    assert part_of(None) == (1, 1)
-    assert part_of((2, 3)) == (2, 3)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert part_of(None) == (2, 4)
-    assert part_of((1, 1)) == (1, 1)  # told so
 
 
 def test_a_dry_run_prints_the_cells_and_runs_none(

@@ -19,11 +19,12 @@ import torch
 from rocketkv.cli.main import main
 from rocketkv.eval import cli  # noqa: F401  # before a fork, as all that a sweep imports
 from rocketkv.eval.report import write  # noqa: F401
-from rocketkv.eval.sweep import run
+from rocketkv.eval.sweep import run  # noqa: F401
+from rocketkv.eval.sweep.locks import try_lock
 
 
 def hold(path: Path) -> int:
-    with run.try_lock(path) as locked:
+    with try_lock(path) as locked:
         path.with_suffix(".held").write_text(str(locked))
         time.sleep(600)
     return 0

@@ -50,7 +50,7 @@ def made_record(
     prompts: Mapping[str, str] | None = None,
     notes: Sequence[Mapping[str, Any]] | None = None,
     cost: CostDict | None = None,
-    status: Literal["complete", "out_of_memory"] = "complete",
+    status: Literal["complete", "out_of_memory", "failed"] = "complete",
     metric: str = "string match",
     higher_is_better: bool = True,
     interval: list[float] | None = None,
@@ -80,6 +80,8 @@ def made_record(
         "seed": 0,
         "model": model,
         "dtype": "bfloat16",
+        "weights": "0e9e39f2",
+        "library": "0.5.0",
         "settings": dict(settings or {}),
     }
     cell.update(cell_changes)  # type: ignore[typeddict-item]

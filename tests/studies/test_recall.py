@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import rocketkv
-from rocketkv.eval.generate import shared_prefill
 from rocketkv.eval.methods import Compressed, Full
+from rocketkv.eval.prefill import read_prompt
 from studies import recall
 from studies.recall import Settings, answer, markdown, method_of, study
 from tiny import SKETCH_SPLIT, SMALL, VOCABULARY, build, greedy, prompt
@@ -25,7 +25,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 def test_an_arm_answers_as_if_it_had_read_the_prompt_itself(name: str) -> None:
     model, ids = build(), prompt(120)
     method = Compressed(rocketkv.RocketKVConfig(**FIELDS[name]))
-    shared = shared_prefill(model, [ids[0].tolist()])
+    shared = read_prompt(model, [ids[0].tolist()])
     found = answer(model, method, shared, 12)
     with rocketkv.patch(model, method.config):
         expected, *_ = greedy(model, ids, 12)

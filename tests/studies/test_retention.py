@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import rocketkv
-from rocketkv.eval.generate import shared_prefill
 from rocketkv.eval.intervals import paired_interval
 from rocketkv.eval.methods import Compressed, Full, Method
+from rocketkv.eval.prefill import read_prompt
 from rocketkv.hf.cache import begin_prompt
 from rocketkv.hf.models import CACHE_ARGUMENT
 from studies import retention
@@ -135,7 +135,7 @@ def loop(model: Any, method: Method, conversation: list[Turn]) -> ScoreDict:
 def test_a_batch_of_conversations_is_each_in_a_loop(method: str) -> None:
     model = build()
     talks = [talk(row) for row in range(3)]
-    head = shared_prefill(model, [each[0].given for each in talks])
+    head = read_prompt(model, [each[0].given for each in talks])
     found = scores(model, METHODS[method], head, talks)
     for score, each in zip(found, talks, strict=True):
         expected = loop(model, METHODS[method], each)
@@ -148,19 +148,14 @@ def test_a_batch_of_conversations_is_each_in_a_loop(method: str) -> None:
 
 def test_right_is_when_every_digit_is_the_most_likely() -> None:
     model = build()
-    (score,) = scores(model, Full(), shared_prefill(model, [talk(0)[0].given]), [talk(0)])
+    (score,) = scores(model, Full(), read_prompt(model, [talk(0)[0].given]), [talk(0)])
     assert score["right"] == [False] * 3
     conversation = [talk(0)[0]]
     ids = torch.tensor([conversation[0].given])
     written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)[0, -3:]
     told = [Turn(conversation[0].given, written.tolist(), [True] * 3)]
-    (score,) = scores(model, Full(), shared_prefill(model, [told[0].given]), [told])
+    (score,) = scores(model, Full(), read_prompt(model, [told[0].given]), [told])
     assert score["right"] == [True]
-
-
-def test_a_first_prompt_without_room_for_its_tail_is_refused() -> None:
-    with pytest.raises(ValueError, match="more than 64 tokens, got 64"):
-        shared_prefill(build(), [[5] * 64, [5] * 90])
 
 
 def test_conversations_with_answers_of_one_length_go_together() -> None:
@@ -246,7 +241,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     result = study(model, None, settings, tmp_path)  # type: ignore[arg-type]
     assert held == [(arm, 1) for arm in ARMS]
     assert result["prompt_tokens"] == [100, 109, 118]
-    head = shared_prefill(model, [talk(2)[0].given])
+    head = read_prompt(model, [talk(2)[0].given])
     for arm in ARMS:
         assert len(result["documents"][arm]) == 3
         assert result["documents"][arm][2] == hold(model, METHODS[arm], head, [talk(2)])[0]

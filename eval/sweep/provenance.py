@@ -1,0 +1,58 @@
+"""Code, versions, hardware and weights of a run."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from ..._version import __version__
+from ...environment import environment, processor
+from ...hf.tensorfile import weights_digest
+from ..records import ProvenanceDict
+
+
+def weights_mark(model: PreTrainedModel) -> str:
+    """Return what identifies a model's weights: the commit of the hub, or else a digest of some of their numbers."""
+    commit = getattr(model.config, "_commit_hash", None)
+    return str(commit) if commit else weights_digest(model)[:16]
+
+
+def provenance(model: PreTrainedModel) -> ProvenanceDict:
+    """Return code, versions and hardware of this process."""
+    name, cores = processor()
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    versions = environment()["versions"]
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "rocketkv": __version__,
+        "git_hash": git_hash(),
+        "versions": {name: found for name, found in versions.items() if found is not None and name != "platform"},
+        "hardware": {
+            "processor": name,
+            "cores": cores,
+            "threads": torch.get_num_threads(),
+            "devices": devices,
+            "device": str(model.device),
+            "attention": model.config._attn_implementation,
+            "model_revision": getattr(model.config, "_commit_hash", None),
+        },
+    }
+
+
+@functools.cache
+def git_hash() -> str | None:
+    """Return the commit of the checkout that this library runs from, with `-dirty` where it has changes; or None."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / "pyproject.toml").exists():
+        return None  # installed: a repository around it is another project's
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip() or None

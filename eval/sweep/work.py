@@ -1,0 +1,127 @@
+"""The samples of a cell, answered one by one: those of a task's questions, and those of `kl`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any, ClassVar, Protocol
+
+from ..conversation import answer_sample
+from ..measures.kl import METRIC as KL
+from ..measures.kl import STEPS, Window, divergence_sample, divergence_values, find_text, texts
+from ..methods import Method
+from ..prefill import Prefills
+from ..records import CellDict, DataDict, SampleDict, TurnDict, digest
+from ..tasks.base import Sample, Task, find_tasks
+from .cells import Outcome, Session, preparation
+from .samples import prepare
+
+
+class Work(Protocol):
+    """The samples that the cells of a group share."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """A name of each sample, which differs where its content does."""
+
+    @property
+    def references(self) -> int:
+        """How often each prompt is read in addition to the methods'."""
+
+    def answer(self, number: int, cell: CellDict, method: Method, prefills: Prefills | None) -> Any:
+        """Run a method on a sample, and return the result in JSON's types."""
+
+    def outcome(self, results: Sequence[Any]) -> Outcome:
+        """Return the outcome of a cell from the results of its samples, None where there is none."""
+
+
+def work_of(session: Session, cell: CellDict) -> Work:
+    """Return the samples of a cell, which are made where there are none yet.
+
+    Raises:
+        ValueError: they cannot be made for its length, or their data are missing.
+        OSError: the data cannot be read.
+    """
+    if cell["task"] == KL:
+        return Divergence(session, texts(preparation(session, cell), find_text(session.data_dir)))
+    (task,) = find_tasks([cell["task"]])
+    samples, data = prepare(session.results, task, preparation(session, cell))
+    return Questions(session, task, samples, data)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Samples of a task."""
+
+    session: Session
+    task: Task
+    samples: list[Sample]
+    data: DataDict
+    references: ClassVar[int] = 0
+
+    @property
+    def names(self) -> list[str]:
+        """The hash of the data, and the name of each sample."""
+        return [f"{self.data['sha256']} {sample.id}" for sample in self.samples]
+
+    def answer(self, number: int, cell: CellDict, method: Method, prefills: Prefills | None) -> dict[str, Any]:
+        """Return the fields of `Answers`."""
+        options: dict[str, Any] = {name: cell[name] for name in ("mode", "chat", "max_new_tokens")}
+        model, tokenizer = self.session.model, self.session.tokenizer
+        return asdict(answer_sample(model, tokenizer, method, self.samples[number], prefills=prefills, **options))
+
+    def outcome(self, results: Sequence[Any]) -> Outcome:
+        """Score the answers."""
+        pairs = zip(self.samples, results, strict=True)
+        samples = [self._scored(sample, result) for sample, result in pairs if result is not None]
+        return Outcome(metric=self.task.metric, samples=samples, data=self.data)
+
+    def _scored(self, sample: Sample, answers: Mapping[str, Any]) -> SampleDict:
+        turns: list[TurnDict] = [
+            {"prediction": prediction, "answers": list(turn.answers), "score": float(self.task.score(prediction, turn))}
+            for prediction, turn in zip(answers["predictions"], sample.turns, strict=True)
+        ]
+        return {
+            "id": sample.id,
+            "prompt_sha256": answers["prompt_sha256"],
+            "score": fmean(turn["score"] for turn in turns),
+            "turns": turns,
+            "cost": answers["cost"],
+            "notes": dict(sample.notes),
+        }
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Windows of a text for `kl`."""
+
+    session: Session
+    windows: list[Window]
+    references: ClassVar[int] = 1  # the full cache's
+
+    @property
+    def names(self) -> list[str]:
+        """The hash of each window's tokens."""
+        return [digest(window.ids) for window in self.windows]
+
+    def answer(self, number: int, cell: CellDict, method: Method, prefills: Prefills | None) -> SampleDict:
+        """Return the figures of a window."""
+        return divergence_sample(
+            self.session.model,
+            method,
+            self.windows[number],
+            steps=STEPS,
+            model_name=f"{cell['model']} {cell['weights']}",
+            folder=self.session.results / "data",
+            prefills=prefills,
+        )
+
+    def outcome(self, results: Sequence[Any]) -> Outcome:
+        """Return the figures of the windows together."""
+        text = str(self.windows[0].notes["text"])
+        hashed = digest([window.ids for window in self.windows])
+        data: DataDict = {"sha256": hashed, "source": f"windows of text: {text}"}
+        samples = [result for result in results if result is not None]
+        values = divergence_values(samples) if samples else {}
+        return Outcome(metric=KL, samples=samples, data=data, higher_is_better=False, values=values)
