@@ -38,7 +38,7 @@ ifndef SIDE_BY_SIDE
 .NOTPARALLEL:
 endif
 .PHONY: help demo test lint test-newest test-oldest format wheel evidence kernels-report \
-	gpu gpu-plan hooks clean distclean
+	gpu hooks clean distclean
 
 help:
 	@echo "make demo       a real model answers from a long context, full cache beside compressed (under 4 minutes)"
@@ -48,7 +48,7 @@ help:
 	@echo "make wheel      build dist/*.whl and check it from an empty folder"
 	@echo "make evidence   measure the figures that README.md quotes"
 	@echo "make kernels-report  registers, spills, loads and buffers of every kernel, for devices that need not be there"
-	@echo "make gpu        tests, sanitizers, stress runs, benchmarks and tuning on a GPU; make gpu-plan prints the stages"
+	@echo "make gpu        tests, sanitizers, stress runs, benchmarks and tuning on a GPU; with --dry-run: prints the stages"
 	@echo "make hooks      run the checks at each commit (pre-commit)"
 	@echo "make clean      remove what was built; make distclean: the environments too"
 
@@ -91,11 +91,9 @@ kernels-report: $(VENV)/.dev
 	$(BIN)/python tools/aot
 
 # Stages that fail are recorded, and the next ones run; a second call runs what has not passed.
+# `make gpu --dry-run` runs this line as well, which prints the plan.
 gpu: $(VENV)/.dev
-	$(BIN)/python tools/gpu
-
-gpu-plan: $(VENV)/.dev
-	$(BIN)/python tools/gpu --dry-run
+	+@$(if $(findstring n,$(firstword -$(MAKEFLAGS))),$(or $(wildcard $(BIN)/python),$(PYTHON)) tools/gpu --dry-run,$(BIN)/python tools/gpu)
 
 hooks: $(VENV)/.dev
 	$(BIN)/pre-commit install
