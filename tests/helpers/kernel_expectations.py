@@ -25,7 +25,8 @@ class Loop:
 # From the named version of Triton on: which loops it pipelines, and how, changed in 3.8.
 _SINCE: dict[str, dict[tuple[int, int], Loop]] = {
     "append_score_kernel": {(3, 2): Loop(("bounds",), 2, 1)},
-    "append_sketch_kernel": {(3, 2): Loop(("sketched",), 2, 1, issued=16.0)},
+    # Before 3.8 codes that become words go through shared memory, without asynchronous copies.
+    "append_sketch_kernel": {(3, 2): Loop(("sketched",), 0, 0), (3, 8): Loop(("sketched",), 2, 1, issued=16.0)},
     "select_attend_kernel": {(3, 2): Loop(("keys", "values"), 2, 1)},
     "dense_partial_kernel": {(3, 2): Loop(("key_places", "value_places"), 2, 1)},
     "window_statistics_kernel": {(3, 2): Loop(("block",), 2, 1)},

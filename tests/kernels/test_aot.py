@@ -46,6 +46,7 @@ NARROW = {
     "append_score_kernel": {"heads"},
     "append_sketch_kernel": {"scales"},
     "build_sketch_kernel": {"balance"},
+    "prefill_kernel": {"sinks"},
 }
 
 

@@ -176,7 +176,8 @@ def _compile(target_name: str, configuration_name: str) -> list[Report]:
             measured = _measured(compiled, target, load_sites(call.kernel))
         except Exception as error:  # noqa: BLE001 - a compiler fails in many ways, each of which is to be reported
             measured = {"error": "".join(traceback.format_exception(error, limit=0))}
-        measured["constants"] = {k: v for k, v in call.options.items() if k.isupper() and type(v) is int}
+        given = dict(zip(call.kernel.arg_names, call.arguments, strict=False)) | call.options
+        measured["constants"] = {name: value for name, value in given.items() if name.isupper() and type(value) is int}
         measured["seconds"] = round(time.monotonic() - began, 2)
         kernel = f"{name}[{', '.join(apart)}]" if apart else name
         reports.append(Report(target_name, kernel, configuration_name, configuration.main, **measured))
