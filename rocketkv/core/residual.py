@@ -13,7 +13,8 @@ read all values. The sum is exact: values are rounded to multiples of 2^-32, and
 below 2^21. So it depends on the stored values alone: a removed token leaves no rounding error, and a recomputed sum has
 the same bits as an updated one.
 
-Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim of keys, Dv of values, N stored tokens, k tokens.
+Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim of keys, Dv of values, N stored tokens, k tokens, M
+selections of a row: Hkv in a decode step, n Hkv in a verify step of n queries (`rocketkv.core.verify`).
 """
 
 import torch
@@ -104,23 +105,23 @@ def residual_attend(
     Equation 10), which adds the mean of all values and estimates both weights.
 
     Args:
-        query: [B, H, D].
+        query: [B, H, D], or [B, n H, D] in a verify step; so are all other tensors with one entry per query head.
         keys: [B, Hkv, capacity, D].
         values: [B, Hkv, capacity, Dv].
-        positions: [B, Hkv, k] (an integer dtype), the chosen tokens, without duplicates; positions beyond a row's
+        positions: [B, M, k] (an integer dtype), the chosen tokens, without duplicates; positions beyond a row's
             length are ignored.
         logits: [B, H, N] float32, the estimated logits of all tokens.
-        value_sum: [B, Hkv, Dv] float32 or float64, the sum of all stored values of a row.
-        params: the model's attention parameters.
+        value_sum: [B, M, Dv] float32 or float64, the sum of all values that each query sees.
+        params: the model's attention parameters, with one learned sink per query.
         bias: [B, H] float32, log of the factor on the others' weight, or None (`rocketkv.core.calibration`).
-        lengths: [B, Hkv], tokens of each row, or None if every row has N.
+        lengths: [B, M], tokens that each query sees, or None if every one sees N.
 
     Returns:
         The output [B, H, Dv] in the query's dtype, zeros for a row without tokens; and the estimated weight of the
         tokens that were not chosen, bias included, [B, H] float32.
     """
     batch, heads, _ = query.shape
-    kv_heads, stored = keys.shape[1], logits.shape[-1]
+    kv_heads, stored = positions.shape[1], logits.shape[-1]
     grouped = (batch, kv_heads, heads // kv_heads)
     real = None if lengths is None else positions < lengths[..., None]
     place = positions.long()

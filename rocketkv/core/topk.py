@@ -3,7 +3,8 @@
 `select_top` defines the rule: all scores above the n-th largest, then the lowest positions among its ties, in position
 order. `select` applies the rule to the tokens of scored units (pages, or single tokens of a sketch).
 
-Letters: B batch, H query heads, Hkv KV heads, D head dim, N stored tokens, U units, k selected tokens.
+Letters: B batch, H query heads, Hkv KV heads, D head dim, N stored tokens, U units, k selected tokens, M selections of
+a row: Hkv in a decode step, n Hkv in a verify step of n queries (`rocketkv.core.verify`).
 """
 
 import functools
@@ -52,13 +53,16 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
 
 
 def gather_tokens(positions: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Gather whole tokens of tensors [B, Hkv, N, D] at positions [B, Hkv, k] (an integer dtype) to [B, Hkv, k, D]."""
-    size = tensors[0].shape[2]
+    """Gather whole tokens of tensors [B, Hkv, N, D] at positions [B, M, k] (an integer dtype) to [B, M, k, D]."""
+    kv_heads, size = tensors[0].shape[1:3]
+    if positions.shape[1] != kv_heads:
+        found = gather_tokens(positions.reshape(len(positions), kv_heads, -1), *tensors)
+        return tuple([tensor.view(*positions.shape, tensor.shape[3]) for tensor in found])
     for tensor in tensors:
         if not tensor.is_contiguous() or tensor.shape[2] != size:
             index = positions.long()[..., None]
             return tuple(tensor.gather(2, index.expand(-1, -1, -1, tensor.shape[3])) for tensor in tensors)
-    batch, kv_heads, _ = positions.shape
+    batch = len(positions)
     rows = positions + multiples(batch * kv_heads, size, positions.device).view(batch, kv_heads, 1)
     return tuple([F.embedding(rows, tensor.view(-1, tensor.shape[3])) for tensor in tensors])
 
@@ -115,19 +119,20 @@ def select(
     their average weight over the heads of a group, or by the largest.
 
     Args:
-        logits: [B, H, U] float32, one per unit (a page of tokens, or a single token).
+        logits: [B, H, U] float32, one per unit (a page of tokens, or a single token); [B, n H, U] in a verify step,
+            and so are all other tensors with one entry per query head.
         k: tokens to choose, at most N.
         stored: N, tokens of the longest row.
-        lengths: [B, Hkv] int32, tokens of each row, or None if every row has N.
-        kv_heads: Hkv.
+        lengths: [B, M] int32, tokens to choose from, or None if these are always N.
+        kv_heads: M.
         unit_size: tokens of a full unit.
-        sinks: [H] or [B, H], learned sinks: one logit per head in the softmax's denominator; or None.
+        sinks: [H] or [B, H], learned sinks: one logit per query in the softmax's denominator; or None.
         protected: number of first tokens that are chosen before all others, in whole units.
         by_largest: whether the largest weight over the group's heads ranks a token, not the average.
         ordered: whether positions must ascend; attention does not need it.
 
     Returns:
-        Positions [B, Hkv, k] int32, ascending if `ordered`; in a row of fewer than k tokens, positions without a token
+        Positions [B, M, k] int32, ascending if `ordered`; in a row of fewer than k tokens, positions without a token
         fill up. And the estimated weight of one token of each unit, [B, H, U] float32; its sum over the chosen tokens
         is the estimated attention mass.
     """
@@ -162,7 +167,7 @@ def select(
 
 
 def _unit_tokens(units: int, unit_size: int, lengths: Tensor) -> Tensor:
-    """Return the number of tokens in each unit, [B, Hkv, U], for rows of these lengths [B, Hkv]."""
+    """Return the number of tokens in each unit, [B, M, U], for rows of these lengths [B, M]."""
     start = torch.arange(0, units * unit_size, unit_size, device=lengths.device)
     return (lengths[..., None] - start).clamp(min=0, max=unit_size)
 

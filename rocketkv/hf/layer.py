@@ -28,6 +28,7 @@ from ..state.protection import warn_unprotected
 from ..state.snapshot import StoreSnapshot
 from ..state.stats import LayerStats, live_bytes, store_stats
 from ..state.store import KVStore
+from ..verify import verify_step
 from .masks import LazyMask
 from .prefill import FastAttention, attend_prompt
 from .turns import check_prompt_length, check_queries, prompt_part
@@ -262,13 +263,10 @@ class RocketKVLayer(CacheLayerMixin):
             self.step = static_step(query[:, :, 0], self.store, backend=self.backend, workspaces=self.workspaces)
         if prompt == 0 and given > 1 and not self.speculative:
             self.workspaces.warn(VERIFIES)
-        if given - prompt > 1:
-            # Room is made first, so that none of the draft's tokens is evicted and a crop can remove them.
-            self.ensure_room(given - prompt)
-            self._save_ring(query[:, :, prompt:])
-        for i in range(prompt, given):
-            now = slice(i, i + 1)
-            parts.append(self._decode(query[:, :, now], key[:, :, now], value[:, :, now], params))
+        if prompt < given:
+            query, key, value = (tensor[:, :, prompt:] for tensor in (query, key, value))
+            step = self._decode if given - prompt == 1 else self._verify
+            parts.append(step(query, key, value, params))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def decodes(self, given: int) -> bool:
@@ -289,6 +287,28 @@ class RocketKVLayer(CacheLayerMixin):
         if monitor is not None and watched:
             step = monitor.watch(self.number, store, self.history, new, step, params)
         return step[:, None]
+
+    def _verify(self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
+        """Run a verify step for queries [B, H, n, D] and return [B, n, H, Dv]."""
+        store, monitor, count = self.store, self.monitor, query.shape[2]
+        # Room is made first, so that none of the draft's tokens is evicted and a crop can remove them.
+        self.ensure_room(count)
+        self._save_ring(query)
+        # A monitor is passed the state after each token, and only single steps are captured.
+        singly = self._captured() or (monitor is not None and monitor.asks(self.number, store, count))
+        parts, start = [], 0
+        while start < count:
+            stop = start + 1 if singly else count
+            if self.step is not None and not singly:
+                self.ensure_room()  # for at least one token more, if there is no room for the whole draft
+                stop = min(stop, start + self.step.capacity - store.stored)
+            part = (tensor[:, :, start:stop] for tensor in (query, key, value))
+            if singly:
+                parts.append(self._decode(*part, params))
+            else:
+                parts.append(verify_step(*part, store, params, backend=self.backend, workspaces=self.workspaces))
+            start = stop
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _step_statically(
         self, step: StaticStep, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams

@@ -1,0 +1,125 @@
+"""The verify step in PyTorch: n drafted tokens are appended, and each of their queries attends, in one pass.
+
+Equal to n decode steps (`rocketkv.core.decode`), apart from the rounding of sums. Query i of a row that stored L tokens
+before the step sees its first L + i + 1 tokens, has its own selection among them and, with a residual, its own sum of
+values. The core's functions see the n queries of a KV head as n KV heads with the same keys and values: the heads of a
+verify step are ordered by KV head, then by query, then by head of the group. A selection reads pages that are full for
+its query from the index, and the bounds of the page that is open for its query from the keys. So the draft's later
+tokens, which the index already includes, do not matter.
+
+The number of operators does not depend on n.
+
+Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim of keys, Dv of values, N stored tokens, n tokens of
+the draft, W query ring, t token budget.
+"""
+
+import torch
+from torch import Tensor
+
+from ..budget import BudgetSplit
+from .decode import DecodeBuffers, Fill, attend_stored
+from .params import AttentionParams
+from .residual import summable
+from .token_index import TokenIndex
+
+
+def verify_step_torch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    buffers: DecodeBuffers,
+    index: TokenIndex | None,
+    split: BudgetSplit,
+    params: AttentionParams,
+    fill: Fill,
+) -> Tensor:
+    """Append n tokens to every row and attend from each to the tokens that stage 2 selects for it.
+
+    Args:
+        query: [B, H, n, D], after rotary embedding.
+        key: [B, Hkv, n, D], after rotary embedding.
+        value: [B, Hkv, n, Dv].
+        buffers: the layer's buffers, with room for n tokens in every row; written in place.
+        index: the index that scores the stored tokens, or None.
+        split: the tokens and bytes that each query may read.
+        params: the model's attention parameters.
+        fill: how full the buffers are; the host knows all of it.
+
+    Returns:
+        [B, n, H, Dv] in the query's dtype.
+    """
+    batch, heads, count, head_dim = query.shape
+    kv_heads = key.shape[1]
+    grouped = (batch, kv_heads, count, heads // kv_heads)
+    value_sum = append_tokens(query, key, value, buffers, index, fill)
+    back = torch.arange(1 - count, 1, dtype=torch.int32, device=key.device)
+    bias, sinks = buffers.residual_bias, params.sinks
+    own = buffers._replace(
+        seq_lens=(buffers.seq_lens[..., None] + back).flatten(1),
+        value_sum=value_sum,
+        residual_bias=None if bias is None else bias.view(batch, kv_heads, 1, -1).expand(grouped).reshape(batch, -1),
+    )
+    if sinks is not None:
+        sinks = sinks.view(kv_heads, 1, -1).expand(grouped[1:]).reshape(-1)
+    rows = query.unflatten(1, (kv_heads, -1)).transpose(2, 3).reshape(batch, -1, head_dim)
+    sizes = {"stored": fill.longest + count, "shortest": fill.shortest + 1, "uniform": False}
+    out, missed = attend_stored(rows, own, index, split, params._replace(sinks=sinks), **sizes)
+    if missed is not None and buffers.missed is not None:
+        buffers.missed.view(batch, kv_heads, -1).copy_(missed.detach().view(grouped)[:, :, -1])
+    return out.view(*grouped, -1).transpose(1, 2).reshape(batch, count, heads, -1)
+
+
+def append_tokens(
+    query: Tensor, key: Tensor, value: Tensor, buffers: DecodeBuffers, index: TokenIndex | None, fill: Fill
+) -> Tensor | None:
+    """Append n tokens to every row, and increase the token counts.
+
+    Args:
+        query: [B, H, n, D], for the query ring.
+        key: [B, Hkv, n, D].
+        value: [B, Hkv, n, Dv].
+        buffers: the layer's buffers; written in place.
+        index: the index that scores the stored tokens, or None.
+        fill: how full the buffers are.
+
+    Returns:
+        [B, n Hkv, Dv] float64, the sum of the values that each query sees; None without a residual.
+
+    Raises:
+        ValueError: a row has no room, or only the device knows the token counts.
+    """
+    keys, values, positions, seq_lens = buffers[:4]
+    key, value = key.detach(), value.detach()
+    slot, seen, count = fill.longest, fill.seen, key.shape[2]
+    if seen is None or slot + count > keys.shape[2]:
+        raise ValueError(
+            f"a verify step of {count} tokens needs as many free slots and a token count on the host, got "
+            f"{keys.shape[2] - slot} free slots and seen={seen}: use verify_step of rocketkv.verify, which makes room"
+        )
+    if buffers.query_ring is not None:
+        ring = buffers.query_ring
+        kept = min(count, ring.shape[2])
+        place = torch.arange(seen + count - kept, seen + count, device=ring.device) % ring.shape[2]
+        ring.index_copy_(2, place, query.detach()[:, :, count - kept :].to(ring.dtype))
+    new = torch.arange(seen, seen + count, dtype=positions.dtype, device=positions.device)
+    uniform_slot = slot if slot == fill.shortest else None
+    if uniform_slot is not None:
+        keys.narrow(2, slot, count).copy_(key)
+        values.narrow(2, slot, count).copy_(value)
+        positions.narrow(2, slot, count).copy_(new)
+        seq_lens.fill_(slot + count)
+    else:
+        place = seq_lens.long()[..., None] + torch.arange(count, device=keys.device)
+        for buffer, tokens in ((keys, key), (values, value)):
+            buffer.scatter_(2, place[..., None].expand(-1, -1, -1, buffer.shape[3]), tokens.to(buffer.dtype))
+        positions.scatter_(2, place, new.expand_as(place))
+        seq_lens.add_(count)
+    if buffers.clock is not None:
+        buffers.clock.fill_(seen + count)
+    if index is not None:
+        index.append(buffers.index_tensors, keys, seq_lens, uniform_slot, count)
+    if buffers.value_sum is None:
+        return None
+    sums = buffers.value_sum[:, :, None] + summable(value).cumsum(2)
+    buffers.value_sum.copy_(sums[:, :, -1])
+    return sums.flatten(1, 2)
