@@ -197,12 +197,11 @@ def attend_stored(
         keys, values = buffers.keys[:, :, :stored], buffers.values[:, :, :stored]
         mask = None if lengths is None else torch.arange(stored, device=keys.device) < lengths[..., None]
         return attend(query, keys, values, params, mask=mask), None
-    # Rows that store at most t tokens attend to all of them.
-    short = lengths is not None and shortest <= split.token_budget
     if index is not None:
-        return attend_selected(query, buffers, index, split, params, stored=stored, lengths=lengths, short=short)
+        sizes = {"stored": stored, "shortest": shortest}
+        return attend_selected(query, buffers, index, split, params, lengths=lengths, **sizes)
     positions, mask = recent_slots(buffers.seq_lens, split.top_k, split.sinks or 0), None
-    if short:
+    if lengths is not None and shortest <= split.token_budget:
         positions, mask = all_where_short(positions, buffers.seq_lens, split.token_budget)
     return attend(query, buffers.keys, buffers.values, params, positions, mask=mask), None
 
@@ -215,10 +214,12 @@ def attend_selected(
     params: AttentionParams,
     *,
     stored: int,
+    shortest: int,
     lengths: Tensor | None,
-    short: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Score the stored tokens, select k, attend to them, and add the residual if the split has one.
+
+    A query that sees at most t tokens attends to all of them.
 
     Args:
         query: [B, H, D], or [B, n H, D] in a verify step; see `attend_stored`.
@@ -227,18 +228,19 @@ def attend_selected(
         split: the tokens that the step may read.
         params: the model's attention parameters, with one learned sink per query.
         stored: N, tokens that the query with the most tokens sees.
+        shortest: at most the tokens that any query sees.
         lengths: `buffers.seq_lens`, or None if every query sees N tokens.
-        short: whether rows of at most t tokens may exist, which attend to all of their tokens.
 
     Returns:
         [B, H, Dv] in the query's dtype; and the missed mass [B, H] float32 with a residual, else None.
     """
     keys, values, value_sum = buffers.keys, buffers.values, buffers.value_sum
+    read = min(split.top_k or stored, stored)
     with full_precision(query.device):
         logits = index.score(query, buffers.index_tensors, keys, params, stored=stored, lengths=lengths)
         positions, _ = select(
             logits,
-            min(split.top_k or stored, stored),
+            read,
             stored=stored,
             lengths=lengths,
             kv_heads=buffers.seq_lens.shape[1],
@@ -249,7 +251,7 @@ def attend_selected(
             ordered=False,
         )
     mask = None
-    if short and lengths is not None:
+    if lengths is not None and shortest <= split.token_budget:
         positions, mask = all_where_short(positions, lengths, split.token_budget)
     if value_sum is None:
         return attend(query, keys, values, params, positions, mask=mask), None
@@ -258,8 +260,8 @@ def attend_selected(
     if split.page_size > 1:
         logits = logits.repeat_interleave(split.page_size, dim=-1)[..., :stored]
     with full_precision(query.device):
-        bias = buffers.residual_bias
-        return residual_attend(query, keys, values, positions, logits, value_sum, params, bias=bias, lengths=lengths)
+        more = {"bias": buffers.residual_bias, "lengths": lengths, "filled": mask is None and shortest >= read}
+        return residual_attend(query, keys, values, positions, logits, value_sum, params, **more)
 
 
 def recent_slots(lengths: Tensor, k: int, sinks: int) -> Tensor:

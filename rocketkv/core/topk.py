@@ -146,10 +146,13 @@ def select(
         if missing:
             total = torch.rsub(weight.narrow(-1, units - 1, 1), unit_size, alpha=missing)
     else:
-        over_heads = _unit_tokens(units, unit_size, lengths).repeat_interleave(group, dim=1)
-        logits = logits.masked_fill(over_heads == 0, -torch.inf)
+        empty = multiples(units, unit_size, logits.device) >= lengths[..., None]
+        logits = logits.view(batch, kv_heads, group, units).masked_fill(empty.unsqueeze(2), -torch.inf).flatten(1, 2)
         weight = logits.softmax(-1)
-        total = (weight * over_heads).sum(-1, keepdim=True)
+        if unit_size > 1:
+            last = lengths.long().div(unit_size, rounding_mode="floor").clamp_(max=units - 1)
+            lacking = torch.stack((last, lengths.neg() % unit_size)).repeat_interleave(group, dim=2).unsqueeze(-1)
+            total = unit_size - weight.gather(-1, lacking[0]) * lacking[1]
     if sinks is not None:
         total = total + torch.exp(sinks.float()[..., None] - logits.logsumexp(-1, keepdim=True))
     if isinstance(total, Tensor) or total != 1:
@@ -158,80 +161,49 @@ def select(
     shared = by_head.amax(2) if by_largest else by_head.sum(2)  # the sum ranks as the average does
     if protected:
         shared[..., : -(-protected // unit_size)] = torch.inf
-    if lengths is None:
-        positions = ranked_even(shared, k, stored, unit_size)
-        positions = positions.sort(-1).values if ordered else positions
-    else:
-        positions = select_units(shared, _unit_tokens(units, unit_size, lengths).expand_as(shared), k, unit_size)
-    return positions.int(), weight
+    positions = ranked(shared, k, stored, unit_size, lengths)
+    return (positions.sort(-1).values if ordered else positions).int(), weight
 
 
-def _unit_tokens(units: int, unit_size: int, lengths: Tensor) -> Tensor:
-    """Return the number of tokens in each unit, [B, M, U], for rows of these lengths [B, M]."""
-    start = torch.arange(0, units * unit_size, unit_size, device=lengths.device)
-    return (lengths[..., None] - start).clamp(min=0, max=unit_size)
+def ranked(weight: Tensor, k: int, stored: int, unit_size: int, lengths: Tensor | None = None) -> Tensor:
+    """Apply the rule of `select_top` to tokens, given one weight per unit; positions are not ordered.
 
-
-def ranked_even(weight: Tensor, k: int, stored: int, unit_size: int) -> Tensor:
-    """Apply `select_units` to rows of equal length, in fewer operations; positions are not ordered.
-
-    A unit's rank is one integer: the bits of its weight, which sort as the weight does, above its place from the end.
-    No two ranks are equal, so every top-k returns the same choice.
+    Equal to `select_top` of the weights repeated for every token, without repeating them. A unit's rank is one integer:
+    the bits of its weight, which sort as the weight does, above its place from the end. No two ranks are equal, so
+    every top-k returns the same choice.
 
     Args:
-        weight: [..., U] float32, at least 0; NaN ranks last.
+        weight: [..., U] float32, at least 0; NaN ranks last. No unit without tokens may rank before one with tokens.
         k: tokens to choose, at most `stored`.
-        stored: tokens of every row; the last unit has the remainder.
-        unit_size: tokens of a full unit.
+        stored: N, tokens of the longest row.
+        unit_size: tokens of a full unit; a row's last unit has the remainder.
+        lengths: [...] (an integer dtype), tokens of each row, or None if every row has N.
 
     Returns:
-        Positions [..., k] int64; the tokens of a unit are adjacent.
+        Positions [..., k] int64; the tokens of a unit are adjacent. In a row of fewer than k tokens, positions without
+        a token fill up.
     """
     units = weight.shape[-1]
     bits = weight.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).view(torch.int32)
     rank = torch.add(multiples(units, -1, weight.device), bits, alpha=1 << 32)
-    # One more unit if the last one is partial, so that the units have at least k tokens.
+    # One more unit if the last one may be partial, so that the units have at least k tokens.
     short = units * unit_size - stored
-    unit = rank.topk(min(units, -(-k // unit_size) + (short > 0)), dim=-1, sorted=unit_size > 1).indices
+    partial = unit_size > 1 and (short > 0 or lengths is not None)
+    unit = rank.topk(min(units, -(-k // unit_size) + partial), dim=-1, sorted=unit_size > 1).indices
     if unit_size == 1:
         return unit
     token = torch.add(multiples(unit_size, 1, weight.device), unit.unsqueeze(-1), alpha=unit_size).flatten(-2)
     first = token.narrow(-1, 0, k)
-    if not short:
+    if not partial:
         return first
     # The tokens that the last unit lacks are adjacent: later tokens move up.
-    lacking = first.cummax(-1).values >= stored
-    return torch.where(lacking, token.narrow(-1, short, k), first)
-
-
-def select_units(weight: Tensor, count: Tensor, k: int, unit_size: int) -> Tensor:
-    """Apply the rule of `select_top` to tokens, given one weight per unit and the number of tokens in each unit.
-
-    Equal to `select_top` of the weights repeated for every token, without repeating them.
-
-    Args:
-        weight: [..., U] float; NaN ranks with minus infinity.
-        count: [..., U] integers from 0 to `unit_size`, the tokens of each unit.
-        k: tokens to choose.
-        unit_size: tokens of a full unit; unit u starts at token `u * unit_size`.
-
-    Returns:
-        Positions [..., k] int64, ascending; with fewer than k tokens, the positions after the last token fill up.
-    """
-    weight = torch.where(count > 0, weight.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), -torch.inf)
-    units = weight.shape[-1]
-    # Only the last unit is partial: one unit more than k tokens fill is enough.
-    largest, unit = weight.topk(min(units, -(-k // unit_size) + 1), dim=-1)
-    before = (count.gather(-1, unit).cumsum(-1) < k).sum(-1, keepdim=True)
-    threshold = largest.gather(-1, before.clamp(max=largest.shape[-1] - 1))
-    above = torch.where(weight > threshold, count, 0)
-    tied = torch.where(weight == threshold, count, 0)
-    missing = k - above.sum(-1, keepdim=True)
-    taken = above + torch.minimum((missing - tied.cumsum(-1) + tied).clamp(min=0), tied)
-    end = taken.cumsum(-1)
-    number = torch.arange(1, k + 1, device=weight.device).expand(*weight.shape[:-1], k).contiguous()
-    unit = torch.searchsorted(end, number).clamp(max=units - 1)
-    return unit * unit_size + number - 1 - (end - taken).gather(-1, unit)
+    if lengths is None:
+        lacking = first.cummax(-1).values >= stored
+        return torch.where(lacking, token.narrow(-1, short, k), first)
+    end, number = lengths[..., None], multiples(k, 1, weight.device)
+    lacking = first.cummax(-1).values >= end
+    place = (lacking * (end.neg() % unit_size)).add_(number).clamp_(max=token.shape[-1] - 1)
+    return torch.where(number < end, token.gather(-1, place), number)
 
 
 def recent_positions(valid: Tensor, kept: int, sinks: int) -> Tensor:

@@ -7,7 +7,7 @@ verify step are ordered by KV head, then by query, then by head of the group. A 
 its query from the index, and the bounds of the page that is open for its query from the keys. So the draft's later
 tokens, which the index already includes, do not matter.
 
-The number of operators does not depend on n.
+The number of operators does not depend on n, unless the queries need more than one block of scratch memory.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim of keys, Dv of values, N stored tokens, n tokens of
 the draft, W query ring, t token budget.
@@ -21,6 +21,9 @@ from .decode import DecodeBuffers, Fill, attend_stored
 from .params import AttentionParams
 from .residual import summable
 from .token_index import TokenIndex
+
+# Approximate upper bound for the gathered keys and values, and the weights, of a block of queries.
+BLOCK_BYTES = 64 * 2**20
 
 
 def verify_step_torch(
@@ -48,25 +51,52 @@ def verify_step_torch(
     Returns:
         [B, n, H, Dv] in the query's dtype.
     """
-    batch, heads, count, head_dim = query.shape
+    batch, heads, count, _ = query.shape
     kv_heads = key.shape[1]
-    grouped = (batch, kv_heads, count, heads // kv_heads)
     value_sum = append_tokens(query, key, value, buffers, index, fill)
-    back = torch.arange(1 - count, 1, dtype=torch.int32, device=key.device)
+    read = min(split.token_budget, fill.longest) * kv_heads * (key.shape[3] + value.shape[3])
+    bytes_a_query = 4 * batch * (read + 4 * heads * fill.longest)
+    block = max(1, BLOCK_BYTES // bytes_a_query)
+    parts = []
+    for first in range(0, count, block):
+        last = min(first + block, count)
+        own, own_params = _of_queries(first, last, count, buffers, value_sum, params)
+        rows = query[:, :, first:last].unflatten(1, (kv_heads, -1)).transpose(2, 3).reshape(batch, -1, query.shape[3])
+        sizes = {"stored": fill.longest + last, "shortest": fill.shortest + first + 1, "uniform": False}
+        out, missed = attend_stored(rows, own, index, split, own_params, **sizes)
+        parts.append(out.view(batch, kv_heads, last - first, -1, out.shape[2]).transpose(1, 2).flatten(2, 3))
+        if missed is not None and buffers.missed is not None and last == count:
+            of_last = missed.detach().view(batch, kv_heads, last - first, -1)[:, :, -1]
+            buffers.missed.view(batch, kv_heads, -1).copy_(of_last)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _of_queries(
+    first: int, last: int, count: int, buffers: DecodeBuffers, value_sum: Tensor | None, params: AttentionParams
+) -> tuple[DecodeBuffers, AttentionParams]:
+    """Return buffers and parameters for `attend_stored`, with one entry for each query from `first` to `last` of n.
+
+    Args:
+        first: the first query.
+        last: the query behind the last one.
+        count: n, queries of the draft.
+        buffers: the layer's buffers, which include the draft.
+        value_sum: [B, Hkv, n, Dv], the sum of the values that each query sees; None without a residual.
+        params: the model's attention parameters.
+    """
+    batch, kv_heads = buffers.seq_lens.shape
+    back = torch.arange(first + 1 - count, last + 1 - count, dtype=torch.int32, device=buffers.keys.device)
     bias, sinks = buffers.residual_bias, params.sinks
+    if bias is not None:
+        bias = bias.view(batch, kv_heads, 1, -1).expand(-1, -1, last - first, -1).reshape(batch, -1)
+    if sinks is not None:
+        sinks = sinks.view(kv_heads, 1, -1).expand(-1, last - first, -1).reshape(-1)
     own = buffers._replace(
         seq_lens=(buffers.seq_lens[..., None] + back).flatten(1),
-        value_sum=value_sum,
-        residual_bias=None if bias is None else bias.view(batch, kv_heads, 1, -1).expand(grouped).reshape(batch, -1),
+        value_sum=None if value_sum is None else value_sum[:, :, first:last].flatten(1, 2),
+        residual_bias=bias,
     )
-    if sinks is not None:
-        sinks = sinks.view(kv_heads, 1, -1).expand(grouped[1:]).reshape(-1)
-    rows = query.unflatten(1, (kv_heads, -1)).transpose(2, 3).reshape(batch, -1, head_dim)
-    sizes = {"stored": fill.longest + count, "shortest": fill.shortest + 1, "uniform": False}
-    out, missed = attend_stored(rows, own, index, split, params._replace(sinks=sinks), **sizes)
-    if missed is not None and buffers.missed is not None:
-        buffers.missed.view(batch, kv_heads, -1).copy_(missed.detach().view(grouped)[:, :, -1])
-    return out.view(*grouped, -1).transpose(1, 2).reshape(batch, count, heads, -1)
+    return own, params._replace(sinks=sinks)
 
 
 def append_tokens(
@@ -83,7 +113,7 @@ def append_tokens(
         fill: how full the buffers are.
 
     Returns:
-        [B, n Hkv, Dv] float64, the sum of the values that each query sees; None without a residual.
+        [B, Hkv, n, Dv] float64, the sum of the values that each query sees; None without a residual.
 
     Raises:
         ValueError: a row has no room, or only the device knows the token counts.
@@ -122,4 +152,4 @@ def append_tokens(
         return None
     sums = buffers.value_sum[:, :, None] + summable(value).cumsum(2)
     buffers.value_sum.copy_(sums[:, :, -1])
-    return sums.flatten(1, 2)
+    return sums
