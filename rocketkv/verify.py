@@ -43,7 +43,9 @@ def verify_step(
     """
     if backend != "torch" and backend_name(query.device, backend) == "triton":
         new = zip(query.unbind(2), key.unbind(2), value.unbind(2), strict=True)
-        return torch.stack([decode_step(*each, store, params, backend=backend, workspaces=workspaces) for each in new], 1)
+        return torch.stack(
+            [decode_step(*each, store, params, backend=backend, workspaces=workspaces) for each in new], 1
+        )
     parts, start, count = [], 0, query.shape[2]
     while start < count:
         # A buffer that grows or rolls does so when it is full, as in decode steps.

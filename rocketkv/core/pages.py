@@ -122,21 +122,26 @@ def grow_pages(index: Tensor, capacity: int, page_size: int) -> Tensor:
     return restored(torch.cat((movable(index), movable(empty)), dim=2), index.dtype)
 
 
-def close_page(index: Tensor, keys: Tensor, page: int, page_size: int) -> None:
-    """Write the bounds of a page that has just become full in every row, in place.
+def close_pages(index: Tensor, keys: Tensor, first: int, last: int, page_size: int) -> None:
+    """Write the bounds of pages that have just become full in every row, in place.
 
     Args:
         index: [B, Hkv, T, rows, 128].
         keys: [B, Hkv, N, D], the buffer of stored keys.
-        page: number of the page.
+        first: number of the first page.
+        last: number of the page after the last one.
         page_size: P, tokens per page.
     """
-    tile, column = divmod(page, TILE_PAGES)
-    bounds = page_bounds(keys[:, :, page * page_size : (page + 1) * page_size], page_size)
-    index[:, :, tile, :, column] = rounded(bounds, index.dtype)
+    while first < last:
+        tile, column = divmod(first, TILE_PAGES)
+        stop = min(last, (tile + 1) * TILE_PAGES)
+        pages = keys[:, :, first * page_size : stop * page_size].unflatten(2, (stop - first, page_size))
+        bounds = rounded(page_bounds(pages, page_size), index.dtype)
+        index[:, :, tile, :, column : column + stop - first] = bounds.transpose(-1, -2)
+        first = stop
 
 
-def close_pages(index: Tensor, keys: Tensor, lengths: Tensor, page_size: int, count: int = 1) -> None:
+def close_last_pages(index: Tensor, keys: Tensor, lengths: Tensor, page_size: int, count: int = 1) -> None:
     """Write the bounds of the pages that each row's last tokens have filled, in place and without a host sync.
 
     Args:
@@ -159,7 +164,9 @@ def close_pages(index: Tensor, keys: Tensor, lengths: Tensor, page_size: int, co
     entry = ((page // TILE_PAGES)[..., None] * rows + row) * TILE_PAGES + (page % TILE_PAGES)[..., None]
     entry = entry.flatten(2)
     flat = movable(index.view(batch, kv_heads, tiles * rows * TILE_PAGES))
-    new = torch.where(full[..., None], movable(rounded(bounds, index.dtype)), flat.gather(2, entry).view(*page.shape, rows))
+    new = torch.where(
+        full[..., None], movable(rounded(bounds, index.dtype)), flat.gather(2, entry).view(*page.shape, rows)
+    )
     flat.scatter_(2, entry, new.flatten(2))
 
 
@@ -263,11 +270,9 @@ class PageIndex:
         """See `TokenIndex`."""
         size = self.page_size
         if slot is None:
-            close_pages(tensors[0], keys, lengths, size, count)
-        elif count == 1 and (slot + 1) % size == 0:
-            close_page(tensors[0], keys, slot // size, size)
-        elif count > 1 and (slot + count) // size > slot // size:
-            close_pages(tensors[0], keys, lengths, size, count)
+            close_last_pages(tensors[0], keys, lengths, size, count)
+        else:
+            close_pages(tensors[0], keys, slot // size, (slot + count) // size, size)
 
     def rebuild(self, tensors: Sequence[Tensor], keys: Tensor, tokens: int) -> None:
         """See `TokenIndex`."""
