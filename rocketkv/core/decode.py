@@ -93,8 +93,8 @@ def decode_step_torch(
     """
     uniform = fill.seen is not None and fill.longest == fill.shortest
     append_token(query, key, value, buffers, index, fill)
-    sizes = {"stored": fill.longest + 1, "shortest": fill.shortest + 1, "uniform": uniform}
-    out, missed = attend_stored(query, buffers, index, split, params, **sizes)
+    sizes = {"stored": fill.longest + 1, "shortest": fill.shortest + 1}
+    out, missed = attend_stored(query, buffers, index, split, params, uniform=uniform, **sizes)
     if missed is not None and buffers.missed is not None:
         buffers.missed.copy_(missed.detach())
     return out
@@ -260,8 +260,18 @@ def attend_selected(
     if split.page_size > 1:
         logits = logits.repeat_interleave(split.page_size, dim=-1)[..., :stored]
     with full_precision(query.device):
-        more = {"bias": buffers.residual_bias, "lengths": lengths, "filled": mask is None and shortest >= read}
-        return residual_attend(query, keys, values, positions, logits, value_sum, params, **more)
+        return residual_attend(
+            query,
+            keys,
+            values,
+            positions,
+            logits,
+            value_sum,
+            params,
+            bias=buffers.residual_bias,
+            lengths=lengths,
+            filled=mask is None and shortest >= read,
+        )
 
 
 def recent_slots(lengths: Tensor, k: int, sinks: int) -> Tensor:

@@ -135,7 +135,8 @@ def close_pages(index: Tensor, keys: Tensor, first: int, last: int, page_size: i
     while first < last:
         tile, column = divmod(first, TILE_PAGES)
         stop = min(last, (tile + 1) * TILE_PAGES)
-        pages = keys[:, :, first * page_size : stop * page_size].unflatten(2, (stop - first, page_size))
+        tokens = keys[:, :, first * page_size : stop * page_size]
+        pages = tokens.view(*keys.shape[:2], stop - first, page_size, -1)
         bounds = rounded(page_bounds(pages, page_size), index.dtype)
         index[:, :, tile, :, column : column + stop - first] = bounds.transpose(-1, -2)
         first = stop
@@ -217,7 +218,7 @@ def score_pages(
     pages = page_count(stored, page_size)
     used = -(-pages // TILE_PAGES)
     first_row = multiples(batch * kv_heads * tiles, rows, bounds.device).view(-1, 1, tiles)
-    row = bound_row.view(batch * kv_heads, -1, 1) + first_row.narrow(-1, 0, used)
+    row = bound_row.reshape(batch * kv_heads, -1, 1) + first_row.narrow(-1, 0, used)
     read = restored(F.embedding(row, movable(bounds).view(-1, TILE_PAGES)), bounds.dtype).float()
     read = read.view(groups, channels, -1)
 

@@ -51,27 +51,68 @@ def verify_step_torch(
     Returns:
         [B, n, H, Dv] in the query's dtype.
     """
-    batch, heads, count, _ = query.shape
-    kv_heads = key.shape[1]
     value_sum = append_tokens(query, key, value, buffers, index, fill)
-    read = min(split.token_budget, fill.longest) * kv_heads * (key.shape[3] + value.shape[3])
-    bytes_a_query = 4 * batch * (read + 4 * heads * fill.longest)
-    block = max(1, BLOCK_BYTES // bytes_a_query)
+    return attend_drafted(query, buffers, value_sum, index, split, params, fill)
+
+
+def attend_drafted(
+    query: Tensor,
+    buffers: DecodeBuffers,
+    value_sum: Tensor | None,
+    index: TokenIndex | None,
+    split: BudgetSplit,
+    params: AttentionParams,
+    fill: Fill,
+) -> Tensor:
+    """Attend from each token of a draft that has been appended; see `verify_step_torch`.
+
+    Args:
+        query: [B, H, n, D].
+        buffers: the layer's buffers, which include the draft; its missed mass is written.
+        value_sum: returned by `append_tokens`.
+        index: the index that scores the stored tokens, or None.
+        split: the tokens and bytes that each query may read.
+        params: the model's attention parameters.
+        fill: how full the buffers were before the draft.
+
+    Returns:
+        [B, n, H, Dv] in the query's dtype.
+    """
+    count, block = query.shape[2], _block_queries(query, buffers, split, fill)
     parts = []
     for first in range(0, count, block):
         last = min(first + block, count)
-        own, own_params = _of_queries(first, last, count, buffers, value_sum, params)
-        rows = query[:, :, first:last].unflatten(1, (kv_heads, -1)).transpose(2, 3).reshape(batch, -1, query.shape[3])
-        sizes = {"stored": fill.longest + last, "shortest": fill.shortest + first + 1, "uniform": False}
-        out, missed = attend_stored(rows, own, index, split, own_params, **sizes)
-        parts.append(out.view(batch, kv_heads, last - first, -1, out.shape[2]).transpose(1, 2).flatten(2, 3))
+        own, own_params = of_queries(first, last, count, buffers, value_sum, params)
+        rows = by_kv_head(query[:, :, first:last], buffers)
+        sizes = {"stored": fill.longest + last, "shortest": fill.shortest + first + 1}
+        out, missed = attend_stored(rows, own, index, split, own_params, uniform=False, **sizes)
+        parts.append(by_query(out, buffers, last - first))
         if missed is not None and buffers.missed is not None and last == count:
-            of_last = missed.detach().view(batch, kv_heads, last - first, -1)[:, :, -1]
-            buffers.missed.view(batch, kv_heads, -1).copy_(of_last)
+            buffers.missed.copy_(by_query(missed.detach()[..., None], buffers, last - first)[:, -1, :, 0])
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _of_queries(
+def _block_queries(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit, fill: Fill) -> int:
+    """Return the number of queries in a block."""
+    batch, kv_heads, _, head_dim = buffers.keys.shape
+    read = min(split.token_budget, fill.longest) * kv_heads * (head_dim + buffers.values.shape[3])
+    return max(1, BLOCK_BYTES // (4 * batch * (read + 4 * query.shape[1] * fill.longest)))
+
+
+def by_kv_head(query: Tensor, buffers: DecodeBuffers) -> Tensor:
+    """Return queries [B, H, n, D] as [B, n H, D], ordered by KV head, then by query, then by head of the group."""
+    batch, _, count, head_dim = query.shape
+    grouped = query.reshape(batch, buffers.keys.shape[1], -1, count, head_dim)
+    return grouped.transpose(2, 3).reshape(batch, -1, head_dim)
+
+
+def by_query(out: Tensor, buffers: DecodeBuffers, count: int) -> Tensor:
+    """Return outputs [B, n H, Dv], in the order of `attend_stored`, of n queries as [B, n, H, Dv]."""
+    grouped = out.view(len(out), buffers.keys.shape[1], count, -1, out.shape[2])
+    return grouped.transpose(1, 2).flatten(2, 3)
+
+
+def of_queries(
     first: int, last: int, count: int, buffers: DecodeBuffers, value_sum: Tensor | None, params: AttentionParams
 ) -> tuple[DecodeBuffers, AttentionParams]:
     """Return buffers and parameters for `attend_stored`, with one entry for each query from `first` to `last` of n.

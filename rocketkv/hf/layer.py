@@ -293,22 +293,14 @@ class RocketKVLayer(CacheLayerMixin):
         store, monitor, count = self.store, self.monitor, query.shape[2]
         # Room is made first, so that none of the draft's tokens is evicted and a crop can remove them.
         self.ensure_room(count)
-        self._save_ring(query)
-        # A monitor is passed the state after each token, and only single steps are captured.
-        singly = self._captured() or (monitor is not None and monitor.asks(self.number, store, count))
-        parts, start = [], 0
-        while start < count:
-            stop = start + 1 if singly else count
-            if self.step is not None and not singly:
-                self.ensure_room()  # for at least one token more, if there is no room for the whole draft
-                stop = min(stop, start + self.step.capacity - store.stored)
-            part = (tensor[:, :, start:stop] for tensor in (query, key, value))
-            if singly:
-                parts.append(self._decode(*part, params))
-            else:
-                parts.append(verify_step(*part, store, params, backend=self.backend, workspaces=self.workspaces))
-            start = stop
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        ring, tensor = store.decoding.ring, store.decoding.buffers.query_ring
+        if ring is not None and tensor is not None:
+            ring.save(tensor, query, store.lens.seen)
+        if self._captured() or (monitor is not None and monitor.asks(self.number, store, count)):
+            singles = zip(*(tensor.split(1, dim=2) for tensor in (query, key, value)), strict=True)
+            return torch.cat([self._decode(*single, params) for single in singles], dim=1)
+        own = {"backend": self.backend, "workspaces": self.workspaces, "make_room": self.ensure_room}
+        return verify_step(query, key, value, store, params, **own)
 
     def _step_statically(
         self, step: StaticStep, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
@@ -423,12 +415,6 @@ class RocketKVLayer(CacheLayerMixin):
     def re_evicts(self) -> bool:
         """Whether generated tokens are re-evicted when the static buffer is full."""
         return self.store.closed and self.store.decoding.ring is not None
-
-    def _save_ring(self, query: Tensor) -> None:
-        """Save the query ring before a verify step of queries [B, H, n, D], some of which a crop may remove."""
-        decoding = self.store.decoding
-        if decoding.ring is not None and decoding.buffers.query_ring is not None:
-            decoding.ring.save(decoding.buffers.query_ring, query, self.store.lens.seen)
 
     @property
     def tokens_seen(self) -> int:

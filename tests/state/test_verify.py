@@ -38,10 +38,13 @@ from turns import (
 
 # Rows of 10 tokens pass the budget of 16 within the draft; 25 tokens are more than the buffers have room for.
 LAYOUTS = {"uniform": [PROMPT] * 3, "ragged": [PROMPT, 33, 10], "short": [10, 10, 9]}
-PAGES = BudgetSplit(token_budget=16, kept_tokens=30, page_size=3, channels=3, top_k=8, protected=2)
-SKETCH = BudgetSplit(
-    token_budget=16, kept_tokens=30, sketch_bits=3, top_k=8, residual=True, calibrated=True, by_largest=True
-)
+SHAPES = {
+    "pages": BudgetSplit(token_budget=16, kept_tokens=30, page_size=3, channels=3, top_k=8, protected=2),
+    "keys": BudgetSplit(token_budget=16, kept_tokens=30, page_size=1, channels=3, top_k=8),
+    "sketch": BudgetSplit(
+        token_budget=16, kept_tokens=30, sketch_bits=3, top_k=8, residual=True, calibrated=True, by_largest=True
+    ),
+}
 
 
 def valid_of(lengths: list[int]) -> Tensor | None:
@@ -71,10 +74,9 @@ def test_a_verify_step_equals_decode_steps(split: str, layout: str, count: int) 
 
 @pytest.mark.parametrize(
     ("split", "heads", "extra"),
-    pairs([PAGES, SKETCH], [(4, 4), (6, 2), (3, 1)], [{}, {"softcap": 2.0}, {"softcap": 3.0, "sinks": True}]),
-    ids=lambda value: "pages" if value is PAGES else "sketch" if value is SKETCH else None,
+    pairs(SHAPES, [(4, 4), (6, 2), (3, 1)], [{}, {"softcap": 2.0}, {"softcap": 3.0, "sinks": True}]),
 )
-def test_groups_soft_caps_and_sinks(split: BudgetSplit, heads: tuple[int, int], extra: dict[str, Any]) -> None:
+def test_groups_soft_caps_and_sinks(split: str, heads: tuple[int, int], extra: dict[str, Any]) -> None:
     count, kv_heads = heads
     sinks = torch.randn(count) if extra.get("sinks") else None
     params = AttentionParams(SCALING, extra.get("softcap"), sinks)
@@ -85,8 +87,8 @@ def test_groups_soft_caps_and_sinks(split: BudgetSplit, heads: tuple[int, int], 
 
     plain = KVStore()
     extend(plain, drawn(PROMPT), left_padding([PROMPT, 14], PROMPT))
-    close_prompt(plain, split, params, decode_reserve=RESERVE, kernel_size=KERNEL)
-    if split is SKETCH:
+    close_prompt(plain, SHAPES[split], params, decode_reserve=RESERVE, kernel_size=KERNEL)
+    if split == "sketch":
         assert plain.decoding.buffers.residual_bias is not None
         plain.decoding.buffers.residual_bias.copy_(torch.randn(2, count))
     store, draft = copy.deepcopy(plain), drawn(9)
