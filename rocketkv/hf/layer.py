@@ -297,10 +297,11 @@ class RocketKVLayer(CacheLayerMixin):
         if ring is not None and tensor is not None:
             ring.save(tensor, query, store.lens.seen)
         if self._captured() or (monitor is not None and monitor.asks(self.number, store, count)):
-            singles = zip(*(tensor.split(1, dim=2) for tensor in (query, key, value)), strict=True)
-            return torch.cat([self._decode(*single, params) for single in singles], dim=1)
-        own = {"backend": self.backend, "workspaces": self.workspaces, "make_room": self.ensure_room}
-        return verify_step(query, key, value, store, params, **own)
+            each = [slice(i, i + 1) for i in range(count)]
+            singles = [self._decode(query[:, :, i], key[:, :, i], value[:, :, i], params) for i in each]
+            return torch.cat(singles, dim=1)
+        backend, shared, room = self.backend, self.workspaces, self.ensure_room
+        return verify_step(query, key, value, store, params, backend=backend, workspaces=shared, make_room=room)
 
     def _step_statically(
         self, step: StaticStep, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
