@@ -12,7 +12,7 @@ def write_token(
     queries,  # of the row: [G, D]
     own_key,  # [D]
     own_value,  # [DV]
-    keys, values, positions, seen, ring, row, slot, inside,
+    keys, values, positions, position, ring, row, slot, inside,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """Write key, value, position and the row's queries, if the row has room; return the key and the value as stored."""
@@ -23,9 +23,9 @@ def write_token(
     column = tl.arange(0, DVP)
     value = tl.load(own_value + column, mask=column < DV, other=0.0).to(values.dtype.element_ty)
     tl.store(values + slot * DV + column, value, mask=column < DV * inside.to(tl.int32))
-    tl.store(positions + slot, tl.load(seen), mask=inside)
+    tl.store(positions + slot, position, mask=inside)
     if ring is not None:
-        place = tl.load(seen) % RING
+        place = position % RING
         for g in range(G):
             remembered = tl.load(queries + g * D + channel, mask=own, other=0.0)
             tl.store(ring + ((row * G + g) * RING + place) * D + channel, remembered, mask=own)

@@ -76,7 +76,7 @@ def _new_page(
     return top, bottom
 
 
-@triton.jit(do_not_specialize=["capacity", "tiles", "token_budget", "channels"])
+@triton.jit(do_not_specialize=["capacity", "tiles", "step_queries", "token_budget", "channels"])
 def append_score_kernel(
     query,  # [B, H, D], heads one after another
     key,  # [B, Hkv, D], likewise
@@ -97,6 +97,7 @@ def append_score_kernel(
     value_batch,
     capacity,
     tiles,
+    step_queries,  # consecutive rows that share their stored tokens: 1, or the queries of a verify step
     token_budget,
     channels,
     scaling,
@@ -121,9 +122,11 @@ def append_score_kernel(
     The last program of a row appends, and scores the page that the token falls into. The others score full pages.
     """
     row = tl.program_id(0).to(tl.int64)
+    stored_row = (tl.program_id(0) // step_queries).to(tl.int64)
     split = tl.program_id(1)
     splits = tl.num_programs(1) - 1
-    batch, kv_head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
+    row_heads = KV_HEADS * step_queries  # not a constant, which would be compiled for each length of a draft
+    batch, kv_head = tl.program_id(0) // row_heads, tl.program_id(0) % row_heads
     queries = query + batch.to(tl.int64) * query_batch + kv_head * G * D
     length = tl.load(lengths + row)
     closed = length // P
@@ -133,13 +136,14 @@ def append_score_kernel(
     bottom = tl.zeros([DP], tl.float32)
     HP: tl.constexpr = 8 if G <= 8 else GP  # heads of which scores are kept
     if split == splits:
+        position = tl.load(seen) + tl.program_id(0) % step_queries
         new, _ = write_token(
             queries, key + batch.to(tl.int64) * key_batch + kv_head * D,
-            value + batch.to(tl.int64) * value_batch + kv_head * DV, keys, values, positions, seen, ring,
-            row, row * capacity + length, length < capacity, G, D, DV, DP, DVP, RING,
+            value + batch.to(tl.int64) * value_batch + kv_head * DV, keys, values, positions, position, ring,
+            row, stored_row * capacity + length, length < capacity, G, D, DV, DP, DVP, RING,
         )  # fmt: skip
         if index is not None:
-            top, bottom = _new_page(new, keys, index, row, length, capacity, tiles, channel, D, P, TILE)
+            top, bottom = _new_page(new, keys, index, stored_row, length, capacity, tiles, channel, D, P, TILE)
 
     if index is not None:  # noqa: SIM102  # decided when compiling, the other at run time
         # A row that stores no more than the budget attends to all of it: nothing is to be ranked.
@@ -192,7 +196,7 @@ def append_score_kernel(
                     part = _operand(part, query.dtype.element_ty, EXACT)
                 for tile in range(split, (closed + TILE - 1) // TILE, splits):
                     # Whole lines, whatever lies behind the last page: a mask on columns would cost the wide loads.
-                    bounds = index + (row * tiles + tile) * rows * TILE + page[None, :]
+                    bounds = index + (stored_row * tiles + tile) * rows * TILE + page[None, :]
                     estimate = tl.zeros([GP, TILE], tl.float32)
                     if RP == RC:
                         # Addresses that are known before the loop: the loads of later tiles are under way.

@@ -162,7 +162,7 @@ def _sketched(
     return level, scale.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["capacity", "tiles", "token_budget"])
+@triton.jit(do_not_specialize=["capacity", "tiles", "step_queries", "token_budget"])
 def append_sketch_kernel(
     query,  # [B, H, D], heads one after another
     key,  # [B, Hkv, D], likewise
@@ -187,6 +187,7 @@ def append_sketch_kernel(
     value_batch,
     capacity,
     tiles,
+    step_queries,  # consecutive rows that share their stored tokens: 1, or the queries of a verify step
     token_budget,
     scaling,
     softcap,  # or None
@@ -217,9 +218,11 @@ def append_sketch_kernel(
     The last program of a row appends, and scores that token. The others score those that are stored.
     """
     row = tl.program_id(0).to(tl.int64)
+    stored_row = (tl.program_id(0) // step_queries).to(tl.int64)
     split = tl.program_id(1)
     splits = tl.num_programs(1) - 1
-    batch, kv_head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
+    row_heads = KV_HEADS * step_queries  # not a constant, which would be compiled for each length of a draft
+    batch, kv_head = tl.program_id(0) // row_heads, tl.program_id(0) % row_heads
     queries = query + batch.to(tl.int64) * query_batch + kv_head * G * D
     length = tl.load(lengths + row)
     inside = length < capacity
@@ -233,11 +236,12 @@ def append_sketch_kernel(
     column = tl.arange(0, columns)
     factor = scaling / (rescale * top)  # of rotated queries for the logits
     if split == splits:
-        slot = row * capacity + length
+        slot = stored_row * capacity + length
+        position = tl.load(seen) + tl.program_id(0) % step_queries
         own_key = key + batch.to(tl.int64) * key_batch + kv_head * D
         new, vector = write_token(
             queries, own_key, value + batch.to(tl.int64) * value_batch + kv_head * DV,
-            keys, values, positions, seen, ring, row, slot, inside, G, D, DV, DP, DVP, RING,
+            keys, values, positions, position, ring, row, slot, inside, G, D, DV, DP, DVP, RING,
         )  # fmt: skip
         if value_sum is not None:
             place = tl.arange(0, DVP)
@@ -247,7 +251,7 @@ def append_sketch_kernel(
             summand = vector.to(tl.float32).to(tl.float64) + summable - summable
             tl.store(value_sum + row * DV + place, total + summand, mask=writes)
         level, scale = _sketched(
-            new, own_key, mean, balance, codes, scales, turn, row, slot, inside, top, rescale, step,
+            new, own_key, mean, balance, codes, scales, turn, stored_row, slot, inside, top, rescale, step,
             D, DP, WIDTH, HIGHER, WORDS, WORDS_HIGHER, lines, RC,
         )  # fmt: skip
         # A row that stores no more than the budget attends to all of it: nothing is to be ranked.
@@ -258,8 +262,8 @@ def append_sketch_kernel(
                 line = first + tl.arange(0, RC)
                 block = tl.load(turn + line[:, None] * lines + column[None, :]).to(tl.float32)
                 back = tl.sum(block * (level + 0.5)[None, :], 1)  # exact: whole numbers and halves
-                divisors = tl.load(balance + row * D + line, mask=line < D, other=1.0).to(tl.float32)
-                centre = tl.load(mean + row * D + line, mask=line < D, other=0.0)
+                divisors = tl.load(balance + stored_row * D + line, mask=line < D, other=1.0).to(tl.float32)
+                centre = tl.load(mean + stored_row * D + line, mask=line < D, other=0.0)
                 asked = (head[:, None] < G) & (line[None, :] < D)
                 part = tl.load(queries + head[:, None] * D + line[None, :], mask=asked, other=0.0).to(tl.float32)
                 estimated = centre * scaling + back * (1.0 / divisors) * (scale * factor)
@@ -284,9 +288,9 @@ def append_sketch_kernel(
             for first in range(0, DP, RC):
                 line = first + tl.arange(0, RC)
                 part = tl.load(doubled + line[None, :], mask=(twice[:, None] < G) & (line[None, :] < D), other=0.0)
-                centre = tl.load(mean + row * D + line, mask=line < D, other=0.0)
+                centre = tl.load(mean + stored_row * D + line, mask=line < D, other=0.0)
                 shift += part.to(tl.float32) * centre[None, :]
-                divisors = tl.load(balance + row * D + line, mask=line < D, other=1.0).to(tl.float32)
+                divisors = tl.load(balance + stored_row * D + line, mask=line < D, other=1.0).to(tl.float32)
                 balanced = part.to(tl.float32) * (1.0 / divisors)[None, :]
                 block = tl.load(turn + line[:, None] * lines + column[None, :])
                 weight = _turned(balanced, block, weight, part.dtype, EXACT)
@@ -309,7 +313,7 @@ def append_sketch_kernel(
             for tile in range(split, (stored + BN - 1) // BN, splits):
                 token = tile * BN + tl.arange(0, BN)
                 there = token < stored
-                slots = row * capacity + token
+                slots = stored_row * capacity + token
                 digits = digits_of(words_of(codes, slots, there, size, 0, bytes_of, WORDS), WIDTH, SUBNORMAL)
                 estimate = tl.dot(digit_weight, digits) * unit[:, None]
                 if HIGHER:

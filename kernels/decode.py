@@ -64,6 +64,8 @@ class DecodeShape:
         sketch: how keys are sketched, or None where pages are scored or nothing is.
         residual: whether the tokens not read count as one.
         by_largest: whether tokens rank by the largest weight of the group's heads, not by their average.
+        queries: n, the queries of a verify step, each of which has KV heads of its own in `heads` and `kv_heads`, next
+            to those of the KV head's other queries; 1 in a decode step.
     """
 
     batch: int
@@ -81,6 +83,7 @@ class DecodeShape:
     sketch: SketchRule | None = None
     residual: bool = False
     by_largest: bool = False
+    queries: int = 1
 
     @property
     def group(self) -> int:
@@ -247,7 +250,7 @@ class DecodeWorkspace:
         if known is not None:
             return known
         shape, exact = self.shape, query_dtype == torch.float32 or query_dtype != dtype
-        sizes = shape.kv_heads, shape.group, shape.head_dim, shape.value_dim
+        sizes = shape.kv_heads // shape.queries, shape.group, shape.head_dim, shape.value_dim
         blocks = self.group_block, max(16, triton.next_power_of_2(shape.head_dim)), self.value_block
         if shape.sketch is None:
             cut = self._cut("append_score", dtype.itemsize, exact)
@@ -359,7 +362,10 @@ def decode_step_triton(
                 *appended, buffers.index_tensors[0] if shape.scored else None, seq_lens, buffers.clock, space.scores,
                 space.peaks, space.sums, space.ranked, ring,
             ),
-            (*strides, shape.capacity, shape.tiles, shape.token_budget, shape.channels or 0, scaling, softcap),
+            (
+                *strides, shape.capacity, shape.tiles, shape.queries, shape.token_budget, shape.channels or 0, scaling,
+                softcap,
+            ),
             *space.first_launch(query.dtype, keys.dtype, places),
         )  # fmt: skip
     else:
@@ -371,7 +377,7 @@ def decode_step_triton(
                 buffers.clock, space.scores, space.peaks, space.sums, ring,
             ),
             (
-                *strides, shape.capacity, shape.tiles, shape.token_budget, scaling, softcap, rule.grid,
+                *strides, shape.capacity, shape.tiles, shape.queries, shape.token_budget, scaling, softcap, rule.grid,
                 rule.norm / rule.grid, rule.step,
             ),
             *space.first_launch(query.dtype, keys.dtype, places),
@@ -409,8 +415,9 @@ def decode_step_triton(
             space.chosen, space.records, space.arrivals, out,
         ),
         (
-            *query.stride()[:2], shape.capacity, shape.tiles, space.splits, space.parts, shape.kv_heads,
-            shape.token_budget, top_k, shape.sinks or 0, shape.protected, scaling, softcap,
+            *query.stride()[:2], shape.capacity, shape.tiles, space.splits, space.parts, shape.queries,
+            shape.kv_heads // shape.queries, shape.token_budget, top_k, shape.sinks or 0, shape.protected, scaling,
+            softcap,
         ),
         constants, options,
     )  # fmt: skip

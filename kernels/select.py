@@ -34,7 +34,7 @@ def _smallest(ordered, pages, value, CHUNK: tl.constexpr):
     return tl.min(smallest, 0)
 
 
-@triton.jit(do_not_specialize=["capacity", "tiles", "splits", "token_budget", "k", "protected"])
+@triton.jit(do_not_specialize=["capacity", "tiles", "splits", "kv_heads", "token_budget", "k", "protected"])
 def select_kernel(
     lengths,  # [B, Hkv] int32, before this step's token
     sinks,  # [H], or None

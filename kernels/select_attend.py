@@ -37,7 +37,10 @@ def _finish(
 
 # What changes from prompt to prompt, or when buffers grow, is not compiled for.
 @triton.jit(
-    do_not_specialize=["capacity", "tiles", "splits", "parts", "token_budget", "k", "ends", "protected"],
+    do_not_specialize=[
+        *("capacity", "tiles", "splits", "parts", "step_queries"),
+        *("token_budget", "k", "ends", "protected"),
+    ],
 )
 def select_attend_kernel(
     query,  # [B, H, D], channels side by side
@@ -63,6 +66,7 @@ def select_attend_kernel(
     tiles,
     splits,
     parts,
+    step_queries,  # consecutive rows that share their stored tokens: 1, or the queries of a verify step
     kv_heads,
     token_budget,
     k,
@@ -92,7 +96,9 @@ def select_attend_kernel(
     RESIDUAL: tl.constexpr = value_sum is not None
     number = tl.program_id(0)
     row = number.to(tl.int64)
-    kv_head = number % kv_heads
+    stored_row = (number // step_queries).to(tl.int64)
+    row_heads = kv_heads * step_queries
+    kv_head = number % row_heads
     part = tl.program_id(1)
     stored = tl.minimum(tl.load(lengths + row) + 1, capacity)
     # A row that stores no more than the budget attends to all of it.
@@ -139,7 +145,7 @@ def select_attend_kernel(
     channel = tl.arange(0, DP)
     column = tl.arange(0, DVP)
     q = tl.load(
-        query + number // kv_heads * query_batch + (kv_head * G + head[:, None]) * query_head + channel[None, :],
+        query + number // row_heads * query_batch + (kv_head * G + head[:, None]) * query_head + channel[None, :],
         mask=(head[:, None] < G) & (channel[None, :] < D),
         other=0.0,
     )
@@ -158,7 +164,7 @@ def select_attend_kernel(
             token = tl.where(everything | (place < ends), place, place + stored - read)
         if (MODE == RANKED) | (MODE == GIVEN):
             token = tl.where(everything, place, tl.load(listed + place, mask=place < ranked, other=0))
-        slot = row * capacity + token
+        slot = stored_row * capacity + token
         block = tl.load(
             keys + slot[:, None] * D + channel[None, :], mask=there[:, None] & (channel[None, :] < D), other=0.0
         )

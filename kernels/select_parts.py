@@ -36,7 +36,17 @@ def _write_candidates(bits_of, pages_of, at, bits, page, taken, order, SLOTS: tl
 
 
 @triton.jit(
-    do_not_specialize=["capacity", "tiles", "splits", "chunks", "nodes_above", "token_budget", "k", "protected"]
+    do_not_specialize=[
+        "capacity",
+        "tiles",
+        "splits",
+        "chunks",
+        "nodes_above",
+        "kv_heads",
+        "token_budget",
+        "k",
+        "protected",
+    ]
 )
 def select_parts_kernel(
     lengths,  # [B, Hkv] int32, before this step's token

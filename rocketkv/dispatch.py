@@ -205,7 +205,7 @@ def decode_step(
     out = None
     if backend != "torch" and backend_name(query.device, backend) == "triton":
         store.clock()
-        out = _kernel_step(query, key, value, decoding, params, workspaces or Workspaces())
+        out = kernel_step(query, key, value, decoding, params, workspaces or Workspaces())
     if out is None:
         buffers, index, split = decoding.buffers, decoding.index, decoding.split
         out = decode.decode_step_torch(query, key, value, buffers, index, split, params, fill)
@@ -213,7 +213,7 @@ def decode_step(
     return out
 
 
-def _kernel_step(
+def kernel_step(
     query: Tensor, key: Tensor, value: Tensor, decoding: DecodeTokens, params: AttentionParams, workspaces: Workspaces
 ) -> Tensor | None:
     """Run the step with the kernels, or warn and return None if they do not support the layer."""
@@ -226,8 +226,7 @@ def _kernel_step(
     workspace = _workspace(query, decoding.buffers, decoding.split, workspaces)
     if workspace is None:
         return None
-    new = query.detach(), key.detach(), value.detach()
-    return _run_kernels(*new, decoding.buffers, workspace, params)
+    return _run_kernels(query.detach(), key.detach(), value.detach(), decoding.buffers, workspace, params)
 
 
 def warm_up(
@@ -282,12 +281,12 @@ def _run_kernels(
 
 
 def _decode_shape(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit) -> Any:
-    """Return the `DecodeShape` of a layer's steps with queries [B, H, D]."""
+    """Return the `DecodeShape` of a layer's steps, with queries [B, H, D] or, of a verify step, [B, n H, D]."""
     from .kernels.append_sketch import SketchRule
     from .kernels.decode import DecodeShape
 
-    batch, kv_heads, capacity, head_dim = buffers.keys.shape
-    bits = split.sketch_bits
+    batch, stored_heads, capacity, head_dim = buffers.keys.shape
+    kv_heads, bits = buffers.seq_lens.shape[1], split.sketch_bits
     return DecodeShape(
         batch=batch,
         heads=query.shape[1],
@@ -304,6 +303,7 @@ def _decode_shape(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit) -> 
         sketch=None if bits is None else SketchRule(bits, *encoding(head_dim, bits)),
         residual=split.residual,
         by_largest=split.by_largest,
+        queries=kv_heads // stored_heads,
     )
 
 
@@ -312,8 +312,9 @@ def _workspace(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit, worksp
     from .kernels.decode import DecodeWorkspace, refusal
 
     shape, dtype, device = _decode_shape(query, buffers, split), buffers.keys.dtype, query.device
-    # Prompts of different lengths have different shapes: keep only the workspace of the last one.
-    place = (device, dtype, shape.heads, shape.kv_heads, shape.head_dim, shape.value_dim)
+    # Prompts and drafts of different lengths have different shapes: keep only the workspaces of the last ones.
+    heads = shape.group, shape.kv_heads // shape.queries
+    place = (device, dtype, *heads, shape.queries > 1, shape.head_dim, shape.value_dim)
     workspace = workspaces.buffers.get(place)
     if workspace is not None and workspace.shape == shape:
         return workspace

@@ -139,10 +139,10 @@ class _Timed(Monitor):
 
     spent = 0.0
 
-    def asks(self, number: int, store: KVStore) -> bool:
+    def asks(self, number: int, store: KVStore, count: int = 1) -> bool:
         """See `Monitor`."""
         start = time.process_time()
-        wanted = super().asks(number, store)
+        wanted = super().asks(number, store, count)
         self.spent += time.process_time() - start
         return wanted
 

@@ -1,5 +1,7 @@
 """The decode step in PyTorch, for growing and static buffers: append, score, select, attend.
 
+`rocketkv.core.verify` has the verify step, which shares `attend_stored`.
+
 Source: paper (arXiv 2502.14051), section 3.4, "Hybrid Sparse Attention", and Algorithm 1. This is the readable
 reference of stage 2: `dispatch` runs it, or a kernel on the same `DecodeBuffers`.
 
@@ -91,21 +93,8 @@ def decode_step_torch(
     """
     uniform = fill.seen is not None and fill.longest == fill.shortest
     append_token(query, key, value, buffers, index, fill)
-    stored = fill.longest + 1
-    lengths = None if uniform else buffers.seq_lens
-    if split.top_k is None or stored <= split.token_budget:
-        keys, values = buffers.keys[:, :, :stored], buffers.values[:, :, :stored]
-        mask = None if lengths is None else torch.arange(stored, device=keys.device) < lengths[..., None]
-        return attend(query, keys, values, params, mask=mask)
-    # Rows that store at most t tokens attend to all of them.
-    short = lengths is not None and fill.shortest < split.token_budget
-    if index is None:
-        positions = recent_slots(buffers.seq_lens, split.top_k, split.sinks or 0)
-        mask = None
-        if short:
-            positions, mask = all_where_short(positions, buffers.seq_lens, split.token_budget)
-        return attend(query, buffers.keys, buffers.values, params, positions, mask=mask)
-    out, missed = attend_selected(query, buffers, index, split, params, stored=stored, lengths=lengths, short=short)
+    sizes = {"stored": fill.longest + 1, "shortest": fill.shortest + 1}
+    out, missed = attend_stored(query, buffers, index, split, params, uniform=uniform, **sizes)
     if missed is not None and buffers.missed is not None:
         buffers.missed.copy_(missed.detach())
     return out
@@ -173,6 +162,50 @@ def _clock(buffers: DecodeBuffers) -> Tensor:
     return buffers.clock
 
 
+def attend_stored(
+    query: Tensor,
+    buffers: DecodeBuffers,
+    index: TokenIndex | None,
+    split: BudgetSplit,
+    params: AttentionParams,
+    *,
+    stored: int,
+    shortest: int,
+    uniform: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend to all stored tokens if they are within the budget, or else to those that stage 2 selects.
+
+    Of a verify step of n queries (`rocketkv.core.verify`), `buffers` has one entry for each query where a decode step
+    has one: `seq_lens` [B, n Hkv], `value_sum` [B, n Hkv, Dv], `residual_bias` [B, n H].
+
+    Args:
+        query: [B, H, D], or [B, n H, D] in a verify step.
+        buffers: the layer's buffers, which include the queries' tokens.
+        index: the index that scores the stored tokens, or None.
+        split: the tokens that the step may read.
+        params: the model's attention parameters, with one learned sink per query.
+        stored: N, tokens that the query with the most tokens sees.
+        shortest: at most the tokens that any query sees.
+        uniform: whether every query sees N tokens.
+
+    Returns:
+        [B, H, Dv] in the query's dtype; and the missed mass [B, H] float32 if the step selects and has a residual, else
+        None.
+    """
+    lengths = None if uniform else buffers.seq_lens
+    if split.top_k is None or stored <= split.token_budget:
+        keys, values = buffers.keys[:, :, :stored], buffers.values[:, :, :stored]
+        mask = None if lengths is None else torch.arange(stored, device=keys.device) < lengths[..., None]
+        return attend(query, keys, values, params, mask=mask), None
+    if index is not None:
+        sizes = {"stored": stored, "shortest": shortest}
+        return attend_selected(query, buffers, index, split, params, lengths=lengths, **sizes)
+    positions, mask = recent_slots(buffers.seq_lens, split.top_k, split.sinks or 0), None
+    if lengths is not None and shortest <= split.token_budget:
+        positions, mask = all_where_short(positions, buffers.seq_lens, split.token_budget)
+    return attend(query, buffers.keys, buffers.values, params, positions, mask=mask), None
+
+
 def attend_selected(
     query: Tensor,
     buffers: DecodeBuffers,
@@ -181,33 +214,36 @@ def attend_selected(
     params: AttentionParams,
     *,
     stored: int,
+    shortest: int,
     lengths: Tensor | None,
-    short: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Score the stored tokens, select k, attend to them, and add the residual if the split has one.
 
+    A query that sees at most t tokens attends to all of them.
+
     Args:
-        query: [B, H, D].
-        buffers: the layer's buffers, which include the query's token.
+        query: [B, H, D], or [B, n H, D] in a verify step; see `attend_stored`.
+        buffers: the layer's buffers, which include the queries' tokens.
         index: the index that scores the stored tokens.
         split: the tokens that the step may read.
-        params: the model's attention parameters.
-        stored: N, tokens of the longest row.
-        lengths: [B, Hkv] int32, tokens of each row, or None if every row has N.
-        short: whether rows of at most t tokens may exist, which attend to all of their tokens.
+        params: the model's attention parameters, with one learned sink per query.
+        stored: N, tokens that the query with the most tokens sees.
+        shortest: at most the tokens that any query sees.
+        lengths: `buffers.seq_lens`, or None if every query sees N tokens.
 
     Returns:
         [B, H, Dv] in the query's dtype; and the missed mass [B, H] float32 with a residual, else None.
     """
     keys, values, value_sum = buffers.keys, buffers.values, buffers.value_sum
+    read = min(split.top_k or stored, stored)
     with full_precision(query.device):
         logits = index.score(query, buffers.index_tensors, keys, params, stored=stored, lengths=lengths)
         positions, _ = select(
             logits,
-            min(split.top_k or stored, stored),
+            read,
             stored=stored,
             lengths=lengths,
-            kv_heads=keys.shape[1],
+            kv_heads=buffers.seq_lens.shape[1],
             unit_size=split.page_size,
             sinks=params.sinks,
             protected=split.protected,
@@ -215,7 +251,7 @@ def attend_selected(
             ordered=False,
         )
     mask = None
-    if short and lengths is not None:
+    if lengths is not None and shortest <= split.token_budget:
         positions, mask = all_where_short(positions, lengths, split.token_budget)
     if value_sum is None:
         return attend(query, keys, values, params, positions, mask=mask), None
@@ -224,8 +260,18 @@ def attend_selected(
     if split.page_size > 1:
         logits = logits.repeat_interleave(split.page_size, dim=-1)[..., :stored]
     with full_precision(query.device):
-        bias = buffers.residual_bias
-        return residual_attend(query, keys, values, positions, logits, value_sum, params, bias=bias, lengths=lengths)
+        return residual_attend(
+            query,
+            keys,
+            values,
+            positions,
+            logits,
+            value_sum,
+            params,
+            bias=buffers.residual_bias,
+            lengths=lengths,
+            filled=mask is None and shortest >= read,
+        )
 
 
 def recent_slots(lengths: Tensor, k: int, sinks: int) -> Tensor:

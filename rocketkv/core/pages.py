@@ -13,7 +13,7 @@ The index has the keys' dtype or 8 bits (`RocketKVConfig.index_dtype`). In 8 bit
 to nearest, so they are coarser than those of the open page and may lie up to one rounding inside the true bounds.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim, P page size, N stored tokens, T tiles, U = ceil(N/P) pages,
-r channels.
+r channels, M selections of a row: Hkv in a decode step, n Hkv in a verify step of n queries (`rocketkv.core.verify`).
 """
 
 import math
@@ -122,39 +122,53 @@ def grow_pages(index: Tensor, capacity: int, page_size: int) -> Tensor:
     return restored(torch.cat((movable(index), movable(empty)), dim=2), index.dtype)
 
 
-def close_page(index: Tensor, keys: Tensor, page: int, page_size: int) -> None:
-    """Write the bounds of a page that has just become full in every row, in place.
+def close_pages(index: Tensor, keys: Tensor, first: int, last: int, page_size: int) -> None:
+    """Write the bounds of pages that have just become full in every row, in place.
 
     Args:
         index: [B, Hkv, T, rows, 128].
         keys: [B, Hkv, N, D], the buffer of stored keys.
-        page: number of the page.
+        first: number of the first page.
+        last: number of the page after the last one.
         page_size: P, tokens per page.
     """
-    tile, column = divmod(page, TILE_PAGES)
-    bounds = page_bounds(keys[:, :, page * page_size : (page + 1) * page_size], page_size)
-    index[:, :, tile, :, column] = rounded(bounds, index.dtype)
+    while first < last:
+        tile, column = divmod(first, TILE_PAGES)
+        stop = min(last, (tile + 1) * TILE_PAGES)
+        tokens = keys[:, :, first * page_size : stop * page_size]
+        pages = tokens.view(*keys.shape[:2], stop - first, page_size, -1)
+        bounds = rounded(page_bounds(pages, page_size), index.dtype)
+        index[:, :, tile, :, column : column + stop - first] = bounds.transpose(-1, -2)
+        first = stop
 
 
-def close_pages(index: Tensor, keys: Tensor, lengths: Tensor, page_size: int) -> None:
-    """Write the bounds of each row's last page if it has just become full, in place and without a host sync.
+def close_last_pages(index: Tensor, keys: Tensor, lengths: Tensor, page_size: int, count: int = 1) -> None:
+    """Write the bounds of the pages that each row's last tokens have filled, in place and without a host sync.
 
     Args:
         index: [B, Hkv, T, rows, 128].
         keys: [B, Hkv, N, D], the buffer of stored keys.
         lengths: [B, Hkv] int32, tokens of each row.
         page_size: P, tokens per page.
+        count: n, the last tokens of each row, which may have filled pages.
     """
     batch, kv_heads, tiles, rows, _ = index.shape
-    page = (lengths.long() - 1).clamp(min=0) // page_size
-    tokens = page[..., None] * page_size + torch.arange(page_size, device=keys.device)
-    bounds = page_bounds(gather_tokens(tokens.clamp(max=keys.shape[2] - 1), keys)[0], page_size)
-    full = (lengths > 0) & (lengths % page_size == 0)
+    page = ((lengths.long() - count).clamp(min=0) // page_size)[..., None]
+    pages = page_count(count, page_size)
+    if pages > 1:
+        page = page + torch.arange(pages, device=keys.device)
+    tokens = (page[..., None] * page_size + torch.arange(page_size, device=keys.device)).flatten(2)
+    own = gather_tokens(tokens.clamp(max=keys.shape[2] - 1), keys)[0]
+    bounds = page_bounds(own.view(batch, kv_heads, pages, page_size, -1), page_size)
+    full = (page + 1) * page_size <= lengths[..., None]
     row = torch.arange(rows, device=keys.device)
     entry = ((page // TILE_PAGES)[..., None] * rows + row) * TILE_PAGES + (page % TILE_PAGES)[..., None]
+    entry = entry.flatten(2)
     flat = movable(index.view(batch, kv_heads, tiles * rows * TILE_PAGES))
-    new = movable(rounded(bounds, index.dtype))
-    flat.scatter_(2, entry, torch.where(full[..., None], new, flat.gather(2, entry)))
+    new = torch.where(
+        full[..., None], movable(rounded(bounds, index.dtype)), flat.gather(2, entry).view(*page.shape, rows)
+    )
+    flat.scatter_(2, entry, new.flatten(2))
 
 
 def score_pages(
@@ -175,21 +189,22 @@ def score_pages(
     Equation 9).
 
     Args:
-        query: [B, H, D].
+        query: [B, H, D], or [B, n H, D] in a verify step.
         bounds: [B, Hkv, T, rows, 128], the bounds of full pages, in any float dtype.
         keys: [B, Hkv, capacity, D], the buffer of stored keys, for the bounds of the open page.
         params: the model's attention parameters; learned sinks change no logit.
         stored: N, tokens of the longest row.
-        lengths: [B, Hkv] int32, tokens of each row, or None if every row has N.
+        lengths: [B, M] int32, tokens that each query sees, or None if every one sees N.
         page_size: P.
         channels: r.
 
     Returns:
-        [B, H, U] float32; arbitrary at pages beyond a row's length.
+        [B, H, U], or [B, n H, U], float32; arbitrary at pages beyond a row's length.
     """
     batch, heads, head_dim = query.shape
     kv_heads, tiles, rows = bounds.shape[1:4]
-    grouped = query.float().view(batch * kv_heads, heads // kv_heads, head_dim)
+    groups = batch * (kv_heads if lengths is None else lengths.shape[1])
+    grouped = query.float().view(groups, -1, head_dim)
     # The rule of `select_top`, by a stable sort: ties go to the lower channel, and the order does not matter.
     size = grouped.abs()
     chosen = size.sum(1).sort(dim=-1, descending=True, stable=True).indices.narrow(-1, 0, channels)
@@ -203,8 +218,9 @@ def score_pages(
     pages = page_count(stored, page_size)
     used = -(-pages // TILE_PAGES)
     first_row = multiples(batch * kv_heads * tiles, rows, bounds.device).view(-1, 1, tiles)
-    row = bound_row.unsqueeze(-1) + first_row.narrow(-1, 0, used)
-    read = restored(F.embedding(row, movable(bounds).view(-1, TILE_PAGES)), bounds.dtype).float().flatten(2)
+    row = bound_row.reshape(batch * kv_heads, -1, 1) + first_row.narrow(-1, 0, used)
+    read = restored(F.embedding(row, movable(bounds).view(-1, TILE_PAGES)), bounds.dtype).float()
+    read = read.view(groups, channels, -1)
 
     # The open page's bounds are exact; those of full pages have the precision of the index's dtype.
     if lengths is None and stored % page_size:
@@ -249,12 +265,15 @@ class PageIndex:
         """See `TokenIndex`."""
         return (grow_pages(tensors[0], capacity, self.page_size),)
 
-    def append(self, tensors: Sequence[Tensor], keys: Tensor, lengths: Tensor, slot: int | None) -> None:
+    def append(
+        self, tensors: Sequence[Tensor], keys: Tensor, lengths: Tensor, slot: int | None, count: int = 1
+    ) -> None:
         """See `TokenIndex`."""
+        size = self.page_size
         if slot is None:
-            close_pages(tensors[0], keys, lengths, self.page_size)
-        elif (slot + 1) % self.page_size == 0:
-            close_page(tensors[0], keys, slot // self.page_size, self.page_size)
+            close_last_pages(tensors[0], keys, lengths, size, count)
+        else:
+            close_pages(tensors[0], keys, slot // size, (slot + count) // size, size)
 
     def rebuild(self, tensors: Sequence[Tensor], keys: Tensor, tokens: int) -> None:
         """See `TokenIndex`."""

@@ -13,7 +13,8 @@ read all values. The sum is exact: values are rounded to multiples of 2^-32, and
 below 2^21. So it depends on the stored values alone: a removed token leaves no rounding error, and a recomputed sum has
 the same bits as an updated one.
 
-Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim of keys, Dv of values, N stored tokens, k tokens.
+Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim of keys, Dv of values, N stored tokens, k tokens, M
+selections of a row: Hkv in a decode step, n Hkv in a verify step of n queries (`rocketkv.core.verify`).
 """
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn import functional
 
 from .params import AttentionParams
 from .scratch import block_length
-from .topk import gather_tokens, scalar
+from .topk import gather_tokens, multiples, scalar
 
 # A float64 this large has 2^-32 as its last bit: adding and subtracting it rounds a value to multiples of 2^-32.
 ROUNDER = 1.5 * 2.0**20
@@ -97,6 +98,7 @@ def residual_attend(
     *,
     bias: Tensor | None = None,
     lengths: Tensor | None,
+    filled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attend exactly to chosen tokens, and add the mean value of all others with their estimated weight.
 
@@ -104,25 +106,26 @@ def residual_attend(
     Equation 10), which adds the mean of all values and estimates both weights.
 
     Args:
-        query: [B, H, D].
+        query: [B, H, D], or [B, n H, D] in a verify step; so are all other tensors with one entry per query head.
         keys: [B, Hkv, capacity, D].
         values: [B, Hkv, capacity, Dv].
-        positions: [B, Hkv, k] (an integer dtype), the chosen tokens, without duplicates; positions beyond a row's
+        positions: [B, M, k] (an integer dtype), the chosen tokens, without duplicates; positions beyond a row's
             length are ignored.
         logits: [B, H, N] float32, the estimated logits of all tokens.
-        value_sum: [B, Hkv, Dv] float32 or float64, the sum of all stored values of a row.
-        params: the model's attention parameters.
+        value_sum: [B, M, Dv] float32 or float64, the sum of all values that each query sees.
+        params: the model's attention parameters, with one learned sink per query.
         bias: [B, H] float32, log of the factor on the others' weight, or None (`rocketkv.core.calibration`).
-        lengths: [B, Hkv], tokens of each row, or None if every row has N.
+        lengths: [B, M], tokens that each query sees, or None if every one sees N.
+        filled: whether every query sees k tokens or more, so that no position is ignored.
 
     Returns:
         The output [B, H, Dv] in the query's dtype, zeros for a row without tokens; and the estimated weight of the
         tokens that were not chosen, bias included, [B, H] float32.
     """
     batch, heads, _ = query.shape
-    kv_heads, stored = keys.shape[1], logits.shape[-1]
+    kv_heads, stored = positions.shape[1], logits.shape[-1]
     grouped = (batch, kv_heads, heads // kv_heads)
-    real = None if lengths is None else positions < lengths[..., None]
+    real = None if lengths is None or filled else positions < lengths[..., None]
     place = positions.long()
     if real is not None:
         # Ignored positions point behind the last token, so that they mask no real one.
@@ -139,12 +142,13 @@ def residual_attend(
     both = torch.stack((exact, estimated.gather(-1, chosen)))
     others = estimated.scatter(-1, chosen, -torch.inf)[..., :stored]
     left: Tensor | int = max(1, stored - positions.shape[-1])
-    if lengths is not None and real is not None:
+    if real is not None:
         both = both.masked_fill(~real[:, :, None], -torch.inf)
         own_values = own_values.masked_fill(~real[..., None], 0)
-        filled = torch.arange(stored, device=query.device) < lengths[..., None]
-        others = others.masked_fill(~filled[:, :, None], -torch.inf)
-        left = (lengths - real.sum(-1)).clamp(min=1)[..., None]
+    if lengths is not None:
+        empty = multiples(stored, 1, query.device) >= lengths[..., None]
+        others = others.masked_fill_(empty[:, :, None], -torch.inf)
+        left = (lengths - (positions.shape[-1] if real is None else real.sum(-1))).clamp(min=1)[..., None]
     mean = ((value_sum - own_values.sum(2)) / left).float()
     total = both.logsumexp(-1, keepdim=True)
     lowered = overestimate(total[0], total[1])
@@ -156,7 +160,7 @@ def residual_attend(
     if params.sinks is not None:
         columns.append(params.sinks.float().view(1, kv_heads, -1, 1) + lowered)
     weight = torch.cat(columns, -1).softmax(-1)
-    if lengths is not None:
+    if lengths is not None and not filled:
         weight = weight.masked_fill((lengths == 0)[..., None, None], 0)
     attended = exact.shape[-1]
     rest = weight.narrow(-1, attended, stored).sum(-1)

@@ -257,14 +257,14 @@ def score_sketch(query: Tensor, sketch: Sketch, bits: int, params: AttentionPara
     """Estimate the logit of every stored token from its packed codes, in blocks of tokens.
 
     Args:
-        query: [B, H, D].
+        query: [B, H, D], or [B, n H, D] in a verify step of n queries (`rocketkv.core.verify`).
         sketch: the sketch of the stored keys.
         bits: bits per channel, 1 to 4.
         params: the model's attention parameters; learned sinks change no logit.
         stored: N, tokens of the longest row.
 
     Returns:
-        [B, H, N] float32; arbitrary at tokens beyond a row's length.
+        [B, H, N], or [B, n H, N], float32; arbitrary at tokens beyond a row's length.
     """
     batch, heads, head_dim = query.shape
     kv_heads = sketch.mean.shape[1]
@@ -353,15 +353,20 @@ class SketchIndex:
         """See `TokenIndex`."""
         return grow_sketch(Sketch(*tensors), capacity)
 
-    def append(self, tensors: Sequence[Tensor], keys: Tensor, lengths: Tensor, slot: int | None) -> None:
+    def append(
+        self, tensors: Sequence[Tensor], keys: Tensor, lengths: Tensor, slot: int | None, count: int = 1
+    ) -> None:
         """See `TokenIndex`."""
         rotation = rotation_matrix(keys.shape[3], keys.device)
         if slot is not None:
-            write_tokens(Sketch(*tensors), keys.narrow(2, slot, 1), slot, rotation, self.bits)
+            write_tokens(Sketch(*tensors), keys.narrow(2, slot, count), slot, rotation, self.bits)
             return
-        last = (lengths.long() - 1).clamp(min=0)
-        new = keys.gather(2, last[..., None, None].expand(-1, -1, 1, keys.shape[3]))
-        write_tokens(Sketch(*tensors), new, last, rotation, self.bits)
+        first = (lengths.long() - count).clamp(min=0)
+        place = first[..., None]
+        if count > 1:
+            place = place + torch.arange(count, device=keys.device)
+        new = keys.gather(2, place[..., None].expand(-1, -1, -1, keys.shape[3]))
+        write_tokens(Sketch(*tensors), new, first, rotation, self.bits)
 
     def rebuild(self, tensors: Sequence[Tensor], keys: Tensor, tokens: int) -> None:
         """See `TokenIndex`."""

@@ -51,14 +51,17 @@ class TokenIndex(Protocol):
         """Return the tensors with room for `capacity` slots, at least as many as before."""
         ...
 
-    def append(self, tensors: Sequence[Tensor], keys: Tensor, lengths: Tensor, slot: int | None) -> None:
-        """Index the last token of every row, in place and without a host sync.
+    def append(
+        self, tensors: Sequence[Tensor], keys: Tensor, lengths: Tensor, slot: int | None, count: int = 1
+    ) -> None:
+        """Index the last tokens of every row, in place and without a host sync.
 
         Args:
             tensors: the index tensors.
-            keys: [B, Hkv, capacity, D], which include the token.
-            lengths: [B, Hkv] int32, tokens of each row, the new one included.
-            slot: the token's slot in all rows, or None if rows differ.
+            keys: [B, Hkv, capacity, D], which include the tokens.
+            lengths: [B, Hkv] int32, tokens of each row, the new ones included.
+            slot: the first new token's slot in all rows, or None if rows differ.
+            count: number of new tokens.
         """
         ...
 
@@ -76,7 +79,19 @@ class TokenIndex(Protocol):
         stored: int,
         lengths: Tensor | None,
     ) -> Tensor:
-        """Estimate the logits [B, H, U] float32 of all units; values beyond a row's length are arbitrary."""
+        """Estimate the logits of all units.
+
+        Args:
+            query: [B, H, D], or [B, n H, D] in a verify step of n queries (`rocketkv.core.verify`).
+            tensors: the index tensors.
+            keys: [B, Hkv, capacity, D], the buffer of stored keys.
+            params: the model's attention parameters.
+            stored: N, tokens of the longest row.
+            lengths: [B, Hkv], or [B, n Hkv], int32, tokens that each query sees; None if every one sees N.
+
+        Returns:
+            [B, H, U], or [B, n H, U], float32; arbitrary beyond a query's tokens.
+        """
         ...
 
     def shape(self, name: str, capacity: int, head_dim: int) -> tuple[int, ...]:

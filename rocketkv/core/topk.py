@@ -3,7 +3,8 @@
 `select_top` defines the rule: all scores above the n-th largest, then the lowest positions among its ties, in position
 order. `select` applies the rule to the tokens of scored units (pages, or single tokens of a sketch).
 
-Letters: B batch, H query heads, Hkv KV heads, D head dim, N stored tokens, U units, k selected tokens.
+Letters: B batch, H query heads, Hkv KV heads, D head dim, N stored tokens, U units, k selected tokens, M selections of
+a row: Hkv in a decode step, n Hkv in a verify step of n queries (`rocketkv.core.verify`).
 """
 
 import functools
@@ -52,13 +53,16 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
 
 
 def gather_tokens(positions: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Gather whole tokens of tensors [B, Hkv, N, D] at positions [B, Hkv, k] (an integer dtype) to [B, Hkv, k, D]."""
-    size = tensors[0].shape[2]
+    """Gather whole tokens of tensors [B, Hkv, N, D] at positions [B, M, k] (an integer dtype) to [B, M, k, D]."""
+    kv_heads, size = tensors[0].shape[1:3]
+    if positions.shape[1] != kv_heads:
+        found = gather_tokens(positions.reshape(len(positions), kv_heads, -1), *tensors)
+        return tuple([tensor.view(*positions.shape, tensor.shape[3]) for tensor in found])
     for tensor in tensors:
         if not tensor.is_contiguous() or tensor.shape[2] != size:
             index = positions.long()[..., None]
             return tuple(tensor.gather(2, index.expand(-1, -1, -1, tensor.shape[3])) for tensor in tensors)
-    batch, kv_heads, _ = positions.shape
+    batch = len(positions)
     rows = positions + multiples(batch * kv_heads, size, positions.device).view(batch, kv_heads, 1)
     return tuple([F.embedding(rows, tensor.view(-1, tensor.shape[3])) for tensor in tensors])
 
@@ -115,19 +119,20 @@ def select(
     their average weight over the heads of a group, or by the largest.
 
     Args:
-        logits: [B, H, U] float32, one per unit (a page of tokens, or a single token).
+        logits: [B, H, U] float32, one per unit (a page of tokens, or a single token); [B, n H, U] in a verify step,
+            and so are all other tensors with one entry per query head.
         k: tokens to choose, at most N.
         stored: N, tokens of the longest row.
-        lengths: [B, Hkv] int32, tokens of each row, or None if every row has N.
-        kv_heads: Hkv.
+        lengths: [B, M] int32, tokens to choose from, or None if these are always N.
+        kv_heads: M.
         unit_size: tokens of a full unit.
-        sinks: [H] or [B, H], learned sinks: one logit per head in the softmax's denominator; or None.
+        sinks: [H] or [B, H], learned sinks: one logit per query in the softmax's denominator; or None.
         protected: number of first tokens that are chosen before all others, in whole units.
         by_largest: whether the largest weight over the group's heads ranks a token, not the average.
         ordered: whether positions must ascend; attention does not need it.
 
     Returns:
-        Positions [B, Hkv, k] int32, ascending if `ordered`; in a row of fewer than k tokens, positions without a token
+        Positions [B, M, k] int32, ascending if `ordered`; in a row of fewer than k tokens, positions without a token
         fill up. And the estimated weight of one token of each unit, [B, H, U] float32; its sum over the chosen tokens
         is the estimated attention mass.
     """
@@ -141,10 +146,13 @@ def select(
         if missing:
             total = torch.rsub(weight.narrow(-1, units - 1, 1), unit_size, alpha=missing)
     else:
-        over_heads = _unit_tokens(units, unit_size, lengths).repeat_interleave(group, dim=1)
-        logits = logits.masked_fill(over_heads == 0, -torch.inf)
+        empty = multiples(units, unit_size, logits.device) >= lengths[..., None]
+        logits = logits.view(batch, kv_heads, group, units).masked_fill(empty.unsqueeze(2), -torch.inf).flatten(1, 2)
         weight = logits.softmax(-1)
-        total = (weight * over_heads).sum(-1, keepdim=True)
+        if unit_size > 1:
+            last = lengths.long().div(unit_size, rounding_mode="floor").clamp_(max=units - 1)
+            lacking = torch.stack((last, lengths.neg() % unit_size)).repeat_interleave(group, dim=2).unsqueeze(-1)
+            total = unit_size - weight.gather(-1, lacking[0]) * lacking[1]
     if sinks is not None:
         total = total + torch.exp(sinks.float()[..., None] - logits.logsumexp(-1, keepdim=True))
     if isinstance(total, Tensor) or total != 1:
@@ -153,80 +161,49 @@ def select(
     shared = by_head.amax(2) if by_largest else by_head.sum(2)  # the sum ranks as the average does
     if protected:
         shared[..., : -(-protected // unit_size)] = torch.inf
-    if lengths is None:
-        positions = ranked_even(shared, k, stored, unit_size)
-        positions = positions.sort(-1).values if ordered else positions
-    else:
-        positions = select_units(shared, _unit_tokens(units, unit_size, lengths).expand_as(shared), k, unit_size)
-    return positions.int(), weight
+    positions = ranked(shared, k, stored, unit_size, lengths)
+    return (positions.sort(-1).values if ordered else positions).int(), weight
 
 
-def _unit_tokens(units: int, unit_size: int, lengths: Tensor) -> Tensor:
-    """Return the number of tokens in each unit, [B, Hkv, U], for rows of these lengths [B, Hkv]."""
-    start = torch.arange(0, units * unit_size, unit_size, device=lengths.device)
-    return (lengths[..., None] - start).clamp(min=0, max=unit_size)
+def ranked(weight: Tensor, k: int, stored: int, unit_size: int, lengths: Tensor | None = None) -> Tensor:
+    """Apply the rule of `select_top` to tokens, given one weight per unit; positions are not ordered.
 
-
-def ranked_even(weight: Tensor, k: int, stored: int, unit_size: int) -> Tensor:
-    """Apply `select_units` to rows of equal length, in fewer operations; positions are not ordered.
-
-    A unit's rank is one integer: the bits of its weight, which sort as the weight does, above its place from the end.
-    No two ranks are equal, so every top-k returns the same choice.
+    Equal to `select_top` of the weights repeated for every token, without repeating them. A unit's rank is one integer:
+    the bits of its weight, which sort as the weight does, above its place from the end. No two ranks are equal, so
+    every top-k returns the same choice.
 
     Args:
-        weight: [..., U] float32, at least 0; NaN ranks last.
+        weight: [..., U] float32, at least 0; NaN ranks last. No unit without tokens may rank before one with tokens.
         k: tokens to choose, at most `stored`.
-        stored: tokens of every row; the last unit has the remainder.
-        unit_size: tokens of a full unit.
+        stored: N, tokens of the longest row.
+        unit_size: tokens of a full unit; a row's last unit has the remainder.
+        lengths: [...] (an integer dtype), tokens of each row, or None if every row has N.
 
     Returns:
-        Positions [..., k] int64; the tokens of a unit are adjacent.
+        Positions [..., k] int64; the tokens of a unit are adjacent. In a row of fewer than k tokens, positions without
+        a token fill up.
     """
     units = weight.shape[-1]
     bits = weight.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).view(torch.int32)
     rank = torch.add(multiples(units, -1, weight.device), bits, alpha=1 << 32)
-    # One more unit if the last one is partial, so that the units have at least k tokens.
+    # One more unit if the last one may be partial, so that the units have at least k tokens.
     short = units * unit_size - stored
-    unit = rank.topk(min(units, -(-k // unit_size) + (short > 0)), dim=-1, sorted=unit_size > 1).indices
+    partial = unit_size > 1 and (short > 0 or lengths is not None)
+    unit = rank.topk(min(units, -(-k // unit_size) + partial), dim=-1, sorted=unit_size > 1).indices
     if unit_size == 1:
         return unit
     token = torch.add(multiples(unit_size, 1, weight.device), unit.unsqueeze(-1), alpha=unit_size).flatten(-2)
     first = token.narrow(-1, 0, k)
-    if not short:
+    if not partial:
         return first
     # The tokens that the last unit lacks are adjacent: later tokens move up.
-    lacking = first.cummax(-1).values >= stored
-    return torch.where(lacking, token.narrow(-1, short, k), first)
-
-
-def select_units(weight: Tensor, count: Tensor, k: int, unit_size: int) -> Tensor:
-    """Apply the rule of `select_top` to tokens, given one weight per unit and the number of tokens in each unit.
-
-    Equal to `select_top` of the weights repeated for every token, without repeating them.
-
-    Args:
-        weight: [..., U] float; NaN ranks with minus infinity.
-        count: [..., U] integers from 0 to `unit_size`, the tokens of each unit.
-        k: tokens to choose.
-        unit_size: tokens of a full unit; unit u starts at token `u * unit_size`.
-
-    Returns:
-        Positions [..., k] int64, ascending; with fewer than k tokens, the positions after the last token fill up.
-    """
-    weight = torch.where(count > 0, weight.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), -torch.inf)
-    units = weight.shape[-1]
-    # Only the last unit is partial: one unit more than k tokens fill is enough.
-    largest, unit = weight.topk(min(units, -(-k // unit_size) + 1), dim=-1)
-    before = (count.gather(-1, unit).cumsum(-1) < k).sum(-1, keepdim=True)
-    threshold = largest.gather(-1, before.clamp(max=largest.shape[-1] - 1))
-    above = torch.where(weight > threshold, count, 0)
-    tied = torch.where(weight == threshold, count, 0)
-    missing = k - above.sum(-1, keepdim=True)
-    taken = above + torch.minimum((missing - tied.cumsum(-1) + tied).clamp(min=0), tied)
-    end = taken.cumsum(-1)
-    number = torch.arange(1, k + 1, device=weight.device).expand(*weight.shape[:-1], k).contiguous()
-    unit = torch.searchsorted(end, number).clamp(max=units - 1)
-    return unit * unit_size + number - 1 - (end - taken).gather(-1, unit)
+    if lengths is None:
+        lacking = first.cummax(-1).values >= stored
+        return torch.where(lacking, token.narrow(-1, short, k), first)
+    end, number = lengths[..., None], multiples(k, 1, weight.device)
+    lacking = first.cummax(-1).values >= end
+    place = (lacking * (end.neg() % unit_size)).add_(number).clamp_(max=token.shape[-1] - 1)
+    return torch.where(number < end, token.gather(-1, place), number)
 
 
 def recent_positions(valid: Tensor, kept: int, sinks: int) -> Tensor:

@@ -28,6 +28,7 @@ from ..state.protection import warn_unprotected
 from ..state.snapshot import StoreSnapshot
 from ..state.stats import LayerStats, live_bytes, store_stats
 from ..state.store import KVStore
+from ..verify import verify_step
 from .masks import LazyMask
 from .prefill import FastAttention, attend_prompt
 from .turns import check_prompt_length, check_queries, prompt_part
@@ -262,13 +263,10 @@ class RocketKVLayer(CacheLayerMixin):
             self.step = static_step(query[:, :, 0], self.store, backend=self.backend, workspaces=self.workspaces)
         if prompt == 0 and given > 1 and not self.speculative:
             self.workspaces.warn(VERIFIES)
-        if given - prompt > 1:
-            # Room is made first, so that none of the draft's tokens is evicted and a crop can remove them.
-            self.ensure_room(given - prompt)
-            self._save_ring(query[:, :, prompt:])
-        for i in range(prompt, given):
-            now = slice(i, i + 1)
-            parts.append(self._decode(query[:, :, now], key[:, :, now], value[:, :, now], params))
+        if prompt < given:
+            query, key, value = (tensor[:, :, prompt:] for tensor in (query, key, value))
+            step = self._decode if given - prompt == 1 else self._verify
+            parts.append(step(query, key, value, params))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def decodes(self, given: int) -> bool:
@@ -289,6 +287,21 @@ class RocketKVLayer(CacheLayerMixin):
         if monitor is not None and watched:
             step = monitor.watch(self.number, store, self.history, new, step, params)
         return step[:, None]
+
+    def _verify(self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
+        """Run a verify step for queries [B, H, n, D] and return [B, n, H, Dv]."""
+        store, monitor, count = self.store, self.monitor, query.shape[2]
+        # Room is made first, so that none of the draft's tokens is evicted and a crop can remove them.
+        self.ensure_room(count)
+        ring, tensor = store.decoding.ring, store.decoding.buffers.query_ring
+        if ring is not None and tensor is not None:
+            ring.save(tensor, query, store.lens.seen)
+        if self._captured() or (monitor is not None and monitor.asks(self.number, store, count)):
+            each = [slice(i, i + 1) for i in range(count)]
+            singles = [self._decode(query[:, :, i], key[:, :, i], value[:, :, i], params) for i in each]
+            return torch.cat(singles, dim=1)
+        backend, shared, room = self.backend, self.workspaces, self.ensure_room
+        return verify_step(query, key, value, store, params, backend=backend, workspaces=shared, make_room=room)
 
     def _step_statically(
         self, step: StaticStep, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
@@ -403,12 +416,6 @@ class RocketKVLayer(CacheLayerMixin):
     def re_evicts(self) -> bool:
         """Whether generated tokens are re-evicted when the static buffer is full."""
         return self.store.closed and self.store.decoding.ring is not None
-
-    def _save_ring(self, query: Tensor) -> None:
-        """Save the query ring before a verify step of queries [B, H, n, D], some of which a crop may remove."""
-        decoding = self.store.decoding
-        if decoding.ring is not None and decoding.buffers.query_ring is not None:
-            decoding.ring.save(decoding.buffers.query_ring, query, self.store.lens.seen)
 
     @property
     def tokens_seen(self) -> int:

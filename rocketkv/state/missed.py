@@ -214,7 +214,7 @@ def attend_wider_where(
             )
             own_lengths = None if lengths is None else some.seq_lens
             found, rest = attend_selected(
-                queries, some, index, wider, own, stored=stored, lengths=own_lengths, short=False
+                queries, some, index, wider, own, stored=stored, shortest=store.shortest, lengths=own_lengths
             )
             if rest is None:
                 raise ValueError("a step with a residual estimates its missed mass")

@@ -83,8 +83,8 @@ class Monitor:
             self._warned = False
             self._reports.clear()
 
-    def asks(self, number: int, store: KVStore) -> bool:
-        """Return whether the next step of a layer must be passed to `watch`.
+    def asks(self, number: int, store: KVStore, count: int = 1) -> bool:
+        """Return whether any of the next `count` steps of a layer must be passed to `watch`.
 
         If so, reset the missed mass to NaN, so that it cannot be the estimate of an earlier step.
 
@@ -96,7 +96,7 @@ class Monitor:
                 "a step that is watched (on_step, audit_every, on_loss) cannot be compiled: it asks the device what it "
                 "missed. Leave those out, or do not compile"
             )
-        if self.on_step is None and not self._acts() and not self._due(number, store.seen):
+        if self.on_step is None and not self._acts() and not self._due_within(number, store.seen, count):
             return False
         missed = store.decoding.buffers.missed
         if missed is not None:
@@ -184,6 +184,12 @@ class Monitor:
         if every is None or (position + 1) % every:
             return False
         return self._numbers[(position + 1) // every % len(self._numbers)] == number
+
+    def _due_within(self, number: int, position: int, count: int) -> bool:
+        """Whether to audit a layer at one of `count` positions from this one on."""
+        if self._config.audit_every is None:
+            return False
+        return any(self._due(number, place) for place in range(position, position + count))
 
     def _audit(
         self,

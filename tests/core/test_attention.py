@@ -14,7 +14,7 @@ from naive import attention, top
 from rocketkv.core.attention import attend, softmax_attention
 from rocketkv.core.pages import build_pages, page_count, score_pages
 from rocketkv.core.params import AttentionParams
-from rocketkv.core.topk import ranked_even, select, select_top, select_units
+from rocketkv.core.topk import ranked, select, select_top
 
 SHAPES = [  # B, H, Hkv, D, N
     (1, 3, 3, 8, 37),
@@ -129,43 +129,30 @@ def test_scores_are_float32_whatever_the_keys(page_size: int, dtype: torch.dtype
     assert_near(found, scored(query.float(), keys.float(), page_size, 7), 1e-6)
 
 
-def units(shape: tuple[int, ...], unit_size: int, ragged: bool) -> Tensor:
-    """Return how many tokens each unit holds: all full but the last of a row, and none behind that."""
-    number = shape[-1]
-    tokens = torch.randint(1, number * unit_size + 1, (*shape[:-1], 1))
-    if not ragged:
-        tokens = torch.full_like(tokens, number * unit_size - int(torch.randint(unit_size, ())))
-    return (tokens - torch.arange(number) * unit_size).clamp(min=0, max=unit_size)
-
-
 @pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
 @pytest.mark.parametrize("unit_size", [1, 2, 3, 7])
 @pytest.mark.parametrize("values", [1, 3, 1000])
-def test_select_units_is_the_rule_over_repeated_weights(values: int, unit_size: int, ragged: bool) -> None:
+def test_ranked_is_the_rule_over_repeated_weights(values: int, unit_size: int, ragged: bool) -> None:
     # Few values make ties everywhere, between the partial unit and full ones too.
     for shape in [(1,), (2, 3, 2), (2, 2, 41), (2, 301)]:
         weight = torch.randint(values, shape).float()
         weight[torch.rand(shape) < 0.1] = torch.nan
         weight[torch.rand(shape) < 0.1] = torch.inf
-        count = units(shape, unit_size, ragged)
-        available = int(count.sum(-1).min())
-        for k in {1, 2, unit_size, unit_size + 1, available // 2, available - 1, available} - {0, -1}:
-            if k > available:
+        stored = shape[-1] * unit_size - int(torch.randint(unit_size, ()))
+        lengths = torch.randint(1, stored + 1, shape[:-1], dtype=torch.int32) if ragged else None
+        least = stored if lengths is None else int(lengths.min())
+        count = torch.full(shape[:-1], stored) if lengths is None else lengths
+        weight.masked_fill_(torch.arange(shape[-1]) * unit_size >= count[..., None], -torch.inf)
+        for k in {1, 2, unit_size, unit_size + 1, least // 2, least - 1, least, stored} - {0, -1}:
+            if k > stored:
                 continue
-            found = select_units(weight, count, k, unit_size)
+            found = ranked(weight, k, stored, unit_size, lengths)
             for i, positions in enumerate(found.view(-1, k)):
-                row, own = (tensor.view(-1, shape[-1])[i] for tensor in (weight, count))
-                assert torch.equal(positions, select_top(row.repeat_interleave(own), k))
-            if not ragged:
-                assert torch.equal(ranked_even(weight, k, available, unit_size).sort(-1).values, found)
-
-
-def test_select_units_with_too_few_tokens_takes_all_of_them_first() -> None:
-    weight = torch.rand(4, 6)
-    count = torch.tensor([[3, 3, 2, 0, 0, 0], [1, 0, 0, 0, 0, 0], [3, 3, 3, 3, 3, 3], [3, 3, 3, 3, 1, 0]])
-    found = select_units(weight, count, 11, 3)
-    assert found[0, :8].tolist() == list(range(8))
-    assert found[1, :1].tolist() == [0]
+                own = int(count.view(-1)[i])
+                row = weight.view(-1, shape[-1])[i].repeat_interleave(unit_size)[:own]
+                taken, rest = positions[positions < own].sort().values, positions[positions >= own]
+                assert torch.equal(taken, select_top(row, min(k, own)))
+                assert len(set(rest.tolist())) == len(rest) == max(0, k - own)
 
 
 def naive_select(

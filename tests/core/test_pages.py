@@ -12,7 +12,7 @@ from rocketkv.budget import BudgetSplit
 from rocketkv.core.pages import (
     TILE_PAGES,
     build_pages,
-    close_page,
+    close_pages,
     grow_pages,
     index_rows,
     page_bounds,
@@ -175,11 +175,12 @@ def test_crop_then_append_equals_never_having_appended(page_size: int, lengths: 
         assert torch.equal(bounds_at(index_of(store), page), bounds_at(index_of(other), page))
 
 
-def test_a_page_is_closed_in_place() -> None:
+def test_pages_are_closed_in_place() -> None:
     keys, index = torch.randn(2, 3, 400, HEAD_DIM), torch.zeros(2, 3, 2, 2 * HEAD_DIM, TILE_PAGES)
-    close_page(index, keys, 130, 3)
-    assert torch.equal(bounds_at(index, 130), page_bounds(keys[:, :, 390:393], 3))
-    index[:, :, 1, :, 2] = 0
+    close_pages(index, keys, 126, 131, 3)
+    for page in range(126, 131):
+        assert torch.equal(bounds_at(index, page), page_bounds(keys[:, :, 3 * page : 3 * page + 3], 3))
+    index[:, :, 0, :, 126:] = index[:, :, 1, :, :3] = 0
     assert (index == 0).all()
 
 

@@ -13,6 +13,7 @@ from rocketkv.core.params import AttentionParams
 from rocketkv.dispatch import decode_step
 from rocketkv.state.compress import close_prompt
 from rocketkv.state.store import KVStore
+from rocketkv.verify import verify_step
 
 H, HKV, D, DV = 6, 2, 8, 5
 WINDOW, KERNEL, RESERVE, BUDGET, PROMPT = 4, 5, 20, 16, 60
@@ -54,6 +55,12 @@ def tokens(batch: int, count: int, head_dim: int = D, value_dim: int = DV) -> To
     )
 
 
+def joined(first: Tokens, second: Tokens) -> Tokens:
+    """Return the tokens of both, in order."""
+    pairs = zip(vars(first).values(), vars(second).values(), strict=True)
+    return Tokens(*(torch.cat(pair, dim=2) for pair in pairs))
+
+
 def left_padding(lengths: Sequence[int], size: int) -> Tensor:
     """Return [B, size] bool: the last tokens of each row are real."""
     return torch.arange(size) >= size - torch.tensor(lengths)[:, None]
@@ -76,13 +83,18 @@ def prompted(given: Tokens, split: BudgetSplit, valid: Tensor | None = None, res
     return store
 
 
-def decode(store: KVStore, given: Tokens) -> Tensor:
+def decode(store: KVStore, given: Tokens, params: AttentionParams = PARAMS) -> Tensor:
     """Decode tokens one by one, and return their outputs [B, H, n, Dv]."""
     steps = [
-        decode_step(given.query[:, :, i], given.key[:, :, i], given.value[:, :, i], store, PARAMS)
+        decode_step(given.query[:, :, i], given.key[:, :, i], given.value[:, :, i], store, params)
         for i in range(len(given))
     ]
     return torch.stack(steps, dim=2)
+
+
+def verify(store: KVStore, given: Tokens, params: AttentionParams = PARAMS) -> Tensor:
+    """Take tokens through one verify step, and return their outputs [B, H, n, Dv]."""
+    return verify_step(given.query, given.key, given.value, store, params).transpose(1, 2)
 
 
 def last_queries(store: KVStore) -> Tensor:
