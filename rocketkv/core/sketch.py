@@ -45,7 +45,7 @@ from torch.nn import functional
 from ..budget import sketch_bytes
 from .balance import channel_balance, mean_key
 from .params import AttentionParams
-from .scratch import block_length
+from .scratch import CPU_BYTES, GPU_BYTES
 from .topk import full_precision, scalar
 
 # Spacing of the equally spaced levels that fit a normal distribution best, by bits (Max 1960, table II).
@@ -220,6 +220,11 @@ def build_sketch(
     return sketch
 
 
+def _block_tokens(device: torch.device, token_bytes: int) -> int:
+    """Return how many tokens a block of scratch memory has; here, so that a decode step passes through few files."""
+    return max(1, (CPU_BYTES if device.type == "cpu" else GPU_BYTES) // token_bytes)
+
+
 def write_tokens(sketch: Sketch, keys: Tensor, start: int | Tensor, rotation: Tensor, bits: int) -> None:
     """Write the sketch of consecutive tokens in place, from slot `start` on; no host sync.
 
@@ -231,7 +236,7 @@ def write_tokens(sketch: Sketch, keys: Tensor, start: int | Tensor, rotation: Te
         bits: bits per channel, 1 to 4.
     """
     batch, kv_heads, count, head_dim = keys.shape
-    block = block_length(keys.device, 4 * batch * kv_heads * head_dim)
+    block = _block_tokens(keys.device, 4 * batch * kv_heads * head_dim)
     for first in range(0, count, block):
         last = min(first + block, count)
         codes, scales = encode(keys[:, :, first:last], sketch.mean, sketch.balance, rotation, bits)
@@ -275,7 +280,7 @@ def score_sketch(query: Tensor, sketch: Sketch, bits: int, params: AttentionPara
     shift = torch.bmm(rows.view(grouped), sketch.mean.flatten(0, 1).unsqueeze(-1))
     codes, scales = sketch.codes.flatten(0, 1), sketch.scales.flatten(0, 1).unsqueeze(1)
     blocks = []
-    block = block_length(query.device, 4 * sketch.mean.numel())
+    block = _block_tokens(query.device, 4 * sketch.mean.numel())
     for start in range(0, stored, block):
         count = min(block, stored - start)
         # With tokens last, multiplication saves more time than the transpose of the bytes costs.

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ..budget import METHODS, BudgetSplit
 from ..config import RocketKVConfig
-from ..core.attention import attend
-from ..core.decode import decode_step_torch
+from ..core.causal import causal_attention
 from ..core.eviction import TORCH_OPS, EvictionOps
 from ..core.index import index_of
 from ..core.pages import index_dtype_of
 from ..core.params import AttentionParams
+from ..core.verify import verify_step_torch
 from .compress import close_prompt
 from .store import KVStore
 
@@ -202,24 +202,21 @@ def _steps(store: KVStore) -> int:
 
 
 @torch.no_grad()
-def _exact_outputs(store: KVStore, params: AttentionParams) -> list[Tensor]:
-    """Return the outputs [B, H, Dv] of attention to all tokens, for each of the last tokens."""
-    prompt, stored, count = store.prompt, store.lens.longest, _steps(store)
+def _exact_outputs(store: KVStore, params: AttentionParams) -> Tensor:
+    """Return the outputs [B, n, H, Dv] of attention to all tokens, for the tokens that are decoded again."""
+    prompt, stored = store.prompt, store.lens.longest
     valid = prompt.valid(stored)
-    found = []
-    for step in range(count):
-        seen = stored - count + step + 1
-        mask = None if valid is None else valid[:, :, :seen].expand(*prompt.keys.shape[:2], -1)
-        query = _query(store, step)
-        found.append(attend(query, prompt.keys[:, :, :seen], prompt.values[:, :, :seen], params, mask=mask))
-    return found
+    return causal_attention(
+        _last_queries(store), prompt.keys[:, :, :stored], prompt.values[:, :, :stored], params, valid=valid
+    )
 
 
-def _query(store: KVStore, step: int) -> Tensor:
+def _last_queries(store: KVStore) -> Tensor:
+    """Return the queries [B, H, n, D] of the tokens that are decoded again."""
     queries = store.prompt.queries
     if queries is None:
         raise ValueError("a budget is fitted by the prompt's last queries: remember them first")
-    return queries[:, :, queries.shape[2] - _steps(store) + step]
+    return queries[:, :, queries.shape[2] - _steps(store) :]
 
 
 @torch.inference_mode(False)
@@ -228,7 +225,7 @@ def _error_bound(
     store: KVStore,
     split: BudgetSplit,
     params: AttentionParams,
-    exact: list[Tensor],
+    exact: Tensor,
     kernel_size: int,
     decode_reserve: int,
     index_dtype: torch.dtype | None,
@@ -254,16 +251,12 @@ def _error_bound(
         index_dtype=index_dtype,
         ops=ops,
     )
-    errors = []
-    for step in range(count):
-        decoding, fill = probe.next_fill()
-        key, value = prompt.keys[:, :, begin + step], prompt.values[:, :, begin + step]
-        new = _query(store, step), key, value
-        out = decode_step_torch(*new, decoding.buffers, decoding.index, decoding.split, params, fill)
-        probe.lens.advance()
-        grouped = (*keys.shape[:2], -1)
-        wanted = exact[step].float().reshape(grouped)
-        size = torch.linalg.vector_norm(wanted, dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-        errors.append((torch.linalg.vector_norm(out.float().reshape(grouped) - wanted, dim=-1) / size).mean(-1))
-    by_step = torch.stack(errors)
-    return (by_step.mean(0) + QUANTILE / math.sqrt(INDEPENDENT) * by_step.std(0)).max()
+    decoding, fill = probe.next_fill()
+    new = _last_queries(store), prompt.keys[:, :, begin:stored], prompt.values[:, :, begin:stored]
+    out = verify_step_torch(*new, decoding.buffers, decoding.index, decoding.split, params, fill)
+    grouped = (*out.shape[:2], keys.shape[1], -1)  # [B, n, Hkv, G Dv]
+    wanted = exact.float().reshape(grouped)
+    size = torch.linalg.vector_norm(wanted, dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    by_step = (torch.linalg.vector_norm(out.float().reshape(grouped) - wanted, dim=-1) / size).mean(-1)
+    bounds: Tensor = by_step.mean(1) + QUANTILE / math.sqrt(INDEPENDENT) * by_step.std(1)
+    return bounds.max()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rocketkv import METHODS, RocketKVConfig
-from rocketkv.core.decode import decode_step_torch
 from rocketkv.core.params import AttentionParams
+from rocketkv.core.verify import verify_step_torch
 from rocketkv.state import fit
 from rocketkv.state.fit import FittedBudget, fitted_budget
 from rocketkv.state.protection import RowMarks
@@ -124,9 +124,9 @@ def test_trial_steps_attend_to_protected_tokens(monkeypatch: pytest.MonkeyPatch)
 
     def step(*arguments: Any) -> Tensor:
         splits.append(arguments[5])
-        return decode_step_torch(*arguments)
+        return verify_step_torch(*arguments)
 
-    monkeypatch.setattr(fit, "decode_step_torch", step)
+    monkeypatch.setattr(fit, "verify_step_torch", step)
     fitted(store, 0.6)
     assert {split.protected for split in splits} == {17}
 
