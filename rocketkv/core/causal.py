@@ -11,7 +11,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn import functional as F
 
 from .attention import softmax_attention
-from .dense import LOGIT_BYTES, MASK_BYTES, VisibleBlock, block_bytes, dense_attention
+from .dense import LOGIT_BYTES, MASK_BYTES, VisibleBlock, dense_attention, row_block_bytes
 from .params import AttentionParams
 
 # Rows of a block on a CPU: fewer read the keys more often, more compute products that the mask hides.
@@ -165,7 +165,7 @@ def _by_blocks(
         block = min(block, max(CPU_ROWS, window))
     most = size if window is None else min(size, window - 1 + block)
     bytes_a_row = most * (LOGIT_BYTES * batch * heads if unfused else MASK_BYTES * group)
-    block = max(1, min(block, length, block_bytes(query.device) // bytes_a_row))
+    block = max(1, min(block, length, row_block_bytes(query.device) // bytes_a_row))
     # A block's last query sees its last key: the mask of the last rows and keys is that of any block.
     width = size if window is None else min(size, window - 1 + block)
     mask = torch.ones(block, width, dtype=torch.bool, device=query.device).tril_(width - block)

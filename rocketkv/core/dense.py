@@ -19,7 +19,7 @@ BLOCK_BYTES = 16 * 2**20
 MASK_BYTES, LOGIT_BYTES = 5, 16
 
 
-def block_bytes(device: torch.device) -> int:
+def row_block_bytes(device: torch.device) -> int:
     """Return the bytes of a block: about a CPU's cache, or a fixed part of a GPU's memory, where launches cost more."""
     if device.type != "cuda":
         return BLOCK_BYTES
@@ -85,7 +85,7 @@ def dense_attention(
 
         return torch.cat([one(head) for head in range(kv_heads)], dim=2)
     bytes_a_query = batch * size * (LOGIT_BYTES * heads if unfused else MASK_BYTES * group * mask_heads)
-    block = max(1, min(length, block_bytes(query.device) // bytes_a_query))
+    block = max(1, min(length, row_block_bytes(query.device) // bytes_a_query))
     out = query.new_empty(batch, length, heads, value.shape[-1])
     for start in range(0, length, block):
         stop = min(start + block, length)
