@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from ..records import Record
 from .arms import MODES, length_text
 from .depths import DepthMap, depth_maps
+from .examples import Prompts, TaskExamples, examples_of
+from .failures import Failure, failures
 from .provenance import Provenance, provenance
 from .sections import LATENCY, Section, sections
 
@@ -20,17 +22,25 @@ class Report:
         facts: name and text, for its head.
         sections: the comparisons.
         maps: needle scores by depth and length.
+        examples: of each section, the examples of its tasks.
+        failures: errors of the cells without a result.
         provenance: the origin of the records.
     """
 
     facts: tuple[tuple[str, str], ...]
     sections: tuple[Section, ...]
     maps: tuple[DepthMap, ...]
+    examples: tuple[tuple[TaskExamples, ...], ...]
+    failures: tuple[Failure, ...]
     provenance: Provenance
 
 
-def gather(records: Sequence[Record]) -> Report:
+def gather(records: Sequence[Record], prompts: Prompts | None = None) -> Report:
     """Compute the content of a report.
+
+    Args:
+        records: of the cells.
+        prompts: the ends of the prompts, see `prompt_ends`; None: examples have no prompts.
 
     Raises:
         ImportError: scipy is not installed.
@@ -49,9 +59,12 @@ def gather(records: Sequence[Record]) -> Report:
         ("Samples", " to ".join(map(str, sorted({counts[0], counts[-1]}))) + " per task and method"),
         ("Date", max(record["provenance"]["created"] for record in records)[:10]),
     )
+    compared = tuple(sections(records))
     return Report(
         facts=facts,
-        sections=tuple(sections(records)),
+        sections=compared,
         maps=tuple(depth_maps(records)),
+        examples=tuple(examples_of(compared, prompts or {})),
+        failures=tuple(failures(records)),
         provenance=provenance(records),
     )

@@ -35,6 +35,9 @@ def markdown(report: Report) -> str:
             header = ["Depth", *(f"{length} tokens" for length in depths.lengths)]
             rows = [[depth, *(depths.text(arm, depth, n) for n in depths.lengths)] for depth in depths.depths]
             lines += ["", f"### {escaped(arm.name)}", "", markdown_table(header, rows)]
+    if report.failures:
+        lines += ["", "## Cells without a result", ""]
+        lines += [f"- {f.status}: {escaped(f.summary)}: {escaped('; '.join(f.cells))}" for f in report.failures]
     facts = [(name, "; ".join(values)) for name, values in report.provenance.facts]
     lines += ["", "## Provenance", "", markdown_table(("Fact", "Value"), facts)]
     return "\n".join(lines) + "\n"

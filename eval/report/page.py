@@ -14,6 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from .arms import ADAPTER, FULL, MODES, length_text
+from .failures import MOST
 from .gather import Report
 from .plots import distance_plots, score_plots, styles
 from .tables import DISTANCES_NOTE, METHODS_NOTE, SCORES_NOTE, costs_note, costs_table, scores_table
@@ -33,7 +34,7 @@ def page(report: Report) -> str:
             for name, part in parts.items()
         }
         plots += [{"id": name, **plot.data} for part in figures.values() for name, plot in part]
-        sections.append((section, figures))
+        sections.append((section, figures, report.examples[place]))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),
         autoescape=True,
@@ -54,6 +55,7 @@ def page(report: Report) -> str:
         FULL=FULL,
         ADAPTER=ADAPTER,
         MODES=MODES,
+        MOST_FAILURES=MOST,
         METHODS_NOTE=METHODS_NOTE,
         SCORES_NOTE=SCORES_NOTE,
         DISTANCES_NOTE=DISTANCES_NOTE,

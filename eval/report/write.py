@@ -14,6 +14,7 @@ from ..records import CostDict, Record
 from .arms import Arm
 from .columns import Column, Figure, reference
 from .costs import COSTS, cost_row
+from .examples import prompt_ends
 from .gather import Report, gather
 from .markdown import markdown
 from .page import page
@@ -45,7 +46,7 @@ def write_report(results: Path, output: Path) -> None:
     formats = {".html": page, ".md": markdown, ".csv": csv_text}
     if output.suffix not in formats:
         raise ValueError(f"output must end in .html, .md or .csv, got {output.name!r}; choose a format by its suffix")
-    stored.write_atomically(output, formats[output.suffix](gather(load(results))))
+    stored.write_atomically(output, formats[output.suffix](gather(load(results), prompt_ends(results))))
 
 
 def summary(records: Sequence[Record]) -> str:
