@@ -90,7 +90,7 @@ def make_point(arm: Arm, figure: Figure, columns: Sequence[Column], costs: Costs
     return Point(
         arm=arm,
         figure=figure,
-        memory_share=_mean([_memory_share(column, arm) for column in columns]),
+        memory_share=memory_share(columns, arm),
         step_seconds=costs.rows[arm]["step_seconds"].value if arm in costs.rows else None,
         step_bytes=_mean_cost(columns, arm, "step_bytes"),
     )
@@ -107,11 +107,15 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return fmean(known) if values and len(known) == len(values) else None
 
 
-def _memory_share(column: Column, arm: Arm) -> float | None:
-    """Return the bytes of an arm's cache over those of the full arm on the same task.
+def memory_share(columns: Sequence[Column], arm: Arm) -> float | None:
+    """Return the bytes of an arm's cache over those of the full arm, as a mean over tasks; None if one lacks them.
 
     A kvpress press reports only the bytes that it kept, so its own `full_kv_bytes` serves only without a full arm.
     """
+    return _mean([_memory_share(column, arm) for column in columns])
+
+
+def _memory_share(column: Column, arm: Arm) -> float | None:
     cost, full = column.cells[arm]["cost"], reference(arm, column.cells)
     whole = cost.get("full_kv_bytes") if full is None else column.cells[full]["cost"].get("kv_bytes")
     return _ratio(cost.get("kv_bytes"), whole)

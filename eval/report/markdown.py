@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from .arms import MODES
 from .gather import Report
 from .tables import DISTANCES_NOTE, METHODS_NOTE, SCORES_NOTE, Table, costs_note, costs_table, scores_table
+from .verdicts import verdicts
 
 
 def markdown(report: Report) -> str:
@@ -25,6 +26,7 @@ def markdown(report: Report) -> str:
             tables.append(("Distances", scores_table(section, section.distances), DISTANCES_NOTE))
         if section.costs.source:
             tables.append(("Cost", costs_table(section), escaped(costs_note(section))))
+        lines += ["", *(f"- **{escaped(name)}**: {escaped(text)}" for name, text in verdicts(section))]
         for title, table, note in tables:
             rows = [[arm.name, *map(str, cells)] for arm, cells in table.rows]
             lines += ["", f"### {title}, {section.title}", "", markdown_table(table.header, rows), "", note]

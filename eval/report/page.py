@@ -16,8 +16,9 @@ from markupsafe import Markup
 from .arms import ADAPTER, FULL, MODES, length_text
 from .failures import MOST
 from .gather import Report
-from .plots import distance_plots, score_plots, styles
+from .plots import BARS_NOTE, distance_plots, score_plots, styles
 from .tables import DISTANCES_NOTE, METHODS_NOTE, SCORES_NOTE, costs_note, costs_table, scores_table
+from .verdicts import verdicts
 
 FOLDER = Path(__file__).parent
 PLOTLY = FOLDER / "plotly-basic.min.js"  # npm's plotly.js-basic-dist-min: scatter, bar and pie
@@ -59,6 +60,8 @@ def page(report: Report) -> str:
         METHODS_NOTE=METHODS_NOTE,
         SCORES_NOTE=SCORES_NOTE,
         DISTANCES_NOTE=DISTANCES_NOTE,
+        BARS_NOTE=BARS_NOTE,
+        verdicts=verdicts,
         length_text=length_text,
         scores_table=scores_table,
         costs_table=costs_table,

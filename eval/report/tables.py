@@ -115,6 +115,12 @@ def figure_cell(figure: Figure, *, percent: bool = True) -> Cell:
     return Cell(text, number(figure.difference, percent=percent, sign=True), interval, figure.score, figure.differs)
 
 
+def change_text(figure: Figure) -> str:
+    """Return the difference of a score with its interval, as the tables show them."""
+    cell = figure_cell(figure)
+    return " ".join(filter(None, (cell.change, cell.interval)))
+
+
 def _value_cell(column: Column, arm: Arm, name: str) -> Cell:
     value = column.cells[arm]["values"].get(name) if arm in column.cells else None
     if value is None:
