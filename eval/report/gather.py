@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from ..records import Record
 from .arms import MODES, length_text
+from .breakdowns import breakdowns
 from .depths import DepthMap, depth_maps
 from .examples import Prompts, TaskExamples, examples_of
 from .failures import Failure, failures
 from .provenance import Provenance, provenance
 from .sections import LATENCY, Section, sections
+from .tables import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,7 @@ class Report:
         sections: the comparisons.
         maps: needle scores by depth and length.
         examples: of each section, the examples of its tasks.
+        breakdowns: title and table of scores by length, mode and category.
         failures: errors of the cells without a result.
         provenance: the origin of the records.
     """
@@ -31,6 +34,7 @@ class Report:
     sections: tuple[Section, ...]
     maps: tuple[DepthMap, ...]
     examples: tuple[tuple[TaskExamples, ...], ...]
+    breakdowns: tuple[tuple[str, Table], ...]
     failures: tuple[Failure, ...]
     provenance: Provenance
 
@@ -65,6 +69,7 @@ def gather(records: Sequence[Record], prompts: Prompts | None = None) -> Report:
         sections=compared,
         maps=tuple(depth_maps(records)),
         examples=tuple(examples_of(compared, prompts or {})),
+        breakdowns=tuple(breakdowns(compared)),
         failures=tuple(failures(records)),
         provenance=provenance(records),
     )

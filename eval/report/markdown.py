@@ -28,9 +28,10 @@ def markdown(report: Report) -> str:
             tables.append(("Cost", costs_table(section), escaped(costs_note(section))))
         lines += ["", *(f"- **{escaped(name)}**: {escaped(text)}" for name, text in verdicts(section))]
         for title, table, note in tables:
-            rows = [[arm.name, *map(str, cells)] for arm, cells in table.rows]
-            lines += ["", f"### {title}, {section.title}", "", markdown_table(table.header, rows), "", note]
+            lines += ["", f"### {title}, {section.title}", "", _table(table), "", note]
         lines += ["", *(f"- {escaped(note)}" for note in section.notes)] if section.notes else []
+    for title, table in report.breakdowns:
+        lines += ["", f"## {escaped(title)}", "", _table(table)]
     for depths in report.maps:
         lines += ["", f"## Scores by depth: {escaped(depths.task)}, {escaped(depths.model)}, {MODES[depths.mode]}"]
         for arm in depths.arms:
@@ -43,6 +44,10 @@ def markdown(report: Report) -> str:
     facts = [(name, "; ".join(values)) for name, values in report.provenance.facts]
     lines += ["", "## Provenance", "", markdown_table(("Fact", "Value"), facts)]
     return "\n".join(lines) + "\n"
+
+
+def _table(table: Table) -> str:
+    return markdown_table(table.header, [[arm.name, *map(str, cells)] for arm, cells in table.rows])
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
