@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from .arms import MODES
 from .gather import Report
-from .tables import DISTANCES_NOTE, METHODS_NOTE, SCORES_NOTE, Table, costs_note, costs_table, scores_table
+from .tables import DISTANCES_NOTE, METHODS_NOTE, SCORES_NOTE, Table, costs_tables, scores_table
 from .verdicts import verdicts
 
 
@@ -21,14 +21,13 @@ def markdown(report: Report) -> str:
         lines += ["", f"## {escaped(section.model)}, {section.title}"]
         tables: list[tuple[str, Table, str]] = []
         if section.scores:
-            tables.append(("Scores", scores_table(section, section.scores), SCORES_NOTE))
+            tables.append((f"Scores, {section.title}", scores_table(section, section.scores), SCORES_NOTE))
         if section.distances:
-            tables.append(("Distances", scores_table(section, section.distances), DISTANCES_NOTE))
-        if section.costs.source:
-            tables.append(("Cost", costs_table(section), escaped(costs_note(section))))
+            tables.append((f"Distances, {section.title}", scores_table(section, section.distances), DISTANCES_NOTE))
+        tables += [(title, table, escaped(note)) for title, table, note in costs_tables(section)]
         lines += ["", *(f"- **{escaped(name)}**: {escaped(text)}" for name, text in verdicts(section))]
         for title, table, note in tables:
-            lines += ["", f"### {title}, {section.title}", "", _table(table), "", note]
+            lines += ["", f"### {escaped(title)}", "", _table(table), "", note]
         lines += ["", *(f"- {escaped(note)}" for note in section.notes)] if section.notes else []
     for title, table in report.breakdowns:
         lines += ["", f"## {escaped(title)}", "", _table(table)]

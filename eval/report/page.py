@@ -17,7 +17,7 @@ from .arms import ADAPTER, FULL, MODES, length_text
 from .failures import MOST
 from .gather import Report
 from .plots import BARS_NOTE, distance_plots, score_plots, styles
-from .tables import DISTANCES_NOTE, METHODS_NOTE, SCORES_NOTE, costs_note, costs_table, scores_table
+from .tables import DISTANCES_NOTE, METHODS_NOTE, SCORES_NOTE, costs_tables, scores_table
 from .verdicts import verdicts
 
 FOLDER = Path(__file__).parent
@@ -64,8 +64,7 @@ def page(report: Report) -> str:
         verdicts=verdicts,
         length_text=length_text,
         scores_table=scores_table,
-        costs_table=costs_table,
-        costs_note=costs_note,
+        costs_tables=costs_tables,
     )
 
 

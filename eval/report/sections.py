@@ -33,7 +33,7 @@ class Section:
         common: names of the tasks in `scores` that every arm with a mean has; means and plots are over these. An arm
             has a mean if it has a score and memory sufficed for every task.
         mean: the mean over `common`, by arm.
-        costs: time, memory and bytes of the arms.
+        costs: time, memory and bytes of the arms, for each machine; times in `points` are the first one's.
         points: for the plots.
         notes: samples or tasks that are not compared.
     """
@@ -48,7 +48,7 @@ class Section:
     latency: tuple[Column, ...]
     common: tuple[str, ...]
     mean: Mapping[Arm, Figure]
-    costs: Costs
+    costs: tuple[Costs, ...]
     points: tuple[Point, ...]
     notes: tuple[str, ...]
 
@@ -111,6 +111,10 @@ def _section(records: Sequence[Record]) -> Section:
     if too_large:
         names = ", ".join(arm.name for arm in too_large)
         notes.append(f"Without a mean, because memory did not suffice for every task: {names}.")
+    if len(costs) > 1:
+        notes.append(
+            f"Times and memory of each machine stand in a table of their own; plots have those of {costs[0].machine}."
+        )
     cell = records[0]["cell"]
     return Section(
         model=cell["model"],
@@ -124,7 +128,7 @@ def _section(records: Sequence[Record]) -> Section:
         common=tuple(column.name for column in common),
         mean=mean,
         costs=costs,
-        points=tuple(make_point(arm, mean[arm], common, costs) for arm in scored if common),
+        points=tuple(make_point(arm, mean[arm], common, costs[0]) for arm in scored if common),
         notes=tuple(dict.fromkeys(notes)),
     )
 

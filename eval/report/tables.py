@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ..intervals import Interval
 from .arms import ADAPTER, FULL, Arm
 from .columns import Column, Figure
-from .costs import COSTS
+from .costs import COSTS, Costs
 from .sections import Section
 
 METHODS_NOTE = (
@@ -76,15 +76,24 @@ def scores_table(section: Section, columns: Sequence[Column]) -> Table:
     return Table(tuple(header), tuple(rows), bool(mean))
 
 
-def costs_table(section: Section) -> Table:
-    """Return the costs of the arms, each with its ratio to the full cache's."""
-    costs = section.costs
+def costs_tables(section: Section) -> list[tuple[str, Table, str]]:
+    """Return the costs of the arms, each with its ratio to the full cache's: title, table and note of each machine."""
+    tables = []
+    for costs in section.costs:
+        if costs.source:
+            title = f"Cost, {section.title}{', ' * bool(costs.machine)}{costs.machine}"
+            arms = [arm for arm in section.arms if not costs.machine or arm in costs.rows or arm in costs.out_of_memory]
+            tables.append((title, _costs_table(costs, arms), _costs_note(costs)))
+    return tables
+
+
+def _costs_table(costs: Costs, arms: Sequence[Arm]) -> Table:
     units = {}
     for key, _, kind in COSTS:
         largest = max((row[key].value or 0.0 for row in costs.rows.values()), default=0.0)
         units[key] = next((unit for unit in UNITS[kind] if largest >= unit[0]), UNITS[kind][-1])
     rows = []
-    for arm in section.arms:
+    for arm in arms:
         cells = []
         for key, _, _ in COSTS:
             value, ratio = costs.rows[arm][key] if arm in costs.rows else (None, None)
@@ -97,11 +106,12 @@ def costs_table(section: Section) -> Table:
     return Table(("Method", *(f"{title}, {units[key][1]}" for key, title, _ in COSTS)), tuple(rows))
 
 
-def costs_note(section: Section) -> str:
+def _costs_note(costs: Costs) -> str:
     """Return the tasks that the costs come from."""
-    source = section.costs.source
+    source = costs.source
+    machine = f" Machine: {costs.machine}." if costs.machine else ""
     measured = f"Measured on {source[0]}" if len(source) == 1 else f"Means over {', '.join(source)}"
-    return f"{measured}; with each figure its ratio to the full cache's."
+    return f"{measured}; with each figure its ratio to the full cache's.{machine}"
 
 
 def figure_cell(figure: Figure, *, percent: bool = True) -> Cell:

@@ -50,7 +50,7 @@ def _read_share(columns: Sequence[Column], arm: Arm, arms: Sequence[Arm]) -> flo
 def _described(found: tuple[Arm, float], what: str, figure: Callable[[Arm], Figure]) -> str:
     arm, share = found
     ends = figure(arm).difference_interval
-    text = f"{arm.name}: {100 * share:.3g} % of the full cache's {what}, {change_text(figure(arm))} points"
+    text = f"{arm.name}: {100 * share:.3g} % of the full cache's {what}, {change_text(figure(arm))} points on {figure(arm).paired} samples"
     if ends is None:
-        return f"{text}, from one sample"
+        return text
     return text if ends[0] >= -_POINTS else f"{text}, so a larger loss is not excluded"

@@ -18,6 +18,7 @@ from .examples import prompt_ends
 from .gather import Report, gather
 from .markdown import markdown
 from .page import page
+from .provenance import machine
 from .sections import Section, sections
 from .tables import figure_cell
 
@@ -107,7 +108,8 @@ def _row(
     record = column.cells.get(arm) if column else None
     cost: dict[str, Any] = dict(record["cost"]) if record else {}
     full = reference(arm, column.cells) if column else None
-    ratios = cost_row([column], arm, full) if column and record and full else {}
+    same = column and record and full and machine(column.cells[full]) == machine(record)
+    ratios = cost_row([column], arm, full) if column and same else {}
     low, high = figure.interval or (None, None)
     difference_low, difference_high = figure.difference_interval or (None, None)
     return {
@@ -121,6 +123,7 @@ def _row(
         "token_budget": arm.token_budget,
         "settings": _plain(arm.settings),
         "adapter": "yes" if arm.adapter else "no",
+        "machine": _plain(machine(record)) if record else None,
         "status": figure.status,
         "score": figure.score,
         "score_low": low,
