@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
@@ -44,7 +45,7 @@ def _means(sections: Sequence[Section], names: Sequence[str], common: Sequence[s
 def _mean(section: Section, arm: Arm, common: Sequence[str]) -> Figure:
     """Return an arm's mean over some of the tasks that a section's means are over."""
     if arm not in section.mean or section.mean[arm].score is None or len(common) == len(section.common):
-        return section.mean.get(arm, MISSING)
+        return dataclasses.replace(section.mean.get(arm, MISSING), differs=False)  # its star is of another table
     return mean_figure([column for column in section.scores if column.name in common], arm)
 
 

@@ -17,7 +17,7 @@ from .arms import ADAPTER, FULL, MODES, length_text
 from .failures import MOST
 from .gather import Report
 from .plots import BARS_NOTE, distance_plots, score_plots, styles
-from .tables import DISTANCES_NOTE, METHODS_NOTE, SCORES_NOTE, costs_tables, scores_table
+from .tables import DISTANCES_NOTE, METHODS_NOTE, SCORES_NOTE, STARS_NOTE, costs_tables, scores_table
 from .verdicts import verdicts
 
 FOLDER = Path(__file__).parent
@@ -59,6 +59,7 @@ def page(report: Report) -> str:
         MOST_FAILURES=MOST,
         METHODS_NOTE=METHODS_NOTE,
         SCORES_NOTE=SCORES_NOTE,
+        STARS_NOTE=STARS_NOTE,
         DISTANCES_NOTE=DISTANCES_NOTE,
         BARS_NOTE=BARS_NOTE,
         verdicts=verdicts,

@@ -5,13 +5,14 @@ A section holds comparable records: one model, one length, one mode.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from ..records import Record
 from .arms import MODES, Arm, ColumnKey, arms_of, column_key, column_names, grouped, length_text, with_metrics
-from .columns import MISSING, Column, Figure, make_column, mean_figure, reference
+from .columns import MISSING, Column, Figure, make_column, mean_figure, reference, starred
 from .costs import Costs, Point, costs_of, make_point
 
 LATENCY = "latency"  # the task whose records hold the times, if it was run
@@ -103,6 +104,12 @@ def _section(records: Sequence[Record]) -> Section:
     mean |= {arm: Figure(status="out_of_memory") for arm in too_large}
     costs = costs_of(latency or common or scores or distances, arms)
 
+    shown = [mean] if len(scores) > 1 else []  # the mean of one task is no comparison of its own
+    figures = starred([*(column.figures for column in scores), *shown])
+    scores = tuple(map(_with_figures, scores, figures))
+    mean = figures[-1] if shown else mean
+    distances = tuple(map(_with_figures, distances, starred([column.figures for column in distances])))
+
     notes += [note for column in (*scores, *distances) for note in _pairing_notes(column, arms)]
     for column in scores:
         if column not in common:
@@ -131,6 +138,10 @@ def _section(records: Sequence[Record]) -> Section:
         points=tuple(make_point(arm, mean[arm], common, costs[0]) for arm in scored if common),
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _with_figures(column: Column, figures: Mapping[Arm, Figure]) -> Column:
+    return dataclasses.replace(column, figures=figures)
 
 
 def _preference(record: Record) -> tuple[bool, int, str]:

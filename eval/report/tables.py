@@ -24,6 +24,10 @@ SCORES_NOTE = (
 DISTANCES_NOTE = (
     "Lower is better. With each figure the difference to the full cache on the same samples and its 95 % interval."
 )
+STARS_NOTE = (
+    "* The difference is significant at 5 % among all comparisons of the table (sign-flip permutation test, adjusted "
+    "by Holm's rule)."
+)
 _NO_SCORE = {"out_of_memory": "OOM", "failed": "failed"}  # by the status of a cell
 UNITS = {
     "seconds": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")),
@@ -39,7 +43,7 @@ class Cell(NamedTuple):
         change: its difference to the full cache's figure, or its ratio.
         interval: 95 %, in parentheses.
         value: the figure as a number, to sort by.
-        differs: whether the interval of the difference excludes 0.
+        differs: whether the difference is significant among all those of its table.
     """
 
     text: str

@@ -49,8 +49,8 @@ def _read_share(columns: Sequence[Column], arm: Arm, arms: Sequence[Arm]) -> flo
 
 def _described(found: tuple[Arm, float], what: str, figure: Callable[[Arm], Figure]) -> str:
     arm, share = found
-    ends = figure(arm).difference_interval
-    text = f"{arm.name}: {100 * share:.3g} % of the full cache's {what}, {change_text(figure(arm))} points on {figure(arm).paired} samples"
-    if ends is None:
-        return text
-    return text if ends[0] >= -_POINTS else f"{text}, so a larger loss is not excluded"
+    result = figure(arm)
+    ends = result.difference_interval
+    text = f"{arm.name}: {100 * share:.3g} % of the full cache's {what}, "
+    text += f"{change_text(result)} points on {result.paired} sample{'s' if result.paired > 1 else ''}"
+    return text if ends is None or ends[0] >= -_POINTS else f"{text}, so a larger loss is not excluded"

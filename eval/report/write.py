@@ -54,7 +54,7 @@ def summary(records: Sequence[Record]) -> str:
     """Return scores and differences as text for a terminal: a table for each model, length and mode."""
     lines = []
     for section in sections(records):
-        lines.append(f"{section.model}, {section.title}: score (difference to full, * if its interval excludes 0)")
+        lines.append(f"{section.model}, {section.title}: score (difference to full, * if significant, by Holm's rule)")
         columns = [
             [column.name, *(_short(column.figures[arm], percent=column.higher_is_better) for arm in section.arms)]
             for column in (*section.scores, *section.distances)

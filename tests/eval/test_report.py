@@ -252,7 +252,7 @@ def test_summary_has_the_same_figures() -> None:
     text = report.summary(made_arms())
     lines = {line.split("  ")[0].strip(): line.split() for line in text.splitlines()}
     assert "query-agnostic" in text.splitlines()[0]
-    assert lines["rocketkv 512"][2:] == ["50.0", "(-25.0)", "50.0", "(-25.0)", "60.0", "(-15.0*)", "0.500", "(+0.500*)"]
+    assert lines["rocketkv 512"][2:] == ["50.0", "(-25.0)", "50.0", "(-25.0)", "60.0", "(-15.0)", "0.500", "(+0.500)"]
     assert lines["quest 512"][2:] == ["OOM", "75.0", "(0.0)", "OOM", "-"]
     assert max(map(len, text.splitlines()[1:6])) <= 100
 

@@ -77,8 +77,8 @@ def test_a_sentence_names_the_smallest_cache_near_the_full_one() -> None:
     assert name == "niah"
     assert text == (
         "the smallest cache within 1 point of full is rocketkv 1024: 30 % of the full cache's bytes, 0.0 (0.0 to 0.0) "
-        "points on 20 samples. The fewest bytes per step within 1 point are read by quest 512: 5 % of the full cache's bytes read, "
-        "0.0 (0.0 to 0.0) points on 20 samples."
+        "points on 20 samples. The fewest bytes per step within 1 point are read by quest 512: 5 % of the full cache's "
+        "bytes read, 0.0 (0.0 to 0.0) points on 20 samples."
     )
     assert f"- **niah**: {text}" in markdown(gather(records))
 
