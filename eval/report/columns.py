@@ -11,6 +11,7 @@ from typing import Literal
 from ..intervals import Interval, mean_of_means_interval, paired_interval
 from ..records import Record
 from .arms import FULL, Arm, ColumnKey
+from .significance import holm, sign_flip_p
 
 Status = Literal["complete", "out_of_memory", "failed", "missing"]
 
@@ -27,6 +28,8 @@ class Figure:
         difference: mean over the samples that `full` has too; None if there are none.
         difference_interval: 95 %, paired.
         paired: number of those samples.
+        p_value: of the difference, for itself.
+        differs: whether the difference is significant among all those of its table.
     """
 
     status: Status
@@ -36,12 +39,8 @@ class Figure:
     difference: float | None = None
     difference_interval: Interval | None = None
     paired: int = 0
-
-    @property
-    def differs(self) -> bool:
-        """Whether the interval of the difference excludes 0."""
-        ends = self.difference_interval
-        return ends is not None and not ends[0] <= 0 <= ends[1]
+    p_value: float | None = None
+    differs: bool = False
 
 
 MISSING = Figure(status="missing")
@@ -126,6 +125,7 @@ def _figure(arm: Arm, cells: Mapping[Arm, Record]) -> Figure:
         difference=fmean(values) - fmean(others),
         difference_interval=paired_interval(values, others),
         paired=len(values),
+        p_value=sign_flip_p([[value - other for value, other in zip(values, others, strict=True)]]),
     )
 
 
@@ -151,4 +151,20 @@ def mean_figure(columns: Sequence[Column], arm: Arm) -> Figure:
         difference=fmean(map(fmean, differences)),
         difference_interval=mean_of_means_interval(differences),
         paired=sum(map(len, differences)),
+        p_value=sign_flip_p(differences),
     )
+
+
+def starred(tables: Sequence[Mapping[Arm, Figure]]) -> list[dict[Arm, Figure]]:
+    """Set `differs` in the figures of a table's columns, by Holm's rule over all of them."""
+    values = {
+        (place, arm): figure.p_value
+        for place, figures in enumerate(tables)
+        for arm, figure in figures.items()
+        if figure.p_value is not None
+    }
+    found = holm(values)
+    return [
+        {arm: dataclasses.replace(figure, differs=(place, arm) in found) for arm, figure in figures.items()}
+        for place, figures in enumerate(tables)
+    ]

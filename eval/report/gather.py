@@ -7,9 +7,13 @@ from dataclasses import dataclass
 
 from ..records import Record
 from .arms import MODES, length_text
+from .breakdowns import breakdowns
 from .depths import DepthMap, depth_maps
+from .examples import Prompts, TaskExamples, examples_of
+from .failures import Failure, failures
 from .provenance import Provenance, provenance
 from .sections import LATENCY, Section, sections
+from .tables import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,17 +24,27 @@ class Report:
         facts: name and text, for its head.
         sections: the comparisons.
         maps: needle scores by depth and length.
+        examples: of each section, the examples of its tasks.
+        breakdowns: title and table of scores by length, mode and category.
+        failures: errors of the cells without a result.
         provenance: the origin of the records.
     """
 
     facts: tuple[tuple[str, str], ...]
     sections: tuple[Section, ...]
     maps: tuple[DepthMap, ...]
+    examples: tuple[tuple[TaskExamples, ...], ...]
+    breakdowns: tuple[tuple[str, Table], ...]
+    failures: tuple[Failure, ...]
     provenance: Provenance
 
 
-def gather(records: Sequence[Record]) -> Report:
+def gather(records: Sequence[Record], prompts: Prompts | None = None) -> Report:
     """Compute the content of a report.
+
+    Args:
+        records: of the cells.
+        prompts: the ends of the prompts, see `prompt_ends`; None: examples have no prompts.
 
     Raises:
         ImportError: scipy is not installed.
@@ -49,9 +63,13 @@ def gather(records: Sequence[Record]) -> Report:
         ("Samples", " to ".join(map(str, sorted({counts[0], counts[-1]}))) + " per task and method"),
         ("Date", max(record["provenance"]["created"] for record in records)[:10]),
     )
+    compared = tuple(sections(records))
     return Report(
         facts=facts,
-        sections=tuple(sections(records)),
+        sections=compared,
         maps=tuple(depth_maps(records)),
+        examples=tuple(examples_of(compared, prompts or {})),
+        breakdowns=tuple(breakdowns(compared)),
+        failures=tuple(failures(records)),
         provenance=provenance(records),
     )

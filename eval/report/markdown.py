@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from .arms import MODES
 from .gather import Report
-from .tables import DISTANCES_NOTE, METHODS_NOTE, SCORES_NOTE, Table, costs_note, costs_table, scores_table
+from .tables import DISTANCES_NOTE, METHODS_NOTE, SCORES_NOTE, Table, costs_tables, scores_table
+from .verdicts import verdicts
 
 
 def markdown(report: Report) -> str:
@@ -20,24 +21,32 @@ def markdown(report: Report) -> str:
         lines += ["", f"## {escaped(section.model)}, {section.title}"]
         tables: list[tuple[str, Table, str]] = []
         if section.scores:
-            tables.append(("Scores", scores_table(section, section.scores), SCORES_NOTE))
+            tables.append((f"Scores, {section.title}", scores_table(section, section.scores), SCORES_NOTE))
         if section.distances:
-            tables.append(("Distances", scores_table(section, section.distances), DISTANCES_NOTE))
-        if section.costs.source:
-            tables.append(("Cost", costs_table(section), escaped(costs_note(section))))
+            tables.append((f"Distances, {section.title}", scores_table(section, section.distances), DISTANCES_NOTE))
+        tables += [(title, table, escaped(note)) for title, table, note in costs_tables(section)]
+        lines += ["", *(f"- **{escaped(name)}**: {escaped(text)}" for name, text in verdicts(section))]
         for title, table, note in tables:
-            rows = [[arm.name, *map(str, cells)] for arm, cells in table.rows]
-            lines += ["", f"### {title}, {section.title}", "", markdown_table(table.header, rows), "", note]
+            lines += ["", f"### {escaped(title)}", "", _table(table), "", note]
         lines += ["", *(f"- {escaped(note)}" for note in section.notes)] if section.notes else []
+    for title, table in report.breakdowns:
+        lines += ["", f"## {escaped(title)}", "", _table(table)]
     for depths in report.maps:
         lines += ["", f"## Scores by depth: {escaped(depths.task)}, {escaped(depths.model)}, {MODES[depths.mode]}"]
         for arm in depths.arms:
             header = ["Depth", *(f"{length} tokens" for length in depths.lengths)]
             rows = [[depth, *(depths.text(arm, depth, n) for n in depths.lengths)] for depth in depths.depths]
             lines += ["", f"### {escaped(arm.name)}", "", markdown_table(header, rows)]
+    if report.failures:
+        lines += ["", "## Cells without a result", ""]
+        lines += [f"- {f.status}: {escaped(f.summary)}: {escaped('; '.join(f.cells))}" for f in report.failures]
     facts = [(name, "; ".join(values)) for name, values in report.provenance.facts]
     lines += ["", "## Provenance", "", markdown_table(("Fact", "Value"), facts)]
     return "\n".join(lines) + "\n"
+
+
+def _table(table: Table) -> str:
+    return markdown_table(table.header, [[arm.name, *map(str, cells)] for arm, cells in table.rows])
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -4,16 +4,26 @@ const font = {
 };
 const axis = {gridcolor: "#e4e8ec", zeroline: false, fixedrange: true, ticks: "", automargin: true, nticks: 6};
 
-// A line for each method through its budgets, larger marks for larger budgets; a dashed line at the full cache's score.
-function trace({name, color, symbol, x, y, text}) {
+// A line for each method through its budgets, larger marks for larger budgets, a ring around those of the Pareto front;
+// a dashed line at the full cache's score.
+function trace({name, color, symbol, x, y, text, front, up, down}) {
   const full = name === "m0";
   return {
     type: "scatter", mode: full ? "markers" : "lines+markers", name, x, y, hovertext: text, hoverinfo: "text",
     cliponaxis: false, line: {color, width: 1.75},
     marker: {
       color, symbol: full ? "circle-open" : symbol, size: x.map((_, place) => Math.min(7 + 1.5 * place, 13)), opacity: 1,
-      line: {width: full ? 2 : 0, color}
+      line: {width: front.map(best => full || best ? 2 : 0), color: front.map(best => best ? "#4b545d" : color)}
+    },
+    error_y: {
+      type: "data", symmetric: false, array: up, arrayminus: down, color, thickness: 1, width: 2, visible: !full
     }
+  };
+}
+function steps(front) {
+  return {
+    type: "scatter", mode: "lines", name: "front", x: front.map(point => point[0]), y: front.map(point => point[1]),
+    hoverinfo: "skip", line: {shape: "hv", dash: "dot", width: 1.5, color: "#808890"}
   };
 }
 function layout({x, y, lines, ticks}) {
@@ -39,7 +49,7 @@ function layout({x, y, lines, ticks}) {
 
 const plots = JSON.parse(document.getElementById("plots").textContent);
 for (const plot of plots) {
-  Plotly.newPlot(plot.id, plot.lines.map(trace), layout(plot), {
+  Plotly.newPlot(plot.id, [...plot.lines.map(trace), steps(plot.front)], layout(plot), {
     responsive: true, displaylogo: false, modeBarButtons: [["toImage"]],
     toImageButtonOptions: {filename: plot.id, scale: 2}
   });

@@ -14,9 +14,11 @@ import jinja2
 from markupsafe import Markup
 
 from .arms import ADAPTER, FULL, MODES, length_text
+from .failures import MOST
 from .gather import Report
-from .plots import distance_plots, score_plots, styles
-from .tables import DISTANCES_NOTE, METHODS_NOTE, SCORES_NOTE, costs_note, costs_table, scores_table
+from .plots import BARS_NOTE, distance_plots, score_plots, styles
+from .tables import DISTANCES_NOTE, METHODS_NOTE, SCORES_NOTE, STARS_NOTE, costs_tables, scores_table
+from .verdicts import verdicts
 
 FOLDER = Path(__file__).parent
 PLOTLY = FOLDER / "plotly-basic.min.js"  # npm's plotly.js-basic-dist-min: scatter, bar and pie
@@ -33,7 +35,7 @@ def page(report: Report) -> str:
             for name, part in parts.items()
         }
         plots += [{"id": name, **plot.data} for part in figures.values() for name, plot in part]
-        sections.append((section, figures))
+        sections.append((section, figures, report.examples[place]))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),
         autoescape=True,
@@ -54,13 +56,16 @@ def page(report: Report) -> str:
         FULL=FULL,
         ADAPTER=ADAPTER,
         MODES=MODES,
+        MOST_FAILURES=MOST,
         METHODS_NOTE=METHODS_NOTE,
         SCORES_NOTE=SCORES_NOTE,
+        STARS_NOTE=STARS_NOTE,
         DISTANCES_NOTE=DISTANCES_NOTE,
+        BARS_NOTE=BARS_NOTE,
+        verdicts=verdicts,
         length_text=length_text,
         scores_table=scores_table,
-        costs_table=costs_table,
-        costs_note=costs_note,
+        costs_tables=costs_tables,
     )
 
 

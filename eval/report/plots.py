@@ -5,11 +5,11 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from .arms import FULL, Arm
 from .columns import Figure
-from .costs import Point
+from .costs import Point, memory_share
 from .sections import Section
 from .tables import UNITS, figure_cell, number
 
@@ -17,6 +17,11 @@ from .tables import UNITS, figure_cell, number
 _COLORS = ("#0072b2", "#d55e00", "#2fb39a", "#a8407c", "#c9a227", "#7fa6e8")
 _FULL_COLOR = "#808890"
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x")
+BARS_NOTE = (
+    "Bars: 95 % interval of the difference to the full cache on the same samples (paired bootstrap), put around the "
+    "figure. "
+    "Ring and dotted steps: Pareto front, the figures that none beats at the same cost or less."
+)
 _MAX_TICKS = 4  # as many as fit below a plot on a phone
 
 
@@ -57,9 +62,10 @@ def _bytes(count: float) -> str:
     return f"{count / scale:.3g} {unit}"
 
 
+_MEMORY = _Axis("KV memory", "KV memory, share of a full cache", lambda point: point.memory_share, _percent)
 _READ = _Axis("bytes read per step", "Bytes read per decode step", lambda point: point.step_bytes, _bytes)
 _AXES = (
-    _Axis("KV memory", "KV memory, share of a full cache", lambda point: point.memory_share, _percent),
+    _MEMORY,
     _Axis("time per output token", "Time per output token, ms", lambda point: point.step_seconds, _milliseconds, 1e3),
     _READ,
 )
@@ -84,15 +90,14 @@ def score_plots(section: Section, looks: dict[str, Style]) -> list[Plot]:
 
 
 def distance_plots(section: Section, looks: dict[str, Style]) -> list[Plot]:
-    """Return a plot of each distance against the bytes that a step reads."""
+    """Return plots of each distance against the bytes that a cache stores and those that a step reads."""
     plots = []
     for column in section.distances:
-        points = [
-            (arm, column.cells[arm]["cost"].get("step_bytes"), column.figures[arm])
-            for arm in section.arms
-            if arm in column.cells
-        ]
-        plots += _plot(f"{column.name} against {_READ.name}", section, looks, _READ, column.metric, points)
+        arms = [arm for arm in section.arms if arm in column.cells]
+        stored = [(arm, memory_share([column], arm), column.figures[arm]) for arm in arms]
+        read = [(arm, column.cells[arm]["cost"].get("step_bytes"), column.figures[arm]) for arm in arms]
+        for axis, points in ((_MEMORY, stored), (_READ, read)):
+            plots += _plot(f"{column.name} against {axis.name}", section, looks, axis, column.metric, points, -1)
     return plots
 
 
@@ -103,32 +108,66 @@ def _plot(
     axis: _Axis,
     y_title: str,
     points: Sequence[tuple[Arm, float | None, Figure]],
+    better: Literal[1, -1] = 1,
 ) -> list[Plot]:
     """Return a plot with a line for each method through its budgets, or nothing if no point has both values.
+
+    `better` is the sign of a better figure. Points of the Pareto front are marked, and the front is a line of steps.
 
     plotly.js reads some HTML tags in texts, so those that come from records are escaped.
     """
     lines: dict[tuple[int, str], dict[str, Any]] = {}
-    xs = []
-    for arm, x, figure in points:
-        if not x or figure.score is None:
-            continue
+    known = [(arm, x, figure, figure.score) for arm, x, figure in points if x and figure.score is not None]
+    front = pareto_front([(x, better * y) for _, x, _, y in known])
+    for place, (arm, x, figure, y) in enumerate(known):
         look = looks[arm.method]
-        line = lines.setdefault((look.number, arm.settings), {"x": [], "y": [], "text": []})
+        line = lines.setdefault((look.number, arm.settings), _empty_line())
         line |= {"name": f"m{look.number}", "color": look.color, "symbol": look.symbol}
         line["x"].append(x * (axis.scale or 1.0))
-        line["y"].append(figure.score)
-        score = figure_cell(figure, percent=y_title == "Mean score")
+        line["y"].append(y)
+        line["front"].append(place in front)
+        for name, end in zip(("up", "down"), _bar(arm, figure), strict=True):
+            line[name].append(end)
+        score = figure_cell(figure, percent=better > 0)
         line["text"].append(
             f"<b>{html.escape(arm.name)}</b><br>{html.escape(str(score))}<br>{axis.name}: {axis.text(x)}"
         )
-        xs.append(x)
+    xs = [x for _, x, _, _ in known]
     if not xs:
         return []
     data: dict[str, Any] = {"x": html.escape(axis.title), "y": html.escape(y_title)}
     data["lines"] = [lines[key] for key in sorted(lines)]
+    data["front"] = [[xs[place] * (axis.scale or 1.0), known[place][3]] for place in front]
     data["ticks"] = None if axis.scale else [[tick, axis.text(tick)] for tick in log_ticks(min(xs), max(xs))]
     return [Plot(title, f"{title}, {section.title}. Its figures are in the tables below.", data)]
+
+
+def _empty_line() -> dict[str, Any]:
+    return {name: [] for name in ("x", "y", "text", "front", "up", "down")}
+
+
+def _bar(arm: Arm, figure: Figure) -> tuple[float | None, float | None]:
+    """Return the lengths of an error bar above and below a figure; None where there is no interval.
+
+    It is the 95 % interval of the paired difference to the full cache, put around the figure, so that it misses the
+    full cache's line where the difference is not 0; without a full cache it is that of the figure. The full cache, to
+    which all others are compared, has no bar.
+    """
+    middle, ends = figure.difference, figure.difference_interval
+    if middle is None:
+        middle, ends = figure.score, figure.interval
+    if arm.method == FULL or middle is None or ends is None:
+        return None, None
+    return max(0.0, ends[1] - middle), max(0.0, middle - ends[0])
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Return the places of the points that no other beats: at most as large a cost, and a larger value; by cost."""
+    front: list[int] = []
+    for place in sorted(range(len(points)), key=lambda place: (points[place][0], -points[place][1])):
+        if not front or points[place][1] > points[front[-1]][1]:
+            front.append(place)
+    return front
 
 
 def log_ticks(low: float, high: float) -> list[float]:

@@ -27,7 +27,7 @@ class Provenance:
 def provenance(records: Sequence[Record]) -> Provenance:
     """Return the origin of records."""
     origins = [record["provenance"] for record in records]
-    hardware = [_text(origin["hardware"]) for origin in origins]
+    hardware = list(map(machine, records))
     packages = sorted({name for origin in origins for name in origin["versions"]})
     created = [origin["created"] for origin in origins]
     facts = [
@@ -44,7 +44,7 @@ def provenance(records: Sequence[Record]) -> Provenance:
     ]
     warnings = []
     if len(set(hardware)) > 1:
-        warnings.append("Records come from different machines: their times and peak memory are not comparable.")
+        warnings.append("Records come from different machines: their times and memory stand in a table each.")
     if len({(origin["rocketkv"], origin["git_hash"], _text(origin["versions"])) for origin in origins}) > 1:
         warnings.append("Records come from different versions of the code or of the packages it runs on.")
     if len({(record["cell"]["model"], record["cell"]["weights"]) for record in records}) > len(
@@ -59,6 +59,11 @@ def provenance(records: Sequence[Record]) -> Provenance:
         if any(len(set(map(_data, same))) > 1 for same in grouped(complete, _data_key).values()):
             warnings.append(f"Records of {task} at one length were made from different data.")
     return Provenance(facts=tuple(facts), warnings=tuple(warnings))
+
+
+def machine(record: Record) -> str:
+    """Return the hardware that a record was made on."""
+    return _text(record["provenance"]["hardware"])
 
 
 def _data(record: Record) -> str:

@@ -5,13 +5,14 @@ A section holds comparable records: one model, one length, one mode.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from ..records import Record
 from .arms import MODES, Arm, ColumnKey, arms_of, column_key, column_names, grouped, length_text, with_metrics
-from .columns import MISSING, Column, Figure, make_column, mean_figure, reference
+from .columns import MISSING, Column, Figure, make_column, mean_figure, reference, starred
 from .costs import Costs, Point, costs_of, make_point
 
 LATENCY = "latency"  # the task whose records hold the times, if it was run
@@ -33,7 +34,7 @@ class Section:
         common: names of the tasks in `scores` that every arm with a mean has; means and plots are over these. An arm
             has a mean if it has a score and memory sufficed for every task.
         mean: the mean over `common`, by arm.
-        costs: time, memory and bytes of the arms.
+        costs: time, memory and bytes of the arms, for each machine; times in `points` are the first one's.
         points: for the plots.
         notes: samples or tasks that are not compared.
     """
@@ -48,7 +49,7 @@ class Section:
     latency: tuple[Column, ...]
     common: tuple[str, ...]
     mean: Mapping[Arm, Figure]
-    costs: Costs
+    costs: tuple[Costs, ...]
     points: tuple[Point, ...]
     notes: tuple[str, ...]
 
@@ -103,6 +104,12 @@ def _section(records: Sequence[Record]) -> Section:
     mean |= {arm: Figure(status="out_of_memory") for arm in too_large}
     costs = costs_of(latency or common or scores or distances, arms)
 
+    shown = [mean] if len(scores) > 1 else []  # the mean of one task is no comparison of its own
+    figures = starred([*(column.figures for column in scores), *shown])
+    scores = tuple(map(_with_figures, scores, figures))
+    mean = figures[-1] if shown else mean
+    distances = tuple(map(_with_figures, distances, starred([column.figures for column in distances])))
+
     notes += [note for column in (*scores, *distances) for note in _pairing_notes(column, arms)]
     for column in scores:
         if column not in common:
@@ -111,6 +118,10 @@ def _section(records: Sequence[Record]) -> Section:
     if too_large:
         names = ", ".join(arm.name for arm in too_large)
         notes.append(f"Without a mean, because memory did not suffice for every task: {names}.")
+    if len(costs) > 1:
+        notes.append(
+            f"Times and memory of each machine stand in a table of their own; plots have those of {costs[0].machine}."
+        )
     cell = records[0]["cell"]
     return Section(
         model=cell["model"],
@@ -124,9 +135,13 @@ def _section(records: Sequence[Record]) -> Section:
         common=tuple(column.name for column in common),
         mean=mean,
         costs=costs,
-        points=tuple(make_point(arm, mean[arm], common, costs) for arm in scored if common),
+        points=tuple(make_point(arm, mean[arm], common, costs[0]) for arm in scored if common),
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _with_figures(column: Column, figures: Mapping[Arm, Figure]) -> Column:
+    return dataclasses.replace(column, figures=figures)
 
 
 def _preference(record: Record) -> tuple[bool, int, str]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ..intervals import Interval
 from .arms import ADAPTER, FULL, Arm
 from .columns import Column, Figure
-from .costs import COSTS
+from .costs import COSTS, Costs
 from .sections import Section
 
 METHODS_NOTE = (
@@ -23,6 +23,10 @@ SCORES_NOTE = (
 )
 DISTANCES_NOTE = (
     "Lower is better. With each figure the difference to the full cache on the same samples and its 95 % interval."
+)
+STARS_NOTE = (
+    "* The difference is significant at 5 % among all comparisons of the table (sign-flip permutation test, adjusted "
+    "by Holm's rule)."
 )
 _NO_SCORE = {"out_of_memory": "OOM", "failed": "failed"}  # by the status of a cell
 UNITS = {
@@ -39,7 +43,7 @@ class Cell(NamedTuple):
         change: its difference to the full cache's figure, or its ratio.
         interval: 95 %, in parentheses.
         value: the figure as a number, to sort by.
-        differs: whether the interval of the difference excludes 0.
+        differs: whether the difference is significant among all those of its table.
     """
 
     text: str
@@ -76,15 +80,24 @@ def scores_table(section: Section, columns: Sequence[Column]) -> Table:
     return Table(tuple(header), tuple(rows), bool(mean))
 
 
-def costs_table(section: Section) -> Table:
-    """Return the costs of the arms, each with its ratio to the full cache's."""
-    costs = section.costs
+def costs_tables(section: Section) -> list[tuple[str, Table, str]]:
+    """Return the costs of the arms, each with its ratio to the full cache's: title, table and note of each machine."""
+    tables = []
+    for costs in section.costs:
+        if costs.source:
+            title = f"Cost, {section.title}{', ' * bool(costs.machine)}{costs.machine}"
+            arms = [arm for arm in section.arms if not costs.machine or arm in costs.rows or arm in costs.out_of_memory]
+            tables.append((title, _costs_table(costs, arms), _costs_note(costs)))
+    return tables
+
+
+def _costs_table(costs: Costs, arms: Sequence[Arm]) -> Table:
     units = {}
     for key, _, kind in COSTS:
         largest = max((row[key].value or 0.0 for row in costs.rows.values()), default=0.0)
         units[key] = next((unit for unit in UNITS[kind] if largest >= unit[0]), UNITS[kind][-1])
     rows = []
-    for arm in section.arms:
+    for arm in arms:
         cells = []
         for key, _, _ in COSTS:
             value, ratio = costs.rows[arm][key] if arm in costs.rows else (None, None)
@@ -97,11 +110,12 @@ def costs_table(section: Section) -> Table:
     return Table(("Method", *(f"{title}, {units[key][1]}" for key, title, _ in COSTS)), tuple(rows))
 
 
-def costs_note(section: Section) -> str:
+def _costs_note(costs: Costs) -> str:
     """Return the tasks that the costs come from."""
-    source = section.costs.source
+    source = costs.source
+    machine = f" Machine: {costs.machine}." if costs.machine else ""
     measured = f"Measured on {source[0]}" if len(source) == 1 else f"Means over {', '.join(source)}"
-    return f"{measured}; with each figure its ratio to the full cache's."
+    return f"{measured}; with each figure its ratio to the full cache's.{machine}"
 
 
 def figure_cell(figure: Figure, *, percent: bool = True) -> Cell:
@@ -113,6 +127,12 @@ def figure_cell(figure: Figure, *, percent: bool = True) -> Cell:
         return Cell(text, interval=_interval(figure.interval, percent=percent), value=figure.score)
     interval = _interval(figure.difference_interval, percent=percent, sign=True)
     return Cell(text, number(figure.difference, percent=percent, sign=True), interval, figure.score, figure.differs)
+
+
+def change_text(figure: Figure) -> str:
+    """Return the difference of a score with its interval, as the tables show them."""
+    cell = figure_cell(figure)
+    return " ".join(filter(None, (cell.change, cell.interval)))
 
 
 def _value_cell(column: Column, arm: Arm, name: str) -> Cell:

@@ -14,9 +14,11 @@ from ..records import CostDict, Record
 from .arms import Arm
 from .columns import Column, Figure, reference
 from .costs import COSTS, cost_row
+from .examples import prompt_ends
 from .gather import Report, gather
 from .markdown import markdown
 from .page import page
+from .provenance import machine
 from .sections import Section, sections
 from .tables import figure_cell
 
@@ -45,14 +47,14 @@ def write_report(results: Path, output: Path) -> None:
     formats = {".html": page, ".md": markdown, ".csv": csv_text}
     if output.suffix not in formats:
         raise ValueError(f"output must end in .html, .md or .csv, got {output.name!r}; choose a format by its suffix")
-    stored.write_atomically(output, formats[output.suffix](gather(load(results))))
+    stored.write_atomically(output, formats[output.suffix](gather(load(results), prompt_ends(results))))
 
 
 def summary(records: Sequence[Record]) -> str:
     """Return scores and differences as text for a terminal: a table for each model, length and mode."""
     lines = []
     for section in sections(records):
-        lines.append(f"{section.model}, {section.title}: score (difference to full, * if its interval excludes 0)")
+        lines.append(f"{section.model}, {section.title}: score (difference to full, * if significant, by Holm's rule)")
         columns = [
             [column.name, *(_short(column.figures[arm], percent=column.higher_is_better) for arm in section.arms)]
             for column in (*section.scores, *section.distances)
@@ -106,7 +108,8 @@ def _row(
     record = column.cells.get(arm) if column else None
     cost: dict[str, Any] = dict(record["cost"]) if record else {}
     full = reference(arm, column.cells) if column else None
-    ratios = cost_row([column], arm, full) if column and record and full else {}
+    same = column and record and full and machine(column.cells[full]) == machine(record)
+    ratios = cost_row([column], arm, full) if column and same else {}
     low, high = figure.interval or (None, None)
     difference_low, difference_high = figure.difference_interval or (None, None)
     return {
@@ -120,6 +123,7 @@ def _row(
         "token_budget": arm.token_budget,
         "settings": _plain(arm.settings),
         "adapter": "yes" if arm.adapter else "no",
+        "machine": _plain(machine(record)) if record else None,
         "status": figure.status,
         "score": figure.score,
         "score_low": low,

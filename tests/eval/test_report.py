@@ -77,7 +77,7 @@ def test_without_a_full_cache_scores_stand_alone() -> None:
     assert column(section, "a").figures[ROCKET].score == 50
     assert column(section, "a").figures[ROCKET].difference is None
     assert section.mean[ROCKET].difference is None
-    assert section.costs.rows[ROCKET]["kv_bytes"].ratio is None
+    assert section.costs[0].rows[ROCKET]["kv_bytes"].ratio is None
 
 
 def test_mean_is_over_the_tasks_that_all_arms_have() -> None:
@@ -159,7 +159,7 @@ def test_points_of_the_plots_by_hand() -> None:
 
 def test_costs_are_the_latency_records_where_there_are_any() -> None:
     records = made_arms()
-    assert section_of(records).costs.source == ("a",)
+    assert section_of(records).costs[0].source == ("a",)
     kind: dict[str, Any] = {"task": "latency", "metric": "seconds a token", "higher_is_better": False}
     records += [
         made_record([0.02], cost={"step_seconds": 0.02, "peak_decode_bytes": 4e9}, **kind),
@@ -167,11 +167,11 @@ def test_costs_are_the_latency_records_where_there_are_any() -> None:
         made_record([0.01], method="quest", token_budget=512, status="out_of_memory", **kind),
     ]
     section = section_of(records)
-    assert section.costs.source == ("latency",)
-    row = section.costs.rows[ROCKET]
+    assert section.costs[0].source == ("latency",)
+    row = section.costs[0].rows[ROCKET]
     assert (row["step_seconds"].value, row["step_seconds"].ratio) == (0.005, 0.25)
     assert (row["peak_decode_bytes"].value, row["peak_decode_bytes"].ratio) == (None, None)
-    assert section.costs.out_of_memory == (QUEST,)
+    assert section.costs[0].out_of_memory == (QUEST,)
     assert next(point for point in section.points if point.arm == ROCKET).step_seconds == 0.005
     rows = cells(report.markdown(report.gather(records)), "Cost")
     assert rows["full"][2] == "20.0"
@@ -179,6 +179,33 @@ def test_costs_are_the_latency_records_where_there_are_any() -> None:
     assert set(rows["quest 512"]) == {"OOM"}
     assert set(rows["snapkv 512"]) == {"-"}
     assert "latency" not in dict(report.gather(records).facts)["Tasks"]
+
+
+def test_figures_of_two_machines_stand_in_two_tables() -> None:
+    kind: dict[str, Any] = {"task": "latency", "metric": "seconds a token", "higher_is_better": False}
+    other = HARDWARE | {"device": "slow"}
+    records = [
+        *made_arms(),
+        made_record([0.02], cost={"step_seconds": 0.02}, **kind),
+        made_record([0.01], method="rocketkv", token_budget=512, cost={"step_seconds": 0.01}, **kind),
+        made_record([0.9], method="quest", token_budget=512, cost={"step_seconds": 0.9}, hardware=other, **kind),
+    ]
+    section = section_of(records)
+    first, second = section.costs
+    assert ("H100" in first.machine, "slow" in second.machine) == (True, True)
+    assert (list(first.rows), list(second.rows)) == ([FULL, ROCKET], [QUEST])
+    assert first.rows[ROCKET]["step_seconds"].ratio == 0.5
+    assert second.rows[QUEST]["step_seconds"] == (0.9, None)  # the full cache was not timed there
+    assert {point.arm: point.step_seconds for point in section.points}.get(QUEST) is None
+    text = report.markdown(report.gather(records))
+    assert list(cells(text, f"Cost, {section.title}, cores 16, device NVIDIA")) == ["Method", "full", "rocketkv 512"]
+    assert list(cells(text, f"Cost, {section.title}, cores 16, device slow")) == ["Method", "quest 512"]
+    assert "Machine: cores 16, device slow" in text
+    rows = list(csv.DictReader(io.StringIO(report.csv_text(report.gather(records)))))
+    assert [row["step_seconds_ratio"] for row in rows if row["task"] == "latency"] == ["1.0", "0.5", "", ""]
+    assert {row["method"]: "slow" in row["machine"] for row in rows if row["task"] == "latency"} == {
+        "full": False, "rocketkv": False, "snapkv": False, "quest": True,
+    }  # fmt: skip
 
 
 def test_markdown_by_hand() -> None:
@@ -225,7 +252,7 @@ def test_summary_has_the_same_figures() -> None:
     text = report.summary(made_arms())
     lines = {line.split("  ")[0].strip(): line.split() for line in text.splitlines()}
     assert "query-agnostic" in text.splitlines()[0]
-    assert lines["rocketkv 512"][2:] == ["50.0", "(-25.0)", "50.0", "(-25.0)", "60.0", "(-15.0*)", "0.500", "(+0.500*)"]
+    assert lines["rocketkv 512"][2:] == ["50.0", "(-25.0)", "50.0", "(-25.0)", "60.0", "(-15.0)", "0.500", "(+0.500)"]
     assert lines["quest 512"][2:] == ["OOM", "75.0", "(0.0)", "OOM", "-"]
     assert max(map(len, text.splitlines()[1:6])) <= 100
 

@@ -115,7 +115,7 @@ def test_every_table_equals_that_of_the_markdown() -> None:
 
 def test_plots_have_the_figures_by_hand() -> None:
     records = [record for record in made_arms() if record["cell"]["method"] not in ("snapkv", "quest")]
-    memory, time, read, distance = plots_of(page(report.gather(records)))
+    memory, time, read, _, distance = plots_of(page(report.gather(records)))
     assert [(line["name"], line["x"], line["y"]) for line in memory["lines"]] == [
         ("m0", [1.0], [75.0]),
         ("m1", [0.25], [55.0]),
@@ -276,9 +276,11 @@ def test_page_draws_its_plots_and_asks_no_host(browser: Any, sweep: report.Repor
     visit = Visit(browser, sweep_file, 1280)
     plots = visit.page.evaluate("[...document.querySelectorAll('.plot')].map(p => p.querySelectorAll('.point').length)")
     marks = [len(section.points) for section in sweep.sections for _ in range(3)]
-    distances = [len(section.arms) for section in sweep.sections if section.distances]
+    distances = [len(section.arms) for section in sweep.sections if section.distances for _ in range(2)]
     assert sorted(plots) == sorted([*marks, *distances])
     assert min(plots) > 10
+    fronts = "p => p.querySelectorAll('.trace.scatter').length === p.data.length && p.querySelector('.yerror') !== null"
+    assert visit.page.evaluate(f"[...document.querySelectorAll('.plot')].every({fronts})")
     full = "p => p.layout.shapes.map(shape => shape.y0).join() === p.data.find(line => line.name === 'm0').y.join()"
     assert visit.page.evaluate(f"[...document.querySelectorAll('.plot')].every({full})")
     assert visit.page.locator(".plot a").count() == 0  # no link to plotly's makers
