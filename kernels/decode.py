@@ -39,7 +39,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Constants and options of a launch.
 Prepared = tuple[tuple[int, ...], dict[str, int]]
 """Constants and options of a launch."""
 

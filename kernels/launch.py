@@ -53,7 +53,7 @@ class Launcher:
             else:
                 addresses |= tensor.data_ptr()
                 kinds.append(tensor.dtype)
-        key = (id(kernel), constants, *kinds, *numbers)
+        key = (id(kernel), constants, *options.values(), *kinds, *numbers)
         compiled = None if addresses % WIDTH else self._compiled.get(key)
         if compiled is not None:
             compiled[grid](*tensors, *numbers, *constants)

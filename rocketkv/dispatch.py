@@ -32,6 +32,7 @@ from .state.decoding import DecodeTokens
 from .state.store import KVStore
 
 VARIABLE = "ROCKETKV_BACKEND"
+MOST_WORKSPACES = 64  # of a cache; beyond, the oldest goes, as prompts of many lengths come
 
 
 @dataclass(eq=False)
@@ -39,7 +40,7 @@ class Workspaces:
     """State that the layers of one cache share: the kernels' scratch buffers, and the warnings already given.
 
     Attributes:
-        buffers: a `DecodeWorkspace` for each device, dtype and layer shape.
+        buffers: a `DecodeWorkspace` for each device, dtype, shape of heads and budget of a layer.
         warned: messages already given.
     """
 
@@ -312,9 +313,10 @@ def _workspace(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit, worksp
     from .kernels.decode import DecodeWorkspace, refusal
 
     shape, dtype, device = _decode_shape(query, buffers, split), buffers.keys.dtype, query.device
-    # Prompts and drafts of different lengths have different shapes: keep only the workspaces of the last ones.
+    # A buffer that grew or another draft replaces a workspace; layers of different budgets have their own.
     heads = shape.group, shape.kv_heads // shape.queries
-    place = (device, dtype, *heads, shape.queries > 1, shape.head_dim, shape.value_dim)
+    rule = shape.token_budget, shape.top_k, shape.channels, shape.sketch
+    place = (device, dtype, *heads, shape.queries > 1, shape.head_dim, shape.value_dim, *rule)
     workspace = workspaces.buffers.get(place)
     if workspace is not None and workspace.shape == shape:
         return workspace
@@ -325,6 +327,8 @@ def _workspace(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit, worksp
     # Exact in 16 bits: the rotation's entries are integers below 256.
     rotation = None if shape.sketch is None else rotation_matrix(shape.head_dim, device).to(dtype)
     workspace = workspaces.buffers[place] = DecodeWorkspace(shape, device, rotation=rotation)
+    if len(workspaces.buffers) > MOST_WORKSPACES:
+        del workspaces.buffers[next(iter(workspaces.buffers))]
     return workspace
 
 

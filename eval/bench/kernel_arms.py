@@ -15,6 +15,7 @@ from torch import Tensor
 from ...core.sketch import encoding, rotation_matrix
 from ...kernels import decode, evict
 from ...kernels.append_sketch import SketchRule
+from ...kernels.launch import Launcher
 from ...kernels.select_attend import select_attend_kernel
 from . import kernel_checks
 from .dense_arms import SPLIT_KV, dense_calls, split_kv
@@ -135,7 +136,9 @@ class DecodeStep:
 
             return launch
 
-        with mock.patch.object(type(select_attend_kernel), "__getitem__", record):
+        # A new launcher knows no compiled kernel that it could run without asking the kernel.
+        fresh = mock.patch.object(self.workspace, "launch", Launcher())
+        with fresh, mock.patch.object(type(select_attend_kernel), "__getitem__", record):
             self.run(number)
         return made
 

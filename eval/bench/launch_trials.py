@@ -27,7 +27,7 @@ KERNELS_OF = {METHODS[0]: ("append_score", "select_attend"), METHODS[1]: ("appen
 # By kernel: tiles, warps and stages, of which all combinations are tried.
 TRIED = {
     "append_score": ((16, 64, 128), (4, 8), (3, 5)),
-    "append_sketch": ((64, 128, 256), (4, 8), (2, 3)),
+    "append_sketch": ((64, 128, 256), (4, 8), (3, 5)),
     "select_attend": ((16, 32, 64), (4, 8, 16), (3, 5)),
 }
 LEAST_SAVED = 0.02

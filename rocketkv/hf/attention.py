@@ -188,11 +188,6 @@ def _uncompressed(
     return dense_attention(query, key, value, params, visible, dropout=dropout)
 
 
-def _is_band(mask: LazyMask, sliding_window: int | None) -> bool:
-    """Return whether this is a prompt's mask that is causal, within the layer's sliding window if it has one."""
-    return mask.at_end and (mask.causal or (mask.window is not None and mask.window == sliding_window))
-
-
 def _attend_causally(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, **settings: Any
 ) -> Tensor:

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.integration
 PARSERS = (
     *("demo", "compress", "ask", "tune", "plan", "env", "oracle", "lm-eval"),
     *("eval", "eval run", "eval report", "eval merge"),
-    *("bench", "bench attention", "bench decode", "bench kernels", "bench model"),
+    *("bench", "bench attention", "bench decode", "bench kernels", "bench model", "bench tune"),
 )
 # Exits with the code of argparse, or prints the slow packages that it imported and exits with 1.
 AT_ONCE = """

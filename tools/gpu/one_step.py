@@ -40,7 +40,8 @@ def one_step() -> dict[str, Any]:
             expected = decode_step(*step, plain, case.params(sinks), backend="torch")
             require_near(name, found, expected, 2e-2)
             require_equal(f"{name}: seq_lens", store.tensors()["seq_lens"], plain.tensors()["seq_lens"])
-        require_equal(f"{name}: arrivals", workspace.arrivals, torch.zeros_like(workspace.arrivals))
+        for counters in (workspace.arrivals, workspace.finished):
+            require_equal(f"{name}: counters", counters, torch.zeros_like(counters))
     _full_row()
     return {"cases": [*CASES, "a full row"]}
 

@@ -6,7 +6,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MINUTE = 60
-KERNEL_TESTS = ("decode", "edges", "sketch", "evict", "dense", "generate")
+KERNEL_TESTS = (
+    *("decode", "edges", "sketch", "verify"),
+    *("evict", "prompt_end", "dense", "prefill"),
+    *("generate", "launches"),
+)
 METHODS = ("rocketkv", "rocketkv+")
 
 

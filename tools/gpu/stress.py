@@ -65,7 +65,7 @@ def stress(
             (
                 (bits(out) != bits(expected)).any(),
                 (store.decoding.buffers.seq_lens != lengths).any(),
-                torch.stack([workspace.tensors()[name].ne(0).any() for name in ("arrivals",)]).any(),
+                torch.stack([workspace.tensors()[name].ne(0).any() for name in ("arrivals", "finished")]).any(),
             )
         )
         wrong.add_(differs)
