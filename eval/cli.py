@@ -10,7 +10,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..options import DTYPES, comma_separated, device_name, method_name, positive
+from ..options import (
+    AUTO,
+    DTYPE_HELP,
+    DTYPES,
+    add_loading_options,
+    comma_separated,
+    device_name,
+    method_name,
+    positive,
+)
 from .optional import optional
 
 if TYPE_CHECKING:
@@ -35,7 +44,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     """Add the fields of a sweep; they default to None, since flags override the YAML file, which overrides `Plan`."""
     parser.add_argument("--sweep", type=Path, help="YAML file with the fields below, under the names of the flags")
     parser.add_argument("--model", help="hub name, local folder, or smollm2 (the default)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default float32)")
+    parser.add_argument("--dtype", choices=(AUTO, *DTYPES), help=f"{DTYPE_HELP} (default {AUTO})")
+    add_loading_options(parser)
     names, numbers = comma_separated(str), comma_separated(positive)
     tasks = "tasks or groups, comma-separated; kl; latency; lm-eval:NAME for a stock task"
     parser.add_argument("--tasks", type=names, help=tasks)
@@ -48,6 +58,14 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="of the samples (default 0)")
     flag = argparse.BooleanOptionalAction
     parser.add_argument("--chat", action=flag, help="use the chat template (default: if there is one)")
+    variable = "a variable of the chat template, such as enable_thinking=false; repeatable"
+    parser.add_argument("--chat-template-arg", action="append", type=_setting, metavar="NAME=VALUE", help=variable)
+    thinking = "tokens for a model to think before each answer, in addition to it (default 0)"
+    parser.add_argument("--thinking-tokens", type=positive, metavar="N", help=thinking)
+    card = "greedy, or card: sample by the generation settings of the model's card (default greedy)"
+    parser.add_argument("--generation", choices=("greedy", "card"), help=card)
+    toy = "hide RULER's needles in generated prose instead of essays; the tasks are then named NAME_toy"
+    parser.add_argument("--toy-haystack", action=flag, help=toy)
     parser.add_argument("--agnostic", action=flag, help="compress before the question is seen")
     parser.add_argument("--data-dir", metavar="FOLDER", help="folder with the benchmarks' files, instead of the hub")
     setting = "a field of RocketKVConfig, such as window_size=64; repeatable"
@@ -126,6 +144,9 @@ def given_plan(args: argparse.Namespace) -> Plan:
             found[field.name] = value
     if args.set:
         found["settings"] = dict(found.get("settings") or {}) | {n: yaml.safe_load(value) for n, value in args.set}
+    if args.chat_template_arg:
+        before = found.pop("chat_template_arg", None) or found.get("chat_template_args") or {}
+        found["chat_template_args"] = dict(before) | {n: yaml.safe_load(value) for n, value in args.chat_template_arg}
     return plan_from(found)
 
 
@@ -163,9 +184,11 @@ def _run(args: argparse.Namespace) -> int:
     import torch
 
     from ..hf.loading import load_model
+    from ..hf.prompts import check_chat_arguments
     from .methods import find_method
+    from .sampling import card_settings
     from .sweep.cells import Session
-    from .sweep.plan import LM_EVAL, cells, shard
+    from .sweep.plan import CARD, LM_EVAL, Loaded, cells, shard
     from .sweep.provenance import weights_mark
     from .sweep.run import Counts, is_press, run_cells, run_presses
 
@@ -181,10 +204,26 @@ def _run(args: argparse.Namespace) -> int:
 
         sys.stdout.write(dry_run(plan, args.output, device, (number, count)))
         return 0
-    model, tokenizer = load_model(plan.model, getattr(torch, plan.dtype))
-    model.to(device)  # type: ignore[arg-type]  # torch types `to`
+    if plan.device_map is not None and args.device is not None:
+        raise ValueError("--device-map stands in place of --device; leave one out")
+    model, tokenizer = load_model(
+        plan.model,
+        plan.dtype,
+        str(device),
+        attention=plan.attn,
+        device_map=plan.device_map,
+        revision=plan.revision,
+    )
+    check_chat_arguments(tokenizer, plan.chat_template_args)
     session = Session(model, tokenizer, args.output, plan.data_dir, args.retry_oom)
-    known = cells(plan, chat=tokenizer.chat_template is not None, weights=weights_mark(model))
+    loaded = Loaded(
+        chat=tokenizer.chat_template is not None,
+        weights=weights_mark(model),
+        dtype=str(model.dtype).removeprefix("torch."),
+        attention=model.config._attn_implementation,
+        sampling=card_settings(model.generation_config) if plan.generation == CARD else {},
+    )
+    known = cells(plan, loaded)
     wanted = shard(known, number, count)
     presses = [cell for cell in wanted if is_press(cell)]
     apart = args.kvpress_python is not None

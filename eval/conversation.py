@@ -7,24 +7,29 @@ Two modes:
 - query-agnostic: the context is read and compressed before any question is seen. Every question follows the context
   alone, as the cache returns to its state after it (SCBench's same-context mode).
 
-Generation is greedy, one sequence at a time. Methods may share the prefill of the first prompt; so the cost has no time
-to the first token and no peak of memory, which the task `latency` measures.
+Generation is greedy or sampled, one sequence at a time. Methods may share the prefill of the first prompt; so the cost
+has no time to the first token and no peak of memory, which the task `latency` measures.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..hf.cache import cache_stats
-from ..hf.prompts import continued, encode, follow_up, longest, render
+from ..hf.prompts import PLAIN, ChatOptions, continued, encode, follow_up, longest, render
+from ..hf.thinking import thinking_tags
+from .answers import Thought, read_answer
 from .measures.latency import step_cost
 from .measures.memory import cache_cost
 from .methods import Method
 from .prefill import Prefills, after_prompt
 from .records import CostDict, digest
+from .sampling import Sampler
 from .tasks.base import Sample, Turn
 
 AWARE, AGNOSTIC = "aware", "agnostic"
@@ -35,12 +40,14 @@ class Answers:
     """The answers to one sample.
 
     Attributes:
-        predictions: the text of each turn, without special tokens.
+        predictions: the answer of each turn, without special tokens and without the thinking before it.
+        thoughts: that thinking; None where there was none.
         prompt_sha256: of the tokens of all prompts.
         cost: bytes of the cache at the end, and times of the decode steps of all turns together.
     """
 
     predictions: tuple[str, ...]
+    thoughts: tuple[Thought | None, ...]
     prompt_sha256: str
     cost: CostDict
 
@@ -60,7 +67,11 @@ def answer_sample(
     *,
     mode: str = AWARE,
     chat: bool = False,
+    chat_options: ChatOptions = PLAIN,
+    thinking_tokens: int = 0,
     max_new_tokens: int | None = None,
+    sampling: Mapping[str, Any] = MappingProxyType({}),
+    seed: int = 0,
     prefills: Prefills | None = None,
 ) -> Answers:
     """Answer the questions of a sample.
@@ -72,7 +83,11 @@ def answer_sample(
         sample: context and questions.
         mode: `aware` or `agnostic`, see the module.
         chat: whether to use the model's chat template.
+        chat_options: for the chat template.
+        thinking_tokens: most tokens of the thinking before each answer, in addition to the answer's.
         max_new_tokens: most tokens of each answer; None leaves it to the turns.
+        sampling: see `sampling.card_settings`; empty: greedy.
+        seed: of sampled tokens.
         prefills: reads the first prompt once for several methods; None: this method reads it itself.
 
     Raises:
@@ -82,11 +97,13 @@ def answer_sample(
         raise ValueError(f"mode must be {AWARE!r} or {AGNOSTIC!r}, got {mode!r}")
     ends = end_tokens(model, tokenizer)
     agnostic, turns = mode == AGNOSTIC, sample.turns
-    rendered = [render(tokenizer, sample.context, turn.question, turn.answer_prefix, chat=chat) for turn in turns]
+    options: dict[str, Any] = {"chat": chat, "options": chat_options}
+    rendered = [render(tokenizer, sample.context, turn.question, turn.answer_prefix, **options) for turn in turns]
     ids, head = encode(tokenizer, rendered[0], apart=agnostic)
     first = ids[:head] if agnostic else ids
     _check_length(model, first)
-    predictions, prompts, steps = [], [], list[float]()
+    tags = thinking_tags(tokenizer)
+    written, prompts, steps = [], [], list[float]()
     new_tokens = 0
     with after_prompt(model, method, first, prefills) as loop:
         sequence = first  # tokens that the next question follows
@@ -99,7 +116,7 @@ def answer_sample(
             if agnostic:
                 new = encode(tokenizer, rendered[number], apart=True)[0][head:]
             else:
-                new = _next_turn(tokenizer, turns[number - 1], turn, chat=chat) if number else []
+                new = _next_turn(tokenizer, turns[number - 1], turn, options) if number else []
             prompts.append(sequence + new)
             if new:
                 _check_length(model, prompts[-1])
@@ -109,10 +126,12 @@ def answer_sample(
                 after = None if last else loop.snapshot()
             limit = turn.max_new_tokens if max_new_tokens is None else min(max_new_tokens, turn.max_new_tokens)
             before = len(loop.seconds)
-            written = list(loop.greedy(limit, ends))
+            choose = Sampler(sampling, prompts[-1], [seed, sample.id, number]) if sampling else None
+            tokens = loop.greedy(limit + thinking_tokens, ends, choose)
+            inside = tags is not None and chat and tags.left_open(rendered[number].tail)
+            written.append(read_answer(tokens, tokenizer, tags, limit=limit, inside=inside))
             steps += loop.seconds[before:]
-            new_tokens += len(written)
-            predictions.append(str(tokenizer.decode(written, skip_special_tokens=True)))
+            new_tokens += written[-1].tokens
     cost: CostDict = {
         **cache_cost(cache_stats(loop.cache)),
         "prompt_tokens": len(prompts[0]),
@@ -120,7 +139,12 @@ def answer_sample(
     }
     if steps:
         cost |= step_cost(steps)
-    return Answers(predictions=tuple(predictions), prompt_sha256=digest(prompts), cost=cost)
+    return Answers(
+        predictions=tuple(each.answer for each in written),
+        thoughts=tuple(each.thought for each in written),
+        prompt_sha256=digest(prompts),
+        cost=cost,
+    )
 
 
 def _check_length(model: PreTrainedModel, sequence: list[int]) -> None:
@@ -133,9 +157,9 @@ def _check_length(model: PreTrainedModel, sequence: list[int]) -> None:
         )
 
 
-def _next_turn(tokenizer: PreTrainedTokenizerBase, before: Turn, turn: Turn, *, chat: bool) -> list[int]:
+def _next_turn(tokenizer: PreTrainedTokenizerBase, before: Turn, turn: Turn, options: Mapping[str, Any]) -> list[int]:
     """Return the tokens of the right answer to a question and of the question after it."""
     # `given_back` is the whole of an answer that has several parts.
     right = str(before.extra.get("given_back", before.answers[0] if before.answers else ""))
-    between = follow_up(tokenizer, turn.question, turn.answer_prefix, chat=chat)
+    between = follow_up(tokenizer, turn.question, turn.answer_prefix, **options)
     return continued(tokenizer, f" {right}" if before.answer_prefix else right) + continued(tokenizer, between)

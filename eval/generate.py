@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, NamedTuple
@@ -93,14 +93,23 @@ class DecodeLoop:
         self.processor_seconds.append(time.process_time() - processor_start)
         return self.logits
 
-    def greedy(self, count: int, ends: Collection[int] = ()) -> Iterator[int]:
+    def greedy(
+        self, count: int, ends: Collection[int] = (), choose: Callable[[Tensor], Tensor] | None = None
+    ) -> Iterator[int]:
         """Yield at most `count` greedy tokens of a single sequence, up to an end token, which is left out.
 
         The last token is not read, so the cache then holds one token fewer than the sequence.
+
+        Args:
+            count: most tokens.
+            ends: end tokens.
+            choose: returns the next token [1, 1] from logits [1, vocabulary] in place of the most likely one.
         """
         for number in range(count):
             if number:
                 self.step(self.token)
+            if choose is not None:
+                self.token = choose(self.logits)
             token = int(self.token)
             if token in ends:
                 return

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
-SCHEMA = 2
+SCHEMA = 3
 CELLS = "cells"  # folder of the records, inside the folder of the results
 
 
@@ -34,7 +34,12 @@ class CellDict(TypedDict):
     max_new_tokens: int | None  # None: the task's own
     seed: int
     model: str
+    revision: str | None  # asked for on the hub
     dtype: str
+    attention: str  # of transformers, as the model runs it
+    chat_arguments: dict[str, Any]  # variables of the chat template
+    thinking_tokens: int  # that a model may generate before each answer, in addition to it
+    sampling: dict[str, Any]  # settings of the model's card; empty: greedy
     weights: str  # the model's commit on the hub, or a digest of its weights
     library: str  # version of rocketkv
     settings: dict[str, Any]  # further fields of RocketKVConfig, and of the task

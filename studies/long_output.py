@@ -29,7 +29,7 @@ from rocketkv.core.params import AttentionParams
 from rocketkv.eval.generate import DecodeLoop
 from rocketkv.eval.progress import Progress
 from rocketkv.eval.records import digest
-from rocketkv.eval.tasks.text import haystack
+from rocketkv.eval.tasks.text import toy_haystack
 from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.layer import RocketKVLayer, rocketkv_layers
 from rocketkv.hf.patch import patch
@@ -85,7 +85,7 @@ def new_cache(model: PreTrainedModel, config: RocketKVConfig, prompt: int, *, ki
 def prompts_of(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Tensor:
     """Return [texts, prompt] ids, successive pieces of one text."""
     count = settings.texts * settings.prompt
-    text = " ".join(haystack(None, settings.seed).take(count // 4))
+    text = " ".join(toy_haystack(settings.seed).take(count // 4))
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids[:count]).view(settings.texts, settings.prompt)
 

@@ -312,7 +312,9 @@ def _send_result(sender: Connection, arguments: dict[str, Any]) -> None:
 def measure_by_name(
     *,
     model: str,
+    revision: str | None,
     dtype: str,
+    attention: str,
     method: str,
     token_budget: int | None,
     settings: dict[str, Any],
@@ -323,7 +325,9 @@ def measure_by_name(
 
     Args:
         model: see `load_model`.
+        revision: likewise.
         dtype: of the weights, such as `float32`.
+        attention: see `load_model`.
         method: see `find_method`.
         token_budget: likewise.
         settings: likewise.
@@ -332,4 +336,5 @@ def measure_by_name(
     """
     torch.set_num_threads(threads)
     found = find_method(method, token_budget, settings)
-    return measure_latency(load_model(model, getattr(torch, dtype))[0], found, **numbers)
+    loaded, _ = load_model(model, getattr(torch, dtype), attention=attention, revision=revision)
+    return measure_latency(loaded, found, **numbers)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ...options import add_method_options, add_model_options, positive
+from ...options import add_method_options, add_model_options, loading, positive
 
 JOURNAL = "journal.jsonl"
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """
     import torch
 
-    from ...hf.loading import SMOLLM2, load_model
+    from ...hf.loading import SMOLLM2, load_model, resolve_dtype
     from ..journal import Journal
     from ..measures.kl import Window, texts
     from ..progress import Progress
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     settings = Settings(
         model=args.model or SMOLLM2,
-        dtype=args.dtype,
+        dtype=str(resolve_dtype(args.dtype, args.device, args.device_map)).removeprefix("torch."),
         method=args.method,
         token_budget=args.budget,
         context=args.context,
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    model, tokenizer = load_model(args.model, args.dtype, args.device)
+    model, tokenizer = load_model(args.model, args.dtype, args.device, **loading(args))
     preparation = Preparation(
         tokenizer=tokenizer, length=settings.context + settings.steps, count=args.samples, seed=args.seed
     )

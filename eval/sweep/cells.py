@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...hf.prompts import longest
+from ...hf.prompts import ChatOptions, longest
+from ...hf.thinking import thinking_tags
 from ..intervals import mean_interval
 from ..measures.latency import measure_apart, measure_latency
 from ..measures.memory import is_out_of_memory
@@ -86,8 +87,14 @@ def preparation(session: Session, cell: CellDict) -> Preparation:
         seed=cell["seed"],
         data_dir=session.data_dir,
         chat=cell["chat"],
-        max_length=longest(session.model.config),
+        chat_options=chat_options(cell),
+        max_length=longest(session.model.config) - cell["thinking_tokens"],
     )
+
+
+def chat_options(cell: CellDict) -> ChatOptions:
+    """Return how a cell's prompts are put into the chat template."""
+    return ChatOptions(cell["chat_arguments"], thinking=cell["thinking_tokens"] > 0)
 
 
 def _latency(session: Session, cell: CellDict) -> Outcome:
@@ -96,7 +103,8 @@ def _latency(session: Session, cell: CellDict) -> Outcome:
         raise ValueError(f"length must be above the {LATENCY_TOKENS} tokens that latency generates, got {length}")
     lengths = {"prompt_tokens": length - LATENCY_TOKENS, "new_tokens": LATENCY_TOKENS, "seed": cell["seed"]}
     if session.model.device.type == "cpu":
-        named = {name: cell[name] for name in ("model", "dtype", "method", "token_budget", "settings")}
+        fields = ("model", "revision", "dtype", "attention", "method", "token_budget", "settings")
+        named = {name: cell[name] for name in fields}  # type: ignore[literal-required]
         result = measure_apart(**named, threads=torch.get_num_threads(), **lengths)
     else:
         result = measure_latency(session.model, method_of(cell), **lengths)
@@ -116,7 +124,14 @@ def _stock_task(session: Session, cell: CellDict) -> Outcome:
     from ..lm import RocketKVLM, evaluate_stock_task  # lm-eval, which no other cell needs
 
     name = cell["task"].removeprefix(LM_EVAL)
-    lm = RocketKVLM(session.model, method=method_of(cell), tokenizer=session.tokenizer)
+    tags = thinking_tags(session.tokenizer)
+    lm = RocketKVLM(
+        session.model,
+        method=method_of(cell),
+        tokenizer=session.tokenizer,
+        chat_template_args=cell["chat_arguments"],
+        think_end_token=None if tags is None else tags.closing,
+    )
     samples = evaluate_stock_task(
         lm, name, samples=cell["samples"], chat=cell["chat"], max_new_tokens=cell["max_new_tokens"]
     )

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import torch
 from torch.utils.benchmark import Timer
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from ...budget import METHODS
-from ...hf.loading import SMOLLM2, load_smollm2
+from ...hf.loading import SMOLLM2, load_smollm2, resolve_dtype
 from ...hf.plan import plan as make_plan
 from ..methods import FULL
 from ..records import CELLS, CellDict, digest, label, read_record
-from .plan import LATENCY, Plan, cells, shard, shared_fields
+from ..sampling import card_settings
+from .plan import CARD, LATENCY, Loaded, Plan, cells, shard, shared_fields
 
 NEW_TOKENS = 64  # of an answer where the plan does not limit it
 _MEBI, _GIBI = 2**20, 2**30
@@ -33,12 +34,12 @@ def dry_run(plan: Plan, results: Path, device: torch.device, part: tuple[int, in
         device: of the model.
         part: number of the shard and of all shards.
     """
-    config, chat = _configuration(plan.model)
+    config, loaded = _configuration(plan, device)
     flops, bandwidth = _speed(device)
     lines = [f"{'task':24} {'length':>7} {'method':24} {'samples':>7} {'cache MiB':>10} {'minutes':>8}"]
     total, largest, known = 0.0, 0.0, True
     done, read = _done(results), set()
-    for cell in shard(cells(plan, chat=chat), *part):
+    for cell in shard(cells(plan, loaded), *part):
         row = f"{cell['task']:24} {cell['length'] or '-':>7} {label(cell):24} {cell['samples']:>7}"
         if _without_weights(cell) in done:
             lines.append(f"{row} {'':>10} {'done':>8}")
@@ -74,15 +75,23 @@ def _done(results: Path) -> set[str]:
 
 
 def _without_weights(cell: CellDict) -> str:
-    return digest({name: value for name, value in cell.items() if name != "weights"})
+    return digest({name: value for name, value in cell.items() if name not in ("weights", "attention")})
 
 
-def _configuration(name: str) -> tuple[PretrainedConfig, bool]:
-    """Return a model's configuration, and whether its tokenizer has a chat template."""
-    if name == SMOLLM2:
+def _configuration(plan: Plan, device: torch.device) -> tuple[PretrainedConfig, Loaded]:
+    """Return the configuration of a plan's model, and what its cells record of it."""
+    dtype = str(resolve_dtype(plan.dtype, str(device), plan.device_map)).removeprefix("torch.")
+    if plan.model == SMOLLM2:
         model, tokenizer = load_smollm2()
-        return model.config, tokenizer.chat_template is not None
-    return AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name).chat_template is not None
+        config, card = model.config, model.generation_config
+    else:
+        config = AutoConfig.from_pretrained(plan.model, revision=plan.revision)
+        tokenizer = AutoTokenizer.from_pretrained(plan.model, revision=plan.revision)
+        card = GenerationConfig()
+        with contextlib.suppress(OSError):  # the card has no generation settings
+            card = GenerationConfig.from_pretrained(plan.model, revision=plan.revision or "main")
+    sampling = card_settings(card) if plan.generation == CARD else {}
+    return config, Loaded(chat=tokenizer.chat_template is not None, dtype=dtype, sampling=sampling)
 
 
 def _figures(
@@ -95,8 +104,9 @@ def _figures(
     length = cell["length"]
     if length is None or cell["method"] not in (*METHODS, FULL):
         return None
-    new = cell["max_new_tokens"] or NEW_TOKENS
-    prompt = max(1, length - new)
+    answer = cell["max_new_tokens"] or NEW_TOKENS
+    prompt = max(1, length - answer)
+    new = answer + cell["thinking_tokens"]
     budget = cell["token_budget"] or prompt
     planned = make_plan(config, context=prompt, token_budget=budget, method=cell["method"], dtype=cell["dtype"])
     total = planned.cache.total

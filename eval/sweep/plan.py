@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 from ..._version import __version__
 from ...budget import METHODS
 from ...hf.loading import SMOLLM2
-from ...options import DTYPES
+from ...options import AUTO, DTYPES
 from ..measures.kl import METRIC as KL
 from ..measures.kl import VERSION as KL_VERSION
 from ..methods import FULL, KVPRESS, SETTINGS, find_method
 from ..records import CellDict, cell_key, digest
-from ..tasks.base import find_tasks
+from ..tasks.base import find_tasks, with_toy_haystacks
 
 LATENCY = "latency"
 LATENCY_VERSION = 1
@@ -29,7 +30,14 @@ _TYPES: Mapping[str, tuple[type, ...]] = {  # of the fields that are no lists, w
     "chat": (bool, type(None)),
     "agnostic": (bool,),
     "settings": (dict,),
+    "revision": (str, type(None)),
+    "attn": (str, type(None)),
+    "device_map": (str, dict, type(None)),
+    "chat_template_args": (dict,),
+    "thinking_tokens": (int,),
+    "toy_haystack": (bool,),
 }
+GREEDY, CARD = "greedy", "card"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +46,10 @@ class Plan:
 
     Attributes:
         model: a hub name, a local folder, or `smollm2`.
-        dtype: of the weights.
+        revision: branch, tag or commit of the model on the hub.
+        dtype: of the weights; `auto` is float32 on a CPU and bfloat16 elsewhere.
+        attn: attention of transformers, such as `sdpa` or `flash_attention_2`; None for its choice.
+        device_map: as that of transformers; None: one device.
         tasks: names or groups of the harness's tasks; `kl`, `latency`; `lm-eval:NAME` for a stock task.
         methods: see `methods.find_method`.
         budgets: tokens a decode step; methods without one have a single cell.
@@ -49,6 +60,10 @@ class Plan:
         seed: of samples.
         chat: whether prompts use the model's chat template where the official rule of a task leaves it open; None: if
             the tokenizer has one.
+        chat_template_args: variables of the chat template, such as `enable_thinking`.
+        thinking_tokens: that a model may generate before each answer, in addition to the answer's.
+        generation: `greedy`, or `card` for the generation settings of the model's card.
+        toy_haystack: whether RULER's tasks hide their needles in generated prose instead of essays.
         agnostic: whether the context is compressed before the question is seen; never in stock tasks of lm-eval.
         settings: further fields of `RocketKVConfig`.
         data_dir: a folder with the benchmarks' files; None for the hub.
@@ -59,8 +74,11 @@ class Plan:
     """
 
     model: str = SMOLLM2
-    dtype: str = "float32"
-    tasks: tuple[str, ...] = ("niah_single_1", "niah_single_2", "niah_multikey_1")
+    revision: str | None = None
+    dtype: str = AUTO
+    attn: str | None = None
+    device_map: str | Mapping[str, Any] | None = None
+    tasks: tuple[str, ...] = ("niah_single_1", "needle_grid")
     methods: tuple[str, ...] = ("full", "rocketkv")
     budgets: tuple[int, ...] = (512,)
     lengths: tuple[int, ...] = ()
@@ -68,6 +86,10 @@ class Plan:
     max_new_tokens: int | None = None
     seed: int = 0
     chat: bool | None = None
+    chat_template_args: Mapping[str, Any] = field(default_factory=dict)
+    thinking_tokens: int = 0
+    generation: str = GREEDY
+    toy_haystack: bool = False
     agnostic: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     data_dir: Path | None = None
@@ -87,12 +109,13 @@ class Plan:
             if type(value) not in kinds:
                 wanted = " or ".join(kind.__name__ for kind in kinds)
                 raise TypeError(f"{name} must be of type {wanted}, got {value!r}")
-        for name, least in (("samples", 1), ("max_new_tokens", 1), ("seed", 0)):
+        for name, least in (("samples", 1), ("max_new_tokens", 1), ("seed", 0), ("thinking_tokens", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        for name, known in (("dtype", (AUTO, *DTYPES)), ("generation", (GREEDY, CARD))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
         if not self.tasks or not self.methods:
             raise ValueError("a sweep needs at least one task and one method")
         if not self.budgets and set(self.methods) != {FULL}:
@@ -113,6 +136,8 @@ def plan_from(given: Mapping[str, Any]) -> Plan:
     values = dict(given)
     if "set" in values:  # the flag's name
         values["settings"] = values.pop("set")
+    if "chat_template_arg" in values:  # likewise
+        values["chat_template_args"] = values.pop("chat_template_arg")
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"unknown fields {', '.join(unknown)}; a sweep has {', '.join(sorted(known))}")
@@ -125,13 +150,30 @@ def plan_from(given: Mapping[str, Any]) -> Plan:
     return Plan(**values)
 
 
-def cells(plan: Plan, *, chat: bool, weights: str = "") -> list[CellDict]:
+class Loaded(NamedTuple):
+    """Facts about a loaded model that its cells record.
+
+    Attributes:
+        chat: whether it has a chat template to use where the plan leaves it open.
+        weights: see `provenance.weights_mark`.
+        dtype: of its weights, where the plan leaves it open.
+        attention: of transformers.
+        sampling: see `sampling.card_settings`.
+    """
+
+    chat: bool
+    weights: str = ""
+    dtype: str = "float32"
+    attention: str = "sdpa"
+    sampling: Mapping[str, Any] = MappingProxyType({})
+
+
+def cells(plan: Plan, loaded: Loaded) -> list[CellDict]:
     """Return every cell of a plan, ordered by task, then with the full cache first.
 
     Args:
         plan: the sweep.
-        chat: whether the model has a chat template to use where the plan leaves it open.
-        weights: see `provenance.weights_mark`.
+        loaded: the model.
 
     Raises:
         ValueError: a task or method is unknown, or a budget is impossible for a method.
@@ -139,7 +181,7 @@ def cells(plan: Plan, *, chat: bool, weights: str = "") -> list[CellDict]:
     for method, budget in arms(plan):
         if not method.startswith(KVPRESS):  # its own environment checks it
             find_method(method, budget, _settings(plan, method))
-    chat = chat if plan.chat is None else plan.chat
+    chat = loaded.chat if plan.chat is None else plan.chat
     planned = []
     for name, version, sized, rule in _tasks(plan):
         stock = name.startswith(LM_EVAL)  # lm-eval has no lengths and no query-agnostic mode
@@ -147,6 +189,8 @@ def cells(plan: Plan, *, chat: bool, weights: str = "") -> list[CellDict]:
             if length is None and sized:
                 raise ValueError(f"task {name!r} is made to a length: lengths must name at least one")
             for method, budget in arms(plan):
+                in_chat = name not in MEASURED and chat and rule is not False
+                own = name not in MEASURED and not stock  # answered by this harness
                 mode: Literal["aware", "agnostic"] = "agnostic" if plan.agnostic and not stock else "aware"
                 cell: CellDict = {
                     "task": name,
@@ -155,13 +199,18 @@ def cells(plan: Plan, *, chat: bool, weights: str = "") -> list[CellDict]:
                     "token_budget": budget,
                     "length": length,
                     "mode": mode,
-                    "chat": name not in MEASURED and chat and rule is not False,
+                    "chat": in_chat,
                     "samples": plan.samples,
                     "max_new_tokens": None if name in MEASURED else plan.max_new_tokens,
                     "seed": plan.seed,
                     "model": plan.model,
-                    "dtype": plan.dtype,
-                    "weights": weights,
+                    "revision": plan.revision,
+                    "dtype": loaded.dtype if plan.dtype == AUTO else plan.dtype,
+                    "attention": loaded.attention,
+                    "chat_arguments": dict(plan.chat_template_args) if in_chat else {},
+                    "thinking_tokens": plan.thinking_tokens if own else 0,
+                    "sampling": dict(loaded.sampling) if own and plan.generation == CARD else {},
+                    "weights": loaded.weights,
                     "library": __version__,
                     "settings": _settings(plan, method),
                 }
@@ -174,7 +223,8 @@ def _tasks(plan: Plan) -> list[tuple[str, int, bool, bool | None]]:
     stock = [(name, 0, False, None) for name in plan.tasks if name.startswith(LM_EVAL)]
     measured = [(name, MEASURED[name], True, False) for name in plan.tasks if name in MEASURED]
     names = [name for name in plan.tasks if name not in MEASURED and not name.startswith(LM_EVAL)]
-    ours = [(task.name, task.version, task.sized, task.chat) for task in find_tasks(names)]
+    found = with_toy_haystacks(find_tasks(names)) if plan.toy_haystack else find_tasks(names)
+    ours = [(task.name, task.version, task.sized, task.chat) for task in found]
     return [*ours, *stock, *measured]
 
 

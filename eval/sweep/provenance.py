@@ -6,6 +6,7 @@ import functools
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -17,9 +18,19 @@ from ..records import ProvenanceDict
 
 
 def weights_mark(model: PreTrainedModel) -> str:
-    """Return what identifies a model's weights: the commit of the hub, or else a digest of some of their numbers."""
+    """Return what identifies a model's weights: the commit of the hub, or else a digest of some of their numbers.
+
+    A digest ends with the kind of the quantization, whose packed numbers it does not read.
+    """
     commit = getattr(model.config, "_commit_hash", None)
-    return str(commit) if commit else weights_digest(model)[:16]
+    if commit:
+        return str(commit)
+    quantized: Any = getattr(model.config, "quantization_config", None)
+    if quantized is None:
+        return weights_digest(model)[:16]
+    settings = quantized if isinstance(quantized, dict) else quantized.to_dict()
+    kind = getattr(settings.get("quant_method"), "value", settings.get("quant_method"))
+    return f"{weights_digest(model)[:16]} {kind}"
 
 
 def provenance(model: PreTrainedModel) -> ProvenanceDict:

@@ -79,6 +79,7 @@ def _key(task: Task, preparation: Preparation) -> str:
             "count": preparation.count,
             "seed": preparation.seed,
             "chat": preparation.chat,
+            "chat_options": [dict(preparation.chat_options.arguments), preparation.chat_options.thinking],
             "max_length": preparation.max_length,
             "data_dir": None if preparation.data_dir is None else _files(preparation.data_dir),
             "tokenizer": tokenizer_hash(preparation.tokenizer),

@@ -14,7 +14,7 @@ from ..methods import Method
 from ..prefill import Prefills
 from ..records import CellDict, DataDict, SampleDict, TurnDict, digest
 from ..tasks.base import Sample, Task, find_tasks
-from .cells import Outcome, Session, preparation
+from .cells import Outcome, Session, chat_options, preparation
 from .samples import prepare
 
 
@@ -67,7 +67,9 @@ class Questions:
 
     def answer(self, number: int, cell: CellDict, method: Method, prefills: Prefills | None) -> dict[str, Any]:
         """Return the fields of `Answers`."""
-        options: dict[str, Any] = {name: cell[name] for name in ("mode", "chat", "max_new_tokens")}
+        fields = ("mode", "chat", "thinking_tokens", "max_new_tokens", "sampling", "seed")
+        options: dict[str, Any] = {name: cell[name] for name in fields}  # type: ignore[literal-required]
+        options["chat_options"] = chat_options(cell)
         model, tokenizer = self.session.model, self.session.tokenizer
         return asdict(answer_sample(model, tokenizer, method, self.samples[number], prefills=prefills, **options))
 
@@ -88,7 +90,7 @@ class Questions:
             "score": fmean(turn["score"] for turn in turns),
             "turns": turns,
             "cost": answers["cost"],
-            "notes": dict(sample.notes),
+            "notes": dict(sample.notes) | ({"thinking": answers["thoughts"]} if any(answers["thoughts"]) else {}),
         }
 
 

@@ -16,6 +16,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ...hf.prompts import PLAIN, ChatOptions
+
+TOY = "_toy"  # after the name of a task whose essays generated prose stands for
 MODULES = ("instructions", "longbench", "longbench_v2", "longproc", "needle", "ruler.tasks", "scbench")
 
 
@@ -66,6 +69,7 @@ class Preparation:
         seed: of every random choice.
         data_dir: a folder with the benchmark's files in place of the hub, or None.
         chat: whether the prompt will be put into the model's chat template, whose tokens count too.
+        chat_options: for the chat template.
         max_length: largest number of tokens of the model.
     """
 
@@ -75,6 +79,7 @@ class Preparation:
     seed: int = 0
     data_dir: Path | None = None
     chat: bool = False
+    chat_options: ChatOptions = PLAIN
     max_length: int = 8192
 
 
@@ -115,6 +120,12 @@ def catalogue() -> Mapping[str, Task]:
     """Return every task of `MODULES` by name."""
     modules = (importlib.import_module(f".{name}", __package__) for name in MODULES)
     return MappingProxyType({task.name: task for module in modules for task in module.TASKS})
+
+
+def with_toy_haystacks(tasks: Sequence[Task]) -> list[Task]:
+    """Return tasks with those in their place whose haystack is generated prose, where there are such."""
+    known = catalogue()
+    return list({(found := known.get(f"{task.name}{TOY}", task)).name: found for task in tasks}.values())
 
 
 def find_tasks(names: Sequence[str]) -> list[Task]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...hf.prompts import encode, render, truncate_middle
 from .base import Preparation, Sample
@@ -31,7 +31,8 @@ def prompt_limit(prepared: Preparation, new_tokens: int) -> int:
 def sample_tokens(prepared: Preparation, sample: Sample) -> int:
     """Return the number of tokens of a sample's first prompt, chat template included if there is one."""
     turn = sample.turns[0]
-    prompt = render(prepared.tokenizer, sample.context, turn.question, turn.answer_prefix, chat=prepared.chat)
+    options: dict[str, Any] = {"chat": prepared.chat, "options": prepared.chat_options}
+    prompt = render(prepared.tokenizer, sample.context, turn.question, turn.answer_prefix, **options)
     return len(encode(prepared.tokenizer, prompt)[0])
 
 
@@ -106,7 +107,8 @@ def truncate(prepared: Preparation, context: str, question: str, max_new_tokens:
         ValueError: fewer than 2 tokens fit.
     """
     tokenizer, prompt = prepared.tokenizer, context + question
-    template = len(encode(tokenizer, render(tokenizer, "", "", chat=True))[0]) if prepared.chat else 0
+    bare = render(tokenizer, "", "", chat=True, options=prepared.chat_options) if prepared.chat else None
+    template = 0 if bare is None else len(encode(tokenizer, bare)[0])
     room = prepared.max_length - max_new_tokens - template
     kept = room if prepared.length is None else min(prepared.length, room)
     while True:

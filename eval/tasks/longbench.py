@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from . import metrics
 from .base import Preparation, Sample, Task, Turn
 from .length import truncate
-from .sources import check_fields, data_file, hub_file, read_jsonl, templates
+from .sources import check_fields, data_file, hub_file, read_jsonl, seeded_rows, templates
 
 _REPO = "zai-org/LongBench"  # THUDM/LongBench before
 _FIELDS = ("_id", "context", "input", "answers", "all_classes", "length")
@@ -34,12 +33,13 @@ def _rows(name: str, data_dir: Path | None) -> Iterator[dict[str, Any]]:
 
 
 def _samples(name: str, prepared: Preparation) -> Sequence[Sample]:
-    """Make the first `prepared.count` samples, or as many as the data have."""
+    """Make `prepared.count` samples of random rows, or as many as the data have."""
     before, after = _OFFICIAL[name]["template"].split("{context}")
     new_tokens = _OFFICIAL[name]["max_new_tokens"]
     samples = []
-    for number, row in enumerate(islice(_rows(name, prepared.data_dir), prepared.count), start=1):
-        check_fields(row, _FIELDS, f"row {number} of {name}")
+    rows = _rows(name, prepared.data_dir)
+    for number, row in seeded_rows(rows, name, prepared.seed, prepared.count):
+        check_fields(row, _FIELDS, f"row {number + 1} of {name}")
         prompt = truncate(prepared, before + row["context"], after.replace("{input}", row["input"]), new_tokens)
         turn = Turn(
             question=prompt.question,
@@ -66,7 +66,7 @@ TASKS = tuple(
     Task(
         name=name,
         group="longbench",
-        version=1,
+        version=2,
         source="THUDM/LongBench (MIT)",
         metric=official["metric"],
         samples=functools.partial(_samples, name),

@@ -19,7 +19,7 @@ from typing import Any
 
 from .base import Preparation, Sample, Task, Turn
 from .length import truncate
-from .sources import check_fields, data_file, hub_file, read_json, templates
+from .sources import check_fields, data_file, hub_file, read_json, seeded_rows, templates
 
 _REPO = "zai-org/LongBench-v2"  # THUDM/LongBench-v2 before
 _MAX_NEW_TOKENS = 128
@@ -76,13 +76,13 @@ def _fill_in(template: str, row: Mapping[str, Any]) -> str:
 
 
 def _samples(prepared: Preparation) -> Sequence[Sample]:
-    """Make the first `prepared.count` samples, or as many as the data have."""
-    rows = _rows(prepared.data_dir)[: prepared.count]
+    """Make `prepared.count` samples of random rows, or as many as the data have."""
+    rows = seeded_rows(_rows(prepared.data_dir), "longbench_v2", prepared.seed, prepared.count)
     template, origin = _template(prepared.data_dir)
     before, after = template.split(_DOCUMENT)
     samples = []
-    for number, row in enumerate(rows, start=1):
-        check_fields(row, _FIELDS, f"row {number} of data.json")
+    for number, row in rows:
+        check_fields(row, _FIELDS, f"row {number + 1} of data.json")
         prompt = truncate(prepared, before + row["context"].strip(), _fill_in(after, row), _MAX_NEW_TOKENS)
         turn = Turn(question=prompt.question, answers=(row["answer"],), max_new_tokens=_MAX_NEW_TOKENS)
         notes = {"tokens_cut": prompt.tokens_cut, "tokens_kept": prompt.tokens_kept, "template": origin}
@@ -100,7 +100,7 @@ TASKS = (
     Task(
         name="longbench_v2",
         group="longbench_v2",
-        version=1,
+        version=2,
         source="THUDM/LongBench v2; the template is the user's file, or ours",
         metric="accuracy",
         samples=_samples,

@@ -19,7 +19,7 @@ import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from ..records import digest
 from . import metrics
 from .base import Preparation, Sample, Task, Turn
 from .length import truncate
-from .sources import data_file, hub_file, read_jsonl, templates
+from .sources import data_file, hub_file, read_jsonl, seeded_rows, templates
 
 _REPO = "microsoft/SCBench"
 _MOST_TURNS = 5
@@ -151,7 +151,8 @@ def _tokens_after(prepared: Preparation, turns: Sequence[Turn]) -> int:
     total = turns[-1].max_new_tokens
     for turn, later in pairwise(turns):
         total += max(turn.max_new_tokens, tokens(turn.extra["given_back"]))
-        total += tokens(follow_up(prepared.tokenizer, later.question, later.answer_prefix, chat=prepared.chat))
+        options: dict[str, Any] = {"chat": prepared.chat, "options": prepared.chat_options}
+        total += tokens(follow_up(prepared.tokenizer, later.question, later.answer_prefix, **options))
     return total
 
 
@@ -161,7 +162,7 @@ def _rows(name: str, data_dir: Path | None) -> Iterator[dict[str, Any]]:
 
 
 def _samples(name: str, prepared: Preparation) -> Sequence[Sample]:
-    """Make the first `prepared.count` samples, or as many as the data have; their length is that of all turns.
+    """Make `prepared.count` samples of random rows, or as many as the data have; their length is that of all turns.
 
     Raises:
         ValueError: a row is not of SCBench's form, or its turns do not fit the length.
@@ -170,7 +171,7 @@ def _samples(name: str, prepared: Preparation) -> Sequence[Sample]:
     most = prepared.max_length if prepared.length is None else min(prepared.length, prepared.max_length)
     unsized = replace(prepared, length=None, max_length=most)
     samples = []
-    for number, row in enumerate(islice(_rows(name, prepared.data_dir), prepared.count)):
+    for number, row in seeded_rows(_rows(name, prepared.data_dir), name, prepared.seed, prepared.count):
         try:
             first, *later = _turns(name, texts, row, chat=prepared.chat)
             before = _fill_in(texts.before, row["multi_turns"][0])
@@ -201,7 +202,7 @@ TASKS = tuple(
     Task(
         name=name,
         group="scbench",
-        version=1,
+        version=2,
         source="microsoft/MInference, scbench (MIT)",
         metric=official["metric"],
         samples=functools.partial(_samples, name),

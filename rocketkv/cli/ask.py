@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..options import add_model_options, positive
+from ..options import add_model_options, loading, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from ..hf.prompts import continued, question_prompt
 
     read = load_inputs(args.file)["input_ids"]
-    model, tokenizer = load_model(args.model, args.dtype, args.device)
+    model, tokenizer = load_model(args.model, args.dtype, args.device, **loading(args))
     cache = load_cache(args.file, model)
     # Encoded separately, as `compress` encoded the text.
     tail = continued(tokenizer, question_prompt(tokenizer, "", args.question).tail)

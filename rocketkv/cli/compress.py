@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..options import add_method_options, add_model_options
+from ..options import add_method_options, add_model_options, loading
 
 MEBI = 2**20
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     text = args.text.read_text(encoding="utf-8")
     if not text.strip():
         raise ValueError(f"{args.text} is empty")
-    model, tokenizer = load_model(args.model, args.dtype, args.device)
+    model, tokenizer = load_model(args.model, args.dtype, args.device, **loading(args))
     tokens, length = encode(tokenizer, question_prompt(tokenizer, text, ""), apart=True)
     ids = torch.tensor([tokens[:length]], device=model.device)
     cache = RocketKVCache(model.config, config, prompt_length=length)

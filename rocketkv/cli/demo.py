@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ..config import RocketKVConfig
-from ..options import add_model_options, comma_separated, method_name, positive
+from ..options import add_model_options, comma_separated, loading, method_name, positive
 
 if TYPE_CHECKING:
     from ..eval.generate import Generation
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from ..hf.loading import load_model
 
     with Progress("loading the model", total=len(arms)) as progress:
-        model, tokenizer = load_model(args.model, args.dtype, args.device)
+        model, tokenizer = load_model(args.model, args.dtype, args.device, **loading(args))
         prompt = needle_prompt(tokenizer, tokens=args.context, depth=DEPTH, seed=SEED)
         results: dict[str, Generation] = {}
         for name, config in arms.items():

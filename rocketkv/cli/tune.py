@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..options import add_placement_options, method_name, positive
+from ..options import add_placement_options, loading, method_name, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     texts = [Text(path.name, _content(path)) for path in args.texts]
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    model, tokenizer = load_model(args.model, args.dtype, args.device)
+    model, tokenizer = load_model(args.model, args.dtype, args.device, **loading(args))
     path = args.output.with_name(f"{args.output.name}.journal")
     journal = Journal(path)
     found = tune(model, tokenizer, texts, settings, journal)

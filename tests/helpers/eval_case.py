@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 import tiny
 from rocketkv.eval.records import CellDict
 from rocketkv.eval.sweep.cells import Session
-from rocketkv.eval.sweep.plan import Plan, cells
+from rocketkv.eval.sweep.plan import Loaded, Plan, cells
 from rocketkv.eval.tasks import base as task_module
 from rocketkv.eval.tasks.base import Preparation, Sample, Task, Turn
 from rocketkv.hf.loading import load_model
@@ -123,4 +123,4 @@ def made_cells(model_name: str = "tiny", *, chat: bool = True, **fields: Any) ->
         "samples": 2,
         "max_new_tokens": 4,
     }
-    return cells(Plan(**known | fields), chat=chat)
+    return cells(Plan(**known | fields), Loaded(chat=chat))

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from ..base import Preparation, Sample, Turn
 from ..length import fill
-from ..text import distinct, english, haystack, insert_at
+from ..text import distinct, english, haystack, insert_at, toy_haystack
 from .wording import piece, wording
 
 NEW_TOKENS = 128
@@ -52,10 +52,17 @@ NIAH = {
 _DEPTHS = tuple(round(100 * step / 39) for step in range(40))
 
 
-def niah_sample(task: str, prepared: Preparation, index: int) -> Sample:
+def niah_sample(task: str, prepared: Preparation, index: int, *, toy: bool = False) -> Sample:
     """Make a sample of a needle task, a name in `NIAH`.
 
+    Args:
+        task: its name.
+        prepared: with the length.
+        index: number of the sample.
+        toy: whether generated prose stands for the essays.
+
     Raises:
+        FileNotFoundError: there are no essays.
         ValueError: the length is missing or too short.
         ImportError: `wonderwords` is not installed.
     """
@@ -81,7 +88,9 @@ def niah_sample(task: str, prepared: Preparation, index: int) -> Sample:
         max_new_tokens=NEW_TOKENS,
         answer_prefix=prefix.format(**fields),
     )
-    essay = haystack(prepared.data_dir, prepared.seed) if needles.filler == "essay" else None
+    essay = None
+    if needles.filler == "essay":
+        essay = toy_haystack(prepared.seed) if toy else haystack(prepared.data_dir)
 
     def build(count: int) -> Sample:
         # A new generator for each count: the number of attempts leaves no trace in the sample.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ..base import Preparation, Sample, Turn
 from ..length import prompt_limit, sample_tokens
-from ..sources import data_file, read_json
+from ..sources import data_file, read_json, seeded_rows
 from ..text import ruler_package
 from .wording import piece, wording
 
@@ -37,7 +37,7 @@ class Question(NamedTuple):
 
 
 def qa_samples(task: str, prepared: Preparation) -> list[Sample]:
-    """Make the samples of a question task: the data's questions in their order, in RULER's form.
+    """Make the samples of a question task: random ones of the data's questions, in RULER's form.
 
     Args:
         task: `qa_1` (SQuAD) or `qa_2` (HotpotQA).
@@ -54,7 +54,8 @@ def qa_samples(task: str, prepared: Preparation) -> list[Sample]:
     questions, documents = _read(path, task)
     if prepared.count > len(questions):
         raise ValueError(f"count must be at most {len(questions)}, the questions of {path}; ask for fewer")
-    return [_sample(task, prepared, index, questions[index], documents) for index in range(prepared.count)]
+    chosen = seeded_rows(questions, task, prepared.seed, prepared.count)
+    return [_sample(task, prepared, index, question, documents) for index, question in chosen]
 
 
 def _sample(task: str, prepared: Preparation, index: int, question: Question, documents: Sequence[str]) -> Sample:
