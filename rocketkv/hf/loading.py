@@ -97,7 +97,8 @@ def _check_device(device: str) -> None:
 def _placed(model: PreTrainedModel, device: str) -> PreTrainedModel:
     """Return a model on a device, in eval mode."""
     model.to(device)  # type: ignore[arg-type]  # torch types it as a decorated function
-    return model.eval()
+    placed: PreTrainedModel = model.eval()
+    return placed
 
 
 def load_smollm2(

