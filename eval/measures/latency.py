@@ -312,26 +312,26 @@ def _send_result(sender: Connection, arguments: dict[str, Any]) -> None:
 def measure_by_name(
     *,
     model: str,
-    revision: str | None,
     dtype: str,
-    attention: str,
     method: str,
     token_budget: int | None,
     settings: dict[str, Any],
     threads: int,
+    revision: str | None = None,
+    attention: str | None = None,
     **numbers: int,
 ) -> LatencyResult:
     """Load a model on the CPU and measure a method.
 
     Args:
         model: see `load_model`.
-        revision: likewise.
         dtype: of the weights, such as `float32`.
-        attention: see `load_model`.
         method: see `find_method`.
         token_budget: likewise.
         settings: likewise.
         threads: of PyTorch.
+        revision: see `load_model`.
+        attention: likewise.
         numbers: see `measure_latency`.
     """
     torch.set_num_threads(threads)
