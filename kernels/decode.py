@@ -45,7 +45,7 @@ Prepared = tuple[tuple[int, ...], dict[str, int]]
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """What of a layer decides how its decode steps are launched.
+    """Sizes and settings of a layer that determine the launches of its decode steps.
 
     Attributes:
         batch: B.

@@ -1,4 +1,4 @@
-"""Launches that remember what Triton compiled for their arguments."""
+"""A cache of compiled kernels by dtypes, numbers and constants, so that a launch costs the host little."""
 
 import os
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ class Launcher:
     """Launches kernels; a launch with the arguments of an earlier one goes to the compiled kernel.
 
     Triton looks at each argument and constant of each launch to find what it compiled, which takes the host longer than
-    the launch. The compiled kernel depends on dtypes, on which addresses are multiples of 16, and on numbers: that is
-    compared here. Launches with other addresses go through Triton.
+    the launch. The compiled kernel depends on dtypes, on which addresses are multiples of 16, on numbers, constants and
+    options, which are the key here. Launches with other addresses go through Triton.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""How the kernels of a decode step are cut: tiles, warps and stages, by architecture, head dim, dtype and pages.
+"""Tiles, warps and stages of the kernels of a decode step, by architecture, head dim, dtype and pages.
 
 `launches.json` has what `rocketkv bench tune` found to be faster on a device than the defaults here, which come from
 compiled code: registers, shared memory and buffers (`make kernels-report`).
@@ -23,7 +23,7 @@ TABLE = Path(__file__).with_name("launches.json")
 
 @dataclass(frozen=True)
 class Launch:
-    """How one kernel is cut.
+    """Tile, warps and stages of a kernel's launch.
 
     Attributes:
         tile: what a pass of its main loop takes, a power of two: channels of `append_score`, tokens of `append_sketch`
@@ -39,7 +39,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class LaunchKey:
-    """What an entry of the table is for.
+    """Key of an entry of the table.
 
     Attributes:
         kernel: `append_score`, `append_sketch` or `select_attend`.

@@ -6,7 +6,7 @@ Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, N stored tokens, P pag
 import triton
 import triton.language as tl
 
-TILE_PAGES = tl.constexpr(128)  # as in decode.py
+TILE_PAGES = tl.constexpr(128)  # as in score_plan.py
 HIGHEST = tl.constexpr(2147483647)
 INFINITE = tl.constexpr(0x7F800000)  # the bits of infinity
 NO_TOKENS = tl.constexpr(-2)  # in place of the bits of a page without tokens

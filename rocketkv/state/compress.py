@@ -134,7 +134,7 @@ class _MarkedSlots(NamedTuple):
 
 
 class _HostCounts(NamedTuple):
-    """What the host must know of a prompt to allocate buffers.
+    """Token counts of a prompt that the host needs to allocate buffers.
 
     Attributes:
         longest: tokens of the longest row.

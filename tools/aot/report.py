@@ -1,4 +1,4 @@
-"""What is reported of a compiled kernel, and the tables of it."""
+"""The report of a compiled kernel, and tables of reports."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Capture a model's decode steps for real: by `generate`, by `compile_step`, and in a CUDA graph of one's own."""
+"""Capture a model's decode steps for real: by `generate`, by `compile_step`, and in a CUDA graph."""
 
 import warnings
 from typing import Any
