@@ -200,6 +200,9 @@ class ChatWords:
             return {"input_ids": [self(one)["input_ids"] for one in text]}
         return {"input_ids": [len(word) for word in text.split()]}
 
+    def get_added_vocab(self) -> dict[str, int]:
+        return {}
+
     def apply_chat_template(self, talk: list[dict[str, str]], **options: Any) -> str:
         return f"you are one of us . user {talk[0]['content']} end assistant"
 

@@ -41,16 +41,23 @@ from tiny import LARGE, PAD, SMALL, build, greedy, left_padded, prompt
 SETTINGS = {"rocketkv": SMALL, "mt": MT, "away": AWAY}
 
 
+def rounded(turns: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Return the tokens and logits of turns with logits as float32, whose tolerance they are held to."""
+    return [(tokens, logits.float()) for tokens, logits in turns]
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize(("name", "family", "padded"), pairs(SETTINGS, FAMILIES, [False, True]))
 def test_three_turns_are_the_same_in_every_way(name: str, family: str, padded: bool) -> None:
-    model, fields = build(family), SETTINGS[name]
+    # In float64: ways round differently, and a rounded score near another one changes a selection or an expert.
+    model, fields = build(family).double(), SETTINGS[name]
+    model.config._experts_implementation = "eager"  # grouped products take no float64
     with rocketkv.patch(model, **fields):
         expected, cache = conversation(model, padded, "all tokens")
         assert cache.get_seq_length() == SEEN
         for way in WAYS:
             found, other = conversation(model, padded, way, **fields)
-            same(found, expected)
+            same(rounded(found), rounded(expected))
             assert other.get_seq_length() == SEEN
             for layer, its in zip(rocketkv_layers(cache), rocketkv_layers(other), strict=True):
                 stored = layer.store.stored
