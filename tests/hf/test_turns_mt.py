@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import rocketkv
 from chat import WAYS, chat, turn
