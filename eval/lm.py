@@ -18,7 +18,6 @@ import lm_eval
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models import huggingface
-from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from ..config import RocketKVConfig
@@ -135,6 +134,8 @@ def check_stock_task(name: str) -> None:
     Raises:
         ValueError: there is no such task, it is a group of several, or it does not generate text.
     """
+    from lm_eval.tasks import TaskManager  # imported where it runs: with it comes the library of datasets
+
     manager = TaskManager()
     if name not in manager.all_subtasks:
         groups = name in manager.all_groups or name in manager.all_tags

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, cache_utils
 
 import tiny
 from eval_case import VOCABULARY, model, sample, tokenizer
@@ -113,7 +113,9 @@ def test_every_method_answers_and_stores_what_it_does_alone(
     assert len({str(wanted) for wanted, _ in expected.values()}) > len(ARMS) // 2
 
 
-FAMILIES = ("gemma2", "gemma3", "gpt-oss", "Qwen3Next")
+# Before transformers 5 recurrent layers have a cache of their own, and such models are refused.
+RECURRENT = ("Qwen3Next",) if hasattr(cache_utils, "LinearAttentionLayer") else ()
+FAMILIES = ("gemma2", "gemma3", "gpt-oss", *RECURRENT)
 
 
 @pytest.mark.integration
