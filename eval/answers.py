@@ -29,7 +29,7 @@ class Thought:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What a model wrote: its answer, the thinking before it (None: there is none), and the number of all tokens."""
+    """A generated answer, the thinking before it (None: there is none), and the number of all tokens."""
 
     answer: str
     thought: Thought | None

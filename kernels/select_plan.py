@@ -14,7 +14,7 @@ SHARED_MEMORY = 96 * 1024  # bytes that a program may take on every device, less
 
 @dataclass(frozen=True)
 class SelectTree:
-    """How the choice of a row's tokens is dealt out to several programs.
+    """A tree of programs that select a row's tokens together.
 
     Attributes:
         block: pages that a program chooses among.

@@ -27,7 +27,7 @@ class Work(Protocol):
 
     @property
     def references(self) -> int:
-        """How often each prompt is read in addition to the methods'."""
+        """Return the number of reads of each prompt in addition to the methods' own."""
 
     def answer(self, number: int, cell: CellDict, method: Method, prefills: Prefills | None) -> Any:
         """Run a method on a sample, and return the result in JSON's types."""

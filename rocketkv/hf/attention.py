@@ -176,7 +176,6 @@ def _uncompressed(
         valid = None if padding is None else padding[:, None]
         settings: dict[str, Any] = {"valid": valid, "starts": starts, "window": window, "dropout": dropout}
         return _attend_causally(module, query, key, value, params, **settings)
-    size = key.shape[2]
 
     def visible(start: int, stop: int) -> VisibleBlock:
         if isinstance(mask, LazyMask):

@@ -32,7 +32,7 @@ _SPACE = "\u2581"  # how SentencePiece writes a space
 
 
 class ChatOptions(NamedTuple):
-    """How prompts in a chat template are made.
+    """Options of prompts in a chat template.
 
     Attributes:
         arguments: variables of the template, such as `enable_thinking`.

@@ -26,7 +26,10 @@ class Loop:
 _SINCE: dict[str, dict[tuple[int, int], Loop]] = {
     "append_score_kernel": {(3, 2): Loop(("bounds",), 2, 1)},
     # Before 3.8 codes that become words go through shared memory, without asynchronous copies.
-    "append_sketch_kernel": {(3, 2): Loop(("sketched",), 0, 0), (3, 8): Loop(("sketched",), 2, 1, issued=16.0)},
+    "append_sketch_kernel": {
+        (3, 2): Loop(("sketched",), 0, 0, issued=31.0),
+        (3, 8): Loop(("sketched",), 2, 1, issued=16.0),
+    },
     "select_attend_kernel": {(3, 2): Loop(("keys", "values"), 2, 1)},
     "dense_partial_kernel": {(3, 2): Loop(("key_places", "value_places"), 2, 1)},
     "window_statistics_kernel": {(3, 2): Loop(("block",), 2, 1)},

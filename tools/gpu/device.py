@@ -1,4 +1,4 @@
-"""What stages see of the machine: whether it has a GPU, which tools it has, and processes with a time limit."""
+"""The machine that stages run on: its GPU, its tools, and processes with a time limit."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ GRACE = 10  # seconds between the request to end and the kill
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a process ended: its exit code, None where the limit ended it, and its seconds."""
+    """The end of a process: its exit code, None where the limit ended it, and its seconds."""
 
     code: int | None
     seconds: float
