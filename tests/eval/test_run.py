@@ -237,8 +237,8 @@ def test_torchruns_processes_share_the_samples(folder: Path, undisturbed: Path, 
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr
     assert by_key(tmp_path) == by_key(undisturbed)
-    counted = re.findall(r"(\d+) cells done, 0 were before", done.stderr)
-    assert len(counted) == 2
+    counted = re.findall(r"(\d+) cells done, \d+ were before", done.stderr)
+    assert len(counted) == 2  # a process that starts late may find some, or all, done before
     assert sum(map(int, counted)) == len(wanted(folder))  # none was written twice
     assert done.stdout.count("niah_single_1") > 0  # one process says what came out, once all have ended
 
