@@ -12,14 +12,14 @@ r channels, k tokens read, C bytes of a token's codes.
 import functools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
 from .append_score import append_score_kernel
-from .append_sketch import SketchRule, append_sketch_kernel, arranged
+from .append_sketch import append_sketch_kernel, arranged
+from .decode_shape import DecodeShape
 from .launch import Launcher
 from .launches import Launch, architecture_of, launch_of
 from .operands import Buffers, Params
@@ -31,95 +31,11 @@ from .select_plan import TOKEN_BLOCK, SelectTree, parts_at_once, select_tree
 
 REGISTER_PAGES = 8192
 SELECT_CHUNK = 2048  # pages that a row's only program loads at once
-LARGEST_PAGE = 16
-LARGEST_HEAD_DIM = 256
-LARGEST_GROUP = 128
-LARGEST_QUERIES = 32768  # bytes of one group's queries, which lie in shared memory beside blocks of keys and values
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 Prepared = tuple[tuple[int, ...], dict[str, int]]
 """Constants and options of a launch."""
-
-
-@dataclass(frozen=True)
-class DecodeShape:
-    """Sizes and settings of a layer that determine the launches of its decode steps.
-
-    Attributes:
-        batch: B.
-        heads: H.
-        kv_heads: Hkv.
-        head_dim: D.
-        value_dim: Dv.
-        capacity: slots of the buffers of keys and values.
-        page_size: P.
-        channels: r, or None where nothing is scored.
-        top_k: k, or None where every stored token is read.
-        token_budget: t: a row that stores no more attends to all of it.
-        sinks: for `streaming`, how many first tokens are read beside the most recent; else None.
-        protected: how many first tokens are read whatever their rank.
-        sketch: how keys are sketched, or None where pages are scored or nothing is.
-        residual: whether the tokens not read count as one.
-        by_largest: whether tokens rank by the largest weight of the group's heads, not by their average.
-        queries: n, the queries of a verify step, each of which has KV heads of its own in `heads` and `kv_heads`, next
-            to those of the KV head's other queries; 1 in a decode step.
-    """
-
-    batch: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    capacity: int
-    page_size: int
-    channels: int | None
-    top_k: int | None
-    token_budget: int
-    sinks: int | None
-    protected: int = 0
-    sketch: SketchRule | None = None
-    residual: bool = False
-    by_largest: bool = False
-    queries: int = 1
-
-    @property
-    def group(self) -> int:
-        """G, the query heads of one KV head."""
-        return self.heads // self.kv_heads
-
-    @property
-    def scored(self) -> bool:
-        """Whether tokens are chosen by the index."""
-        return self.top_k is not None and self.sinks is None
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of the index."""
-        pages = -(-self.capacity // self.page_size)
-        return -(-pages // TILE_PAGES)
-
-
-def refusal(shape: DecodeShape, dtype: torch.dtype) -> str | None:
-    """Return why these kernels cannot decode such a layer, with keys of this dtype, or None if they can."""
-    if dtype not in DTYPES:
-        return f"keys are {dtype}; the kernels take float16, bfloat16 and float32"
-    if max(shape.head_dim, shape.value_dim) > LARGEST_HEAD_DIM:
-        return f"head_dim is {max(shape.head_dim, shape.value_dim)}; the kernels take up to {LARGEST_HEAD_DIM}"
-    if shape.group > LARGEST_GROUP:
-        return f"{shape.group} query heads share a KV head; the kernels take up to {LARGEST_GROUP}"
-    held = max(16, triton.next_power_of_2(shape.group)) * triton.next_power_of_2(shape.head_dim) * dtype.itemsize
-    if held > LARGEST_QUERIES:
-        return (
-            f"the {shape.group} queries of a KV head take {held} bytes of shared memory in {dtype} with "
-            f"head_dim={shape.head_dim}; the kernels take up to {LARGEST_QUERIES}"
-        )
-    if shape.residual and shape.sketch is None:
-        return "the mean value of what is not read needs the scores of a sketch; the kernels have it for no other index"
-    if shape.scored and shape.page_size > LARGEST_PAGE:
-        return f"pages hold {shape.page_size} tokens; the kernels take up to {LARGEST_PAGE}"
-    return None
 
 
 def _side_by_side(heads: Tensor, dim: int) -> Tensor:

@@ -8,7 +8,8 @@ import triton
 from torch import Tensor
 
 from .compact import compact_kernel, tokens_first_kernel
-from .decode import DTYPES, INTERPRETED, LARGEST_HEAD_DIM
+from .decode import INTERPRETED
+from .decode_shape import DTYPES, LARGEST_HEAD_DIM
 from .operands import Params
 from .pool import pool_kernel, side_by_side_kernel
 from .score_plan import TILE_PAGES

@@ -284,7 +284,7 @@ def _run_kernels(
 def _decode_shape(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit) -> Any:
     """Return the `DecodeShape` of a layer's steps, with queries [B, H, D] or, of a verify step, [B, n H, D]."""
     from .kernels.append_sketch import SketchRule
-    from .kernels.decode import DecodeShape
+    from .kernels.decode_shape import DecodeShape
 
     batch, stored_heads, capacity, head_dim = buffers.keys.shape
     kv_heads, bits = buffers.seq_lens.shape[1], split.sketch_bits
@@ -310,7 +310,8 @@ def _decode_shape(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit) -> 
 
 def _workspace(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit, workspaces: Workspaces) -> Any:
     """Return the kernels' workspace for a layer's steps, or warn and return None if they do not support its shape."""
-    from .kernels.decode import DecodeWorkspace, refusal
+    from .kernels.decode import DecodeWorkspace
+    from .kernels.decode_shape import refusal
 
     shape, dtype, device = _decode_shape(query, buffers, split), buffers.keys.dtype, query.device
     # A buffer that grew or another draft replaces a workspace; layers of different budgets have their own.

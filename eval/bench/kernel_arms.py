@@ -15,6 +15,7 @@ from torch import Tensor
 from ...core.sketch import encoding, rotation_matrix
 from ...kernels import decode, evict
 from ...kernels.append_sketch import SketchRule
+from ...kernels.decode_shape import DecodeShape
 from ...kernels.launch import Launcher
 from ...kernels.select_attend import select_attend_kernel
 from . import kernel_checks
@@ -73,7 +74,7 @@ class DecodeStep:
         if bits is not None:
             rotation = rotation_matrix(layer.head_dim, buffers.device).to(buffers.dtype)
         self.workspace = decode.DecodeWorkspace(
-            decode.DecodeShape(
+            DecodeShape(
                 batch=buffers.case.batch,
                 heads=layer.heads,
                 kv_heads=layer.kv_heads,

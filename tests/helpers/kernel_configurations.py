@@ -16,7 +16,8 @@ from rocketkv.core.params import AttentionParams
 from rocketkv.core.sketch import code_bytes, encoding
 from rocketkv.kernels.append_sketch import SketchRule
 from rocketkv.kernels.build_sketch import write_sketch
-from rocketkv.kernels.decode import DecodeShape, DecodeWorkspace, decode_step_triton
+from rocketkv.kernels.decode import DecodeWorkspace, decode_step_triton
+from rocketkv.kernels.decode_shape import DecodeShape
 from rocketkv.kernels.dense_decode import DenseWorkspace, dense_decode
 from rocketkv.kernels.evict import compact, pool_scores, select_top, window_scores
 from rocketkv.kernels.prefill import prefill_attention
