@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .append import write_token
+from .dependent import permit_successor
 from .math import as_bound, rounded, soft_capped, softmax_merged, softmax_summed, widened
 
 
@@ -116,11 +117,13 @@ def append_score_kernel(
     RP: tl.constexpr,  # and of the channels
     RC: tl.constexpr,  # channels that are multiplied at once
     DC: tl.constexpr,  # channels whose ranks are compared at once
+    DEPENDENT: tl.constexpr,  # whether the next kernel may start before this one has ended
 ):
     """Append a token to each row and score its pages; grid (B * Hkv, programs).
 
     The last program of a row appends, and scores the page that the token falls into. The others score full pages.
     """
+    permit_successor(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     stored_row = (tl.program_id(0) // step_queries).to(tl.int64)
     split = tl.program_id(1)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .append import write_token
+from .dependent import permit_successor
 from .digits import byte_of, digit_weights, digits_of, words_of, write_code
 from .math import as_bfloat16, soft_capped, softmax_merged, softmax_summed
 
@@ -212,11 +213,13 @@ def append_sketch_kernel(
     HEADS: tl.constexpr,  # of a group that are scored at a time
     RC: tl.constexpr,  # lines of the rotation that are multiplied at once
     BN: tl.constexpr,  # tokens that are scored at once
+    DEPENDENT: tl.constexpr,  # whether the next kernel may start before this one has ended
 ):
     """Append a token to each row and score its tokens; grid (B * Hkv, programs).
 
     The last program of a row appends, and scores that token. The others score those that are stored.
     """
+    permit_successor(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     stored_row = (tl.program_id(0) // step_queries).to(tl.int64)
     split = tl.program_id(1)

@@ -20,6 +20,7 @@ from torch import Tensor
 from .append_score import append_score_kernel
 from .append_sketch import append_sketch_kernel, arranged
 from .decode_shape import DecodeShape
+from .dependent import launches_dependently
 from .launch import Launcher
 from .launches import Launch, architecture_of, launch_of
 from .operands import Buffers, Params
@@ -53,6 +54,7 @@ class DecodeWorkspace:
         buffers: those of an earlier workspace for the same, in the order of `tensors`, or None for new ones.
         rotation: [D, D] in the queries' dtype, R of `rocketkv.core.sketch` times the length of its rows; where keys are
             sketched and no buffers are given.
+        architecture: that the kernels are for, by default the device's.
     """
 
     def __init__(
@@ -62,11 +64,13 @@ class DecodeWorkspace:
         programs: int | None = None,
         buffers: Sequence[Tensor] | None = None,
         rotation: Tensor | None = None,
+        architecture: str | None = None,
     ) -> None:
         self.shape = shape
         self.launch = Launcher()
         self.warm = False
-        self.architecture = architecture_of(device)
+        self.architecture = architecture or architecture_of(device)
+        self.dependent = launches_dependently(self.architecture, device)
         self._forced: dict[str, Launch] = {}
         self._first: dict[tuple[torch.dtype, torch.dtype, int], Prepared] = {}
         self._select: Prepared | None = None
@@ -169,10 +173,14 @@ class DecodeWorkspace:
         blocks = self.group_block, max(16, triton.next_power_of_2(shape.head_dim)), self.value_block
         if shape.sketch is None:
             cut = self._cut("append_score", dtype.itemsize, exact)
-            launch = score_launch(sizes, blocks, shape.page_size, ring, self.rank_block, cut, exact or INTERPRETED)
+            launch = score_launch(
+                sizes, blocks, shape.page_size, ring, self.rank_block, cut, exact or INTERPRETED, self.dependent
+            )
         else:
             cut, widths = self._cut("append_sketch", dtype.itemsize, exact), shape.sketch.widths
-            launch = sketch_launch(sizes, blocks, widths, ring, cut, exact or INTERPRETED, dtype.itemsize)
+            launch = sketch_launch(
+                sizes, blocks, widths, ring, cut, exact or INTERPRETED, dtype.itemsize, self.dependent
+            )
         self._first[query_dtype, dtype, ring] = launch
         return launch
 
@@ -187,7 +195,8 @@ class DecodeWorkspace:
                 ranked: tuple[int, ...] = (shape.residual, shape.by_largest)
             else:
                 ends, ranked = (split_block, tree.block, tree.slots, tree.fan), (shape.by_largest,)
-            self._select = (shape.group, page_size, *ranked, self.group_block, *ends), {"num_warps": 16}
+            constants = (shape.group, page_size, *ranked, self.group_block, *ends, self.dependent)
+            self._select = constants, {"num_warps": 16, **self._dependently()}
         return self._select
 
     def attend_launch(self, query_dtype: torch.dtype, dtype: torch.dtype) -> Prepared:
@@ -210,11 +219,15 @@ class DecodeWorkspace:
             mode, shape.group, shape.head_dim, shape.value_dim, shape.page_size if shape.scored else 1, exact,
             shape.by_largest, self.parts > 1, self.group_block, few_heads, head_block, self.value_block,
             triton.next_power_of_2(self.splits), page_block, cut.tile, part_block,
-            parts_at_once(part_block, few_heads * self.value_block, cut.warps),
+            parts_at_once(part_block, few_heads * self.value_block, cut.warps), self.dependent,
         )  # fmt: skip
-        launch = constants, {"num_warps": cut.warps, "num_stages": cut.stages}
+        launch = constants, {"num_warps": cut.warps, "num_stages": cut.stages, **self._dependently()}
         self._attend[query_dtype, dtype] = launch
         return launch
+
+    def _dependently(self) -> dict[str, int]:
+        """Return the options of a kernel that may start before the one ahead has ended, where there are any."""
+        return {"launch_pdl": True} if self.dependent else {}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every buffer by name."""

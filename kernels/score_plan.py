@@ -24,6 +24,7 @@ def score_launch(
     rank_block: int,
     cut: Launch,
     exact: bool,
+    dependent: bool,
 ) -> tuple[tuple[int, ...], dict[str, int]]:
     """Return constants and options of `append_score`.
 
@@ -35,11 +36,12 @@ def score_launch(
         rank_block: r, padded to a power of two.
         cut: channels that are multiplied at once, at most; warps and stages.
         exact: whether products are of float32.
+        dependent: whether the next kernel may start early.
     """
     group_block, head_block, value_block = blocks
     constants = (
         *sizes, page_size, ring, TILE_PAGES, exact, group_block, head_block, value_block, rank_block,
-        min(cut.tile, rank_block), min(head_block, RANK_BLOCK // head_block),
+        min(cut.tile, rank_block), min(head_block, RANK_BLOCK // head_block), dependent,
     )  # fmt: skip
     return constants, {"num_warps": cut.warps, "num_stages": cut.stages}
 
@@ -52,6 +54,7 @@ def sketch_launch(
     cut: Launch,
     exact: bool,
     itemsize: int,
+    dependent: bool,
 ) -> tuple[tuple[int, ...], dict[str, int]]:
     """Return constants and options of `append_sketch`.
 
@@ -63,6 +66,7 @@ def sketch_launch(
         cut: tokens that are scored at once; warps and stages.
         exact: whether queries are rotated in float32.
         itemsize: bytes of a number of the keys.
+        dependent: whether the next kernel may start early.
     """
     width, *higher = widths
     _, group, head_dim, _ = sizes
@@ -71,6 +75,6 @@ def sketch_launch(
         *sizes, width, bool(higher), ring, TILE_PAGES, exact, SUBNORMALS, *blocks, code_words(head_dim, width),
         code_words(head_dim, 1) if higher else 1, max(8, min(HEAD_BLOCK, triton.next_power_of_2(group))),
         min(head_block, LINE_CHUNK if head_block * itemsize <= 256 else LINE_CHUNK // 2),
-        cut.tile,
+        cut.tile, dependent,
     )  # fmt: skip
     return constants, {"num_warps": cut.warps, "num_stages": cut.stages}

@@ -6,6 +6,7 @@ Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, N stored tokens, P pag
 import triton
 import triton.language as tl
 
+from .dependent import permit_successor, wait_for_predecessor
 from .selection import HIGHEST, TILE_PAGES, joined, mass_over, ordered_bits, page_weights, tokens_in, write_rest
 
 BEYOND = tl.constexpr(0x7F800001)  # the bits of infinity, and one
@@ -58,8 +59,11 @@ def select_kernel(
     GP: tl.constexpr,
     SP: tl.constexpr,
     CHUNK: tl.constexpr,
+    DEPENDENT: tl.constexpr,  # whether this kernel may start before the one ahead has ended
 ):
     """Write the positions of each row's k tokens of largest weight; grid (B * Hkv,)."""
+    wait_for_predecessor(DEPENDENT)
+    permit_successor(DEPENDENT)
     number = tl.program_id(0)
     row = number.to(tl.int64)
     stored = tl.minimum(tl.load(lengths + row) + 1, capacity)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .combine import combined, with_others, write_part
+from .dependent import wait_for_predecessor
 from .math import soft_capped
 from .selection import TILE_PAGES, cut, mass_over, ordered_bits, page_weights, threshold, tokens_in, write_rest
 
@@ -91,8 +92,10 @@ def select_attend_kernel(
     BT: tl.constexpr,
     PP: tl.constexpr,
     PB: tl.constexpr,
+    DEPENDENT: tl.constexpr,  # whether this kernel may start before the one ahead has ended
 ):
     """Choose, attend and combine; the last to finish a row raises its length; grid (B * Hkv, parts)."""
+    wait_for_predecessor(DEPENDENT)
     RESIDUAL: tl.constexpr = value_sum is not None
     number = tl.program_id(0)
     row = number.to(tl.int64)

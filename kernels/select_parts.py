@@ -11,6 +11,7 @@ Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, N stored tokens, P pag
 import triton
 import triton.language as tl
 
+from .dependent import permit_successor, wait_for_predecessor
 from .selection import (
     NO_TOKENS,
     TILE_PAGES,
@@ -77,8 +78,11 @@ def select_parts_kernel(
     UP: tl.constexpr,  # pages of a chunk
     SLOTS: tl.constexpr,  # candidates of a node, at least as many as it can have; a power of two
     FAN: tl.constexpr,  # children of a node; a power of two
+    DEPENDENT: tl.constexpr,  # whether this kernel may start before the one ahead has ended
 ):
     """Write the positions of each row's k tokens of largest weight; grid (B * Hkv, chunks)."""
+    wait_for_predecessor(DEPENDENT)
+    permit_successor(DEPENDENT)
     RESIDUAL: tl.constexpr = logits is not None
     number = tl.program_id(0)
     row = number.to(tl.int64)

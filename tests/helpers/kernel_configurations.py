@@ -32,13 +32,13 @@ class Configuration:
     """A named set of launches.
 
     Attributes:
-        launch: launches them on meta tensors, given the number of multiprocessors.
+        launch: launches them on meta tensors, given the number of multiprocessors and the architecture.
         kernels: those of its kernels that count, or None for all.
         main: whether it must have no spills on NVIDIA's devices, wide loads, and loops that copy while they compute.
         alone: whether some of its kernels are in no main configuration.
     """
 
-    launch: Callable[[int], object]
+    launch: Callable[[int, str], object]
     kernels: tuple[str, ...] | None = None
     main: bool = False
     alone: bool = False
@@ -65,7 +65,7 @@ def decode(
     softcap: float | None = None,
     sinks: bool = False,
     sketch_bits: int | None = None,
-) -> Callable[[int], Tensor]:
+) -> Callable[[int, str], Tensor]:
     """Return a function that launches a decode step.
 
     Args:
@@ -86,7 +86,7 @@ def decode(
             nothing is.
     """
 
-    def launch(programs: int) -> Tensor:
+    def launch(programs: int, architecture: str) -> Tensor:
         query_heads, kv_heads = heads
         rule = None if sketch_bits is None else SketchRule(sketch_bits, 256, head_dim**0.5, 1.0)
         shape = DecodeShape(
@@ -120,7 +120,9 @@ def decode(
             meta(batch, kv_heads, head_dim, dtype=dtype),
             meta(batch, kv_heads, head_dim, dtype=dtype),
             buffers,
-            DecodeWorkspace(shape, META, programs, rotation=meta(head_dim, head_dim, dtype=dtype)),
+            DecodeWorkspace(
+                shape, META, programs, rotation=meta(head_dim, head_dim, dtype=dtype), architecture=architecture
+            ),
             AttentionParams(head_dim**-0.5, softcap, meta(query_heads, dtype=dtype) if sinks else None),
         )
 
@@ -140,7 +142,7 @@ def evict(
     softcap: float | None = None,
     sinks: bool = False,
     padded: bool = False,
-) -> Callable[[int], object]:
+) -> Callable[[int, str], object]:
     """Return a function that launches the end of a prompt, with keys and values token by token as models store them.
 
     Args:
@@ -157,7 +159,7 @@ def evict(
         padded: whether prompts are padded.
     """
 
-    def launch(programs: int) -> object:
+    def launch(programs: int, architecture: str) -> object:
         query_heads, kv_heads = heads
         keys = meta(batch, tokens, kv_heads, head_dim, dtype=dtype).transpose(1, 2)
         valid = meta(batch, 1, tokens, dtype=torch.bool) if padded else None
@@ -177,7 +179,7 @@ def evict(
 
 def sketched_prompt(
     dtype: torch.dtype, *, heads: tuple[int, int] = (32, 8), head_dim: int = 128, tokens: int, kept: int, bits: int
-) -> Callable[[int], object]:
+) -> Callable[[int, str], object]:
     """Return a function that launches what a prompt's end needs beside `evict` for a sketch and value-aware scores.
 
     Args:
@@ -189,7 +191,7 @@ def sketched_prompt(
         bits: of a channel of the sketch.
     """
 
-    def launch(programs: int) -> object:
+    def launch(programs: int, architecture: str) -> object:
         kv_heads, capacity = heads[1], kept + RESERVE
         keys = meta(1, kv_heads, capacity, head_dim, dtype=dtype)
         sketch = (
@@ -208,7 +210,7 @@ def sketched_prompt(
 
 def dense(
     dtype: torch.dtype, *, heads: tuple[int, int] = (32, 8), head_dim: int = 128, length: int
-) -> Callable[[int], Tensor]:
+) -> Callable[[int, str], Tensor]:
     """Return a function that launches a decode step of dense attention.
 
     Args:
@@ -218,7 +220,7 @@ def dense(
         length: tokens stored.
     """
 
-    def launch(programs: int) -> Tensor:
+    def launch(programs: int, architecture: str) -> Tensor:
         query_heads, kv_heads = heads
         keys = meta(1, kv_heads, length, head_dim, dtype=dtype)
         workspace = DenseWorkspace(1, query_heads, kv_heads, head_dim, head_dim, length, META, programs=programs)
@@ -240,7 +242,7 @@ def prefill(
     sinks: bool = False,
     window: int | None = None,
     padded: bool = False,
-) -> Callable[[int], Tensor]:
+) -> Callable[[int, str], Tensor]:
     """Return a function that launches attention of a prompt's last `length` of `tokens` tokens.
 
     Args:
@@ -256,7 +258,7 @@ def prefill(
         padded: whether prompts are padded.
     """
 
-    def launch(programs: int) -> Tensor:
+    def launch(programs: int, architecture: str) -> Tensor:
         query_heads, kv_heads = heads
         query = meta(batch, length, query_heads, head_dim, dtype=dtype).transpose(1, 2)
         keys = meta(batch, kv_heads, tokens, head_dim, dtype=dtype)

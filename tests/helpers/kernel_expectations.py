@@ -22,6 +22,29 @@ class Loop:
     tokens: str = "BN"
 
 
+@dataclass(frozen=True)
+class Dependence:
+    """How a kernel of a decode step depends on its neighbours on the stream, where launches can overlap.
+
+    Attributes:
+        waits: whether it waits for the kernel ahead, before anything else.
+        permits: whether the kernel behind it may start before it ends.
+    """
+
+    waits: bool
+    permits: bool
+
+
+DEPENDENCES = {
+    # The first of a step starts when everything ahead of it has ended: it overwrites what the last step reads.
+    "append_score_kernel": Dependence(waits=False, permits=True),
+    "append_sketch_kernel": Dependence(waits=False, permits=True),
+    "select_parts_kernel": Dependence(waits=True, permits=True),
+    "select_kernel": Dependence(waits=True, permits=True),
+    # Nothing of a step follows.
+    "select_attend_kernel": Dependence(waits=True, permits=False),
+}
+
 # From the named version of Triton on: which loops it pipelines, and how, changed in 3.8.
 _SINCE: dict[str, dict[tuple[int, int], Loop]] = {
     "append_score_kernel": {(3, 2): Loop(("bounds",), 2, 1)},

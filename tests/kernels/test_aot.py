@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is a dependency on Linux on x86-64 
 import triton
 
 import kernel_configurations as configurations
-from kernel_expectations import expected_loops
+from kernel_expectations import DEPENDENCES, Dependence, expected_loops
 from rocketkv.budget import rocketkv_plus_split, rocketkv_split
 from tools.aot import targets
 
@@ -151,6 +152,22 @@ def test_loops_copy_while_they_compute(found: dict[str, Any], target: str) -> No
                 if issued > loop.issued:
                     wrong.append((named(report), pointer, "instructions a token", issued))
     assert met == set(expected)
+    assert not wrong
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_the_launches_of_a_step_overlap_where_they_can(found: dict[str, Any], target: str) -> None:
+    """Each waits for the one ahead before it touches memory, and the first is launched in the usual way."""
+    can = target != "sm_80" and importlib.util.find_spec("triton.language.extra.cuda.gdc") is not None
+    neither = Dependence(waits=False, permits=False)
+    wrong, met = [], set()
+    for report in reports_for(found, target):
+        expected = DEPENDENCES.get(report["kernel"].split("[")[0], neither) if can else neither
+        waits = report["before_wait"] is not None
+        met.add(report["kernel"])
+        if Dependence(waits, report["permits"]) != expected or report["dependent"] != waits or report["before_wait"]:
+            wrong.append((named(report), report["before_wait"], report["permits"], report["dependent"]))
+    assert met >= set(DEPENDENCES)
     assert not wrong
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rocketkv.kernels import launches
+from rocketkv.kernels import dependent, launches
 from rocketkv.kernels.launches import Launch, LaunchKey, default_launch, launch_of, read_table, table_of
 
 SIZES: dict[str, Any] = {
@@ -74,6 +74,22 @@ def test_defaults_are_powers_of_two_for_every_shape() -> None:
                 assert cut.tile & (cut.tile - 1) == cut.warps & (cut.warps - 1) == 0
     with pytest.raises(ValueError, match=r"kernel must be one of append_score.*got 'other'"):
         default_launch("other", **SIZES)
+
+
+def test_launches_overlap_on_new_devices_with_new_drivers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def overlap(architecture: str | None, device: str = "cuda", driver: int = 12080) -> bool:
+        monkeypatch.setattr(dependent, "driver_version", lambda: driver)
+        return dependent.launches_dependently(architecture, torch.device(device))
+
+    monkeypatch.setattr(dependent, "AVAILABLE", True)
+    assert overlap("sm_90")
+    assert overlap("sm_120")
+    assert overlap("sm_90", driver=12030)
+    assert overlap("sm_90", "meta", driver=0)  # compiled for it, not run
+    others: tuple[tuple[str | None, int], ...] = (("sm_80", 12080), ("sm_90", 12020), ("gfx942", 0), (None, 12080))
+    assert not any(overlap(architecture, driver=driver) for architecture, driver in others)
+    monkeypatch.setattr(dependent, "AVAILABLE", False)
+    assert not overlap("sm_90")
 
 
 def test_a_cpu_has_no_architecture() -> None:

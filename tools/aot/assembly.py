@@ -10,6 +10,10 @@ _SASS_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256":
 _SASS_LABEL = re.compile(r"^(?P<label>\.L_\w+):")
 _SASS_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?P<text>[^;]*);")
 _SASS_BRANCH = re.compile(r"\bBRA(?:\.\w+)*\s.*`\((?P<label>\.L_\w+)\)")
+# The waits for the kernel ahead on the stream, and the permission of the next one: `griddepcontrol` of PTX.
+_SASS_WAIT = re.compile(r"\bACQBULK\b")
+_SASS_PERMISSION = re.compile(r"\bPREEXIT\b")
+_SASS_ORDERED = re.compile(r"\b(?:LDG|LDGSTS|LD|STG|ST|ATOMG?|RED|UBLK\w+|UTMA\w+|BRA|BRX|CALL)\b")
 _GCN_FILE = re.compile(r'\s\.file\s+(?P<number>\d+)\s+(?:"[^"]*"\s+)?"(?P<file>[^"]+)"')
 _GCN_LINE = re.compile(r"\s\.loc\s+(?P<number>\d+)\s+(?P<line>\d+)")
 _GCN_ACCESS = re.compile(r"\s(?P<kind>global_load|buffer_load|scratch_load|scratch_store)(?:_lds)?_(?P<type>\w+)")
@@ -68,6 +72,23 @@ def loop_instructions(text: str, pointers: Mapping[tuple[str, int], str]) -> dic
             if start <= position <= end:
                 found_in[pointer] = min(found_in.get(pointer, count), end - start + 1)
     return found_in
+
+
+def permits_successor(text: str) -> bool:
+    """Return whether a disassembled kernel lets the next one start before it has ended."""
+    return _SASS_PERMISSION.search(text) is not None
+
+
+def accesses_before_wait(text: str) -> int | None:
+    """Return a disassembled kernel's accesses to global memory and branches before it waits for the kernel ahead.
+
+    None where it does not wait. Zero shows that no access can come before the wait: what stands before it runs first.
+    """
+    wait = _SASS_WAIT.search(text)
+    if wait is None:
+        return None
+    rows = (_SASS_INSTRUCTION.match(row) for row in text[: wait.start()].splitlines())
+    return sum(_SASS_ORDERED.search(row["text"]) is not None for row in rows if row is not None)
 
 
 def amd_accesses(text: str) -> Iterator[Access]:

@@ -33,7 +33,14 @@ from triton.runtime.jit import JITFunction
 
 from kernel_configurations import CONFIGURATIONS, meta
 
-from .assembly import amd_accesses, loop_instructions, nvidia_accesses, one_line
+from .assembly import (
+    accesses_before_wait,
+    amd_accesses,
+    loop_instructions,
+    nvidia_accesses,
+    one_line,
+    permits_successor,
+)
 from .pipeline import pipeline
 from .report import Report
 from .sources import kernel_trees, load_sites
@@ -50,15 +57,15 @@ class Launch:
     options: dict[str, Any]
 
 
-def launches(launch: Callable[[int], object], programs: int) -> list[Launch]:
-    """Record the launches of a function without running them."""
+def launches(launch: Callable[[int, str], object], target_name: str) -> list[Launch]:
+    """Record the launches of a function for a device without running them."""
     made: list[Launch] = []
 
     def record(kernel: JITFunction[Any], *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         made.append(Launch(kernel, grid, arguments, options))
 
     with mock.patch.object(JITFunction, "run", record):
-        launch(programs)
+        launch(TARGETS[target_name].programs, target_name)
     return made
 
 
@@ -101,6 +108,8 @@ def _measured(compiled: Any, target: Target, sites: dict[tuple[str, int], tuple[
         buffers, in_flight = pipeline(compiled.asm["ttgir"], pointers)
         instructions = loop_instructions(text, pointers)
         loops = {"buffers": buffers, "in_flight": in_flight, "instructions": instructions}
+        loops |= {"permits": permits_successor(text), "before_wait": accesses_before_wait(text)}
+        loops["dependent"] = getattr(compiled.metadata, "launch_pdl", False)
     else:
         accesses = list(amd_accesses(compiled.asm["amdgcn"]))
         registers = re.search(r"\.vgpr_count:\s+(\d+)", compiled.asm["amdgcn"])
@@ -161,7 +170,7 @@ def _compile(target_name: str, configuration_name: str) -> list[Report]:
     """Compile one configuration's kernels for one device; an error becomes a report."""
     target, configuration = TARGETS[target_name], CONFIGURATIONS[configuration_name]
     reports: list[Report] = []
-    calls = launches(configuration.launch, target.programs)
+    calls = launches(configuration.launch, target_name)
     driver.set_active(_Driver(GPUTarget(target.backend, target.arch, target.lanes)))
     for call in calls:
         name = call.kernel.fn.__name__

@@ -25,6 +25,10 @@ class Report:
         buffers: for each pointer whose blocks a loop copies to shared memory while it computes, the blocks that fit.
         in_flight: for each of these, groups of copies that the loop's waits leave unfinished, at the least.
         instructions: for each pointer, instructions of a warp in one pass of the innermost loop that loads from it.
+        permits: whether the next kernel may start before this one has ended.
+        dependent: whether it is launched so that it may start before the kernel ahead has ended.
+        before_wait: accesses to global memory, and branches, before it waits for the kernel ahead; None where it does
+            not wait.
         seconds: how long it took.
     """
 
@@ -44,6 +48,9 @@ class Report:
     buffers: dict[str, int] = field(default_factory=dict)
     in_flight: dict[str, int] = field(default_factory=dict)
     instructions: dict[str, int] = field(default_factory=dict)
+    permits: bool = False
+    dependent: bool = False
+    before_wait: int | None = None
     seconds: float = 0.0
 
     @property
