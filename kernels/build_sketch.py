@@ -14,7 +14,7 @@ from .decode import INTERPRETED
 from .math import as_bfloat16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "start", "capacity"])
 def build_sketch_kernel(
     keys,  # [B, Hkv, tokens, D], by strides
     mean,  # [B, Hkv, D] float32

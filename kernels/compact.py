@@ -11,7 +11,7 @@ from .math import as_bound
 TILE_PAGES = tl.constexpr(128)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chosen", "stored", "count"])
 def tokens_first_kernel(
     slots,  # [B, Hkv, chosen], ascending
     valid,  # [B, valid heads, stored] uint8
@@ -38,7 +38,7 @@ def tokens_first_kernel(
     tl.store(lengths + row, tl.minimum(before, count))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stored", "count", "capacity", "page_size", "tiles", "position_head"])
 def compact_kernel(
     keys,  # [B, Hkv, stored, D], by strides
     values,  # [B, Hkv, stored, DV], by strides

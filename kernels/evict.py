@@ -21,6 +21,7 @@ SPLIT_KEYS = 1024
 MERGE_BLOCK = 32
 POOL_CHUNK = 1024
 SELECT_CHUNK = 4096
+COUNT_BLOCK = 32  # chunks' counts that are read at once
 LIST_CHUNK = 4096
 
 
@@ -185,7 +186,7 @@ def select_top(scores: Tensor, n: int) -> Tensor:
     count_kernel[grid](scores, histograms, counts, size, n, CHUNK=SELECT_CHUNK, num_warps=8)
     positions_kernel[grid](
         scores, histograms, counts, positions, size, n,
-        CHUNKS=triton.next_power_of_2(chunks), CHUNK=SELECT_CHUNK, num_warps=8,
+        CHUNKS=COUNT_BLOCK, CHUNK=SELECT_CHUNK, num_warps=8,
     )  # fmt: skip
     return positions
 

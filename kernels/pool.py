@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "older"])
 def side_by_side_kernel(
     scores,  # [B, Hkv, S - W] float32
     valid,  # [B, valid heads, S] uint8
@@ -28,7 +28,7 @@ def side_by_side_kernel(
     tl.store(beside + row * older + rank, tl.load(scores + row * older + token, mask=real, other=0.0), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "older"])
 def pool_kernel(
     scores,  # [B, Hkv, S - W] float32; with VALID side by side
     valid,  # [B, valid heads, S] uint8

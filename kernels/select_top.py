@@ -41,7 +41,7 @@ def _threshold(histograms, row, n, ROUNDS: tl.constexpr):
     return value, rank
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "n"])
 def digits_kernel(
     scores,  # [R, S] float32
     histograms,  # [R, DIGITS, BINS] int32, zero for this round; added to
@@ -66,7 +66,7 @@ def digits_kernel(
     tl.atomic_add(histograms + (row * DIGITS + ROUND) * BINS + bins, count, mask=count > 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "n"])
 def count_kernel(
     scores,  # [R, S] float32
     histograms,  # [R, DIGITS, BINS] int32
@@ -88,7 +88,7 @@ def count_kernel(
     tl.store(counts + (row * 2 + 1) * chunks + chunk, tl.sum((inside & (bits == value)).to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "n"])
 def positions_kernel(
     scores,  # [R, S] float32
     histograms,  # [R, DIGITS, BINS] int32
@@ -96,7 +96,7 @@ def positions_kernel(
     positions,  # [R, n] int32, written
     size,
     n,
-    CHUNKS: tl.constexpr,
+    CHUNKS: tl.constexpr,  # earlier chunks whose counts are read at once
     CHUNK: tl.constexpr,
 ):
     """Write a chunk's positions behind those of the earlier chunks; grid (R, chunks)."""
@@ -107,12 +107,15 @@ def positions_kernel(
     bits = _ordered(scores, row, position, size)
     value, rank = _threshold(histograms, row, n, DIGITS)
     value = value ^ LOWEST
-    earlier = tl.arange(0, CHUNKS)
-    above_before = tl.sum(tl.load(counts + row * 2 * chunks + earlier, mask=earlier < chunk, other=0), 0)
-    tied_before = tl.sum(tl.load(counts + (row * 2 + 1) * chunks + earlier, mask=earlier < chunk, other=0), 0)
+    above, tied = tl.zeros([CHUNKS], tl.int32), tl.zeros([CHUNKS], tl.int32)
+    for first in range(0, chunk, CHUNKS):
+        earlier = first + tl.arange(0, CHUNKS)
+        above += tl.load(counts + row * 2 * chunks + earlier, mask=earlier < chunk, other=0)
+        tied += tl.load(counts + (row * 2 + 1) * chunks + earlier, mask=earlier < chunk, other=0)
+    above_before, tied_before = tl.sum(above, 0), tl.sum(tied, 0)
     inside = position < size
-    tied = (inside & (bits == value)).to(tl.int32)
+    at_value = (inside & (bits == value)).to(tl.int32)
     # Of those at the n-th largest value, the first `rank` of the row.
-    taken = (inside & (bits > value)) | ((tied > 0) & (tied_before + tl.cumsum(tied, 0) <= rank))
+    taken = (inside & (bits > value)) | ((at_value > 0) & (tied_before + tl.cumsum(at_value, 0) <= rank))
     number = above_before + tl.minimum(tied_before, rank) + tl.cumsum(taken.to(tl.int32), 0) - 1
     tl.store(positions + row * n + number, position, mask=taken)

@@ -12,7 +12,7 @@ from torch import Tensor
 SPLIT_TOKENS = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["older"])
 def weighted_values_kernel(
     scores,  # [B, Hkv, older] float32
     values,  # [B, Hkv, S, DV], by strides
@@ -48,7 +48,7 @@ def weighted_values_kernel(
     tl.store(masses + place, tl.sum(mass, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["older"])
 def value_distances_kernel(
     scores,  # [B, Hkv, older] float32
     values,  # [B, Hkv, S, DV], by strides

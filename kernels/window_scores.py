@@ -17,7 +17,7 @@ from .math import soft_capped
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def window_statistics_kernel(
     query,  # [B, Hkv, M, D]
     key,  # [B, Hkv, S, D], by strides
@@ -91,7 +91,7 @@ def window_statistics_kernel(
     tl.store(sums + partial, mass, mask=number < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "splits"])
 def window_merge_kernel(
     peaks,  # [B, Hkv, SPLITS, M] float32
     sums,  # [B, Hkv, SPLITS, M] float32
@@ -146,7 +146,7 @@ def window_merge_kernel(
     tl.store(weights + row * M + number, weight, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "older"])
 def window_sums_kernel(
     query,  # [B, Hkv, M, D]
     key,  # [B, Hkv, S, D], by strides

@@ -26,6 +26,9 @@ from rocketkv.kernels.value_aware import value_aware
 
 META = torch.device("meta")
 
+Lengths = tuple[Callable[[int, str], object], ...]
+"""Launches that differ in lengths alone."""
+
 
 @dataclass(frozen=True)
 class Configuration:
@@ -269,6 +272,11 @@ def prefill(
     return launch
 
 
+def _of_lengths(launch: Callable[..., Callable[[int, str], object]], *cases: dict[str, Any], **common: Any) -> Lengths:
+    """Return launches of one kind that differ in lengths alone."""
+    return tuple(launch(BF16, **common, **case) for case in cases)
+
+
 WINDOW = 32
 RESERVE = 128
 BOTH = ("append_score_kernel", "select_attend_kernel")
@@ -344,4 +352,20 @@ CONFIGURATIONS = {
     ),
     "smollm2-135m-fp32-chunk": Configuration(prefill(FP32, length=512, tokens=2048, batch=4, padded=True, **SMOLLM)),
     "gpt-oss-20b-prompt-8k": Configuration(evict(BF16, tokens=8192, kept=3614, page_size=2, **GPT_OSS), WIDEST),
+}
+
+_PROMPTS = ({"tokens": 4096, "kept": 1000, "page_size": 2}, {"tokens": 70001, "kept": 6343, "page_size": 3})
+# Launches that share their compiled kernels: what differs is no constant.
+OF_LENGTHS = {
+    "prompts": _of_lengths(evict, *_PROMPTS),
+    "padded prompts": _of_lengths(evict, *_PROMPTS, batch=2, padded=True),
+    "sketched prompts": _of_lengths(
+        sketched_prompt, {"tokens": 4096, "kept": 1008}, {"tokens": 70001, "kept": 7575}, bits=2
+    ),
+    "chunks": _of_lengths(prefill, {"length": 512, "tokens": 2048}, {"length": 777, "tokens": 70001}, **GPT_OSS),
+    # Of as many tiles, pages and parts when padded.
+    "steps": _of_lengths(
+        decode, LLAMA_32K, {**LLAMA_32K, "capacity": 5900, "page_size": 3, "channels": 66, "top_k": 499}
+    ),
+    "steps on a sketch": _of_lengths(decode, PLUS_32K, {**PLUS_32K, "capacity": 7601, "top_k": 500}),
 }

@@ -155,6 +155,11 @@ def test_loops_copy_while_they_compute(found: dict[str, Any], target: str) -> No
     assert not wrong
 
 
+def test_lengths_share_their_compiled_kernels(found: dict[str, Any]) -> None:
+    """A prompt of another length, or buffers of another capacity, compile nothing anew."""
+    assert found["recompiled"] == {title: [] for title in configurations.OF_LENGTHS}
+
+
 @pytest.mark.parametrize("target", NVIDIA)
 def test_the_launches_of_a_step_overlap_where_they_can(found: dict[str, Any], target: str) -> None:
     """Each waits for the one ahead before it touches memory, and the first is launched in the usual way."""

@@ -302,6 +302,7 @@ def drawn(values: str, *shape: int) -> Tensor:
 @pytest.mark.parametrize("size", [1, 2, 7, 63, 64, 65, 130])
 def test_select_top(size: int, values: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evict, "SELECT_CHUNK", 64)
+    monkeypatch.setattr(evict, "COUNT_BLOCK", 2)
     assert_same_selection(drawn(values, 2, size), 1 + size // 3)
     for n in (1, size - 1, size):
         if n >= 1:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import triton
 
@@ -20,7 +21,7 @@ import triton
 _ROOT = Path(__file__).resolve().parents[2]
 sys.path[:1] = [str(_ROOT / "tools"), str(_ROOT / "tests" / "helpers")]
 
-from aot.compiler import compile_all  # noqa: E402
+from aot.compiler import compile_all, recompiled  # noqa: E402
 from aot.report import table  # noqa: E402
 from aot.targets import TARGETS  # noqa: E402
 
@@ -50,8 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     reports = compile_all([name for name in asked if name not in left_out], arguments.jobs, arguments.brief or ())
     seconds = round(time.monotonic() - began, 1)
     if arguments.json:
-        found = {"triton": triton.__version__, "seconds": seconds, "left_out": left_out}
-        json.dump({**found, "reports": [asdict(report) for report in reports]}, sys.stdout, indent=1)
+        found: dict[str, Any] = {"triton": triton.__version__, "seconds": seconds, "left_out": left_out}
+        found |= {"recompiled": recompiled("sm_90"), "reports": [asdict(report) for report in reports]}
+        json.dump(found, sys.stdout, indent=1)
         sys.stdout.write("\n")
     else:
         for name in asked:

@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from kernel_configurations import CONFIGURATIONS, meta
+from kernel_configurations import CONFIGURATIONS, OF_LENGTHS, meta
 
 from .assembly import (
     accesses_before_wait,
@@ -191,6 +191,33 @@ def _compile(target_name: str, configuration_name: str) -> list[Report]:
         kernel = f"{name}[{', '.join(apart)}]" if apart else name
         reports.append(Report(target_name, kernel, configuration_name, configuration.main, **measured))
     return reports
+
+
+def recompiled(target_name: str) -> dict[str, list[str]]:
+    """Return, of each set of launches in `OF_LENGTHS`, the kernels that a later one compiles anew; compiles nothing."""
+    target = TARGETS[target_name]
+    found: dict[str, list[str]] = {}
+    known: set[tuple[str, str]] = set()
+
+    def note(*, key: str, fn: Any, **others: Any) -> bool:
+        known.add((fn.name, key))
+        return True  # no need to compile
+
+    # What Triton calls before it compiles; its place has changed.
+    owner: Any = JITFunction
+    hook = "cache_hook"
+    if not hasattr(owner, hook):
+        owner, hook = triton.knobs.runtime, "jit_cache_hook"
+    driver.set_active(_Driver(GPUTarget(target.backend, target.arch, target.lanes)))
+    with mock.patch.object(owner, hook, note):
+        for title, several in OF_LENGTHS.items():
+            for number, launch in enumerate(several):
+                before = known.copy()
+                for call in launches(launch, target_name):
+                    call.kernel.run(*call.arguments, grid=call.grid, warmup=True, **call.options)
+                if number:
+                    found[title] = sorted({kernel.split(".")[-1] for kernel, _ in known - before})
+    return found
 
 
 def compile_all(targets: Sequence[str], jobs: int, brief: Sequence[str] = ()) -> list[Report]:
