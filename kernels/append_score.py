@@ -51,26 +51,32 @@ def _operand(block, dtype: tl.constexpr, EXACT: tl.constexpr):
 def _new_page(
     new, keys, index, row, length, capacity, tiles, channel, D: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """Return the bounds of the page that a row's new key [DP] falls into, and write them if the key fills it."""
+    """Return the bounds of the page that a row's new key [DP] falls into, and write them if the key fills it.
+
+    A full row has no room for the key: the bounds are those of its last page without it, or zeros after whole pages.
+    """
     closed = length // P
-    top = new.to(tl.float32)
-    bottom = top
+    room = length < capacity
+    top = tl.where(room, new.to(tl.float32), float("-inf"))
+    bottom = tl.where(room, new.to(tl.float32), float("inf"))
     for i in tl.static_range(P - 1):
         earlier = closed * P + i
         there = earlier < length
         old = tl.load(keys + (row * capacity + earlier) * D + channel, mask=channel < D * there.to(tl.int32), other=0.0)
-        old = tl.where(there, old.to(tl.float32), top)
+        old = old.to(tl.float32)
         # Written so that NaN stays: a maximum that drops it would hide it.
-        top = tl.where((old > top) | (old != old), old, top)
-        bottom = tl.where((old < bottom) | (old != old), old, bottom)
+        top = tl.where(there & ((old > top) | (old != old)), old, top)
+        bottom = tl.where(there & ((old < bottom) | (old != old)), old, bottom)
+    occupied = room | (closed * P < length)
+    top, bottom = tl.where(occupied, top, 0.0), tl.where(occupied, bottom, 0.0)
     # A page that the token fills is scored as it will be read from now on; an open one is exact.
-    full = (length + 1) % P == 0
+    full = room & ((length + 1) % P == 0)
     top = tl.where(full, rounded(top, index.dtype.element_ty), top)
     bottom = tl.where(full, rounded(bottom, index.dtype.element_ty), bottom)
     rows: tl.constexpr = D if P == 1 else 2 * D
     place = (row * tiles + closed // TILE) * rows * TILE + closed % TILE
     entries = index + place + channel.to(tl.int64) * TILE
-    writes = channel < D * (full & (length < capacity)).to(tl.int32)
+    writes = channel < D * full.to(tl.int32)
     tl.store(entries, as_bound(top, index.dtype.element_ty), mask=writes)
     if P > 1:
         tl.store(entries + D * TILE, as_bound(bottom, index.dtype.element_ty), mask=writes)
@@ -175,11 +181,11 @@ def append_score_kernel(
                 logit = tl.sum(tl.where(chosen, q * tl.where(lower, bottom, top)[None, :], 0.0), 1) * factor
                 if softcap is not None:
                     logit = soft_capped(logit, softcap)
-                room = (closed < tiles * TILE).to(tl.int32)  # none in a full row
-                tl.store(scored + closed, logit[:, None], mask=head[:, None] < G * room)
-                mass = tl.where(logit == logit, 1.0, logit) * (length + 1 - closed * P).to(tl.float32)
-                tl.store(peaks + program * GP + head, logit)
-                tl.store(sums + program * GP + head, mass)
+                count = tl.minimum(length + 1, capacity) - closed * P  # tokens of the page, none in a full row of pages
+                tl.store(scored + closed, logit[:, None], mask=head[:, None] < G * (count > 0).to(tl.int32))
+                mass = tl.where(logit == logit, 1.0, logit) * count.to(tl.float32)
+                tl.store(peaks + program * GP + head, tl.where(count > 0, logit, float("-inf")))
+                tl.store(sums + program * GP + head, tl.where(count > 0, mass, 0.0))
             else:
                 listed = ranked + program * RP
                 tl.store(listed + rank, entry, mask=rank < RP)

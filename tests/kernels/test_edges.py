@@ -13,11 +13,12 @@ from torch import Tensor
 
 from close import assert_near
 from rocketkv import dispatch as backend
+from rocketkv.core.decode import Fill, decode_step_torch
 from rocketkv.state.store import KVStore
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
-from layer_case import HALF, Case, kernel_step, make, workspace_of
+from layer_case import HALF, Case, expected_positions, kernel_step, make, workspace_of
 from rocketkv.kernels import decode, launch, select, select_plan
 from tracking import Operators
 
@@ -159,6 +160,26 @@ def test_nothing_beyond_the_buffers_is_touched(length: int, separate: bool, monk
     if full:
         assert torch.equal(store.decoding.keys, before)
         assert store.decoding.buffers.seq_lens.tolist() == [[256]]
+
+
+@pytest.mark.parametrize(("capacity", "page_size"), [(200, 1), (200, 3), (256, 2)])
+def test_a_full_row_does_not_count_a_token_that_it_has_no_room_for(capacity: int, page_size: int) -> None:
+    """Which would outweigh all others for one head of the group: the other head would choose alone."""
+    case = Case(lengths=(capacity,), page_size=page_size)
+    store, [(query, _, value)], _ = make(case)
+    sizes = dict.fromkeys(("keys", "values", "positions"), capacity)
+    store.decoding.set_tensors({name: store.tensors()[name][:, :, :n].contiguous() for name, n in sizes.items()})
+    plain = copy.deepcopy(store)
+    workspace = workspace_of(case, store)
+    out = kernel_step(case, store, workspace, (query, 20 * query[:, :1], value), None)
+    positions = expected_positions(case, plain, query, None)
+    assert torch.equal(workspace.chosen, positions[0].int())
+    for name, tensor in plain.tensors().items():
+        assert torch.equal(store.tensors()[name], tensor), name
+    fill = Fill(capacity - 1, 0, None)
+    buffers = plain.decoding.buffers._replace(clock=plain.clock())
+    given = (query, 20 * query[:, :1], value, buffers, plain.decoding.index, case.split, case.params(), fill)
+    assert_near(out, decode_step_torch(*given))
 
 
 @pytest.mark.parametrize("pages", [256, 2048])
