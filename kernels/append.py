@@ -1,4 +1,4 @@
-"""What both first launches of a decode step do: write a row's new token.
+"""Write a row's new token, in either first launch of a decode step.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, Dv of values.
 """

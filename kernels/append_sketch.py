@@ -24,7 +24,7 @@ from .math import as_bfloat16, soft_capped, softmax_merged, softmax_summed
 
 @dataclass(frozen=True)
 class SketchRule:
-    """How keys are sketched.
+    """The rule by which keys are sketched.
 
     Attributes:
         bits: of a channel, 1 to 4.
@@ -54,7 +54,7 @@ def arranged(rotation: Tensor, rule: SketchRule) -> Tensor:
 
     Args:
         rotation: R times the length of its rows.
-        rule: how keys are sketched.
+        rule: by which keys are sketched.
 
     Returns:
         [D padded to a power of two, digits of `code_words` words, plane after plane], zeros where no channel is.

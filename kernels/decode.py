@@ -1,4 +1,4 @@
-"""A decode step of stage 2 in two launches, or three: what it works in, how it is cut, and what it takes.
+"""A decode step of stage 2 in two launches, or three, and the buffers that it works in.
 
 `append_score` writes the token and scores the pages, `append_sketch` in its place the tokens of a sketch;
 `select_attend` chooses, attends and combines. Where one program's registers do not hold all pages (more than
@@ -145,7 +145,7 @@ class DecodeWorkspace:
         head_dim = max(16, triton.next_power_of_2(self.shape.head_dim))
         held = self.shape.scored and not (kernel == "select_attend" and self.separate)
         pages = triton.next_power_of_2(self.page_capacity) if held else 1
-        return {"head_dim": head_dim, "itemsize": itemsize, "pages": pages}
+        return {"head_dim": head_dim, "value_dim": self.value_block, "itemsize": itemsize, "pages": pages}
 
     def force(self, kernel: str, launch: Launch | None) -> None:
         """Cut a kernel in this way, or with None as the table of launches says; for `rocketkv bench tune`."""
@@ -160,7 +160,7 @@ class DecodeWorkspace:
         """Return how a kernel is cut, with float32 products or not."""
         if kernel in self._forced:
             return self._forced[kernel]
-        blocks = {"group": self.group_block, "value_dim": self.value_block, "channels": self.rank_block}
+        blocks = {"group": self.group_block, "channels": self.rank_block}
         return launch_of(kernel, self.architecture, **self.sizes(kernel, itemsize), **blocks, exact=exact)
 
     def first_launch(self, query_dtype: torch.dtype, dtype: torch.dtype, ring: int) -> Prepared:

@@ -36,7 +36,7 @@ class DecodeShape:
         token_budget: t: a row that stores no more attends to all of it.
         sinks: for `streaming`, how many first tokens are read beside the most recent; else None.
         protected: how many first tokens are read whatever their rank.
-        sketch: how keys are sketched, or None where pages are scored or nothing is.
+        sketch: the rule by which keys are sketched, or None where pages are scored or nothing is.
         residual: whether the tokens not read count as one.
         by_largest: whether tokens rank by the largest weight of the group's heads, not by their average.
         queries: n, the queries of a verify step, each of which has KV heads of its own in `heads` and `kv_heads`, next

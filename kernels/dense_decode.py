@@ -148,7 +148,7 @@ def dense_combine_kernel(
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the attention is cut.
+    """The blocks, warps and stages of the attention.
 
     Attributes:
         block: tokens of one product.
@@ -171,7 +171,7 @@ TILINGS = (
     Tiling(block=32, stages=4),
     Tiling(block=64, warps=8, waves=4, stages=2),
 )
-"""What is worth trying: the fastest depends on the device and on the shape."""
+"""Tilings to try: the fastest depends on the device and on the shape."""
 
 
 class DenseWorkspace:
@@ -185,7 +185,7 @@ class DenseWorkspace:
         value_dim: Dv.
         length: N, tokens that a step attends to.
         device: where.
-        tiling: how to cut it.
+        tiling: its blocks, warps and stages.
         programs: programs that fill the device, by default its multiprocessors.
 
     Raises:

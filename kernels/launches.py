@@ -1,4 +1,4 @@
-"""Tiles, warps and stages of the kernels of a decode step, by architecture, head dim, dtype and pages.
+"""Tiles, warps and stages of the kernels of a decode step, by architecture, head dims, dtype and pages.
 
 `launches.json` has what `rocketkv bench tune` found to be faster on a device than the defaults here, which come from
 compiled code: registers, shared memory and buffers (`make kernels-report`).
@@ -45,6 +45,7 @@ class LaunchKey:
         kernel: `append_score`, `append_sketch` or `select_attend`.
         architecture: as `architecture_of` returns it.
         head_dim: D, padded to a power of two.
+        value_dim: Dv, padded to a power of two.
         itemsize: bytes of an element of the keys.
         pages: of a row, padded to a power of two; of a sketch, tokens.
     """
@@ -52,6 +53,7 @@ class LaunchKey:
     kernel: str
     architecture: str
     head_dim: int
+    value_dim: int
     itemsize: int
     pages: int
 
@@ -159,7 +161,7 @@ def launch_of(
         exact: whether products are float32's.
     """
     if architecture is not None and group == 16 and not exact:
-        tuned = _installed().get(LaunchKey(kernel, architecture, head_dim, itemsize, pages))
+        tuned = _installed().get(LaunchKey(kernel, architecture, head_dim, value_dim, itemsize, pages))
         if tuned is not None:
             return tuned
     sizes = {"head_dim": head_dim, "itemsize": itemsize, "pages": pages, "group": group, "value_dim": value_dim}

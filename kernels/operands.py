@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Params(Protocol):
-    """How a model's attention turns products of queries and keys into weights."""
+    """The parameters of a model's attention: they turn products of queries and keys into weights."""
 
     @property
     def scaling(self) -> float:

@@ -1,6 +1,6 @@
 """Trials of launch configurations: what is tried, how it is timed, and which enters the table (see `tune`).
 
-Letters: D head dim.
+Letters: D head dim of keys and values.
 """
 
 import itertools
@@ -135,8 +135,8 @@ def _try_case(buffers: CaseBuffers, rounds: int, trials: dict[LaunchKey, Trials]
 def _try_all(step: DecodeStep, kernel: str, rounds: int, trials: dict[LaunchKey, Trials]) -> None:
     """Time a kernel with its default and every configuration, in alternating rounds, and note the ratios."""
     key = key_of(step, kernel)
-    space, sizes = step.workspace, {"head_dim": key.head_dim, "itemsize": key.itemsize, "pages": key.pages}
-    blocks = {"group": space.group_block, "value_dim": space.value_block, "channels": space.rank_block}
+    space, sizes = step.workspace, step.workspace.sizes(kernel, step.buffers.dtype.itemsize)
+    blocks = {"group": space.group_block, "channels": space.rank_block}
     default = default_launch(kernel, **sizes, **blocks, exact=False)
     tried = trials.setdefault(key, Trials(default))
     tried.cases.append(f"{step.stores.method} {step.buffers.case}")

@@ -7,8 +7,8 @@ equally many pages, padded to a power of two, share an entry: the configuration 
 the default's. The table gets an entry where that saves more than 2 %; entries of other architectures stay.
 
 The last line is JSON: `device`, `versions`, `rounds`, `table` (the file), and for each of `entries`: kernel,
-architecture, head_dim, itemsize, pages, `cases`, `default` and `launch` (tile, warps, stages), `saved` (share of the
-time), `tried` (configurations) and `refused` (those that do not count, and why).
+architecture, head_dim, value_dim, itemsize, pages, `cases`, `default` and `launch` (tile, warps, stages), `saved`
+(share of the time), `tried` (configurations) and `refused` (those that do not count, and why).
 """
 
 import argparse

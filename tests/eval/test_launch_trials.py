@@ -57,11 +57,11 @@ def test_the_table_gets_what_is_faster_in_all_cases(monkeypatch: pytest.MonkeyPa
 
     tried = faked(monkeypatch, seconds)
     path = tmp_path / "table.json"
-    other = LaunchKey("append_score", "sm_90", 128, 2, 2048)
+    other = LaunchKey("append_score", "sm_90", 128, 128, 2, 2048)
     path.write_text(table_of({other: SMALL_TILE}, {"sm_90": {"device": "H100"}}), encoding="utf-8")
     with torch.inference_mode():
         result = launch_trials.tune([32], CPU, rounds=5, path=path, cases=CASES, layer=TINY_LAYER, dtype=torch.float32)
-    key = LaunchKey("append_score", "cpu", 32, 4, 128)
+    key = LaunchKey("append_score", "cpu", 32, 32, 4, 128)
     assert read_table(path) == {other: SMALL_TILE, key: Launch(64, 4, 3)}
     assert set(read_devices(path)) == {"sm_90", "cpu"}
     found = {(one["kernel"], one["pages"]): one for one in result["entries"]}

@@ -20,7 +20,7 @@ SIZES: dict[str, Any] = {
     "channels": 128,
     "exact": False,
 }
-KEY = LaunchKey("append_score", "sm_90", 128, 2, 2048)
+KEY = LaunchKey("append_score", "sm_90", 128, 128, 2, 2048)
 TUNED = Launch(tile=64, warps=8, stages=5)
 
 
@@ -38,7 +38,7 @@ def test_an_entry_counts_for_its_device_and_shape_alone() -> None:
     assert found() == TUNED
     others = (
         {"kernel": "select_attend"}, {"architecture": "sm_80"}, {"architecture": None}, {"head_dim": 64},
-        {"itemsize": 4}, {"pages": 4096}, {"group": 32}, {"exact": True},
+        {"value_dim": 256}, {"itemsize": 4}, {"pages": 4096}, {"group": 32}, {"exact": True},
     )  # fmt: skip
     for changed in others:
         expected = default_launch(changed.get("kernel", "append_score"), **SIZES | {
@@ -49,7 +49,7 @@ def test_an_entry_counts_for_its_device_and_shape_alone() -> None:
 
 def test_a_table_is_read_as_it_is_written(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
-    entries = {KEY: TUNED, LaunchKey("select_attend", "gfx942", 64, 2, 512): Launch(32, 4, 2)}
+    entries = {KEY: TUNED, LaunchKey("select_attend", "gfx942", 64, 32, 2, 512): Launch(32, 4, 2)}
     devices = {"sm_90": {"device": {"name": "H100"}}}
     for given in (entries, {}):
         path.write_text(table_of(given, devices), encoding="utf-8")
