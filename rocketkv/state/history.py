@@ -358,7 +358,9 @@ class History:
             for copy, tensor in zip(copies, held, strict=True):
                 copy_tokens(copy[:, :, : self.seen], tensor[:, :, : self.seen])
                 copy.record_stream(stream)
-        return Fetched(copies, self.seen, room, stream)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # PyTorch's own is not typed
+            done.record(stream)
+        return Fetched(copies, self.seen, room, stream, done)
 
     def _held(self) -> list[Tensor]:
         return [tensor for tensor in (self.keys, self.values, self.positions) if tensor is not None]

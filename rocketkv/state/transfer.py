@@ -11,17 +11,26 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class Fetched:
-    """A copy to a device in progress: keys, values, positions if there are any, and the stream that copies them."""
+    """A copy to a device in progress.
+
+    Attributes:
+        tensors: keys, values, and positions if there are any.
+        seen: tokens copied.
+        room: slots behind them.
+        stream: that copies, and later copies for other layers; None if the copy is complete.
+        done: recorded on the stream behind this copy alone.
+    """
 
     tensors: list[Tensor]
     seen: int
     room: int
     stream: "torch.cuda.Stream | None" = None
+    done: "torch.cuda.Event | None" = None
 
     def arrived(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return keys, values and positions; the current stream waits for them."""
-        if self.stream is not None:
-            torch.cuda.current_stream(self.tensors[0].device).wait_stream(self.stream)
+        """Return keys, values and positions; the current stream waits for them, and for no later copy."""
+        if self.done is not None:
+            torch.cuda.current_stream(self.tensors[0].device).wait_event(self.done)
         return self.tensors[0], self.tensors[1], self.tensors[2] if len(self.tensors) > 2 else None
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -18,9 +19,12 @@ from rocketkv.config import RocketKVConfig
 from rocketkv.core.params import AttentionParams
 from rocketkv.hf.layer import RocketKVLayer, layer_of
 from rocketkv.hf.turns import prompt_part
+from rocketkv.state import history as history_module
 from rocketkv.state.history import History
 from rocketkv.state.store import KVStore
+from rocketkv.state.transfer import buffer_like
 
+CPU = torch.device("cpu")
 PARAMS = AttentionParams(SCALING)
 SPLIT = BudgetSplit(token_budget=24, kept_tokens=40, page_size=3, channels=9, top_k=12)
 # Tokens of each turn's prompt, and decoded after it: nothing is left out of the last one's window but by stage 1.
@@ -91,6 +95,76 @@ def test_a_host_waits_once_for_copies_before_it_reads_them(use: Callable[[Histor
     store.extend(key, key)
     history.keep(store)  # buffers that grow are read
     assert stream.waits == 2
+
+
+class FakeStream:
+    """A stream of a GPU that is not there: a list of what was put on it, in order."""
+
+    def __init__(self, device: object = None) -> None:
+        self.work: list[object] = []
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.wait_event(FakeEvent(other))
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.work.append(event)
+
+
+class FakeEvent:
+    """The work that a stream had been given when the event was recorded."""
+
+    def __init__(self, stream: FakeStream | None = None) -> None:
+        self.before: list[object] = [] if stream is None else [*stream.work]
+
+    def record(self, stream: FakeStream) -> None:
+        self.before = [*stream.work]
+
+
+def test_a_layer_waits_for_its_own_tokens_and_not_for_the_next_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy of the next layer, on the same stream, overlaps the layer's computation."""
+    current, gpu, active = FakeStream(), torch.device("cuda"), [FakeStream()]
+
+    @contextmanager
+    def on(stream: FakeStream) -> Iterator[None]:
+        active.append(stream)
+        yield
+        active.pop()
+
+    def copy_tokens(target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+        active[-1].work.append(("copied", source.data_ptr()))
+
+    for name, fake in (("Stream", FakeStream), ("Event", FakeEvent), ("stream", on)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
+    monkeypatch.setattr(history_module, "copy_tokens", copy_tokens)
+    monkeypatch.setattr(
+        history_module, "buffer_like", lambda like, capacity, *rest: buffer_like(like, capacity, 0, CPU)
+    )
+    histories = []
+    for number in range(2):
+        store, history = KVStore(), History("cpu")
+        key = torch.full((1, HKV, 20, D), float(number))
+        store.extend(key, key + 1, expected=20)
+        history.keep(store)
+        histories.append(history)
+    active[-1].work.clear()
+    first = histories[0]._fetch(gpu, 3)
+    second = histories[1]._fetch(gpu, 3, first.stream)
+    assert first.stream is second.stream
+    keys, values, _ = first.arrived()
+    assert keys[0, 0, :20].eq(0).all()
+    assert values[0, 0, :20].eq(1).all()
+    [awaited] = current.work
+    assert isinstance(awaited, FakeEvent)
+    of = [{("copied", tensor.data_ptr()) for tensor in history.tensors().values()} for history in histories]
+    assert of[0] <= set(awaited.before)
+    assert not of[1] & set(awaited.before)
+    second.arrived()
+    awaited = current.work[-1]
+    assert isinstance(awaited, FakeEvent)
+    assert of[1] <= set(awaited.before)
 
 
 @pytest.mark.parametrize("chunk", [0, 7])
