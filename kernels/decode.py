@@ -79,18 +79,24 @@ class DecodeWorkspace:
             on_gpu = device.type == "cuda"
             programs = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
         self.rows = rows = shape.batch * shape.kv_heads
-        wanted = max(1, triton.cdiv(programs, rows))
         self.group_block = max(16, triton.next_power_of_2(shape.group))
         self.value_block = max(16, triton.next_power_of_2(shape.value_dim))
-        # The first launch has one program to append, and for scores two waves: most of them have one tile.
-        self.splits = 1 + (triton.cdiv(shape.tiles, triton.cdiv(shape.tiles, 2 * wanted)) if shape.scored else 0)
-        # Of the second no more than have a block to read.
-        blocks = triton.cdiv(shape.top_k or shape.capacity, TOKEN_BLOCK)
-        self.parts = triton.cdiv(blocks, triton.cdiv(blocks, wanted))
         # On AMD an announcement covers the stores of its own wave alone: others' may not have reached memory yet.
         announces = torch.version.hip is None
-        if not announces:
-            self.parts = 1
+
+        def programs_of(rows: int) -> tuple[int, int]:
+            """Return the programs of a row in the first launch and in the last."""
+            wanted = max(1, triton.cdiv(programs, rows))
+            # The first launch has one program to append, and for scores two waves: most of them have one tile.
+            splits = 1 + (triton.cdiv(shape.tiles, triton.cdiv(shape.tiles, 2 * wanted)) if shape.scored else 0)
+            # Of the last no more than have a block to read.
+            blocks = triton.cdiv(shape.top_k or shape.capacity, TOKEN_BLOCK)
+            return splits, triton.cdiv(blocks, triton.cdiv(blocks, wanted)) if announces else 1
+
+        self.splits, self.parts = programs_of(rows)
+        # A verify step is compiled for as many as a decode step has, which are no fewer: it compiles nothing anew.
+        most_splits, most_parts = programs_of(rows // shape.queries)
+        self.split_block, self.part_block = triton.next_power_of_2(most_splits), triton.next_power_of_2(most_parts)
         self.page_capacity = shape.tiles * TILE_PAGES
         self.separate = shape.scored and self.page_capacity > REGISTER_PAGES
         self.select_tree: SelectTree | None = None
@@ -106,7 +112,7 @@ class DecodeWorkspace:
         scored = rows if shape.scored else 0
         paged = 0 if shape.sketch is not None else scored
         residual = rows if shape.residual else 0
-        combined = rows if self.parts > 1 else 0
+        combined = rows if self.part_block > 1 else 0
         self.scores = empty(scored, shape.group, self.page_capacity)
         self.peaks = empty(scored, self.splits, self.group_block)
         self.sums = empty(scored, self.splits, self.group_block)
@@ -188,13 +194,12 @@ class DecodeWorkspace:
         """Return constants and options of the launch that chooses, where the choice has one."""
         if self._select is None:
             shape, tree = self.shape, self.select_tree
-            split_block = triton.next_power_of_2(self.splits)
             page_size = shape.page_size
             if tree is None:
-                ends: tuple[int, ...] = (split_block, SELECT_CHUNK)
+                ends: tuple[int, ...] = (self.split_block, SELECT_CHUNK)
                 ranked: tuple[int, ...] = (shape.residual, shape.by_largest)
             else:
-                ends, ranked = (split_block, tree.block, tree.slots, tree.fan), (shape.by_largest,)
+                ends, ranked = (self.split_block, tree.block, tree.slots, tree.fan), (shape.by_largest,)
             constants = (shape.group, page_size, *ranked, self.group_block, *ends, self.dependent)
             self._select = constants, {"num_warps": 16, **self._dependently()}
         return self._select
@@ -214,12 +219,12 @@ class DecodeWorkspace:
         head_block = max(16, triton.next_power_of_2(shape.head_dim))
         page_block = triton.next_power_of_2(self.page_capacity) if mode == RANKED.value else 1
         cut = self._cut("select_attend", dtype.itemsize, exact)
-        few_heads, part_block = triton.next_power_of_2(shape.group), triton.next_power_of_2(self.parts)
+        few_heads = triton.next_power_of_2(shape.group)
         constants = (
             mode, shape.group, shape.head_dim, shape.value_dim, shape.page_size if shape.scored else 1, exact,
-            shape.by_largest, self.parts > 1, self.group_block, few_heads, head_block, self.value_block,
-            triton.next_power_of_2(self.splits), page_block, cut.tile, part_block,
-            parts_at_once(part_block, few_heads * self.value_block, cut.warps), self.dependent,
+            shape.by_largest, self.part_block > 1, self.group_block, few_heads, head_block, self.value_block,
+            self.split_block, page_block, cut.tile, self.part_block,
+            parts_at_once(self.part_block, few_heads * self.value_block, cut.warps), self.dependent,
         )  # fmt: skip
         launch = constants, {"num_warps": cut.warps, "num_stages": cut.stages, **self._dependently()}
         self._attend[query_dtype, dtype] = launch

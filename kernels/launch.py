@@ -27,6 +27,10 @@ class Launcher:
     def __init__(self) -> None:
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Launcher":
+        """Return one that has launched nothing: compiled kernels belong to the process, and are found again."""
+        return Launcher()
+
     def __call__(
         self,
         kernel: Any,

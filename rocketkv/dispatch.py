@@ -1,8 +1,6 @@
-"""Run both stages on a backend, PyTorch or the Triton kernels; and the decode step as a PyTorch operator.
+"""Run both stages on a backend, PyTorch or the Triton kernels.
 
-Only this module imports `kernels`. Importing it registers the operator `rocketkv::decode_step`. With it, a forward over
-static buffers is traced without a graph break and captured in a CUDA graph: the step reads all state that changes
-between steps from device tensors, and writes it there.
+Only this module imports `kernels`.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim, Dv value dim, N stored tokens, k selected tokens.
 """
@@ -22,12 +20,10 @@ from torch import Tensor
 from .budget import BudgetSplit
 from .config import BACKENDS
 from .core import decode
-from .core.decode import DecodeBuffers, Fill
+from .core.decode import DecodeBuffers
 from .core.eviction import TORCH_OPS, EvictionOps
-from .core.index import index_of
 from .core.params import AttentionParams
 from .core.sketch import encoding, rotation_matrix
-from .core.token_index import TokenIndex
 from .state.decoding import DecodeTokens
 from .state.store import KVStore
 
@@ -224,10 +220,10 @@ def kernel_step(
             "torch.no_grad() or torch.inference_mode()"
         )
         return None
-    workspace = _workspace(query, decoding.buffers, decoding.split, workspaces)
+    workspace = workspace_of(query, decoding.buffers, decoding.split, workspaces)
     if workspace is None:
         return None
-    return _run_kernels(query.detach(), key.detach(), value.detach(), decoding.buffers, workspace, params)
+    return run_kernels(query.detach(), key.detach(), value.detach(), decoding.buffers, workspace, params)
 
 
 def warm_up(
@@ -237,10 +233,12 @@ def warm_up(
     *,
     backend: str = "auto",
     workspaces: Workspaces,
+    drafts: bool = False,
 ) -> None:
     """Compile the kernels of the store's decode steps on a GPU, once for each shape of a layer, and run nothing.
 
-    The host compiles while the device still works on the prompt, not when the first generated token waits.
+    The host compiles while the device still works on the prompt, not when the first generated token waits. Verify steps
+    of any length run the same kernels.
 
     Args:
         query: [B, H, D], any query of the layer.
@@ -248,11 +246,12 @@ def warm_up(
         params: the model's attention parameters.
         backend: see `backend_name`.
         workspaces: shared by the layers of a cache.
+        drafts: whether verify steps will follow, which write no query ring, where there is one.
     """
     if backend_name(query.device, backend) == "torch":
         return
     decoding = store.decoding
-    workspace = _workspace(query, decoding.buffers, decoding.split, workspaces)
+    workspace = workspace_of(query, decoding.buffers, decoding.split, workspaces)
     if workspace is None or workspace.warm:
         return
     from .kernels.decode import decode_step_triton  # imported where it runs: triton may not be installed
@@ -260,12 +259,16 @@ def warm_up(
     store.clock()
     new = query, decoding.keys[:, :, 0], decoding.values[:, :, 0]
     query, key, value = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in new)
+    steps = [decoding.buffers]
+    if drafts and decoding.buffers.query_ring is not None:
+        steps.append(decoding.buffers._replace(query_ring=None))
     with _current(query.device):
-        decode_step_triton(query, key, value, decoding.buffers, workspace, params, compile_only=True)
+        for buffers in steps:
+            decode_step_triton(query, key, value, buffers, workspace, params, compile_only=True)
     workspace.warm = True
 
 
-def _run_kernels(
+def run_kernels(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -274,6 +277,7 @@ def _run_kernels(
     params: AttentionParams,
     out: Tensor | None = None,
 ) -> Tensor:
+    """Run a decode step in a workspace made for it; see `kernels.decode.decode_step_triton`."""
     from .kernels.decode import decode_step_triton  # imported where it runs: triton may not be installed
 
     with _current(query.device):
@@ -308,7 +312,7 @@ def _decode_shape(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit) -> 
     )
 
 
-def _workspace(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit, workspaces: Workspaces) -> Any:
+def workspace_of(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit, workspaces: Workspaces) -> Any:
     """Return the kernels' workspace for a layer's steps, or warn and return None if they do not support its shape."""
     from .kernels.decode import DecodeWorkspace
     from .kernels.decode_shape import refusal
@@ -333,171 +337,16 @@ def _workspace(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit, worksp
     return workspace
 
 
+def workspace_of_buffers(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit, scratch: list[Tensor]) -> Any:
+    """Return a workspace for a layer's steps in the scratch buffers of an earlier one, in the order of its tensors."""
+    from .kernels.decode import DecodeWorkspace
+
+    return DecodeWorkspace(_decode_shape(query, buffers, split), query.device, buffers=scratch)
+
+
 def _current(device: torch.device) -> AbstractContextManager[None]:
     """Return a context that makes this device current: Triton launches on the current device."""
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return nullcontext()
     context: AbstractContextManager[None] = torch.cuda.device(device)
     return context
-
-
-# Fields of a split that a decode step needs. The operator takes them as integers, with -1 for None.
-_RULE = (
-    "token_budget",
-    "page_size",
-    "channels",
-    "sketch_bits",
-    "top_k",
-    "sinks",
-    "protected",
-    "by_largest",
-    "residual",
-)
-
-
-@functools.lru_cache(maxsize=256)
-def _split_of(rule: tuple[int, ...]) -> BudgetSplit:
-    """Return the split of the operator's integers."""
-    fields: dict[str, Any] = {name: None if value < 0 else value for name, value in zip(_RULE, rule, strict=True)}
-    return BudgetSplit(**fields | {name: bool(fields[name]) for name in ("by_largest", "residual")})
-
-
-# An explicit schema, since PyTorch 2.6 infers none from `list[Tensor]`; (a!) marks the arguments that a step writes.
-@torch.library.custom_op(
-    "rocketkv::decode_step",
-    mutates_args=("buffers", "workspace", "out"),
-    schema=(
-        "(Tensor query, Tensor key, Tensor value, Tensor(a!)[] buffers, Tensor(b!)[] workspace, Tensor(c!) out, "
-        "str names, int[] rule, float scaling, float? softcap, Tensor? sinks) -> ()"
-    ),
-)
-def decode_step_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    buffers: list[Tensor],
-    workspace: list[Tensor],
-    out: Tensor,
-    names: str,
-    rule: list[int],
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> None:
-    """Run a decode step over static buffers: `decode.decode_step_torch`, or the kernels if there is a workspace.
-
-    Args:
-        query: [B, H, D], after rotary embedding.
-        key: [B, Hkv, D], after rotary embedding.
-        value: [B, Hkv, Dv].
-        buffers: the tensors of a `DecodeBuffers`; written.
-        workspace: the kernels' scratch buffers; written. Empty for PyTorch.
-        out: [B, H, Dv] in the query's dtype; written.
-        names: names of `buffers`, separated by commas; a name that is no field of `DecodeBuffers` is an index tensor.
-        rule: integers of the split, in the order of `_RULE`.
-        scaling: factor of the logits.
-        softcap: the model's soft-cap of the logits, or None.
-        sinks: [H], the model's learned sinks, or None.
-    """
-    split, params = _split_of(tuple(rule)), AttentionParams(scaling, softcap, sinks)
-    named: dict[str, Any] = dict(zip(names.split(","), buffers, strict=True))
-    index_tensors = tuple(named.pop(name) for name in list(named) if name not in DecodeBuffers._fields)
-    record = DecodeBuffers(**named, index_tensors=index_tensors)
-    _static_step(query, key, value, record, workspace, out, index_of(split), split, params)
-
-
-@decode_step_op.register_fake
-def _(*args: Any, **kwargs: Any) -> None:
-    return None
-
-
-def _static_step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    buffers: DecodeBuffers,
-    workspace: list[Tensor],
-    out: Tensor,
-    index: TokenIndex | None,
-    split: BudgetSplit,
-    params: AttentionParams,
-) -> None:
-    """Run a step over static buffers into `out`, without reading host state."""
-    if workspace:
-        from .kernels.decode import DecodeWorkspace
-
-        shape = _decode_shape(query, buffers, split)
-        _run_kernels(query, key, value, buffers, DecodeWorkspace(shape, query.device, buffers=workspace), params, out)
-        return
-    fill = Fill(buffers.keys.shape[2] - 1, 0, None)
-    out.copy_(decode.decode_step_torch(query, key, value, buffers, index, split, params, fill))
-
-
-@dataclass(eq=False)
-class StaticStep:
-    """The decode step of one static store: the tensors and constants of a traced or captured forward.
-
-    Attributes:
-        decoding: the store's tokens.
-        workspace: the kernels' scratch buffers, empty for PyTorch.
-        out: [B, H, Dv], the last step's output; the next step overwrites it.
-        capacity: slots of the buffers.
-        clock: [1] int32, tokens of the sequence.
-        tensors: the buffers, in the operator's form.
-        names: names of the buffers, in the operator's form.
-        rule: integers of the split, in the operator's form.
-    """
-
-    decoding: DecodeTokens
-    workspace: list[Tensor]
-    out: Tensor
-    capacity: int
-    clock: Tensor
-    tensors: list[Tensor]
-    names: str
-    rule: list[int]
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-        """Run the step for a token's query [B, H, D], key [B, Hkv, D] and value [B, Hkv, Dv]; return `out`."""
-        decoding = self.decoding
-        if torch.compiler.is_dynamo_compiling():
-            torch.ops.rocketkv.decode_step(
-                query, key, value, self.tensors, self.workspace, self.out, self.names, self.rule, *params
-            )
-        else:
-            index, split = decoding.index, decoding.split
-            new = query.detach(), key.detach(), value.detach()
-            _static_step(*new, decoding.buffers, self.workspace, self.out, index, split, params)
-        return self.out
-
-
-@torch.inference_mode(False)  # buffers may be written in a later call that is not in inference mode
-def static_step(
-    query: Tensor, store: KVStore, *, backend: str = "auto", workspaces: Workspaces | None = None
-) -> StaticStep:
-    """Return the decode step of a static store whose prompt is closed; marks its tensors as static addresses.
-
-    Args:
-        query: [B, H, D], the query of any step.
-        store: the layer's store.
-        backend: see `backend_name`.
-        workspaces: shared by the layers of a cache.
-
-    Raises:
-        ValueError: the store grows, its prompt is not closed, or the backend cannot run on its device.
-    """
-    decoding = store.decoding
-    if decoding.decode_capacity is None:
-        raise ValueError("a static step needs a store that was closed with a decode_capacity")
-    clock, split, scratch = store.clock(), decoding.split, []
-    if backend_name(query.device, backend) == "triton":
-        workspace = _workspace(query, decoding.buffers, split, workspaces or Workspaces())
-        scratch = [] if workspace is None else list(workspace.tensors().values())
-    out = torch.zeros(*query.shape[:2], decoding.values.shape[3], dtype=query.dtype, device=query.device)
-    rule = [-1 if value is None else int(value) for value in (getattr(split, name) for name in _RULE)]
-    named = decoding.tensors() | {"clock": clock}
-    for tensor in (*named.values(), *scratch, out):
-        # Otherwise torch.compile copies the written tensors into its CUDA graphs, or makes no CUDA graph.
-        torch._dynamo.mark_static_address(tensor, guard=False)
-    capacity = decoding.keys.shape[2]
-    return StaticStep(decoding, scratch, out, capacity, clock, list(named.values()), ",".join(named), rule)

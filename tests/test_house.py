@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Each imports only itself and earlier ones; the command line and the harness import what a command needs when it runs.
 ORDER = (
-    *("_version", "budget", "config", "options", "core", "state", "dispatch", "verify", "environment"),
+    *("_version", "budget", "config", "options", "core", "state", "dispatch", "static_step", "verify", "environment"),
     *("hf", "eval", "cli"),
 )
 FACES_TRANSFORMERS = {"hf", "cli", "eval"}

@@ -17,8 +17,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..config import RocketKVConfig
 from ..core.params import AttentionParams
-from ..dispatch import static_step, warm_up
+from ..dispatch import warm_up
 from ..state.prompt import PromptTokens
+from ..static_step import static_step
 from .cache import RocketKVCache
 from .layer import RocketKVLayer, rocketkv_layers
 from .masks import LazyMask

@@ -19,7 +19,7 @@ from ..budget import BudgetSplit
 from ..config import RocketKVConfig
 from ..core.pages import index_dtype_of
 from ..core.params import AttentionParams
-from ..dispatch import StaticStep, Workspaces, backend_name, decode_step, eviction_ops, static_step, warm_up
+from ..dispatch import Workspaces, backend_name, decode_step, eviction_ops, warm_up
 from ..state.compress import close_prompt, evict_generated, kept_of
 from ..state.fit import prompt_split
 from ..state.history import History, HistorySnapshot
@@ -28,6 +28,7 @@ from ..state.protection import warn_unprotected
 from ..state.snapshot import StoreSnapshot
 from ..state.stats import LayerStats, live_bytes, store_stats
 from ..state.store import KVStore
+from ..static_step import StaticStep, static_step
 from ..verify import verify_step
 from .masks import LazyMask
 from .prefill import FastAttention, attend_prompt
@@ -258,7 +259,8 @@ class RocketKVLayer(CacheLayerMixin):
         elif not self.store.closed:
             self.end_prompt(params)
         if self.store.closed:
-            warm_up(query[:, :, 0], self.store, params, backend=self.backend, workspaces=self.workspaces)
+            settings: dict[str, Any] = {"backend": self.backend, "workspaces": self.workspaces}
+            warm_up(query[:, :, 0], self.store, params, drafts=self.speculative, **settings)
         if self.store.closed and self.step is None and self.config.decode_capacity is not None:
             self.step = static_step(query[:, :, 0], self.store, backend=self.backend, workspaces=self.workspaces)
         if prompt == 0 and given > 1 and not self.speculative:

@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import CompileConfig
 
 from rocketkv.core.params import AttentionParams
-from rocketkv.dispatch import StaticStep
 from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from rocketkv.state.compress import close_prompt
 from rocketkv.state.store import KVStore
+from rocketkv.static_step import StaticStep
 from tiny import SMALL, TRANSFORMERS, left_padded, prompt
 from turns import KERNEL, PARAMS, RESERVE, SPLITS, Tokens, extend, left_padding, tokens
 

@@ -248,6 +248,14 @@ def test_warming_up_compiles_what_a_step_launches_and_writes_nothing(
     assert all(torch.equal(store.tensors()[name], tensor) for name, tensor in before.items())
     backend.decode_step(*step, store, params, backend="triton", workspaces=workspaces)
     assert compiled == warmed
+    # A verify step writes no query ring: for drafts it is compiled without one, too.
+    ring = step[0].new_zeros(1, case.heads, 4, case.head_dim)
+    store.decoding.buffers = store.decoding.buffers._replace(query_ring=ring)
+    for drafts in (False, True):
+        compiled.clear()
+        given: dict[str, Any] = {"backend": "triton", "workspaces": backend.Workspaces()}
+        backend.warm_up(step[0], store, params, drafts=drafts, **given)
+        assert len(compiled) == (1 + drafts) * len(warmed)
 
 
 def test_a_launch_goes_to_what_was_compiled_for_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,6 +291,9 @@ def test_a_launch_goes_to_what_was_compiled_for_its_arguments(monkeypatch: pytes
     assert start([wide, None], numbers) == ("compiled", 6, [])
     # An address that is no multiple of 16 was not compiled for.
     assert start([wide[1:], None], numbers) == start([wide[1:], None], numbers) == first
+    # A copied cache leaves compiled kernels where they are.
+    started = copy.deepcopy(started)
+    assert start([wide, None], numbers) == first
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 33, 1025])

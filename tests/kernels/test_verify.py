@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from rocketkv import dispatch as backend
 from rocketkv.core.topk import select
 from rocketkv.core.verify import by_kv_head, of_queries
 from rocketkv.kernels import decode
+from rocketkv.kernels.append_sketch import SketchRule
+from rocketkv.kernels.decode_shape import DecodeShape
 from rocketkv.state.store import KVStore
 from rocketkv.verify import verify_step
 
@@ -69,6 +73,41 @@ def test_a_verify_step_equals_the_reference(case: Case) -> None:
             over = lengths > case.token_budget
             assert over.any()
             assert torch.equal(listed[over], positions[over])
+
+
+def test_a_draft_of_another_cut_than_a_step_equals_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program a row attends, with code for the several that a decode step has."""
+    monkeypatch.setattr(decode, "DecodeWorkspace", partial(decode.DecodeWorkspace, programs=4))
+    case = Case(lengths=(90,), heads=2, head_dim=16, sketch_bits=2, steps=DRAFT)
+    store, steps, _ = make(case)
+    plain, draft = copy.deepcopy(store), [torch.stack(each, dim=2) for each in zip(*steps, strict=True)]
+    workspaces = backend.Workspaces()
+    found = verify_step(*draft, store, case.params(), backend="triton", workspaces=workspaces)
+    assert_near(found, verify_step(*draft, plain, case.params(), backend="torch"))
+    (workspace,) = workspaces.buffers.values()
+    assert (workspace.parts, workspace.part_block) == (1, 2)
+
+
+@pytest.mark.parametrize("programs", [1, 132])
+@pytest.mark.parametrize(("pages", "sketch_bits"), [(700, None), (20000, None), (7000, 2)])
+def test_a_verify_step_compiles_nothing_anew(pages: int, sketch_bits: int | None, programs: int) -> None:
+    split: dict[str, Any] = {"page_size": 3, "channels": 40} if sketch_bits is None else {"page_size": 1}
+    rule = None if sketch_bits is None else SketchRule(sketch_bits, 256, 8.0, 1.0)
+    shape = DecodeShape(
+        batch=1, heads=32, kv_heads=8, head_dim=64, value_dim=64, capacity=pages * split["page_size"], top_k=512,
+        token_budget=1024, sinks=None, sketch=rule, residual=rule is not None, **{"channels": None, **split},
+    )  # fmt: skip
+    constants = []
+    for count in (1, 2, 7, 40):
+        drafted = replace(shape, heads=32 * count, kv_heads=8 * count, queries=count)
+        rotation = None if rule is None else torch.empty(64, 64, device="meta")
+        space = decode.DecodeWorkspace(drafted, torch.device("meta"), programs, rotation=rotation)
+        dtypes = torch.bfloat16, torch.bfloat16
+        chosen = space.select_launch() if space.separate else None
+        constants.append((space.first_launch(*dtypes, 0), chosen, space.attend_launch(*dtypes)))
+        assert space.parts <= space.part_block
+        assert space.splits <= space.split_block
+    assert constants[1:] == 3 * constants[:1]
 
 
 def test_a_long_draft_is_read_in_passes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 import rocketkv
 from close import assert_near
-from rocketkv.dispatch import Workspaces, decode_step, static_step
+from rocketkv.dispatch import Workspaces, decode_step
 from rocketkv.state.compress import close_prompt
 from rocketkv.state.store import KVStore
+from rocketkv.static_step import static_step
 from static import run_static, static_pair
 from tracking import Tracker
 from turns import (

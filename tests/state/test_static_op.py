@@ -11,7 +11,8 @@ from torch import Tensor
 
 from close import assert_near
 from rocketkv.budget import METHODS
-from rocketkv.dispatch import StaticStep, decode_step, static_step
+from rocketkv.dispatch import decode_step
+from rocketkv.static_step import StaticStep, static_step
 from static import run_operator, run_static, static_pair
 from tracking import Tracker
 from turns import BUDGET, PARAMS, SCALING, SPLITS, D, Tokens, decode, prompted, tokens
