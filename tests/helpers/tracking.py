@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+# Operations that move nothing.
+VIEWS = {"view", "_unsafe_view", "select", "unsqueeze", "transpose", "slice", "expand", "detach", "alias", "squeeze"}
+
 # Operations that make the host wait for a device.
 SYNCS = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
 

@@ -14,13 +14,11 @@ from rocketkv.budget import METHODS
 from rocketkv.dispatch import decode_step
 from rocketkv.static_step import StaticStep, static_step
 from static import run_operator, run_static, static_pair
-from tracking import Tracker
+from tracking import VIEWS, Tracker
 from turns import BUDGET, PARAMS, SCALING, SPLITS, D, Tokens, decode, prompted, tokens
 
 # Triton 3.2's interpreter
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
-
-VIEWS = {"view", "_unsafe_view", "select", "unsqueeze", "transpose", "slice", "expand", "detach", "alias", "squeeze"}
 
 
 @pytest.mark.parametrize("lengths", [None, [60, 60], [60, 31, 7]], ids=["one row", "even", "ragged"])
