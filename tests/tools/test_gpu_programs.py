@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +12,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
-from rocketkv.kernels import decode
+from rocketkv.eval.bench.kernel_cases import Case, split_of
+from rocketkv.kernels import decode, select_plan
 from rocketkv.kernels.dense_decode import INTERPRETED
 from tools.gpu import programs
+from tools.gpu.plan import plan
 
 pytestmark = pytest.mark.skipif(
     not (INTERPRETED or torch.cuda.is_available()), reason="TRITON_INTERPRET was not 1 when triton was imported"
@@ -41,7 +43,23 @@ def altered(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
 @pytest.mark.parametrize("method", ["rocketkv", "rocketkv+"])
 def test_a_stress_run_passes(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert programs.run("stress", [method, "--tiny"]) == 0
-    assert result_of(capsys) == {"program": "stress", "method": method, "case": "1x128/32", "replays": 3}
+    expected = {"program": "stress", "method": method, "case": "1x128/32", "replays": 3, "launches": 2}
+    assert result_of(capsys) == expected
+
+
+def test_a_stress_run_covers_the_choice_by_several_programs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = [stage.command[2:] for stage in plan()]
+    [case] = [Case.parse(command[3]) for command in commands if command[:3] == ("stress", "rocketkv+", "--case")]
+    stored = split_of(case, programs.LAYER, "rocketkv+").kept_tokens
+    assert stored is not None
+    assert stored > decode.REGISTER_PAGES
+    monkeypatch.setattr(decode, "REGISTER_PAGES", 0)
+    monkeypatch.setattr(select_plan, "SELECT_BLOCKS", (64, 128))
+    assert programs.run("stress", ["rocketkv+", "--tiny", "--case", "1x90/24"]) == 0
+    found = result_of(capsys)
+    assert (found["case"], found["launches"]) == ("1x90/24", 3)
 
 
 @pytest.mark.parametrize("what", ["output", "counter"])
@@ -77,15 +95,19 @@ def test_captured_steps_equal_eager_ones_or_are_refused(
 def test_one_step_of_each_kind_equals_the_reference(capsys: pytest.CaptureFixture[str]) -> None:
     from tools.gpu import one_step
 
-    def short() -> Iterator[tuple[str, Any]]:
-        for name, case in one_step.CASES.items():
-            if name != "a select of its own":  # more pages than the interpreter should go through here
-                yield name, case
-
+    # More pages than the interpreter should go through here.
+    long = {name: case for name, case in one_step.CASES.items() if max(case.lengths) > decode.REGISTER_PAGES}
+    assert [case.sketch_bits for case in long.values()] == [None, 2]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(one_step, "CASES", dict(short()))
+        patched.setattr(one_step, "CASES", {name: one_step.CASES[name] for name in one_step.CASES.keys() - long})
         assert programs.run("one-step", ["--tiny"]) == 0
     assert "a full row" in result_of(capsys)["cases"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(one_step, "CASES", {name: replace(case, lengths=(200, 91)) for name, case in long.items()})
+        patched.setattr(decode, "REGISTER_PAGES", 0)
+        patched.setattr(select_plan, "SELECT_BLOCKS", (64, 128))
+        assert programs.run("one-step", ["--tiny"]) == 0
+    assert {*long} <= {*result_of(capsys)["cases"]}
 
 
 @pytest.mark.integration

@@ -18,7 +18,10 @@ CASES = {
     "sketch and residual, ragged": Case(
         sketch_bits=2, head_dim=128, heads=8, kv_heads=2, lengths=(300, 91, 1), dtype=BF16, by_largest=True, biased=True
     ),
-    "a select of its own": Case(page_size=1, lengths=(BEYOND,), head_dim=16, channels=5, dtype=BF16),
+    "pages in a select of its own": Case(page_size=1, lengths=(BEYOND,), head_dim=16, channels=5, dtype=BF16),
+    "a sketch in a select of its own": Case(
+        sketch_bits=2, head_dim=64, heads=4, lengths=(BEYOND, 91), dtype=BF16, by_largest=True, biased=True, protected=3
+    ),
     "all tokens, learned sinks": Case(method="full", lengths=(200, 60), softcap=5.0, sinks=True, dtype=BF16),
 }
 FULL = Case(sketch_bits=2, head_dim=16, lengths=(128,))

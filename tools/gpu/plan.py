@@ -76,6 +76,11 @@ def plan() -> tuple[Stage, ...]:
     for method in METHODS:
         what = "100,000 replays of one captured step, bit for bit"
         stages.append(Stage(f"stress-{method}", what, _program("stress", method), 15 * MINUTE, result=True))
+        if method == "rocketkv+":
+            # 15,284 stored tokens, of which one program ranks 8192 at most.
+            what = "the same where several programs rank the tokens of a row"
+            command = _program("stress", method, "--case", "1x131072/2048")
+            stages.append(Stage(f"stress-{method}-parts", what, command, 15 * MINUTE, result=True))
         what = "200 captured steps across page ends equal eager ones"
         stages.append(Stage(f"pages-{method}", what, _program("pages", method), 10 * MINUTE, result=True))
         what = "generate, compile_step and a CUDA graph of a model's step"

@@ -21,6 +21,8 @@ def run(name: str, argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"python tools/gpu {name}")
     if name != "one-step":
         parser.add_argument("method", choices=METHODS)
+    if name in ("stress", "pages"):
+        parser.add_argument("--case", type=Case.parse, help=f"batch, prompt and budget ({CASE})")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes and counts, also without a GPU")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available() and not args.tiny:
@@ -39,7 +41,7 @@ def run(name: str, argv: Sequence[str]) -> int:
 def _run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    layer, case = (TINY, TINY_CASE) if args.tiny else (LAYER, CASE)
+    layer, usual = (TINY, TINY_CASE) if args.tiny else (LAYER, CASE)
     if name == "one-step":
         from .one_step import one_step
 
@@ -50,6 +52,7 @@ def _run(name: str, args: argparse.Namespace) -> dict[str, Any]:
         return capture(args.method, device, dtype, tiny=args.tiny)
     from .stress import pages, stress
 
+    case = args.case or usual
     if name == "stress":
         return stress(args.method, layer, case, dtype, device, 3 if args.tiny else 100_000)
     return pages(args.method, layer, case, dtype, device, 5 if args.tiny else 200)

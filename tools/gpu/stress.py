@@ -83,7 +83,7 @@ def stress(
             f"of {replays} replays of a step of {method}, {outputs} have another output, {lengths_wrong} other lengths "
             f"and {counters} counters that are not zero"
         )
-    return {"method": method, "case": str(case), "replays": replays}
+    return {"method": method, "case": str(case), "replays": replays, "launches": len(step.launches(0))}
 
 
 def _inputs(step: DecodeStep, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
