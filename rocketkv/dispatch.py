@@ -23,6 +23,7 @@ from .core import decode
 from .core.decode import DecodeBuffers
 from .core.eviction import TORCH_OPS, EvictionOps
 from .core.params import AttentionParams
+from .core.residual import subtract_last
 from .core.sketch import encoding, rotation_matrix
 from .state.decoding import DecodeTokens
 from .state.store import KVStore
@@ -125,6 +126,26 @@ def eviction_ops(keys: Tensor, *, backend: str = "auto", workspaces: Workspaces 
         here(value_aware.value_aware),
         here(functools.partial(build_sketch.write_sketch, encoding)),
     )
+
+
+def value_subtraction(device: torch.device, backend: str = "auto") -> Callable[..., None]:
+    """Return what keeps the sum of values when tokens are cropped: `residual.subtract_last`, or the kernel.
+
+    The kernel reads nothing back.
+
+    Args:
+        device: device of the values.
+        backend: see `backend_name`.
+    """
+    if backend_name(device, backend) == "torch":
+        return subtract_last
+    from .kernels import value_sums  # imported where it runs: triton may not be installed
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        with _current(device):
+            value_sums.subtract_last(*args, **kwargs)
+
+    return run
 
 
 def prefill_attention(

@@ -58,21 +58,32 @@ def sum_values(values: Tensor, stored: int, lengths: Tensor | None = None) -> Te
     return sum(sums[1:], sums[0])
 
 
-def subtract_values(total: Tensor, values: Tensor) -> bool:
-    """Subtract the values of removed tokens from their rows' sums, in place, if that is exact; waits for the device.
+def subtract_last(
+    value_sum: Tensor, values: Tensor, lengths: Tensor, *, count: int, longest: int, shortest: int
+) -> None:
+    """Subtract the values of each row's last `count` tokens from their sum, in place; waits for the device.
+
+    Values that are not finite, and very large ones, are no exact summands: with them, the sums are made anew.
 
     Args:
-        total: [B, Hkv, Dv] float64, of `sum_values`.
-        values: [B, Hkv, n, Dv], the removed tokens.
-
-    Returns:
-        Whether they were subtracted. Values that are not finite, and very large ones, can only be summed anew.
+        value_sum: [B, Hkv, Dv] float64, of `sum_values`; written.
+        values: [B, Hkv, capacity, Dv].
+        lengths: [B, Hkv] int32, tokens of each row, the last ones included.
+        count: tokens to remove from every row.
+        longest: N, tokens of the longest row, the last ones included.
+        shortest: tokens of the shortest row, likewise.
     """
-    removed = summable(values).sum(2)
-    if not bool((torch.stack((total, removed)).abs_() < LARGEST_EXACT).all()):
-        return False
-    total.sub_(removed)
-    return True
+    uniform = shortest == longest
+    if uniform:
+        last = values[:, :, longest - count : longest]
+    else:
+        slots = lengths.long()[..., None] - count + torch.arange(count, device=values.device)
+        last = gather_tokens(slots, values)[0]
+    removed = summable(last).sum(2)
+    if bool((torch.stack((value_sum, removed)).abs_() < LARGEST_EXACT).all()):
+        value_sum.sub_(removed)
+    else:
+        value_sum.copy_(sum_values(values, longest - count, None if uniform else lengths - count))
 
 
 def overestimate(exact: Tensor, estimated: Tensor) -> Tensor:

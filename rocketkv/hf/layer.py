@@ -19,7 +19,8 @@ from ..budget import BudgetSplit
 from ..config import RocketKVConfig
 from ..core.pages import index_dtype_of
 from ..core.params import AttentionParams
-from ..dispatch import Workspaces, backend_name, decode_step, eviction_ops, warm_up
+from ..core.residual import subtract_last
+from ..dispatch import Workspaces, backend_name, decode_step, eviction_ops, value_subtraction, warm_up
 from ..state.compress import close_prompt, evict_generated, kept_of
 from ..state.fit import prompt_split
 from ..state.history import History, HistorySnapshot
@@ -480,7 +481,9 @@ class RocketKVLayer(CacheLayerMixin):
             self.history.guard(self.store, length)
         if not self.store.closed and length < seen:
             self.prompt_tokens = max(0, self.prompt_tokens - (seen - length))
-        self.store.crop(length)
+        keys = self.store.keys
+        subtract = subtract_last if keys is None else value_subtraction(keys.device, self.backend)
+        self.store.crop(length, subtract)
         if self.history is not None:
             self.history.crop(length)
         if self.prompt_ids is not None and length < seen:

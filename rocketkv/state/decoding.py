@@ -3,7 +3,7 @@
 Letters: B batch, H query heads, Hkv KV heads, D head dim of keys, Dv of values, N stored tokens, W query ring.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..budget import BudgetSplit
 from ..core.decode import DecodeBuffers
-from ..core.residual import subtract_values, sum_values
+from ..core.residual import subtract_last, sum_values
 from ..core.token_index import TokenIndex
 from ..core.topk import gather_tokens, recent_positions
 from .lens import SeqLens
@@ -124,11 +124,19 @@ class DecodeTokens:
         lens.longest, lens.shortest = count, min(lens.shortest, count)
         self.aligned = False
 
-    def crop(self, lens: SeqLens, length: int) -> None:
-        """Drop the tokens from position `length` on, and update the counts."""
+    def crop(self, lens: SeqLens, length: int, subtract: Callable[..., None] = subtract_last) -> None:
+        """Drop the tokens from position `length` on, and update the counts.
+
+        Args:
+            lens: the host's token counts.
+            length: tokens of the sequence to keep.
+            subtract: a backend's `subtract_last`.
+        """
         buffers, removed = self.buffers, lens.seen - length
         generated = length >= self.prompt_end
-        summed = generated and self._subtract_last(lens, removed)
+        if generated and buffers.value_sum is not None:
+            counts = {"count": removed, "longest": lens.longest, "shortest": lens.shortest}
+            subtract(buffers.value_sum, buffers.values, buffers.seq_lens, **counts)
         if self.ring is not None and buffers.query_ring is not None:
             self.ring.crop(buffers.query_ring, lens.seen, length)
         buffers.positions.masked_fill_(buffers.positions >= length, -1)
@@ -140,20 +148,9 @@ class DecodeTokens:
         else:
             lens.set_from(buffers.seq_lens)
             self.prompt_end, self.prompt_stored = length, lens.longest
-        if not summed:
             self.sum_values(lens)
         if buffers.clock is not None:
             buffers.clock.fill_(length)
-
-    def _subtract_last(self, lens: SeqLens, count: int) -> bool:
-        """Subtract each row's last `count` values from their sum, in place; False if they must be summed anew."""
-        total = self.buffers.value_sum
-        if total is None:
-            return True
-        if lens.shortest == lens.longest:
-            return subtract_values(total, self.values[:, :, lens.longest - count : lens.longest])
-        slots = self.buffers.seq_lens.long()[..., None] - count + torch.arange(count, device=total.device)
-        return subtract_values(total, gather_tokens(slots, self.values)[0])
 
     def rebuild_index(self, lens: SeqLens) -> None:
         """Recompute the index and the sum of values, in place, after tokens were moved."""

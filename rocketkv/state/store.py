@@ -15,6 +15,7 @@ from torch import Tensor
 from ..budget import BudgetSplit
 from ..core.decode import Fill, append_token
 from ..core.pages import movable, restored
+from ..core.residual import subtract_last
 from .decoding import DecodeTokens, grown_capacity
 from .lens import SeqLens
 from .prompt import PromptTokens
@@ -325,11 +326,12 @@ class KVStore:
         lens.shortest -= count
         decoding.aligned = self.complete = False
 
-    def crop(self, length: int) -> None:
+    def crop(self, length: int, subtract: Callable[..., None] = subtract_last) -> None:
         """Drop the tokens from position `length` on.
 
         Args:
             length: tokens of the sequence to keep, padding included.
+            subtract: a backend's `rocketkv.core.residual.subtract_last`, which keeps the sum of values.
 
         Raises:
             ValueError: `length` lies before the last eviction, which cannot be undone.
@@ -351,7 +353,9 @@ class KVStore:
         if isinstance(self.phase, DecodeTokens) and length < self.phase.prompt_end:
             start = length if self.phase.aligned else 0
         self._save_before_write(max(0, start), length)
-        if self.phase is not None:
+        if isinstance(self.phase, DecodeTokens):
+            self.phase.crop(lens, length, subtract)
+        elif self.phase is not None:
             self.phase.crop(lens, length)
 
     @torch.inference_mode(False)

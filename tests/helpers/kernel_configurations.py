@@ -23,6 +23,7 @@ from rocketkv.kernels.evict import compact, pool_scores, select_top, window_scor
 from rocketkv.kernels.prefill import prefill_attention
 from rocketkv.kernels.score_plan import TILE_PAGES
 from rocketkv.kernels.value_aware import value_aware
+from rocketkv.kernels.value_sums import subtract_last
 
 META = torch.device("meta")
 
@@ -211,6 +212,27 @@ def sketched_prompt(
     return launch
 
 
+def crop(dtype: torch.dtype, *, capacity: int, kv_heads: int = 8, head_dim: int = 128) -> Callable[[int, str], None]:
+    """Return a function that launches the end of a crop of a row's last tokens.
+
+    Args:
+        dtype: of values.
+        capacity: slots of the buffers.
+        kv_heads: Hkv.
+        head_dim: D.
+    """
+
+    def launch(programs: int, architecture: str) -> None:
+        sums, values = (
+            meta(1, kv_heads, head_dim, dtype=torch.float64),
+            meta(1, kv_heads, capacity, head_dim, dtype=dtype),
+        )
+        lengths = meta(1, kv_heads, dtype=torch.int32)
+        subtract_last(sums, values, lengths, count=capacity // 1000, longest=capacity, shortest=capacity)
+
+    return launch
+
+
 def dense(
     dtype: torch.dtype, *, heads: tuple[int, int] = (32, 8), head_dim: int = 128, length: int
 ) -> Callable[[int, str], Tensor]:
@@ -344,6 +366,7 @@ CONFIGURATIONS = {
         sketched_prompt(BF16, tokens=8192, kept=8192, bits=1, heads=(16, 8), head_dim=256)
     ),
     "smollm2-135m-fp32-sketched-prompt": Configuration(sketched_prompt(FP32, tokens=8192, kept=3614, bits=3, **SMOLLM)),
+    "llama-3.1-8b-crop": Configuration(crop(BF16, capacity=7702), main=True),
     "llama-3.1-8b-dense-32k": Configuration(dense(BF16, length=32768), main=True),
     "smollm2-135m-dense-8k": Configuration(dense(FP16, length=8191, **SMOLLM)),
     "gpt-oss-20b-chunk-8k": Configuration(prefill(BF16, length=2048, tokens=8192, **GPT_OSS), main=True),
@@ -362,6 +385,7 @@ OF_LENGTHS = {
     "sketched prompts": _of_lengths(
         sketched_prompt, {"tokens": 4096, "kept": 1008}, {"tokens": 70001, "kept": 7575}, bits=2
     ),
+    "crops": _of_lengths(crop, {"capacity": 7702}, {"capacity": 16000}),
     "chunks": _of_lengths(prefill, {"length": 512, "tokens": 2048}, {"length": 777, "tokens": 70001}, **GPT_OSS),
     # Of as many tiles, pages and parts when padded.
     "steps": _of_lengths(
