@@ -9,6 +9,7 @@ import os
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
@@ -16,13 +17,15 @@ from ..config import RocketKVConfig, make_config
 from ..state.monitor import OnStep, refuse_static
 from ..state.stats import CacheStats
 from .attention import IMPLEMENTATION, NAME, PATCH, rocketkv_attention, rocketkv_mask
+from .cache import RocketKVCache
 from .chat import ChatMarks, chat_marks
 from .compiled import CompiledStep
 from .forward import DecoderForward, ForwardHook
 from .generate import generate, refuse_continuous_batching
-from .models import find_decoder, refuse_unsupported
+from .models import CACHE_ARGUMENT, find_decoder, refuse_unsupported
 from .patch_state import STATE, PatchState, state_of
 from .tuned import read_settings
+from .turns import check_prompt_length
 
 _CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
 
@@ -88,6 +91,30 @@ class PatchHandle:
     def release(self) -> None:
         """Free the cache of the last `generate`, unless there are other references to it."""
         self._state.release()
+
+    @torch.inference_mode()
+    def warm_up(self, prompt_length: int, batch_size: int = 1) -> None:
+        """Run a prompt of arbitrary tokens and a decode step, so that no user's first token waits for a compilation.
+
+        The kernels are compiled for the budget's split, not for lengths. Triton keeps them on the disk.
+
+        Args:
+            prompt_length: tokens of a usual prompt.
+            batch_size: rows of a usual batch.
+
+        Raises:
+            TypeError: `prompt_length` is not an int.
+            ValueError: it is less than 1.
+        """
+        check_prompt_length(prompt_length)
+        model = _outermost(self.model)
+        decoder, _ = find_decoder(model)
+        embeddings: Any = decoder.get_input_embeddings()
+        token = torch.arange(prompt_length, device=embeddings.weight.device) % embeddings.num_embeddings
+        prompt = token.repeat(batch_size, 1)
+        cache = RocketKVCache(model.config, self.config, prompt_length=prompt_length)
+        for ids in (prompt, prompt[:, :1]):
+            decoder(ids, use_cache=True, **{CACHE_ARGUMENT: cache})
 
     def compile_step(self, **options: Any) -> CompiledStep:
         """Return the model's forward, compiled for the decode steps of a custom loop with a static cache.

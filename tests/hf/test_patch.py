@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, T5Config, T5ForConditionalGeneration
 
 import rocketkv
-from rocketkv.hf.layer import rocketkv_layers
+from rocketkv.hf.layer import RocketKVLayer, rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from tiny import LARGE, SMALL, TRANSFORMERS, build, config, greedy, left_padded, prompt, sharpened
 
@@ -70,6 +70,30 @@ def test_unpatch_leaves_the_model_as_it_was(family: str) -> None:
     assert handle.stats().tokens_seen == 90 + 11
     rocketkv.unpatch(model)
     assert_as_before(model, before)
+
+
+def test_warming_up_runs_both_stages_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    handle = rocketkv.patch(model, **SMALL)
+    expected = greedy(model, PADDED)[1]
+    stats, ran = handle.stats(), []
+    for name in ("end_prompt", "_decode"):
+        method = getattr(RocketKVLayer, name)
+
+        def noted(layer: RocketKVLayer, *args: Any, name: str = name, method: Any = method) -> Any:
+            result = method(layer, *args)
+            ran.append((name, layer.number, layer.store.seen, layer.store.stored < layer.store.seen))
+            return result
+
+        monkeypatch.setattr(RocketKVLayer, name, noted)
+    state = torch.get_rng_state()
+    handle.warm_up(200, batch_size=2)
+    assert ran == [(name, i, 200 + n, True) for n, name in enumerate(("end_prompt", "_decode")) for i in range(2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert handle.stats() is stats
+    assert greedy(model, PADDED)[1].equal(expected)
+    with pytest.raises(ValueError, match="prompt_length must be at least 1, got 0"):
+        handle.warm_up(0)
 
 
 def test_patching_again_changes_the_settings() -> None:
