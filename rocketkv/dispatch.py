@@ -128,21 +128,24 @@ def eviction_ops(keys: Tensor, *, backend: str = "auto", workspaces: Workspaces 
     )
 
 
-def value_subtraction(device: torch.device, backend: str = "auto") -> Callable[..., None]:
+def value_subtraction(values: Tensor, backend: str = "auto") -> Callable[..., None]:
     """Return what keeps the sum of values when tokens are cropped: `residual.subtract_last`, or the kernel.
 
     The kernel reads nothing back.
 
     Args:
-        device: device of the values.
+        values: [B, Hkv, capacity, Dv], the layer's.
         backend: see `backend_name`.
     """
-    if backend_name(device, backend) == "torch":
+    if backend_name(values.device, backend) == "torch":
         return subtract_last
-    from .kernels import value_sums  # imported where it runs: triton may not be installed
+    from .kernels import decode_shape, value_sums  # imported where it runs: triton may not be installed
+
+    if values.dtype not in decode_shape.DTYPES:
+        return subtract_last
 
     def run(*args: Any, **kwargs: Any) -> None:
-        with _current(device):
+        with _current(values.device):
             value_sums.subtract_last(*args, **kwargs)
 
     return run

@@ -481,8 +481,8 @@ class RocketKVLayer(CacheLayerMixin):
             self.history.guard(self.store, length)
         if not self.store.closed and length < seen:
             self.prompt_tokens = max(0, self.prompt_tokens - (seen - length))
-        keys = self.store.keys
-        subtract = subtract_last if keys is None else value_subtraction(keys.device, self.backend)
+        values = self.store.values
+        subtract = subtract_last if values is None else value_subtraction(values, self.backend)
         self.store.crop(length, subtract)
         if self.history is not None:
             self.history.crop(length)

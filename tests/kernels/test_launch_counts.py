@@ -21,6 +21,7 @@ from rocketkv.static_step import static_step
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
 import kernel_configurations as configurations
+from layer_case import DEVICE
 from rocketkv.kernels import decode, dependent
 from tracking import VIEWS, Tracker
 
@@ -71,13 +72,13 @@ def test_a_static_step_is_two_launches_or_three_and_nothing_else(
     method: str, stored: int, later: list[str], launched: list[tuple[str, dict[str, Any]]]
 ) -> None:
     store, prompt = KVStore(), stored - ROOM
-    key = torch.randn(1, 1, prompt, D)
+    key = torch.randn(1, 1, prompt, D, device=DEVICE)
     store.extend(key, key, expected=prompt)
     store.prompt.remember(key[:, :, -WINDOW:], WINDOW)
     params = AttentionParams(D**-0.5)
     close_prompt(store, split_for(method), params, decode_reserve=ROOM, kernel_size=7, decode_capacity=ROOM)
     assert store.capacity == stored
-    query, new = torch.randn(1, 1, D), torch.randn(1, 1, D)
+    query, new = torch.randn(1, 1, D, device=DEVICE), torch.randn(1, 1, D, device=DEVICE)
     step = static_step(query, store, backend="triton")
     known = [*step.tensors, *step.workspace, step.out, query, new]
 

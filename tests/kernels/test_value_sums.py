@@ -32,11 +32,16 @@ def test_a_crop_leaves_the_sum_of_what_stays(wrong: float | None, value_dim: int
     expected = found.clone()
     counts = {"count": count, "longest": 90, "shortest": 7}
     subtract_last(expected, values, lengths, **counts)
-    dispatch.value_subtraction(DEVICE, "triton")(found, values, lengths, **counts)
+    dispatch.value_subtraction(values, "triton")(found, values, lengths, **counts)
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.nan_to_num(), expected.nan_to_num())
     left = sum_values(values, 85, lengths - count)
     assert torch.equal(found.nan_to_num(), left.nan_to_num())
+
+
+def test_values_that_the_kernel_does_not_take_are_left_to_the_reference() -> None:
+    assert dispatch.value_subtraction(torch.zeros(1, 1, 8, 4, device=DEVICE).double(), "triton") is subtract_last
+    assert dispatch.value_subtraction(torch.zeros(1, 1, 8, 4, device=DEVICE), "torch") is subtract_last
 
 
 def test_the_limit_of_exact_sums_is_the_references() -> None:

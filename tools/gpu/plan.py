@@ -8,8 +8,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MINUTE = 60
 KERNEL_TESTS = (
     *("decode", "edges", "sketch", "verify"),
-    *("evict", "prompt_end", "dense", "prefill"),
-    *("generate", "launches"),
+    *("evict", "prompt_end", "dense", "prefill", "value_sums"),
+    *("generate", "launches", "launch_counts"),
 )
 METHODS = ("rocketkv", "rocketkv+")
 
