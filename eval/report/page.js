@@ -47,13 +47,27 @@ function layout({x, y, lines, ticks}) {
   };
 }
 
-const plots = JSON.parse(document.getElementById("plots").textContent);
-for (const plot of plots) {
-  Plotly.newPlot(plot.id, [...plot.lines.map(trace), steps(plot.front)], layout(plot), {
-    responsive: true, displaylogo: false, modeBarButtons: [["toImage"]],
-    toImageButtonOptions: {filename: plot.id, scale: 2}
-  });
+// Unpacks plotly.js and runs it: the page's policy allows a script with its hash.
+async function unpack() {
+  const packed = atob(document.getElementById("plotly").textContent);
+  const bytes = Uint8Array.from(packed, letter => letter.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const script = document.createElement("script");
+  script.textContent = await new Response(stream).text();
+  document.head.append(script);
 }
+
+const plots = JSON.parse(document.getElementById("plots").textContent);
+unpack().then(() => {
+  for (const plot of plots) {
+    Plotly.newPlot(plot.id, [...plot.lines.map(trace), steps(plot.front)], layout(plot), {
+      responsive: true, displaylogo: false, modeBarButtons: [["toImage"]],
+      toImageButtonOptions: {filename: plot.id, scale: 2}
+    });
+  }
+}, () => {
+  for (const plot of plots) document.getElementById(plot.id).textContent = "This browser cannot unpack the plots.";
+});
 function draw(width) {
   for (const {id} of plots) {
     const box = document.getElementById(id);

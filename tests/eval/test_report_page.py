@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import json
 import os
@@ -195,8 +196,11 @@ def test_the_policy_allows_the_own_scripts_alone() -> None:
     text = page(report.gather(made_arms()))
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]+)"', text)
     scripts = re.findall(r"<script>(.*?)</script>", text, flags=re.DOTALL)
+    (packed,) = re.findall(r'<script type="application/gzip" id="plotly">(.*?)</script>', text)
+    assert gzip.decompress(base64.b64decode(packed)) == PLOTLY.read_bytes()
+    scripts.append(PLOTLY.read_text(encoding="utf-8"))
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    assert len(hashes) == 2
+    assert len(hashes) == 2 == policy.count("sha256-")
     assert all(f"'sha256-{digest}'" in policy for digest in hashes)
     assert policy.startswith("default-src 'none'")
     assert "http" not in policy
