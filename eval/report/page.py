@@ -20,7 +20,7 @@ from .arms import ADAPTER, FULL, MODES, length_text
 from .examples import fewer, size_of
 from .failures import MOST
 from .gather import Report
-from .plots import BARS_NOTE, distance_plots, score_plots, styles
+from .plots import BARS_NOTE, distance_plots, pace_plots, score_plots, styles
 from .tables import DISTANCES_NOTE, METHODS_NOTE, SCORES_NOTE, STARS_NOTE, costs_tables, scores_table
 from .verdicts import verdicts
 
@@ -44,7 +44,11 @@ def _page(report: Report, *, cut: bool = False) -> str:
     looks = styles(arm for section in report.sections for arm in section.arms)
     plots, sections = [], []
     for place, section in enumerate(report.sections):
-        parts = {"scores": score_plots(section, looks), "distances": distance_plots(section, looks)}
+        parts = {
+            "scores": score_plots(section, looks),
+            "distances": distance_plots(section, looks),
+            "paces": pace_plots(section, looks),
+        }
         figures = {
             name: [(f"plot-{place}-{name}-{number}", plot) for number, plot in enumerate(part)]
             for name, part in parts.items()
