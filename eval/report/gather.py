@@ -59,7 +59,7 @@ def gather(records: Sequence[Record], prompts: Prompts | None = None, results: R
     own = [length_text(None)] if any(cell["length"] is None for cell in cells) else []
     facts = (
         ("Model", ", ".join(sorted({f"{cell['model']} ({cell['dtype']})" for cell in cells}))),
-        ("Mode", ", ".join(MODES[mode] for mode in sorted({cell["mode"] for cell in cells}))),
+        ("Mode", ", ".join(name for mode, name in MODES.items() if any(cell["mode"] == mode for cell in cells))),
         ("Tasks", ", ".join(sorted({record["cell"]["task"] for record in asked})) or LATENCY),
         ("Lengths", ", ".join([*map(length_text, lengths), *own])),
         ("Samples", " to ".join(map(str, sorted({counts[0], counts[-1]}))) + " per task and method"),

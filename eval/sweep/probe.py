@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -89,10 +90,11 @@ def probe(model: PreTrainedModel, methods: Mapping[str, Method], longest: int) -
     """
     lengths: list[int] = []
     seconds: list[float] = []
-    _seconds_of_prefill(model, min(_FIRST, longest))  # warms up
+    prefills = Prefills(model)
     length = max(1, min(_FIRST, longest // 2))
+    prefills.read(_random_ids(model, length))  # warms up
     while True:
-        found, error = attempt(lambda length=length: _seconds_of_prefill(model, length))  # type: ignore[misc]
+        found, error = attempt(partial(_seconds_of_prefill, prefills, _random_ids(model, length)))
         if error is not None:
             if len(lengths) < 2 or not is_out_of_memory(error):
                 raise error
@@ -100,21 +102,19 @@ def probe(model: PreTrainedModel, methods: Mapping[str, Method], longest: int) -
             break
         lengths.append(length)
         seconds.append(found)
-        enough = 4 * found > _PATIENCE and len(lengths) > 1
-        if length == longest or enough:
+        if length == longest or (4 * found > _PATIENCE and len(lengths) > 1):
             break
         length = min(2 * length, longest)
-    prefills = Prefills(model)
     measured: dict[str, list[tuple[float, float]]] = {arm: [] for arm in methods}
     errors: dict[str, str] = {}
-    for length in lengths[-2:]:
+    for length in lengths[:-3:-1]:  # the longest has just been read
         ids = _random_ids(model, length)
         for arm, method in methods.items():
             if arm in errors:
                 continue
-            pair, error = attempt(lambda ids=ids, method=method: _start_and_step(model, method, ids, prefills))  # type: ignore[misc]
+            pair, error = attempt(partial(_start_and_step, model, method, ids, prefills))
             if error is None:
-                measured[arm].append(pair)
+                measured[arm].insert(0, pair)
             else:
                 errors[arm] = (str(error) or type(error).__name__).splitlines()[0]
                 error.__traceback__ = None
@@ -140,8 +140,10 @@ def _random_ids(model: PreTrainedModel, length: int) -> list[int]:
     return ids
 
 
-def _seconds_of_prefill(model: PreTrainedModel, length: int) -> float:
-    return Prefills(model).read(_random_ids(model, length)).loop.seconds[0]
+def _seconds_of_prefill(prefills: Prefills, ids: list[int]) -> float:
+    begin = time.perf_counter()
+    prefills.read(ids)
+    return time.perf_counter() - begin
 
 
 def _start_and_step(model: PreTrainedModel, method: Method, ids: list[int], prefills: Prefills) -> tuple[float, float]:
