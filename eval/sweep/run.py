@@ -201,7 +201,9 @@ def _answer_all(
                     counts.elsewhere += 1
                     del pending[key]
                 names = ", ".join(label(cell) for cell, _ in pending.values())
-                progress.say(f"{work.names[unit.number].split()[-1]}: {names}")
+                cell = next(iter(pending.values()))[0]
+                sample = f"{cell['task']} {cell['length'] or ''} sample {work.names[unit.number].split()[-1]}"
+                progress.say(f"{sample}: {names}")
                 for cell, error in answer(session, work, unit, journal, list(pending.values())):
                     so_far = work.outcome([each.result(cell) for each in units])
                     record = unfinished_record(session, cell, error, so_far)
