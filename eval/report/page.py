@@ -2,7 +2,7 @@
 
 The template escapes all text from records. A content security policy allows two scripts only, by their hashes, and no
 request to any host: the page's own, and plotly.js, which that unpacks. A page has at most 1.6 MB: a large sweep shows
-fewer samples.
+fewer samples, and a page whose tables alone are larger says so.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ def page(report: Report) -> str:
     room = size_of(report.examples)
     while (excess := len(text.encode()) - MOST_BYTES) > 0 and room:
         room = max(0, room - excess - _SPARE)
-        text = _page(dataclasses.replace(report, examples=fewer(report.examples, room)), cut=True)
-    return text
+        report = dataclasses.replace(report, examples=tuple(fewer(report.examples, room)))
+        text = _page(report, cut=True)
+    return text if excess <= 0 else _page(report, cut=True, large=True)
 
 
-def _page(report: Report, *, cut: bool = False) -> str:
+def _page(report: Report, *, cut: bool = False, large: bool = False) -> str:
     looks = styles(arm for section in report.sections for arm in section.arms)
     plots, sections = [], []
     for place, section in enumerate(report.sections):
@@ -70,6 +71,7 @@ def _page(report: Report, *, cut: bool = False) -> str:
         looks=looks,
         several=len({section.model for section in report.sections}) > 1,
         cut=cut,
+        large=large,
         plotly=base64.b64encode(gzip.compress(plotly.encode(), 9, mtime=0)).decode(),
         style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),

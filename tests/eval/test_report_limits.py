@@ -64,6 +64,7 @@ def test_a_large_sweep_shows_fewer_samples(monkeypatch: pytest.MonkeyPatch) -> N
     assert note in less
     monkeypatch.setattr(page_module, "MOST_BYTES", 1)  # the tables stay in any case
     assert "<article>" not in page(report)
+    assert ("tables alone exceed 1.6 MB" in page(report), "tables alone" in less) == (True, False)
 
 
 def test_the_pace_of_a_long_answer_is_of_its_steps_by_position() -> None:
