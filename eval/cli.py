@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
@@ -21,17 +22,22 @@ from ..options import (
     positive,
 )
 from .optional import optional
+from .recipes import RECIPES
 
 if TYPE_CHECKING:
     import torch
 
     from .sweep.plan import Plan
 
+REPORT = "report.html"  # inside the folder of the results of a recipe
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands."""
     commands = parser.add_subparsers(dest="eval_command", metavar="run | report | merge", required=True)
-    _add_run(commands.add_parser("run", help="run a sweep, or resume it"))
+    recipes = "recipes:\n" + "\n".join(f"  {recipe.name:12} {recipe.purpose}" for recipe in RECIPES.values())
+    formatter = argparse.RawDescriptionHelpFormatter
+    _add_run(commands.add_parser("run", help="run a sweep, or resume it", epilog=recipes, formatter_class=formatter))
     report = commands.add_parser("report", help="write a page, or tables, of a folder of results")
     report.add_argument("results", type=Path, help="folder of the results")
     report.add_argument("-o", "--output", type=Path, required=True, help="a file: .html, .md or .csv")
@@ -41,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    """Add the fields of a sweep; they default to None, since flags override the YAML file, which overrides `Plan`."""
+    """Add the fields of a sweep; they default to None: flags override the file, which overrides recipe and `Plan`."""
+    recipe = "a sweep by name, listed below; the file and flags override it, and its report is written in the end"
+    parser.add_argument("--recipe", choices=RECIPES, help=recipe)
     parser.add_argument("--sweep", type=Path, help="YAML file with the fields below, under the names of the flags")
     parser.add_argument("--model", help="hub name, local folder, or smollm2 (the default)")
     parser.add_argument("--dtype", choices=(AUTO, *DTYPES), help=f"{DTYPE_HELP} (default {AUTO})")
@@ -121,8 +129,10 @@ def run(args: argparse.Namespace) -> int:
     return _run(args)
 
 
-def given_plan(args: argparse.Namespace) -> Plan:
-    """Return the plan of a command line: flags override the YAML file, which overrides the defaults.
+def given_plans(args: argparse.Namespace) -> tuple[Plan, ...]:
+    """Return the plans of a command line, several for a recipe of parts.
+
+    Flags override the YAML file, which overrides the recipe, which overrides the defaults.
 
     Raises:
         ValueError: the file is no mapping, or a field is unknown or has an impossible value.
@@ -130,7 +140,7 @@ def given_plan(args: argparse.Namespace) -> Plan:
     """
     import yaml
 
-    from .sweep.plan import Plan, plan_from
+    from .sweep.plan import Plan, plans_from
 
     found: dict[str, Any] = {}
     if args.sweep is not None:
@@ -138,6 +148,8 @@ def given_plan(args: argparse.Namespace) -> Plan:
         if not isinstance(found, dict):
             raise ValueError(f"{args.sweep} must be a mapping of fields to values, got {type(found).__name__}")
         found = {str(name).replace("-", "_"): value for name, value in found.items()}
+        if "set" in found:
+            found["settings"] = found.pop("set")
     for field in fields(Plan):
         value = getattr(args, field.name, None)
         if value is not None:
@@ -147,7 +159,7 @@ def given_plan(args: argparse.Namespace) -> Plan:
     if args.chat_template_arg:
         before = found.pop("chat_template_arg", None) or found.get("chat_template_args") or {}
         found["chat_template_args"] = dict(before) | {n: yaml.safe_load(value) for n, value in args.chat_template_arg}
-    return plan_from(found)
+    return plans_from(found, RECIPES[args.recipe].parts if args.recipe else ())
 
 
 def others_failed(failed: bool) -> bool:
@@ -186,26 +198,24 @@ def _run(args: argparse.Namespace) -> int:
     from ..hf.loading import load_model
     from ..hf.prompts import check_chat_arguments
     from .methods import find_method
+    from .records import cell_key
     from .sampling import card_settings
     from .sweep.cells import Session
     from .sweep.plan import CARD, LM_EVAL, Loaded, cells, shard
     from .sweep.provenance import weights_mark
     from .sweep.run import Counts, is_press, run_cells, run_presses
 
-    plan = given_plan(args)
-    if any(task.startswith(LM_EVAL) for task in plan.tasks):
+    plans = given_plans(args)
+    plan = plans[0]  # the model is the same in all
+    if any(task.startswith(LM_EVAL) for each in plans for task in each.tasks):
         optional("lm_eval")  # a missing package must show before hours of other cells, not after
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = _device(args.device)
     number, count = args.shard or (1, 1)
-    if args.dry_run:
-        from .sweep.estimate import dry_run
-
-        sys.stdout.write(dry_run(plan, args.output, device, (number, count)))
-        return 0
     if plan.device_map is not None and args.device is not None:
         raise ValueError("--device-map stands in place of --device; leave one out")
+    start = time.monotonic()
     model, tokenizer = load_model(
         plan.model,
         plan.dtype,
@@ -214,6 +224,7 @@ def _run(args: argparse.Namespace) -> int:
         device_map=plan.device_map,
         revision=plan.revision,
     )
+    load_seconds = time.monotonic() - start
     check_chat_arguments(tokenizer, plan.chat_template_args)
     session = Session(model, tokenizer, args.output, plan.data_dir, args.retry_oom)
     loaded = Loaded(
@@ -223,8 +234,13 @@ def _run(args: argparse.Namespace) -> int:
         attention=model.config._attn_implementation,
         sampling=card_settings(model.generation_config) if plan.generation == CARD else {},
     )
-    known = cells(plan, loaded)
-    wanted = shard(known, number, count)
+    known = {cell_key(cell): cell for each in plans for cell in cells(each, loaded)}
+    wanted = shard(list(known.values()), number, count)
+    if args.dry_run:
+        from .sweep.estimate import dry_run
+
+        sys.stdout.write(dry_run(session, wanted, load_seconds))
+        return 0
     presses = [cell for cell in wanted if is_press(cell)]
     apart = args.kvpress_python is not None
     if args.only_presses:
@@ -242,9 +258,13 @@ def _run(args: argparse.Namespace) -> int:
         return int(failed)
     failed = others_failed(failed)
     if number == 1 and int(os.environ.get("RANK", "0")) == 0:
-        from .report.write import load, summary
+        from .report.load import load
+        from .report.write import summary, write_report
 
         if counts != Counts():
-            sys.stdout.write(f"{summary(load(args.output))}\n")
+            sys.stdout.write(f"{summary(load(args.output).records)}\n")
+            if args.recipe is not None:
+                write_report(args.output, args.output / REPORT)
+                sys.stderr.write(f"report: {args.output / REPORT}\n")
     sys.stderr.write(f"{counts}; records in {args.output}\n")
     return code or int(failed)

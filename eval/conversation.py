@@ -13,8 +13,10 @@ has no time to the first token and no peak of memory, which the task `latency` m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from types import MappingProxyType
 from typing import Any
 
@@ -44,12 +46,32 @@ class Answers:
         thoughts: that thinking; None where there was none.
         prompt_sha256: of the tokens of all prompts.
         cost: bytes of the cache at the end, and times of the decode steps of all turns together.
+        pace: tokens before a step and seconds of the step, medians over consecutive steps of the longest answer; empty
+            where it is short.
     """
 
     predictions: tuple[str, ...]
     thoughts: tuple[Thought | None, ...]
     prompt_sha256: str
     cost: CostDict
+    pace: tuple[tuple[int, float], ...] = ()
+
+
+_PACE_STEPS, _PACE_POINTS = 16, 16  # steps of a median, at least; medians of an answer, at most
+
+
+def pace_of(first: int, seconds: Sequence[float]) -> tuple[tuple[int, float], ...]:
+    """Return the pace of an answer, see `Answers`.
+
+    Args:
+        first: tokens before the first step.
+        seconds: of each step.
+    """
+    size = max(_PACE_STEPS, math.ceil(len(seconds) / _PACE_POINTS))
+    starts = range(0, len(seconds) - _PACE_STEPS + 1, size)
+    if len(starts) < 4:
+        return ()
+    return tuple((first + start, median(seconds[start : start + size])) for start in starts)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -104,6 +126,7 @@ def answer_sample(
     _check_length(model, first)
     tags = thinking_tags(tokenizer)
     written, prompts, steps = [], [], list[float]()
+    longest_answer: tuple[int, list[float]] = 0, []
     new_tokens = 0
     with after_prompt(model, method, first, prefills) as loop:
         sequence = first  # tokens that the next question follows
@@ -131,6 +154,9 @@ def answer_sample(
             inside = tags is not None and chat and tags.left_open(rendered[number].tail)
             written.append(read_answer(tokens, tokenizer, tags, limit=limit, inside=inside))
             steps += loop.seconds[before:]
+            longest_answer = max(
+                longest_answer, (len(prompts[-1]), loop.seconds[before:]), key=lambda pair: len(pair[1])
+            )
             new_tokens += written[-1].tokens
     cost: CostDict = {
         **cache_cost(cache_stats(loop.cache)),
@@ -144,6 +170,7 @@ def answer_sample(
         thoughts=tuple(each.thought for each in written),
         prompt_sha256=digest(prompts),
         cost=cost,
+        pace=pace_of(*longest_answer),
     )
 
 

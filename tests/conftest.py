@@ -29,7 +29,7 @@ LONGEST = [
     "kernels/test_evict.py",
     "hf/test_turns_mt.py",
     "state/test_golden.py",
-    "eval/test_run.py",
+    "eval/test_run_processes.py",
     "hf/test_compiled.py",
     "hf/test_bounded_models.py",
     "eval/test_latency.py",

@@ -23,7 +23,7 @@ def breakdowns(sections: Sequence[Section]) -> list[tuple[str, Table]]:
         groups.setdefault((section.model, section.dtype, "length", section.mode), []).append(section)
         groups.setdefault((section.model, section.dtype, "mode", str(section.length)), []).append(section)
     several = len({section.model for section in sections}) > 1
-    for (model, _, kind, _), members in groups.items():
+    for (model, _, kind, _), members in sorted(groups.items(), key=lambda item: item[0][2]):
         fixed = MODES[members[0].mode] if kind == "length" else length_text(members[0].length)
         names = [length_text(s.length) if kind == "length" else MODES[s.mode] for s in members]
         common = [name for name in members[0].common if all(name in section.common for section in members)]

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Literal
 
 from ..records import Record
-from .arms import Arm, arms_of, column_key, column_names, grouped, with_metrics
+from .arms import MODES, Arm, arms_of, column_key, column_names, grouped, with_metrics
 
 _MAX_DEPTHS = 11  # more are binned in tenths
 
@@ -45,7 +45,10 @@ class DepthMap:
 
 def depth_maps(records: Sequence[Record]) -> list[DepthMap]:
     """Return a map for each task whose samples note a `depth`, a share from 0 to 1."""
-    parts = grouped(with_metrics(records), lambda r: (r["cell"]["model"], r["cell"]["dtype"], r["cell"]["mode"]))
+    modes = list(MODES)
+    parts = grouped(
+        with_metrics(records), lambda r: (r["cell"]["model"], r["cell"]["dtype"], modes.index(r["cell"]["mode"]))
+    )
     maps = []
     for _, part in sorted(parts.items()):
         tasks = grouped(part, column_key)

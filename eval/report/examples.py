@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 from collections.abc import Mapping, Sequence
@@ -100,20 +101,32 @@ def examples_of(sections: Sequence[Section], prompts: Prompts) -> list[tuple[Tas
     """
     places = [(place, column) for place, section in enumerate(sections) for column in section.scores]
     ranked = [_ranked(column, sections[place].arms) for place, column in places]
-    chosen: list[list[Example]] = [[] for _ in places]
-    left = _MOST_BYTES
-    for turn in range(_MOST_A_TASK):
-        for (place, column), keys, found in zip(places, ranked, chosen, strict=True):
-            if turn < len(keys):
-                example = _example(column, sections[place].arms, keys[turn], prompts)
-                if example.size <= left:
-                    left -= example.size
-                    found.append(example)
     result: list[list[TaskExamples]] = [[] for _ in sections]
-    for (place, column), keys, found in zip(places, ranked, chosen, strict=True):
+    for (place, column), keys in zip(places, ranked, strict=True):
         if keys:
-            result[place].append(TaskExamples(task=column.name, examples=tuple(found), total=len(keys)))
-    return list(map(tuple, result))
+            found = tuple(_example(column, sections[place].arms, key, prompts) for key in keys[:_MOST_A_TASK])
+            result[place].append(TaskExamples(task=column.name, examples=found, total=len(keys)))
+    return fewer(result, _MOST_BYTES)
+
+
+def fewer(sections: Sequence[Sequence[TaskExamples]], most_bytes: int) -> list[tuple[TaskExamples, ...]]:
+    """Leave as many examples as fit: of each task the first, then the second, and so on."""
+    kept: list[list[list[Example]]] = [[[] for _ in tasks] for tasks in sections]
+    for turn in range(_MOST_A_TASK):
+        for tasks, found in zip(sections, kept, strict=True):
+            for task, examples in zip(tasks, found, strict=True):
+                if turn < len(task.examples) and task.examples[turn].size <= most_bytes:
+                    most_bytes -= task.examples[turn].size
+                    examples.append(task.examples[turn])
+    return [
+        tuple(dataclasses.replace(task, examples=tuple(found)) for task, found in zip(tasks, examples, strict=True))
+        for tasks, examples in zip(sections, kept, strict=True)
+    ]
+
+
+def size_of(sections: Sequence[Sequence[TaskExamples]]) -> int:
+    """Return the bytes of all examples."""
+    return sum(example.size for tasks in sections for task in tasks for example in task.examples)
 
 
 def _turns(column: Column, arm: Arm) -> dict[tuple[str, int], TurnDict]:

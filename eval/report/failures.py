@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..records import Record
+from ..records import CellDict, Record, label
 from .arms import MODES, arms_of, length_text, with_metrics
+from .load import Results
 
 MOST = 20  # different messages that a report shows
 _MOST_CHARACTERS = 2000  # of a message: its end, where a traceback names the error
+_AGAIN = "The command that began the sweep continues it: run it again with the same folder."
 _STATUS = {"out_of_memory": "OOM", "failed": "failed"}
 
 
@@ -18,10 +20,11 @@ class Failure:
     """An error, and the cells that it ended.
 
     Attributes:
-        status: `OOM` or `failed`.
+        status: `OOM`, `failed`, `damaged` for a record that cannot be read, or `no record`.
         summary: the last line of its message.
         message: the message, or of a long one the end; the traceback of a failed cell.
-        cells: task, arm, length and mode of each cell, with the number of samples that it had finished.
+        cells: task, arm, length and mode of each cell, with the number of samples that it had finished; the names of
+            damaged records.
     """
 
     status: str
@@ -38,7 +41,7 @@ def failures(records: Sequence[Record]) -> list[Failure]:
         if record["status"] == "complete":
             continue
         cell, done = record["cell"], len(record["samples"])
-        text = f"{cell['task']}, {arm.name}, {length_text(cell['length'])}, {MODES[cell['mode']]}"
+        text = _place(cell, arm.name)
         text += f" ({done} of {cell['samples']} samples done)" if done else ""
         found.setdefault((_STATUS[record["status"]], record["message"].strip()), []).append(text)
     result = []
@@ -47,3 +50,20 @@ def failures(records: Sequence[Record]) -> list[Failure]:
         cut = message if len(message) <= _MOST_CHARACTERS else f"…{message[-_MOST_CHARACTERS:]}"
         result.append(Failure(status=status, summary=lines[-1][:300], message=cut, cells=tuple(cells)))
     return result
+
+
+def defects(results: Results) -> list[Failure]:
+    """Return the damaged records of a folder, and the cells that a run was asked for and that have no record."""
+    found = [
+        Failure(status="damaged", summary=error, message=_AGAIN, cells=(name,))
+        for name, error in results.damaged.items()
+    ]
+    if results.unrecorded:
+        cells = tuple(_place(cell, label(cell)) for cell in results.unrecorded)
+        summary = "asked for, but without a record: a run was interrupted, or still runs"
+        found.append(Failure(status="no record", summary=summary, message=_AGAIN, cells=cells))
+    return found
+
+
+def _place(cell: CellDict, arm: str) -> str:
+    return f"{cell['task']}, {arm}, {length_text(cell['length'])}, {MODES[cell['mode']]}"

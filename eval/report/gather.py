@@ -10,7 +10,8 @@ from .arms import MODES, length_text
 from .breakdowns import breakdowns
 from .depths import DepthMap, depth_maps
 from .examples import Prompts, TaskExamples, examples_of
-from .failures import Failure, failures
+from .failures import Failure, defects, failures
+from .load import Results
 from .provenance import Provenance, provenance
 from .sections import LATENCY, Section, sections
 from .tables import Table
@@ -39,12 +40,13 @@ class Report:
     provenance: Provenance
 
 
-def gather(records: Sequence[Record], prompts: Prompts | None = None) -> Report:
+def gather(records: Sequence[Record], prompts: Prompts | None = None, results: Results | None = None) -> Report:
     """Compute the content of a report.
 
     Args:
         records: of the cells.
         prompts: the ends of the prompts, see `prompt_ends`; None: examples have no prompts.
+        results: what is damaged or missing in their folder; None: nothing.
 
     Raises:
         ImportError: scipy is not installed.
@@ -57,7 +59,7 @@ def gather(records: Sequence[Record], prompts: Prompts | None = None) -> Report:
     own = [length_text(None)] if any(cell["length"] is None for cell in cells) else []
     facts = (
         ("Model", ", ".join(sorted({f"{cell['model']} ({cell['dtype']})" for cell in cells}))),
-        ("Mode", ", ".join(MODES[mode] for mode in sorted({cell["mode"] for cell in cells}))),
+        ("Mode", ", ".join(name for mode, name in MODES.items() if any(cell["mode"] == mode for cell in cells))),
         ("Tasks", ", ".join(sorted({record["cell"]["task"] for record in asked})) or LATENCY),
         ("Lengths", ", ".join([*map(length_text, lengths), *own])),
         ("Samples", " to ".join(map(str, sorted({counts[0], counts[-1]}))) + " per task and method"),
@@ -70,6 +72,6 @@ def gather(records: Sequence[Record], prompts: Prompts | None = None) -> Report:
         maps=tuple(depth_maps(records)),
         examples=tuple(examples_of(compared, prompts or {})),
         breakdowns=tuple(breakdowns(compared)),
-        failures=tuple(failures(records)),
-        provenance=provenance(records),
+        failures=(*failures(records), *(defects(results) if results else ())),
+        provenance=provenance(records, results.quarantined if results else ()),
     )

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from .arms import FULL, Arm
 from .columns import Figure
 from .costs import Point, memory_share
+from .pace import paces
 from .sections import Section
 from .tables import UNITS, figure_cell, number
 
@@ -99,6 +100,25 @@ def distance_plots(section: Section, looks: dict[str, Style]) -> list[Plot]:
         for axis, points in ((_MEMORY, stored), (_READ, read)):
             plots += _plot(f"{column.name} against {axis.name}", section, looks, axis, column.metric, points, -1)
     return plots
+
+
+def pace_plots(section: Section, looks: dict[str, Style]) -> list[Plot]:
+    """Return a plot of the time of a decode step by its position, or nothing where no answer is long."""
+    lines = []
+    for arm, points in paces(section).items():
+        line = _empty_line() | {"name": f"m{looks[arm.method].number}"}
+        line |= {"color": looks[arm.method].color, "symbol": looks[arm.method].symbol, "front": [False] * len(points)}
+        line["up"] = line["down"] = [None] * len(points)
+        for x, y in points:
+            line["x"].append(x)
+            line["y"].append(y)
+            line["text"].append(f"<b>{html.escape(arm.name)}</b><br>{_milliseconds(y / 1e3)} at {x:,.0f} tokens")
+        lines.append(line)
+    if not lines:
+        return []
+    title = "Time per output token by position"
+    data = {"x": "Tokens before the step", "y": "Time per output token, ms", "lines": lines, "front": [], "ticks": None}
+    return [Plot(title, f"{title}, {section.title}.", data | {"over": True})]
 
 
 def _plot(

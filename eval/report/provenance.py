@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from ..records import Record
 from .arms import grouped
 
+_MOST_NAMES = 5
+
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
@@ -24,8 +26,8 @@ class Provenance:
     warnings: tuple[str, ...]
 
 
-def provenance(records: Sequence[Record]) -> Provenance:
-    """Return the origin of records."""
+def provenance(records: Sequence[Record], quarantined: Sequence[str] = ()) -> Provenance:
+    """Return the origin of records; `quarantined` names damaged files that a run has put aside."""
     origins = [record["provenance"] for record in records]
     hardware = list(map(machine, records))
     packages = sorted({name for origin in origins for name in origin["versions"]})
@@ -43,6 +45,9 @@ def provenance(records: Sequence[Record]) -> Provenance:
         ("Chat template", _counted("with" if record["cell"]["chat"] else "without" for record in records)),
     ]
     warnings = []
+    if quarantined:
+        names = ", ".join(quarantined[:_MOST_NAMES]) + ", …" * (len(quarantined) > _MOST_NAMES)
+        warnings.append(f"Damaged files were put aside, and what they held was made again: {names}.")
     if len(set(hardware)) > 1:
         warnings.append("Records come from different machines: their times and memory stand in a table each.")
     if len({(origin["rocketkv"], origin["git_hash"], _text(origin["versions"])) for origin in origins}) > 1:

@@ -74,7 +74,7 @@ def sections(records: Sequence[Record]) -> list[Section]:
         lambda record: (
             record["cell"]["model"],
             record["cell"]["dtype"],
-            record["cell"]["mode"],
+            list(MODES).index(record["cell"]["mode"]),
             record["cell"]["length"] or float("inf"),
         ),
     )

@@ -92,14 +92,17 @@ def costs_tables(section: Section) -> list[tuple[str, Table, str]]:
 
 
 def _costs_table(costs: Costs, arms: Sequence[Arm]) -> Table:
-    units = {}
-    for key, _, kind in COSTS:
-        largest = max((row[key].value or 0.0 for row in costs.rows.values()), default=0.0)
-        units[key] = next((unit for unit in UNITS[kind] if largest >= unit[0]), UNITS[kind][-1])
+    """Return the costs that were measured for some arm."""
+    shown, units = [], {}
+    for key, title, kind in COSTS:
+        values = [value for row in costs.rows.values() if (value := row[key].value) is not None]
+        if values or not costs.rows:
+            shown.append((key, title))
+            units[key] = next((unit for unit in UNITS[kind] if max(values, default=0.0) >= unit[0]), UNITS[kind][-1])
     rows = []
     for arm in arms:
         cells = []
-        for key, _, _ in COSTS:
+        for key, _ in shown:
             value, ratio = costs.rows[arm][key] if arm in costs.rows else (None, None)
             if value is None:
                 cells.append(Cell("OOM" if arm in costs.out_of_memory else "-"))
@@ -107,7 +110,7 @@ def _costs_table(costs: Costs, arms: Sequence[Arm]) -> Table:
                 change = "" if ratio is None or arm.method == FULL else f"{ratio:.2f}x"
                 cells.append(Cell(number(value / units[key][0], percent=False), change, value=value))
         rows.append((arm, tuple(cells)))
-    return Table(("Method", *(f"{title}, {units[key][1]}" for key, title, _ in COSTS)), tuple(rows))
+    return Table(("Method", *(f"{title}, {units[key][1]}" for key, title in shown)), tuple(rows))
 
 
 def _costs_note(costs: Costs) -> str:

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import records as stored
-from ..records import CostDict, Record
+from ..records import CostDict, Record, write_atomically
 from .arms import Arm
 from .columns import Column, Figure, reference
 from .costs import COSTS, cost_row
 from .examples import prompt_ends
 from .gather import Report, gather
+from .load import load
 from .markdown import markdown
 from .page import page
 from .provenance import machine
@@ -25,29 +25,19 @@ from .tables import figure_cell
 _WIDTH = 100  # of a summary, in characters
 
 
-def load(results: Path) -> list[Record]:
-    """Read every record below a folder of results.
-
-    Raises:
-        ValueError: there is none, or one is damaged.
-    """
-    found = list(stored.records(results))
-    if not found:
-        raise ValueError(f"results must be a folder with records, found none below {results / stored.CELLS}")
-    return found
-
-
 def write_report(results: Path, output: Path) -> None:
     """Write the report of a folder of results in the format of the suffix of `output`.
 
     Raises:
-        ValueError: there are no records, one is damaged, or the suffix is none of .html, .md, .csv.
+        ValueError: there are no records, or the suffix is none of .html, .md, .csv.
         ImportError: scipy, for intervals, is not installed.
     """
     formats = {".html": page, ".md": markdown, ".csv": csv_text}
     if output.suffix not in formats:
         raise ValueError(f"output must end in .html, .md or .csv, got {output.name!r}; choose a format by its suffix")
-    stored.write_atomically(output, formats[output.suffix](gather(load(results), prompt_ends(results))))
+    found = load(results)
+    content = formats[output.suffix](gather(found.records, prompt_ends(results), found))
+    write_atomically(output, content)
 
 
 def summary(records: Sequence[Record]) -> str:

@@ -1,135 +1,234 @@
-"""`rocketkv eval run --dry-run`: the cells of a sweep with estimates of time and memory.
+"""`rocketkv eval run --dry-run`: the cells of a sweep, with estimates of time and memory.
 
-Times follow from bytes and operations at the speed that this device reaches in a tenth of a second; memory is that of
-weights and cache, computed from the model's configuration.
+Times follow from a probe of the model (`probe.py`) and from the numbers of tokens in a few of the samples; answers
+count as long as they may become. Memory is that of weights and caches, by the model's configuration.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-
-import torch
-from torch.utils.benchmark import Timer
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
+from statistics import fmean
+from typing import Any
 
 from ...budget import METHODS
-from ...hf.loading import SMOLLM2, load_smollm2, resolve_dtype
 from ...hf.plan import plan as make_plan
-from ..methods import FULL
-from ..records import CELLS, CellDict, digest, label, read_record
-from ..sampling import card_settings
-from .plan import CARD, LATENCY, Loaded, Plan, cells, shard, shared_fields
+from ...hf.prompts import encode, render
+from ..conversation import AGNOSTIC
+from ..measures.kl import METRIC as KL
+from ..measures.kl import STEPS
+from ..methods import FULL, Method
+from ..prefill import shares_prefill
+from ..records import CELLS, CellDict, cell_key, label, read_record
+from ..tasks.base import Sample, find_tasks
+from .cells import LATENCY_TOKENS, Session, chat_options, is_whole, method_of, preparation
+from .plan import LATENCY
+from .probe import Speed, arm_key, probe
+from .run import grouped
+from .units import attempt
 
-NEW_TOKENS = 64  # of an answer where the plan does not limit it
+_SIZED, _UNSIZED = 1, 8  # samples whose tokens are counted, of tasks of a given length and of others
+_REPEATS = 7  # of a latency cell
 _MEBI, _GIBI = 2**20, 2**30
 
 
-def dry_run(plan: Plan, results: Path, device: torch.device, part: tuple[int, int]) -> str:
-    """Return the cells of a plan as a table with estimates of time and memory.
+@dataclass(frozen=True)
+class _Shape:
+    """Tokens of a sample: of the first prompt, and of each turn the further prompt and the answer."""
+
+    first: int
+    turns: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """The estimate of a cell; None where it is not known."""
+
+    cell: CellDict
+    done: bool = False
+    prefills: int = 0
+    seconds: float | None = None
+    cache_bytes: float | None = None
+    peak_bytes: float = 0.0
+    reason: str = ""
+
+
+def dry_run(session: Session, cells: Sequence[CellDict], load_seconds: float) -> str:
+    """Return the cells of a sweep as a table with estimates of time and memory.
 
     Args:
-        plan: the sweep.
-        results: the folder of the results, whose cells are done.
-        device: of the model.
-        part: number of the shard and of all shards.
+        session: the model and the folders, which stay as they are.
+        cells: of the sweep.
+        load_seconds: that the model took to load.
     """
-    config, loaded = _configuration(plan, device)
-    flops, bandwidth = _speed(device)
-    lines = [f"{'task':24} {'length':>7} {'method':24} {'samples':>7} {'cache MiB':>10} {'minutes':>8}"]
-    total, largest, known = 0.0, 0.0, True
-    done, read = _done(results), set()
-    for cell in shard(cells(plan, loaded), *part):
-        row = f"{cell['task']:24} {cell['length'] or '-':>7} {label(cell):24} {cell['samples']:>7}"
-        if _without_weights(cell) in done:
-            lines.append(f"{row} {'':>10} {'done':>8}")
+    done = _done(session.results)
+    shapes: dict[int, list[_Shape]] = {}
+    errors: dict[int, str] = {}
+    groups = grouped(cells)
+    for number, group in enumerate(groups):
+        found, error = attempt(partial(_shapes, session, group[0]))
+        if error is None:
+            shapes[number] = found
+        else:
+            errors[number] = (str(error) or type(error).__name__).splitlines()[0]
+    methods: dict[str, Method] = {}
+    unknown: dict[str, str] = {}
+    for cell in cells:
+        method, error = attempt(partial(method_of, cell))
+        if error is None:
+            methods[arm_key(cell)] = method
+        else:
+            unknown[arm_key(cell)] = str(error).splitlines()[0]
+    longest = max((shape.first for found in shapes.values() for shape in found), default=0)
+    speed = probe(session.model, methods, max(2, longest)) if longest and methods else None
+    rows: list[_Row] = []
+    for number, group in enumerate(groups):
+        if number in errors or speed is None:
+            reason = errors.get(number, "no method can run")
+            rows += [_Row(cell=cell, done=cell_key(cell) in done, reason=reason) for cell in group]
+        else:
+            rows += _rows(session, group, shapes[number], methods, unknown | dict(speed.errors), speed, done)
+    place = {arm: index for index, arm in enumerate(map(cell_key, cells))}
+    rows.sort(key=lambda row: place[cell_key(row.cell)])
+    return _table([replace(row, seconds=_with_load(session, row, load_seconds)) for row in rows], speed, load_seconds)
+
+
+def _with_load(session: Session, row: _Row, load_seconds: float) -> float | None:
+    """Return the seconds of a cell; on a CPU `latency` loads the model in a new process."""
+    apart = row.cell["task"] == LATENCY and session.model.device.type == "cpu" and row.seconds is not None
+    return (row.seconds or 0.0) + load_seconds if apart else row.seconds
+
+
+def _shapes(session: Session, cell: CellDict) -> list[_Shape]:
+    """Return the tokens of a few samples of a cell, which are made in memory."""
+    if cell["task"] == LATENCY:
+        return [_Shape(max(1, (cell["length"] or 0) - LATENCY_TOKENS), ((0, LATENCY_TOKENS),))]
+    if cell["task"] == KL:
+        return [_Shape(max(1, (cell["length"] or 0) - STEPS), ((0, STEPS),))]
+    if is_whole(cell):
+        raise ValueError("stock tasks of lm-eval are not estimated")
+    (task,) = find_tasks([cell["task"]])
+    count = min(cell["samples"], _SIZED if task.sized else _UNSIZED)
+    samples = task.samples(replace(preparation(session, cell), count=count))
+    if not samples:
+        raise ValueError(f"task {task.name!r} has no samples for length {cell['length']}")
+    return [_shape(session, cell, sample) for sample in samples]
+
+
+def _shape(session: Session, cell: CellDict, sample: Sample) -> _Shape:
+    agnostic, options = cell["mode"] == AGNOSTIC, {"chat": cell["chat"], "options": chat_options(cell)}
+    first, turns = 0, []
+    for number, turn in enumerate(sample.turns):
+        rendered = render(session.tokenizer, sample.context, turn.question, turn.answer_prefix, **options)  # type: ignore[arg-type]
+        ids, head = encode(session.tokenizer, rendered, apart=agnostic)
+        if number == 0:
+            first = head if agnostic else len(ids)
+        limit = min(turn.max_new_tokens, cell["max_new_tokens"] or turn.max_new_tokens) + cell["thinking_tokens"]
+        turns.append((len(ids) - first if agnostic or number else 0, limit))
+    return _Shape(first, tuple(turns))
+
+
+def _rows(
+    session: Session,
+    group: Sequence[CellDict],
+    shapes: Sequence[_Shape],
+    methods: Mapping[str, Method],
+    errors: Mapping[str, str],
+    speed: Speed,
+    done: set[str],
+) -> list[_Row]:
+    """Estimate the cells of a group, which share each prompt's prefill."""
+    rows, read = [], False
+    full = next((arm_key(cell) for cell in group if cell["method"] == FULL), "")
+    for cell in group:
+        arm = arm_key(cell)
+        if cell_key(cell) in done:
+            rows.append(_Row(cell=cell, done=True))
             continue
-        figures = _figures(config, cell, flops, bandwidth)
-        if figures is None:
-            known = False
-            lines.append(f"{row} {'?':>10} {'?':>8}")
+        if arm in errors:
+            rows.append(_Row(cell=cell, reason=errors[arm]))
             continue
-        prefill, decoding, cache_bytes, peak = figures
-        samples = digest(shared_fields(cell))
-        seconds = decoding if samples in read and cell["task"] != LATENCY else prefill + decoding
-        read.add(samples)  # by one prefill for all methods
-        total, largest = total + seconds, max(largest, peak)
-        lines.append(f"{row} {cache_bytes / _MEBI:>10.1f} {seconds / 60:>8.1f}")
-    unknown = "" if known else " (without the cells marked ?, whose length or method is not known here)"
-    lines.append(
-        f"estimated: {total / 60:.0f} minutes, {largest / _GIBI:.1f} GiB at peak{unknown}; this device did "
-        f"{flops / 1e9:.0f} GFLOP/s and read {bandwidth / 1e9:.0f} GB/s"
+        alone = cell["task"] == LATENCY
+        times = _REPEATS if alone else cell["samples"]
+        shares = shares_prefill(methods[arm])
+        seconds = fmean(_answer_seconds(speed, arm, shape) for shape in shapes)
+        prefill = fmean(speed.prefill(shape.first) for shape in shapes)
+        reads = times * (not shares or alone or not read)
+        total = times * seconds + (reads * prefill if shares else 0.0)
+        if cell["task"] == KL and not read:  # the full cache's predictions, to which all are compared
+            total += times * (_answer_seconds(speed, full, shapes[0]) if full in speed.steps else seconds)
+        read = read or shares
+        rows.append(_Row(cell=cell, prefills=reads, seconds=total, **_memory(session, cell, shapes)))
+    return rows
+
+
+def _answer_seconds(speed: Speed, arm: str, shape: _Shape) -> float:
+    """Return the seconds of an arm's answers to a sample whose first prompt has been read."""
+    seconds, position = speed.start(arm, shape.first), shape.first
+    for new, answer in shape.turns:
+        if new:  # read by the arm itself, over its cache
+            seconds += max(speed.prefill(new), speed.step(arm, position))
+        seconds += max(0, answer - 1) * speed.step(arm, position + answer / 2)
+    return seconds
+
+
+def _memory(session: Session, cell: CellDict, shapes: Sequence[_Shape]) -> dict[str, Any]:
+    """Return the bytes of a cell's cache, and those at the peak: weights, the read prompt and the cache."""
+    if cell["method"] not in (*METHODS, FULL):
+        return {}
+    prompt = max(shape.first for shape in shapes)
+    planned = make_plan(
+        session.model.config,
+        context=prompt,
+        token_budget=cell["token_budget"] or prompt,
+        method=cell["method"],
+        dtype=cell["dtype"],
     )
-    return "\n".join(lines) + "\n"
+    cache = planned.cache.total_bytes
+    return {"cache_bytes": cache, "peak_bytes": planned.weight_bytes + planned.cache.total("full_bytes") + cache}
 
 
 def _done(results: Path) -> set[str]:
-    """Return the cells that have a record, without their weights: a run knows those, and makes a damaged one again."""
+    """Return the cells that have a record; a damaged one is made again, as a failed one is."""
     done = set()
     for path in (results / CELLS).glob("*.json"):
         with contextlib.suppress(ValueError):
             record = read_record(path)
             if record["status"] != "failed":
-                done.add(_without_weights(record["cell"]))
+                done.add(record["key"])
     return done
 
 
-def _without_weights(cell: CellDict) -> str:
-    return digest({name: value for name, value in cell.items() if name not in ("weights", "attention")})
-
-
-def _configuration(plan: Plan, device: torch.device) -> tuple[PretrainedConfig, Loaded]:
-    """Return the configuration of a plan's model, and what its cells record of it."""
-    dtype = str(resolve_dtype(plan.dtype, str(device), plan.device_map)).removeprefix("torch.")
-    if plan.model == SMOLLM2:
-        model, tokenizer = load_smollm2()
-        config, card = model.config, model.generation_config
-    else:
-        config = AutoConfig.from_pretrained(plan.model, revision=plan.revision)
-        tokenizer = AutoTokenizer.from_pretrained(plan.model, revision=plan.revision)
-        card = GenerationConfig()
-        with contextlib.suppress(OSError):  # the card has no generation settings
-            card = GenerationConfig.from_pretrained(plan.model, revision=plan.revision or "main")
-    sampling = card_settings(card) if plan.generation == CARD else {}
-    return config, Loaded(chat=tokenizer.chat_template is not None, dtype=dtype, sampling=sampling)
-
-
-def _figures(
-    config: PretrainedConfig, cell: CellDict, flops: float, bandwidth: float
-) -> tuple[float, float, float, float] | None:
-    """Return seconds of prefills and of decode steps, and bytes of a cache after its prompt and at the prefill's peak.
-
-    None where they are not known.
-    """
-    length = cell["length"]
-    if length is None or cell["method"] not in (*METHODS, FULL):
-        return None
-    answer = cell["max_new_tokens"] or NEW_TOKENS
-    prompt = max(1, length - answer)
-    new = answer + cell["thinking_tokens"]
-    budget = cell["token_budget"] or prompt
-    planned = make_plan(config, context=prompt, token_budget=budget, method=cell["method"], dtype=cell["dtype"])
-    total = planned.cache.total
-    layers = max(1, len(planned.cache.layers))
-    itemsize = getattr(torch, cell["dtype"]).itemsize
-    weights = planned.weight_bytes
-    # Two operations a weight and token; for each pair of tokens, two for each channel of the key and of the value.
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    work = 2 * (weights / itemsize) * prompt + 2 * layers * heads * head_dim * prompt**2
-    step = (weights + total("step_bytes")) / bandwidth
-    full_layer = total("full_bytes") / layers
-    seconds = cell["samples"] * work / flops, cell["samples"] * new * step
-    return *seconds, planned.cache.total_bytes, weights + planned.cache.total_bytes + full_layer
-
-
-def _speed(device: torch.device) -> tuple[float, float]:
-    """Return float operations and bytes a second of this device, from a few short runs each."""
-    size = 1024 if device.type == "cpu" else 8192
-    matrix = torch.rand(size, size, device=device)
-    line = torch.rand(2**25, device=device)  # 128 MiB: larger than processor caches
-    product, total = (
-        Timer(statement, globals={"x": x}, num_threads=torch.get_num_threads()).timeit(4).mean
-        for statement, x in (("x @ x", matrix), ("x.sum()", line))
+def _table(rows: Sequence[_Row], speed: Speed | None, load_seconds: float) -> str:
+    lines = [f"{'task':24} {'length':>7} {'method':24} {'samples':>7} {'prefills':>8} {'cache MiB':>10} {'minutes':>8}"]
+    for row in rows:
+        cell = row.cell
+        text = f"{cell['task']:24} {cell['length'] or '-':>7} {label(cell):24} {cell['samples']:>7}"
+        cache = "?" if row.cache_bytes is None else f"{row.cache_bytes / _MEBI:.1f}"
+        if row.done:
+            lines.append(f"{text} {'':>8} {'':>10} {'done':>8}")
+        elif row.seconds is None:
+            lines.append(f"{text} {'?':>8} {'?':>10} {'?':>8}")
+        else:
+            lines.append(f"{text} {row.prefills:>8} {cache:>10} {row.seconds / 60:>8.2f}")
+    known = [row for row in rows if row.seconds is not None]
+    total = load_seconds + sum(row.seconds or 0.0 for row in known)
+    peak = max((row.peak_bytes for row in known), default=0.0)
+    reads, answers = sum(row.prefills for row in known), sum(row.cell["samples"] for row in known)
+    lines.append(
+        f"estimated: {total / 60:.1f} minutes, {reads} prefills for {answers} samples of {len(known)} cells, "
+        f"{peak / _GIBI:.1f} GiB at peak; answers may end earlier"
     )
-    return 2 * size**3 / product, line.nbytes / total
+    if speed is not None and speed.steps:
+        steps = sorted(pair[1] for pair in speed.steps.values())
+        lines.append(
+            f"probe: a prefill of {speed.lengths[1]} tokens took {speed.prefills[1]:.2f} s, decode steps "
+            f"{1e3 * steps[0]:.0f} to {1e3 * steps[-1]:.0f} ms"
+        )
+    for reason in dict.fromkeys(row.reason for row in rows if row.reason and not row.done):
+        count = sum(row.reason == reason for row in rows)
+        lines.append(f"? {count} cell{'s' if count > 1 else ''}: {reason}")
+    return "\n".join(lines) + "\n"

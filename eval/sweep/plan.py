@@ -64,7 +64,8 @@ class Plan:
         thinking_tokens: that a model may generate before each answer, in addition to the answer's.
         generation: `greedy`, or `card` for the generation settings of the model's card.
         toy_haystack: whether RULER's tasks hide their needles in generated prose instead of essays.
-        agnostic: whether the context is compressed before the question is seen; never in stock tasks of lm-eval.
+        agnostic: whether the context is compressed before the question is seen; never in stock tasks of lm-eval, nor in
+            `kl` and `latency`, which ask no question.
         settings: further fields of `RocketKVConfig`.
         data_dir: a folder with the benchmarks' files; None for the hub.
 
@@ -150,6 +151,54 @@ def plan_from(given: Mapping[str, Any]) -> Plan:
     return Plan(**values)
 
 
+def plans_from(given: Mapping[str, Any], parts: Sequence[Mapping[str, Any]] = ()) -> tuple[Plan, ...]:
+    """Make the plans of a recipe's parts, or one where there are none.
+
+    Given tasks choose among the recipe's, and further ones join its first part; settings are merged.
+
+    Args:
+        given: fields of a YAML file or command line, which override those of the parts.
+        parts: fields of `Plan`.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is unknown or has an impossible value.
+    """
+    if not parts:
+        return (plan_from(given),)
+    wanted = [dict(part) for part in parts]
+    if "tasks" in given:
+        names = given["tasks"]
+        _choose_tasks(wanted, _members([names] if isinstance(names, str) else names))
+    fixed = {name: value for name, value in given.items() if name not in ("tasks", "settings")}
+    settings = given.get("settings") or {}
+    return tuple(
+        plan_from(part | fixed | {"settings": {**part.get("settings", {}), **settings}})
+        for part in wanted
+        if part["tasks"]
+    )
+
+
+def _choose_tasks(parts: Sequence[dict[str, Any]], chosen: Sequence[str]) -> None:
+    """Leave the chosen tasks in each part, and add those that no part has to the first."""
+    known = [_members(part["tasks"]) for part in parts]
+    for part, tasks in zip(parts, known, strict=True):
+        part["tasks"] = tuple(task for task in tasks if task in chosen)
+    parts[0]["tasks"] += tuple(task for task in chosen if not any(task in tasks for tasks in known))
+
+
+def _members(names: Sequence[str]) -> list[str]:
+    """Return the tasks of each group, and every other name as it is."""
+    return list(dict.fromkeys(task for name in names for task in _tasks_of(name)))
+
+
+def _tasks_of(name: str) -> list[str]:
+    try:
+        return [task.name for task in find_tasks([name])]
+    except ValueError:  # a measurement, a stock task, or no task at all: `cells` checks it
+        return [name]
+
+
 class Loaded(NamedTuple):
     """Facts about a loaded model that its cells record.
 
@@ -191,7 +240,7 @@ def cells(plan: Plan, loaded: Loaded) -> list[CellDict]:
             for method, budget in arms(plan):
                 in_chat = name not in MEASURED and chat and rule is not False
                 own = name not in MEASURED and not stock  # answered by this harness
-                mode: Literal["aware", "agnostic"] = "agnostic" if plan.agnostic and not stock else "aware"
+                mode: Literal["aware", "agnostic"] = "agnostic" if plan.agnostic and own else "aware"
                 cell: CellDict = {
                     "task": name,
                     "task_version": version,

@@ -11,9 +11,23 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from ..asked import FOLDER as ASKED
+from ..asked import write_asked
 from ..methods import KVPRESS, Method
 from ..progress import Progress
-from ..records import CELLS, CellDict, Record, cell_key, digest, finished, label, read_record, record_path, write_record
+from ..records import (
+    CELLS,
+    CellDict,
+    Record,
+    cell_key,
+    digest,
+    finished,
+    label,
+    read_record,
+    record_path,
+    write_atomically,
+    write_record,
+)
 from .cells import Session, is_whole, method_of, record_of, run_whole, unfinished_record
 from .locks import try_lock
 from .plan import LM_EVAL, shared_fields
@@ -61,6 +75,8 @@ def run_cells(session: Session, cells: Sequence[CellDict]) -> Counts:
     for group in groups:  # missing data must show before hours of work, not after
         if not all(record_path(session.results, cell).exists() for cell in group):
             _check(session, group[0])
+    if cells:
+        write_asked(session.results, cells)
     with Progress("beginning", total=sum(cell["samples"] for cell in cells)) as progress:
         for group in groups:
             if is_whole(group[0]):
@@ -185,7 +201,9 @@ def _answer_all(
                     counts.elsewhere += 1
                     del pending[key]
                 names = ", ".join(label(cell) for cell, _ in pending.values())
-                progress.say(f"{work.names[unit.number].split()[-1]}: {names}")
+                cell = next(iter(pending.values()))[0]
+                sample = f"{cell['task']} {cell['length'] or ''} sample {work.names[unit.number].split()[-1]}"
+                progress.say(f"{sample}: {names}")
                 for cell, error in answer(session, work, unit, journal, list(pending.values())):
                     so_far = work.outcome([each.result(cell) for each in units])
                     record = unfinished_record(session, cell, error, so_far)
@@ -267,6 +285,8 @@ def merge(sources: Sequence[Path], target: Path) -> int:
             raise ValueError(f"{source} is no folder of results: it has no folder cells")
         for path in sorted((source / CELLS).glob("*.json")):
             gained += _merge_record(path, target)
+        for path in (source / ASKED).glob("*.json"):
+            write_atomically(target / ASKED / path.name, path.read_bytes())
     return gained
 
 

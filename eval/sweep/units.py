@@ -96,7 +96,7 @@ def attempt(run: Callable[[], Any]) -> tuple[Any, Exception | None]:
     try:
         return run(), None
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         return None, error
 

@@ -84,13 +84,16 @@ class Questions:
             {"prediction": prediction, "answers": list(turn.answers), "score": float(self.task.score(prediction, turn))}
             for prediction, turn in zip(answers["predictions"], sample.turns, strict=True)
         ]
+        notes = {"thinking": answers["thoughts"]} if any(answers["thoughts"]) else {}
+        if answers.get("pace"):
+            notes["pace"] = answers["pace"]
         return {
             "id": sample.id,
             "prompt_sha256": answers["prompt_sha256"],
             "score": fmean(turn["score"] for turn in turns),
             "turns": turns,
             "cost": answers["cost"],
-            "notes": dict(sample.notes) | ({"thinking": answers["thoughts"]} if any(answers["thoughts"]) else {}),
+            "notes": dict(sample.notes) | notes,
         }
 
 

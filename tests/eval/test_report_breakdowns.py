@@ -31,8 +31,8 @@ def test_lengths_and_modes_stand_side_by_side_over_common_tasks() -> None:
     assert lengths.header == ("Method", "4096 tokens", "8192 tokens")
     assert [[cell.text for cell in row] for _, row in lengths.rows] == [["100.0", "50.0"], ["50.0", "0.0"]]
     assert [cell.change for cell in lengths.rows[1][1]] == ["-50.0", "-50.0"]
-    assert modes.header == ("Method", "query-agnostic", "query-aware")
-    assert [[cell.text for cell in row] for _, row in modes.rows] == [["100.0", "100.0"], ["50.0", "100.0"]]
+    assert modes.header == ("Method", "query-aware", "query-agnostic")
+    assert [[cell.text for cell in row] for _, row in modes.rows] == [["100.0", "100.0"], ["100.0", "50.0"]]
     text = markdown(report).replace("## Score by length", "### Score by length")
     assert cells(text, "Score by length")["full"][0].startswith("100.0, (")
     assert '<section id="breakdowns">' in page(report)

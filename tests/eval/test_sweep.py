@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from eval_case import know_tasks, made_task, save
+from eval_case import know_tasks, made_task
 from rocketkv._version import __version__
-from rocketkv.cli.main import main
-from rocketkv.eval.cli import add_arguments, given_plan
-from rocketkv.eval.records import CellDict, cell_key, record_path, write_record
+from rocketkv.eval.cli import add_arguments, given_plans
+from rocketkv.eval.records import CellDict, cell_key
 from rocketkv.eval.sweep.plan import SETTINGS, Loaded, Plan, arms, cells, plan_from, shard
 from rocketkv.eval.sweep.run import run_cells
 
@@ -37,7 +36,8 @@ def plan(**fields: Any) -> Plan:
 def given(*arguments: str) -> Plan:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return given_plan(parser.parse_args(["run", *arguments]))
+    (found,) = given_plans(parser.parse_args(["run", *arguments]))
+    return found
 
 
 def names(found: list[CellDict]) -> list[tuple[Any, ...]]:
@@ -142,11 +142,11 @@ def test_a_stock_task_is_asked_as_lm_eval_asks_it() -> None:
     ]
 
 
-def test_measurements_are_never_in_a_chat_template() -> None:
-    found = cells(plan(tasks=("kl", "latency"), methods=("full",), chat=True), Loaded(chat=True))
-    assert [(cell["task"], cell["task_version"], cell["chat"]) for cell in found] == [
-        ("kl", 1, False),
-        ("latency", 1, False),
+def test_measurements_have_neither_chat_template_nor_mode() -> None:
+    found = cells(plan(tasks=("kl", "latency"), methods=("full",), chat=True, agnostic=True), Loaded(chat=True))
+    assert [(cell["task"], cell["task_version"], cell["chat"], cell["mode"]) for cell in found] == [
+        ("kl", 1, False, "aware"),
+        ("latency", 1, False, "aware"),
     ]
 
 
@@ -313,47 +313,6 @@ def test_settings_are_read_as_yaml_reads_values() -> None:
     assert len(SETTINGS) > 1
     found = given("--set", "window_size=8", "--set", "index_dtype=int8").settings
     assert found == {"window_size": 8, "index_dtype": "int8"}
-
-
-def test_a_dry_run_prints_the_cells_and_runs_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from made_records import made_record
-
-    folder, results = save(tmp_path / "model"), tmp_path / "results"
-    fields: dict[str, Any] = {
-        "model": str(folder), "tasks": ("sized", "unsized"), "methods": ("full", "rocketkv", "kvpress:KnormPress"),
-        "budgets": (32,), "lengths": (256,), "samples": 2,
-    }  # fmt: skip
-    everything = cells(Plan(**fields), Loaded(chat=True))
-    done = everything[1]
-    record = made_record([1.0]) | {"cell": done, "key": cell_key(done)}
-    write_record(record_path(results, done), record)  # type: ignore[arg-type]
-    damaged = record_path(results, everything[2])
-    damaged.write_text(record_path(results, done).read_text()[:-9])
-    before = sorted(results.rglob("*"))
-    monkeypatch.setattr("rocketkv.eval.sweep.run.run_cells", lambda *_: pytest.fail("a dry run must run nothing"))
-    arguments = [
-        "eval", "run", "--dry-run", "--model", str(folder), "--tasks", "sized,unsized", "--methods",
-        "full,rocketkv,kvpress:KnormPress", "--budgets", "32", "--lengths", "256", "--samples", "2", "-o", str(results),
-        "--device", "cpu",
-    ]  # fmt: skip
-    assert main(arguments) == 0
-    header, *rows, total = capsys.readouterr().out.splitlines()
-    assert header.split() == ["task", "length", "method", "samples", "cache", "MiB", "minutes"]
-    assert [row.split()[:2] for row in rows] == [[cell["task"], "256"] for cell in everything]
-    assert [row.split()[-1] == "done" for row in rows] == [cell is done for cell in everything]
-    assert [row.split()[-1] == "?" for row in rows] == [cell["method"].startswith("kvpress") for cell in everything]
-    # 2 layers x 2 heads x 16 channels x keys and values x 4 bytes, for a prompt of 256 - 64 tokens and room for as many
-    held = 2 * 2 * 16 * 2 * 4 * 192 / 2**20
-    assert held <= float(rows[0].split()[-2]) + 0.05 < 3 * held
-    assert total.startswith("estimated: ")
-    assert "without the cells marked ?" in total
-    assert sorted(results.rglob("*")) == before
-
-    assert main([*arguments, "--shard", "2/3"]) == 0
-    _, *rows, _ = capsys.readouterr().out.splitlines()
-    assert [row.split()[:1] for row in rows] == [[cell["task"]] for cell in shard(everything, 2, 3)]
 
 
 def test_running_nothing_is_nothing(tmp_path: Path) -> None:

@@ -1,14 +1,18 @@
 """Command lines in processes of their own, forked from one that has imported everything: a start takes milliseconds.
 
-Reads a line of JSON for each: `["start", ARGUMENTS]`, answered by the process's id; `["hold", PATH]`, the same for one
-that locks a record and keeps it, which it writes to a file with the suffix `.held`; and `["wait", ID]`,
-answered by how it ended, as `os.waitpid` has it.
+Reads a line of JSON for each:
+
+- `["start", [LIMIT, *ARGUMENTS]]`, answered by the process's id: unless the limit is 0, no file that it writes may have
+  more bytes;
+- `["hold", PATH]`, the same for one that locks a record, which it says in a file with the suffix `.held`, and keeps it;
+- `["wait", ID]`, answered by how it ended, as `os.waitpid` has it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 import traceback
@@ -30,6 +34,12 @@ def hold(path: Path) -> int:
     return 0
 
 
+def limited(limit: int, *arguments: str) -> int:
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # a write beyond it raises EFBIG
+    return main(arguments)
+
+
 def serve() -> None:
     torch.set_num_threads(1)
     for line in sys.stdin:
@@ -41,7 +51,7 @@ def serve() -> None:
             if answer == 0:
                 code = 1
                 try:
-                    code = hold(Path(what)) if order == "hold" else main(what)
+                    code = hold(Path(what)) if order == "hold" else limited(*what)
                 except BaseException:  # noqa: BLE001  # also SystemExit: this process is to end here and nowhere else
                     traceback.print_exc()
                 finally:
