@@ -64,6 +64,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--thinking-tokens", type=positive, metavar="N", help=thinking)
     card = "greedy, or card: sample by the generation settings of the model's card (default greedy)"
     parser.add_argument("--generation", choices=("greedy", "card"), help=card)
+    mean = "sampled to each question, of which the mean counts (avg@N; default 1)"
+    parser.add_argument("--answers", type=positive, metavar="N", help=mean)
     toy = "hide RULER's needles in generated prose instead of essays; the tasks are then named NAME_toy"
     parser.add_argument("--toy-haystack", action=flag, help=toy)
     parser.add_argument("--agnostic", action=flag, help="compress before the question is seen")

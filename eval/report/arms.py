@@ -112,6 +112,8 @@ def column_key(record: Record) -> ColumnKey:
         ("chat", cell["chat"]),
         ("answer", cell["max_new_tokens"]),
         ("seed", cell["seed"]),
+        ("answers", cell["answers"]),
+        ("batch", cell["batch_size"]),
     )
     return cell["task"], kind, record["metric"], record["higher_is_better"]
 

@@ -54,6 +54,7 @@ class Outcome:
     data: DataDict
     higher_is_better: bool = True
     values: Mapping[str, float | None] | None = None
+    details: Mapping[str, Any] | None = None
     cost: CostDict | None = None
     score: float | None = None
 
@@ -157,6 +158,7 @@ def record_of(session: Session, cell: CellDict, outcome: Outcome) -> Record:
         "samples": outcome.samples,
         "cost": mean_cost([sample["cost"] for sample in outcome.samples]) if outcome.cost is None else outcome.cost,
         "data": outcome.data,
+        "details": dict(outcome.details or {}),
         "provenance": provenance(session.model),
         "checksum": "",
     }

@@ -35,6 +35,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {  # of the fields that are no lists, w
     "device_map": (str, dict, type(None)),
     "chat_template_args": (dict,),
     "thinking_tokens": (int,),
+    "answers": (int,),
     "toy_haystack": (bool,),
 }
 GREEDY, CARD = "greedy", "card"
@@ -63,6 +64,7 @@ class Plan:
         chat_template_args: variables of the chat template, such as `enable_thinking`.
         thinking_tokens: that a model may generate before each answer, in addition to the answer's.
         generation: `greedy`, or `card` for the generation settings of the model's card.
+        answers: sampled to each question; a sample's score is their mean.
         toy_haystack: whether RULER's tasks hide their needles in generated prose instead of essays.
         agnostic: whether the context is compressed before the question is seen; never in stock tasks of lm-eval.
         settings: further fields of `RocketKVConfig`.
@@ -89,6 +91,7 @@ class Plan:
     chat_template_args: Mapping[str, Any] = field(default_factory=dict)
     thinking_tokens: int = 0
     generation: str = GREEDY
+    answers: int = 1
     toy_haystack: bool = False
     agnostic: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -109,13 +112,16 @@ class Plan:
             if type(value) not in kinds:
                 wanted = " or ".join(kind.__name__ for kind in kinds)
                 raise TypeError(f"{name} must be of type {wanted}, got {value!r}")
-        for name, least in (("samples", 1), ("max_new_tokens", 1), ("seed", 0), ("thinking_tokens", 0)):
+        least_of = {"samples": 1, "answers": 1, "max_new_tokens": 1, "seed": 0, "thinking_tokens": 0}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         for name, known in (("dtype", (AUTO, *DTYPES)), ("generation", (GREEDY, CARD))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        if self.answers > 1 and self.generation == GREEDY:
+            raise ValueError(f"answers must be 1 where generation is greedy, got {self.answers}; use generation card")
         if not self.tasks or not self.methods:
             raise ValueError("a sweep needs at least one task and one method")
         if not self.budgets and set(self.methods) != {FULL}:
@@ -181,6 +187,8 @@ def cells(plan: Plan, loaded: Loaded) -> list[CellDict]:
     for method, budget in arms(plan):
         if not method.startswith(KVPRESS):  # its own environment checks it
             find_method(method, budget, _settings(plan, method))
+    if plan.answers > 1 and not loaded.sampling.get("do_sample"):
+        raise ValueError(f"answers must be 1 where the model's card is greedy (no do_sample), got {plan.answers}")
     chat = loaded.chat if plan.chat is None else plan.chat
     planned = []
     for name, version, sized, rule in _tasks(plan):
@@ -210,6 +218,8 @@ def cells(plan: Plan, loaded: Loaded) -> list[CellDict]:
                     "chat_arguments": dict(plan.chat_template_args) if in_chat else {},
                     "thinking_tokens": plan.thinking_tokens if own else 0,
                     "sampling": dict(loaded.sampling) if own and plan.generation == CARD else {},
+                    "answers": plan.answers if own else 1,
+                    "batch_size": 1,
                     "weights": loaded.weights,
                     "library": __version__,
                     "settings": _settings(plan, method),

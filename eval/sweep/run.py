@@ -61,7 +61,7 @@ def run_cells(session: Session, cells: Sequence[CellDict]) -> Counts:
     for group in groups:  # missing data must show before hours of work, not after
         if not all(record_path(session.results, cell).exists() for cell in group):
             _check(session, group[0])
-    with Progress("beginning", total=sum(cell["samples"] for cell in cells)) as progress:
+    with Progress("beginning", total=sum(cell["samples"] * cell["answers"] for cell in cells)) as progress:
         for group in groups:
             if is_whole(group[0]):
                 _run_whole(session, group[0], counts, progress)
@@ -129,7 +129,7 @@ def _run_group(session: Session, group: Sequence[CellDict], counts: Counts, prog
     """Answer every sample of a group by all its cells, sample by sample, and write their records."""
     start = time.monotonic()
     running = [cell for cell in group if not _settled(session, cell, counts)]
-    progress.update(sum(cell["samples"] for cell in group if cell not in running))
+    progress.update(sum(cell["samples"] * cell["answers"] for cell in group if cell not in running))
     if running:
         work = work_of(session, running[0])
         units = [Unit(session, running[0], number, name) for number, name in enumerate(work.names)]

@@ -14,7 +14,7 @@ from ..methods import Method
 from ..prefill import Prefills
 from ..records import CellDict, DataDict, SampleDict, TurnDict, digest
 from ..tasks.base import Sample, Task, find_tasks
-from .cells import Outcome, Session, chat_options, preparation
+from .cells import Outcome, Session, chat_options, mean_cost, preparation
 from .samples import prepare
 
 
@@ -42,56 +42,79 @@ def work_of(session: Session, cell: CellDict) -> Work:
     Raises:
         ValueError: they cannot be made for its length, or their data are missing.
         OSError: the data cannot be read.
+        ImportError: a package is not installed that the score needs.
     """
     if cell["task"] == KL:
         return Divergence(session, texts(preparation(session, cell), find_text(session.data_dir)))
     (task,) = find_tasks([cell["task"]])
+    if task.require is not None:
+        task.require()  # a missing package must show before the answers, not after
     samples, data = prepare(session.results, task, preparation(session, cell))
-    return Questions(session, task, samples, data)
+    return Questions(session, task, samples, data, cell["answers"])
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Samples of a task."""
+    """Samples of a task, each answered once or several times."""
 
     session: Session
     task: Task
     samples: list[Sample]
     data: DataDict
+    answers: int = 1
     references: ClassVar[int] = 0
 
     @property
     def names(self) -> list[str]:
-        """The hash of the data, and the name of each sample."""
-        return [f"{self.data['sha256']} {sample.id}" for sample in self.samples]
+        """The hash of the data, and the name of each sample, with the answer's number where there are several."""
+        numbers = [f"#{number + 1}" for number in range(self.answers)] if self.answers > 1 else [""]
+        return [f"{self.data['sha256']} {sample.id}{number}" for sample in self.samples for number in numbers]
 
     def answer(self, number: int, cell: CellDict, method: Method, prefills: Prefills | None) -> dict[str, Any]:
         """Return the fields of `Answers`."""
-        fields = ("mode", "chat", "thinking_tokens", "max_new_tokens", "sampling", "seed")
+        fields = ("mode", "chat", "thinking_tokens", "max_new_tokens", "sampling")
         options: dict[str, Any] = {name: cell[name] for name in fields}  # type: ignore[literal-required]
-        options["chat_options"] = chat_options(cell)
-        model, tokenizer = self.session.model, self.session.tokenizer
-        return asdict(answer_sample(model, tokenizer, method, self.samples[number], prefills=prefills, **options))
+        options |= {"chat_options": chat_options(cell), "seed": [cell["seed"], number % self.answers]}
+        model, tokenizer, sample = self.session.model, self.session.tokenizer, self.samples[number // self.answers]
+        return asdict(answer_sample(model, tokenizer, method, sample, prefills=prefills, **options))
 
     def outcome(self, results: Sequence[Any]) -> Outcome:
-        """Score the answers."""
-        pairs = zip(self.samples, results, strict=True)
-        samples = [self._scored(sample, result) for sample, result in pairs if result is not None]
-        return Outcome(metric=self.task.metric, samples=samples, data=self.data)
+        """Score the answers; a sample is one question or conversation, so that intervals resample those."""
+        samples = []
+        for place, sample in enumerate(self.samples):
+            given = [each for each in results[place * self.answers :][: self.answers] if each is not None]
+            if given:
+                samples.append(self._scored(sample, given))
+        turns = [turn for sample in samples for turn in sample["turns"]]
+        values = {"answer_tokens": fmean(turn["new_tokens"] for turn in turns)} if turns else {}
+        values |= {"answers_cut_percent": 100 * fmean(turn["cut"] for turn in turns)} if turns else {}
+        return Outcome(metric=self.task.metric, samples=samples, data=self.data, values=values)
 
-    def _scored(self, sample: Sample, answers: Mapping[str, Any]) -> SampleDict:
-        turns: list[TurnDict] = [
-            {"prediction": prediction, "answers": list(turn.answers), "score": float(self.task.score(prediction, turn))}
-            for prediction, turn in zip(answers["predictions"], sample.turns, strict=True)
-        ]
+    def _scored(self, sample: Sample, answers: Sequence[Mapping[str, Any]]) -> SampleDict:
+        turns = [turn for each in answers for turn in self._turns(sample, each)]
+        thoughts = [thought for each in answers for thought in each["thoughts"]]
+        costs = [each["cost"] for each in answers]
         return {
             "id": sample.id,
-            "prompt_sha256": answers["prompt_sha256"],
+            "prompt_sha256": answers[0]["prompt_sha256"],
             "score": fmean(turn["score"] for turn in turns),
             "turns": turns,
-            "cost": answers["cost"],
-            "notes": dict(sample.notes) | ({"thinking": answers["thoughts"]} if any(answers["thoughts"]) else {}),
+            "cost": costs[0] if len(costs) == 1 else mean_cost(costs),
+            "notes": dict(sample.notes) | ({"thinking": thoughts} if any(thoughts) else {}),
         }
+
+    def _turns(self, sample: Sample, answers: Mapping[str, Any]) -> list[TurnDict]:
+        return [
+            {
+                "prediction": prediction,
+                "answers": list(turn.answers),
+                "score": float(self.task.score(prediction, turn)),
+                "new_tokens": trace["tokens"],
+                "cut": trace["cut"],
+                "kv_bytes": [list(point) for point in trace["kv_bytes"]],
+            }
+            for prediction, turn, trace in zip(answers["predictions"], sample.turns, answers["traces"], strict=True)
+        ]
 
 
 @dataclass(frozen=True)
