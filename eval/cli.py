@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
@@ -46,6 +47,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="hub name, local folder, or smollm2 (the default)")
     parser.add_argument("--dtype", choices=(AUTO, *DTYPES), help=f"{DTYPE_HELP} (default {AUTO})")
     add_loading_options(parser)
+    ranks = "divide the model's heads among N processes, started by torchrun --nproc-per-node N (default 1)"
+    parser.add_argument("--tp", type=positive, metavar="N", help=ranks)
     names, numbers = comma_separated(str), comma_separated(positive)
     tasks = "tasks or groups, comma-separated; kl; latency; lm-eval:NAME for a stock task"
     parser.add_argument("--tasks", type=names, help=tasks)
@@ -171,6 +174,21 @@ def others_failed(failed: bool) -> bool:
     return bool(count)
 
 
+def check_tensor_parallel(plan: Plan, args: argparse.Namespace) -> None:
+    """Refuse what does not run on a model whose heads are divided among processes.
+
+    Raises:
+        ValueError: a task or method of another program, or a device or a shard was asked for.
+    """
+    stock = [task for task in plan.tasks if task.startswith("lm-eval:")]
+    presses = [method for method in plan.methods if ":" in method]
+    for names in (stock, presses):
+        if names:
+            raise ValueError(f"--tp runs the harness's own tasks and the library's methods; leave out {names[0]}")
+    if args.device is not None:
+        raise ValueError("--tp gives each process a device of its own; leave --device out")
+
+
 def _device(given: str | None) -> torch.device:
     """Return the device to run on; under torchrun each process gets a different GPU."""
     import torch
@@ -192,7 +210,9 @@ def _run(args: argparse.Namespace) -> int:
     from .sweep.cells import Session
     from .sweep.plan import CARD, LM_EVAL, Loaded, cells, shard
     from .sweep.provenance import weights_mark
+    from .sweep.ranks import Ranks
     from .sweep.run import Counts, is_press, run_cells, run_presses
+    from .sweep.together import follow
 
     plan = given_plan(args)
     if any(task.startswith(LM_EVAL) for task in plan.tasks):
@@ -200,6 +220,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = _device(args.device)
+    if plan.tp > 1:
+        check_tensor_parallel(plan, args)
     number, count = args.shard or (1, 1)
     if args.dry_run:
         from .sweep.estimate import dry_run
@@ -215,9 +237,11 @@ def _run(args: argparse.Namespace) -> int:
         attention=plan.attn,
         device_map=plan.device_map,
         revision=plan.revision,
+        tp=plan.tp,
     )
     check_chat_arguments(tokenizer, plan.chat_template_args)
-    session = Session(model, tokenizer, args.output, plan.data_dir, args.retry_oom)
+    ranks = Ranks() if plan.tp > 1 else None
+    session = Session(model, tokenizer, args.output, plan.data_dir, args.retry_oom, ranks)
     loaded = Loaded(
         chat=tokenizer.chat_template is not None,
         weights=weights_mark(model),
@@ -225,6 +249,9 @@ def _run(args: argparse.Namespace) -> int:
         attention=model.config._attn_implementation,
         sampling=card_settings(model.generation_config) if plan.generation == CARD else {},
     )
+    if ranks is not None and ranks.rank:
+        follow(session, ranks)
+        return 0
     known = cells(plan, loaded)
     wanted = shard(known, number, count)
     presses = [cell for cell in wanted if is_press(cell)]
@@ -235,14 +262,15 @@ def _run(args: argparse.Namespace) -> int:
         wanted = [cell for cell in wanted if not is_press(cell)]
     for cell in filter(is_press, wanted):  # a missing kvpress must show before hours of other cells, not after
         find_method(cell["method"], cell["token_budget"])
-    counts = run_cells(session, wanted)
+    with ranks or nullcontext():
+        counts = run_cells(session, wanted)
     code = 0
     if presses and apart and not args.only_presses:
         code = run_presses(args.kvpress_python, [*args.given, "--only-presses"])
     failed = counts.failed > 0 or code != 0
     if args.only_presses:
         return int(failed)
-    failed = others_failed(failed)
+    failed = others_failed(failed) if ranks is None else failed
     if number == 1 and int(os.environ.get("RANK", "0")) == 0:
         from .report.write import load, summary
 

@@ -33,6 +33,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {  # of the fields that are no lists, w
     "revision": (str, type(None)),
     "attn": (str, type(None)),
     "device_map": (str, dict, type(None)),
+    "tp": (int,),
     "chat_template_args": (dict,),
     "thinking_tokens": (int,),
     "answers": (int,),
@@ -51,6 +52,7 @@ class Plan:
         dtype: of the weights; `auto` is float32 on a CPU and bfloat16 elsewhere.
         attn: attention of transformers, such as `sdpa` or `flash_attention_2`; None for its choice.
         device_map: as that of transformers; None: one device.
+        tp: processes of torchrun among which the model's heads are divided.
         tasks: names or groups of the harness's tasks; `kl`, `latency`; `lm-eval:NAME` for a stock task.
         methods: see `methods.find_method`.
         budgets: tokens a decode step; methods without one have a single cell.
@@ -80,6 +82,7 @@ class Plan:
     dtype: str = AUTO
     attn: str | None = None
     device_map: str | Mapping[str, Any] | None = None
+    tp: int = 1
     tasks: tuple[str, ...] = ("niah_single_1", "needle_grid")
     methods: tuple[str, ...] = ("full", "rocketkv")
     budgets: tuple[int, ...] = (512,)
@@ -112,7 +115,7 @@ class Plan:
             if type(value) not in kinds:
                 wanted = " or ".join(kind.__name__ for kind in kinds)
                 raise TypeError(f"{name} must be of type {wanted}, got {value!r}")
-        least_of = {"samples": 1, "answers": 1, "max_new_tokens": 1, "seed": 0, "thinking_tokens": 0}
+        least_of = {"samples": 1, "answers": 1, "tp": 1, "max_new_tokens": 1, "seed": 0, "thinking_tokens": 0}
         for name, least in least_of.items():
             value = getattr(self, name)
             if value is not None and value < least:

@@ -14,9 +14,10 @@ from pathlib import Path
 from ..methods import KVPRESS, Method
 from ..progress import Progress
 from ..records import CELLS, CellDict, Record, cell_key, digest, finished, label, read_record, record_path, write_record
-from .cells import Session, is_whole, method_of, record_of, run_whole, unfinished_record
+from .cells import Session, is_whole, method_of, record_of, unfinished_record
 from .locks import try_lock
 from .plan import LM_EVAL, shared_fields
+from .together import run_together
 from .units import Unit, answer, attempt, free_memory, remove_answers
 from .work import Work, work_of
 
@@ -118,7 +119,7 @@ def _run_whole(session: Session, cell: CellDict, counts: Counts, progress: Progr
                 counts.elsewhere += 1
             else:
                 start = time.monotonic()
-                record, error = attempt(partial(run_whole, session, cell))
+                record, error = attempt(partial(run_together, session, cell))
                 _finish(path, record if error is None else unfinished_record(session, cell, error), counts, start)
                 record = error = None
                 free_memory()

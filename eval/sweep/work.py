@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from ..conversation import answer_sample
 from ..measures.kl import METRIC as KL
@@ -29,11 +29,38 @@ class Work(Protocol):
     def references(self) -> int:
         """Return the number of reads of each prompt in addition to the methods' own."""
 
-    def answer(self, number: int, cell: CellDict, method: Method, prefills: Prefills | None) -> Any:
-        """Run a method on a sample, and return the result in JSON's types."""
+    def item(self, number: int) -> Question | Window:
+        """Return a sample for `answer_item`."""
 
     def outcome(self, results: Sequence[Any]) -> Outcome:
         """Return the outcome of a cell from the results of its samples, None where there is none."""
+
+
+class Question(NamedTuple):
+    """A sample of a task, and the number of one of the answers to it, from 0."""
+
+    sample: Sample
+    number: int
+
+
+def answer_item(
+    session: Session, cell: CellDict, item: Question | Window, method: Method, prefills: Prefills | None
+) -> Any:
+    """Run a method on a sample of a cell, and return the result in JSON's types.
+
+    Returns:
+        The fields of `Answers`, or the figures of a window as a `SampleDict`.
+    """
+    model = session.model
+    if isinstance(item, Window):
+        name, folder = f"{cell['model']} {cell['weights']}", session.results / "data"
+        shared = folder if session.ranks is None else None  # all ranks must compute, or none
+        options: dict[str, Any] = {"steps": STEPS, "model_name": name, "folder": shared}
+        return divergence_sample(model, method, item, prefills=prefills, **options)
+    fields = ("mode", "chat", "thinking_tokens", "max_new_tokens", "sampling")
+    asked: dict[str, Any] = {name: cell[name] for name in fields}  # type: ignore[literal-required]
+    asked |= {"chat_options": chat_options(cell), "seed": [cell["seed"], item.number]}
+    return asdict(answer_sample(model, session.tokenizer, method, item.sample, prefills=prefills, **asked))
 
 
 def work_of(session: Session, cell: CellDict) -> Work:
@@ -45,19 +72,18 @@ def work_of(session: Session, cell: CellDict) -> Work:
         ImportError: a package is not installed that the score needs.
     """
     if cell["task"] == KL:
-        return Divergence(session, texts(preparation(session, cell), find_text(session.data_dir)))
+        return Divergence(texts(preparation(session, cell), find_text(session.data_dir)))
     (task,) = find_tasks([cell["task"]])
     if task.require is not None:
         task.require()  # a missing package must show before the answers, not after
     samples, data = prepare(session.results, task, preparation(session, cell))
-    return Questions(session, task, samples, data, cell["answers"])
+    return Questions(task, samples, data, cell["answers"])
 
 
 @dataclass(frozen=True)
 class Questions:
     """Samples of a task, each answered once or several times."""
 
-    session: Session
     task: Task
     samples: list[Sample]
     data: DataDict
@@ -70,13 +96,9 @@ class Questions:
         numbers = [f"#{number + 1}" for number in range(self.answers)] if self.answers > 1 else [""]
         return [f"{self.data['sha256']} {sample.id}{number}" for sample in self.samples for number in numbers]
 
-    def answer(self, number: int, cell: CellDict, method: Method, prefills: Prefills | None) -> dict[str, Any]:
-        """Return the fields of `Answers`."""
-        fields = ("mode", "chat", "thinking_tokens", "max_new_tokens", "sampling")
-        options: dict[str, Any] = {name: cell[name] for name in fields}  # type: ignore[literal-required]
-        options |= {"chat_options": chat_options(cell), "seed": [cell["seed"], number % self.answers]}
-        model, tokenizer, sample = self.session.model, self.session.tokenizer, self.samples[number // self.answers]
-        return asdict(answer_sample(model, tokenizer, method, sample, prefills=prefills, **options))
+    def item(self, number: int) -> Question:
+        """Return a sample and the number of its answer."""
+        return Question(self.samples[number // self.answers], number % self.answers)
 
     def outcome(self, results: Sequence[Any]) -> Outcome:
         """Score the answers; a sample is one question or conversation, so that intervals resample those."""
@@ -121,7 +143,6 @@ class Questions:
 class Divergence:
     """Windows of a text for `kl`."""
 
-    session: Session
     windows: list[Window]
     references: ClassVar[int] = 1  # the full cache's
 
@@ -130,17 +151,9 @@ class Divergence:
         """The hash of each window's tokens."""
         return [digest(window.ids) for window in self.windows]
 
-    def answer(self, number: int, cell: CellDict, method: Method, prefills: Prefills | None) -> SampleDict:
-        """Return the figures of a window."""
-        return divergence_sample(
-            self.session.model,
-            method,
-            self.windows[number],
-            steps=STEPS,
-            model_name=f"{cell['model']} {cell['weights']}",
-            folder=self.session.results / "data",
-            prefills=prefills,
-        )
+    def item(self, number: int) -> Window:
+        """Return a window."""
+        return self.windows[number]
 
     def outcome(self, results: Sequence[Any]) -> Outcome:
         """Return the figures of the windows together."""
