@@ -52,7 +52,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     names, numbers = comma_separated(str), comma_separated(positive)
     tasks = "tasks or groups, comma-separated; kl; latency; lm-eval:NAME for a stock task"
     parser.add_argument("--tasks", type=names, help=tasks)
-    methods = "methods of the library, kvpress:PRESS, module:function; comma-separated"
+    methods = "methods of the library, kvpress:PRESS, module:function; dense, compiled:METHOD (latency alone)"
     parser.add_argument("--methods", type=comma_separated(_method), help=methods)
     parser.add_argument("--budgets", type=numbers, help="token budgets of a decode step, comma-separated")
     parser.add_argument("--lengths", type=numbers, help="tokens of prompt and answer, comma-separated")
@@ -69,6 +69,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--generation", choices=("greedy", "card"), help=card)
     mean = "sampled to each question, of which the mean counts (avg@N; default 1)"
     parser.add_argument("--answers", type=positive, metavar="N", help=mean)
+    sizes = "sequences at a time in latency, comma-separated; max: as many as fit into a GPU's memory (default 1)"
+    parser.add_argument("--batch-sizes", type=comma_separated(_batch_size), help=sizes)
+    count = "tokens that latency generates after each prompt (default 32)"
+    parser.add_argument("--latency-tokens", type=positive, metavar="N", help=count)
     toy = "hide RULER's needles in generated prose instead of essays; the tasks are then named NAME_toy"
     parser.add_argument("--toy-haystack", action=flag, help=toy)
     parser.add_argument("--agnostic", action=flag, help="compress before the question is seen")
@@ -90,7 +94,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _method(text: str) -> str:
     """Return the name of a method; one with a colon is looked up when it runs."""
-    return text if ":" in text else method_name(text)
+    return text if ":" in text or text == "dense" else method_name(text)
+
+
+def _batch_size(text: str) -> int | str:
+    """Return a number of sequences, or `max`."""
+    return text if text == "max" else positive(text)
 
 
 def _setting(text: str) -> tuple[str, str]:
@@ -181,10 +190,12 @@ def check_tensor_parallel(plan: Plan, args: argparse.Namespace) -> None:
         ValueError: a task or method of another program, or a device or a shard was asked for.
     """
     stock = [task for task in plan.tasks if task.startswith("lm-eval:")]
-    presses = [method for method in plan.methods if ":" in method]
+    presses = [method for method in plan.methods if ":" in method and not method.startswith("compiled:")]
     for names in (stock, presses):
         if names:
             raise ValueError(f"--tp runs the harness's own tasks and the library's methods; leave out {names[0]}")
+    if "max" in plan.batch_sizes:
+        raise ValueError("--tp measures batches of a given size; leave out max")
     if args.device is not None:
         raise ValueError("--tp gives each process a device of its own; leave --device out")
 
@@ -208,7 +219,7 @@ def _run(args: argparse.Namespace) -> int:
     from .methods import find_method
     from .sampling import card_settings
     from .sweep.cells import Session
-    from .sweep.plan import CARD, LM_EVAL, Loaded, cells, shard
+    from .sweep.plan import CARD, LARGEST, LATENCY, LM_EVAL, Loaded, cells, shard
     from .sweep.provenance import weights_mark
     from .sweep.ranks import Ranks
     from .sweep.run import Counts, is_press, run_cells, run_presses
@@ -241,6 +252,8 @@ def _run(args: argparse.Namespace) -> int:
     )
     check_chat_arguments(tokenizer, plan.chat_template_args)
     ranks = Ranks() if plan.tp > 1 else None
+    if LARGEST in plan.batch_sizes and LATENCY in plan.tasks and model.device.type != "cuda":
+        raise ValueError(f"the largest batch is found on a GPU; the model is on {model.device}: leave out {LARGEST}")
     session = Session(model, tokenizer, args.output, plan.data_dir, args.retry_oom, ranks)
     loaded = Loaded(
         chat=tokenizer.chat_template is not None,

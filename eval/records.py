@@ -41,7 +41,7 @@ class CellDict(TypedDict):
     thinking_tokens: int  # that a model may generate before each answer, in addition to it
     sampling: dict[str, Any]  # settings of the model's card; empty: greedy
     answers: int  # sampled to each question; their mean is the sample's score
-    batch_size: int  # sequences at a time: 1 but for `latency`
+    batch_size: int | str  # sequences at a time: 1 but for `latency`; `max`: as many as fit
     weights: str  # the model's commit on the hub, or a digest of its weights
     library: str  # version of rocketkv
     settings: dict[str, Any]  # further fields of RocketKVConfig, and of the task

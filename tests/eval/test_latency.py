@@ -22,7 +22,8 @@ from transformers.cache_utils import DynamicCache
 from rocketkv import RocketKVConfig
 from rocketkv.eval.checks import WrongResultError
 from rocketkv.eval.measures import latency
-from rocketkv.eval.measures.latency import LatencyResult, measure_apart, measure_latency
+from rocketkv.eval.measures.apart import measure_apart
+from rocketkv.eval.measures.latency import LatencyResult, measure_latency
 from rocketkv.eval.measures.memory import (
     OutOfMemory,
     cache_cost,

@@ -148,7 +148,7 @@ def test_measurements_are_never_in_a_chat_template() -> None:
     found = cells(plan(tasks=("kl", "latency"), methods=("full",), chat=True), Loaded(chat=True))
     assert [(cell["task"], cell["task_version"], cell["chat"]) for cell in found] == [
         ("kl", 1, False),
-        ("latency", 1, False),
+        ("latency", 2, False),
     ]
 
 
