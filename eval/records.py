@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
-SCHEMA = 4
+SCHEMA = 3
 CELLS = "cells"  # folder of the records, inside the folder of the results
 
 
@@ -59,6 +59,8 @@ class CostDict(TypedDict, total=False):
     compression_seconds: float | None  # stage 1 alone
     step_seconds: float  # median of the decoded tokens after the first
     step_seconds_p95: float
+    tokens_per_second: float  # of all sequences, by the median step; of `latency` alone
+    batch_size: float  # sequences; likewise
     kv_bytes: float  # keys, values, index and all other tensors of the cache, at the end
     index_bytes: float
     full_kv_bytes: float  # of a full cache

@@ -89,7 +89,7 @@ def fastest(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tupl
         scaling: factor of the logits.
     """
     given = (query, keys, values, scaling)
-    expected = _heads(*(part.float() for part in given[:3]), scaling).to(query.dtype)
+    expected = _heads(query.float(), keys.float(), values.float(), scaling).to(query.dtype)
     tried = {name: _tried(name, attend, given, expected) for name, attend in ATTENTIONS.items()}
     times = {name: found for name, found in tried.items() if isinstance(found, float)}
     return min(times, key=times.__getitem__), tried
@@ -119,7 +119,7 @@ def _wait(tensor: Tensor) -> None:
         torch.cuda.synchronize(tensor.device)
 
 
-class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]  # transformers' own is not typed
+class PreallocatedLayer(DynamicLayer):
     """A layer whose keys and values are views of buffers that never move.
 
     Args:
@@ -127,7 +127,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]  # transformers' ow
     """
 
     def __init__(self, capacity: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers' own is not typed
         self.capacity = capacity
         self.buffers: tuple[Tensor, Tensor] | None = None  # [B, Hkv, capacity, D]
 

@@ -82,6 +82,8 @@ class LatencyResult:
             "first_token_seconds": median(self.first_token_seconds),
             "compression_seconds": None if compression is None else median(compression),
             **step_cost(self.step_seconds),
+            "tokens_per_second": self.batch_size / median(self.step_seconds),
+            "batch_size": self.batch_size,
             "peak_prefill_bytes": self.peak_prefill_bytes,
             "peak_decode_bytes": self.peak_decode_bytes,
         }
@@ -90,8 +92,6 @@ class LatencyResult:
         """Return the figures that a cost has no field for; `added` bytes are a peak less the bytes in use before."""
         base, prefill, decode = self.base_bytes, self.peak_prefill_bytes, self.peak_decode_bytes
         return {
-            "tokens_per_second": self.batch_size / median(self.step_seconds),
-            "batch_size": self.batch_size,
             "prefill_kv_bytes": self.prefill_kv_bytes,
             "weight_bytes": self.weight_bytes,
             "base_bytes": base,

@@ -13,7 +13,8 @@ from ..._version import __version__
 from ...budget import METHODS
 from ...hf.loading import SMOLLM2
 from ...options import AUTO, DTYPES
-from ..measures.arms import COMPILED, DENSE, find_arm, latency_alone
+from ..measures.arms import COMPILED, find_arm, latency_alone
+from ..measures.dense import DENSE
 from ..measures.kl import METRIC as KL
 from ..measures.kl import VERSION as KL_VERSION
 from ..methods import FULL, KVPRESS, SETTINGS

@@ -156,7 +156,7 @@ def test_times_are_of_their_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.first_token_seconds == [201.0] * 3  # two layers
     assert result.compression_seconds == [200.0] * 3
     assert result.step_seconds == [1.0] * 9
-    assert result.values()["tokens_per_second"] == 2.0
+    assert result.cost()["tokens_per_second"] == 2.0
     cost = result.cost()
     assert (cost["first_token_seconds"], cost["compression_seconds"], cost["step_seconds"]) == (201.0, 200.0, 1.0)
 
