@@ -104,7 +104,7 @@ def _section(records: Sequence[Record]) -> Section:
     mean = {arm: mean_figure(common, arm) if arm in scored and common else MISSING for arm in arms}
     mean |= {arm: Figure(status="out_of_memory") for arm in too_large}
     # Each batch size of `latency` has costs of its own, which no mean joins.
-    measured = [(column,) for column in latency] or [common or scores or distances]
+    measured: list[tuple[Column, ...]] = [(column,) for column in latency] or [common or scores or distances]
     costs = tuple(each for columns_of_one in measured for each in costs_of(columns_of_one, arms))
 
     shown = [mean] if len(scores) > 1 else []  # the mean of one task is no comparison of its own
