@@ -29,11 +29,19 @@ class Thought:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """A generated answer, the thinking before it (None: there is none), and the number of all tokens."""
+    """A generated answer.
+
+    Attributes:
+        answer: its text, without the thinking before it.
+        thought: that thinking; None: there is none.
+        tokens: of both.
+        cut: whether a limit ended it, not the model.
+    """
 
     answer: str
     thought: Thought | None
     tokens: int
+    cut: bool
 
 
 def read_answer(
@@ -42,15 +50,17 @@ def read_answer(
     tags: ThinkingTags | None,
     *,
     limit: int,
+    thinking_limit: int = 0,
     inside: bool = False,
 ) -> Written:
     """Take tokens until the answer has `limit` of them, and separate it from the thinking before it.
 
     Args:
-        tokens: as they are generated; their number bounds thinking and answer together.
+        tokens: as they are generated, at most `limit + thinking_limit`.
         tokenizer: decodes them.
         tags: of the thinking; None: the model has none.
         limit: tokens of the answer, those of the thinking not counted.
+        thinking_limit: tokens of the thinking.
         inside: whether the prompt ended inside a thinking block.
     """
 
@@ -59,7 +69,7 @@ def read_answer(
 
     written: list[int] = []
     begin = 0  # of the answer
-    thinking, closed = inside, False
+    thinking, closed, cut = inside, False, False
     for token in tokens:
         written.append(token)
         if tags is not None and not closed:
@@ -68,10 +78,12 @@ def read_answer(
             thinking = thinking or closed or tags.opening in recent
             begin = len(written) if closed else 0
         if (closed or not thinking) and len(written) - begin >= limit:
+            cut = True
             break
+    cut = cut or len(written) >= limit + thinking_limit
     if not thinking:
-        return Written(answer=text_of(written), thought=None, tokens=len(written))
+        return Written(answer=text_of(written), thought=None, tokens=len(written), cut=cut)
     end = begin if closed else len(written)
     thought = Thought(tokens=end, closed=closed, text=text_of(written[:end]))
     answer = text_of(written[begin:]).lstrip("\n") if closed else ""
-    return Written(answer=answer, thought=thought, tokens=len(written))
+    return Written(answer=answer, thought=thought, tokens=len(written), cut=cut)

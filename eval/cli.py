@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
@@ -54,10 +55,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="hub name, local folder, or smollm2 (the default)")
     parser.add_argument("--dtype", choices=(AUTO, *DTYPES), help=f"{DTYPE_HELP} (default {AUTO})")
     add_loading_options(parser)
+    ranks = "divide the model's heads among N processes, started by torchrun --nproc-per-node N (default 1)"
+    parser.add_argument("--tp", type=positive, metavar="N", help=ranks)
     names, numbers = comma_separated(str), comma_separated(positive)
     tasks = "tasks or groups, comma-separated; kl; latency; lm-eval:NAME for a stock task"
     parser.add_argument("--tasks", type=names, help=tasks)
-    methods = "methods of the library, kvpress:PRESS, module:function; comma-separated"
+    methods = "methods of the library, kvpress:PRESS, module:function; dense, compiled:METHOD (latency alone)"
     parser.add_argument("--methods", type=comma_separated(_method), help=methods)
     parser.add_argument("--budgets", type=numbers, help="token budgets of a decode step, comma-separated")
     parser.add_argument("--lengths", type=numbers, help="tokens of prompt and answer, comma-separated")
@@ -72,6 +75,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--thinking-tokens", type=positive, metavar="N", help=thinking)
     card = "greedy, or card: sample by the generation settings of the model's card (default greedy)"
     parser.add_argument("--generation", choices=("greedy", "card"), help=card)
+    mean = "sampled to each question, of which the mean counts (avg@N; default 1)"
+    parser.add_argument("--answers", type=positive, metavar="N", help=mean)
+    sizes = "sequences at a time in latency, comma-separated; max: as many as fit into a GPU's memory (default 1)"
+    parser.add_argument("--batch-sizes", type=comma_separated(_batch_size), help=sizes)
+    count = "tokens that latency generates after each prompt (default 32)"
+    parser.add_argument("--latency-tokens", type=positive, metavar="N", help=count)
     toy = "hide RULER's needles in generated prose instead of essays; the tasks are then named NAME_toy"
     parser.add_argument("--toy-haystack", action=flag, help=toy)
     parser.add_argument("--agnostic", action=flag, help="compress before the question is seen")
@@ -93,7 +102,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _method(text: str) -> str:
     """Return the name of a method; one with a colon is looked up when it runs."""
-    return text if ":" in text else method_name(text)
+    return text if ":" in text or text == "dense" else method_name(text)
+
+
+def _batch_size(text: str) -> int | str:
+    """Return a number of sequences, or `max`."""
+    return text if text == "max" else positive(text)
 
 
 def _setting(text: str) -> tuple[str, str]:
@@ -181,6 +195,25 @@ def others_failed(failed: bool) -> bool:
     return bool(count)
 
 
+def check_tensor_parallel(plan: Plan, args: argparse.Namespace) -> None:
+    """Refuse what does not run on a model whose heads are divided among processes.
+
+    Raises:
+        ValueError: a task or method of another program, or a device or a shard was asked for.
+    """
+    stock = [task for task in plan.tasks if task.startswith("lm-eval:")]
+    presses = [method for method in plan.methods if ":" in method and not method.startswith("compiled:")]
+    for names in (stock, presses):
+        if names:
+            raise ValueError(f"--tp runs the harness's own tasks and the library's methods; leave out {names[0]}")
+    if "max" in plan.batch_sizes:
+        raise ValueError("--tp measures batches of a given size; leave out max")
+    if args.device is not None:
+        raise ValueError("--tp gives each process a device of its own; leave --device out")
+    if args.dry_run:
+        raise ValueError("--dry-run times one process; leave --tp out")
+
+
 def _device(given: str | None) -> torch.device:
     """Return the device to run on; under torchrun each process gets a different GPU."""
     import torch
@@ -201,9 +234,11 @@ def _run(args: argparse.Namespace) -> int:
     from .records import cell_key
     from .sampling import card_settings
     from .sweep.cells import Session
-    from .sweep.plan import CARD, LM_EVAL, Loaded, cells, shard
+    from .sweep.plan import CARD, LARGEST, LATENCY, LM_EVAL, Loaded, cells, shard
     from .sweep.provenance import weights_mark
+    from .sweep.ranks import Ranks
     from .sweep.run import Counts, is_press, run_cells, run_presses
+    from .sweep.together import follow
 
     plans = given_plans(args)
     plan = plans[0]  # the model is the same in all
@@ -212,6 +247,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = _device(args.device)
+    if plan.tp > 1:
+        check_tensor_parallel(plan, args)
     number, count = args.shard or (1, 1)
     if plan.device_map is not None and args.device is not None:
         raise ValueError("--device-map stands in place of --device; leave one out")
@@ -223,10 +260,14 @@ def _run(args: argparse.Namespace) -> int:
         attention=plan.attn,
         device_map=plan.device_map,
         revision=plan.revision,
+        tp=plan.tp,
     )
     load_seconds = time.monotonic() - start
     check_chat_arguments(tokenizer, plan.chat_template_args)
-    session = Session(model, tokenizer, args.output, plan.data_dir, args.retry_oom)
+    ranks = Ranks() if plan.tp > 1 else None
+    if LARGEST in plan.batch_sizes and LATENCY in plan.tasks and model.device.type != "cuda":
+        raise ValueError(f"the largest batch is found on a GPU; the model is on {model.device}: leave out {LARGEST}")
+    session = Session(model, tokenizer, args.output, plan.data_dir, args.retry_oom, ranks)
     loaded = Loaded(
         chat=tokenizer.chat_template is not None,
         weights=weights_mark(model),
@@ -234,6 +275,9 @@ def _run(args: argparse.Namespace) -> int:
         attention=model.config._attn_implementation,
         sampling=card_settings(model.generation_config) if plan.generation == CARD else {},
     )
+    if ranks is not None and ranks.rank:
+        follow(session, ranks)
+        return 0
     known = {cell_key(cell): cell for each in plans for cell in cells(each, loaded)}
     wanted = shard(list(known.values()), number, count)
     if args.dry_run:
@@ -249,14 +293,15 @@ def _run(args: argparse.Namespace) -> int:
         wanted = [cell for cell in wanted if not is_press(cell)]
     for cell in filter(is_press, wanted):  # a missing kvpress must show before hours of other cells, not after
         find_method(cell["method"], cell["token_budget"])
-    counts = run_cells(session, wanted)
+    with ranks or nullcontext():
+        counts = run_cells(session, wanted)
     code = 0
     if presses and apart and not args.only_presses:
         code = run_presses(args.kvpress_python, [*args.given, "--only-presses"])
     failed = counts.failed > 0 or code != 0
     if args.only_presses:
         return int(failed)
-    failed = others_failed(failed)
+    failed = others_failed(failed) if ranks is None else failed
     if number == 1 and int(os.environ.get("RANK", "0")) == 0:
         from .report.load import load
         from .report.write import summary, write_report

@@ -33,6 +33,7 @@ from .prefill import Prefills, after_prompt
 from .records import CostDict, digest
 from .sampling import Sampler
 from .tasks.base import Sample, Turn
+from .traces import Trace, watched
 
 AWARE, AGNOSTIC = "aware", "agnostic"
 
@@ -44,6 +45,7 @@ class Answers:
     Attributes:
         predictions: the answer of each turn, without special tokens and without the thinking before it.
         thoughts: that thinking; None where there was none.
+        traces: length of each answer, and bytes of the cache meanwhile.
         prompt_sha256: of the tokens of all prompts.
         cost: bytes of the cache at the end, and times of the decode steps of all turns together.
         pace: tokens before a step and seconds of the step, medians over consecutive steps of the longest answer; empty
@@ -52,6 +54,7 @@ class Answers:
 
     predictions: tuple[str, ...]
     thoughts: tuple[Thought | None, ...]
+    traces: tuple[Trace, ...]
     prompt_sha256: str
     cost: CostDict
     pace: tuple[tuple[int, float], ...] = ()
@@ -93,7 +96,7 @@ def answer_sample(
     thinking_tokens: int = 0,
     max_new_tokens: int | None = None,
     sampling: Mapping[str, Any] = MappingProxyType({}),
-    seed: int = 0,
+    seed: Any = 0,
     prefills: Prefills | None = None,
 ) -> Answers:
     """Answer the questions of a sample.
@@ -109,7 +112,7 @@ def answer_sample(
         thinking_tokens: most tokens of the thinking before each answer, in addition to the answer's.
         max_new_tokens: most tokens of each answer; None leaves it to the turns.
         sampling: see `sampling.card_settings`; empty: greedy.
-        seed: of sampled tokens.
+        seed: of sampled tokens, a value of JSON's types.
         prefills: reads the first prompt once for several methods; None: this method reads it itself.
 
     Raises:
@@ -125,7 +128,7 @@ def answer_sample(
     first = ids[:head] if agnostic else ids
     _check_length(model, first)
     tags = thinking_tags(tokenizer)
-    written, prompts, steps = [], [], list[float]()
+    written, traces, prompts, steps = [], [], [], list[float]()
     longest_answer: tuple[int, list[float]] = 0, []
     new_tokens = 0
     with after_prompt(model, method, first, prefills) as loop:
@@ -150,9 +153,13 @@ def answer_sample(
             limit = turn.max_new_tokens if max_new_tokens is None else min(max_new_tokens, turn.max_new_tokens)
             before = len(loop.seconds)
             choose = Sampler(sampling, prompts[-1], [seed, sample.id, number]) if sampling else None
-            tokens = loop.greedy(limit + thinking_tokens, ends, choose)
+            points: list[tuple[int, int]] = []
+            tokens = watched(loop, limit + thinking_tokens, points, ends, choose)
             inside = tags is not None and chat and tags.left_open(rendered[number].tail)
-            written.append(read_answer(tokens, tokenizer, tags, limit=limit, inside=inside))
+            limits = {"limit": limit, "thinking_limit": thinking_tokens}
+            written.append(read_answer(tokens, tokenizer, tags, inside=inside, **limits))
+            points.append((written[-1].tokens, cache_stats(loop.cache).total_bytes))
+            traces.append(Trace(tokens=written[-1].tokens, cut=written[-1].cut, kv_bytes=tuple(points)))
             steps += loop.seconds[before:]
             longest_answer = max(
                 longest_answer, (len(prompts[-1]), loop.seconds[before:]), key=lambda pair: len(pair[1])
@@ -168,6 +175,7 @@ def answer_sample(
     return Answers(
         predictions=tuple(each.answer for each in written),
         thoughts=tuple(each.thought for each in written),
+        traces=tuple(traces),
         prompt_sha256=digest(prompts),
         cost=cost,
         pace=pace_of(*longest_answer),

@@ -44,6 +44,7 @@ class DecodeLoop:
         mask: [B, seen] int64, 0 at padding; None: there is no padding.
         logits: [B, vocabulary], of the last forward.
         token: [B, 1] int64, the most likely next token of each row.
+        forward: runs the forwards in place of the model, such as one that is compiled; None: the model does.
         seconds: wall-clock time of each forward, the choice of `token` included.
         processor_seconds: processor time of each forward.
     """
@@ -54,6 +55,7 @@ class DecodeLoop:
     mask: Tensor | None = None
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
     token: Tensor = field(default_factory=lambda: torch.empty(0))
+    forward: Callable[..., Any] | None = None
     seconds: list[float] = field(default_factory=list)
     processor_seconds: list[float] = field(default_factory=list)
 
@@ -79,7 +81,7 @@ class DecodeLoop:
         self.seen += count
         synchronize(device)
         start, processor_start = time.perf_counter(), time.process_time()
-        self.logits = self.model(
+        self.logits = (self.forward or self.model)(
             ids,
             position_ids=positions,
             attention_mask=self.mask,

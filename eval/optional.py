@@ -1,4 +1,4 @@
-"""Packages of the extra `eval`, imported where they are needed."""
+"""Packages of the extras `eval` and `math`, imported where they are needed."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import importlib
 from typing import Any
 
 
-def optional(module: str) -> Any:
-    """Import a module of a package that the extra `eval` installs.
+def optional(module: str, extra: str = "eval") -> Any:
+    """Import a module of a package that an extra installs.
 
     Raises:
         ImportError: the package is not installed; the message names the extra.
@@ -15,4 +15,4 @@ def optional(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{module} is needed here and not installed: pip install 'rocketkv[eval]'") from error
+        raise ImportError(f"{module} is needed here and not installed: pip install 'rocketkv[{extra}]'") from error

@@ -7,6 +7,7 @@ prompt themselves.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,6 +98,7 @@ class Prefills:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        self.name = uuid.uuid4().hex  # no other has it
         self._model = model
         self._last: ReadPrompt | None = None
 

@@ -40,6 +40,8 @@ class CellDict(TypedDict):
     chat_arguments: dict[str, Any]  # variables of the chat template
     thinking_tokens: int  # that a model may generate before each answer, in addition to it
     sampling: dict[str, Any]  # settings of the model's card; empty: greedy
+    answers: int  # sampled to each question; their mean is the sample's score
+    batch_size: int | str  # sequences at a time: 1 but for `latency`; `max`: as many as fit
     weights: str  # the model's commit on the hub, or a digest of its weights
     library: str  # version of rocketkv
     settings: dict[str, Any]  # further fields of RocketKVConfig, and of the task
@@ -57,6 +59,8 @@ class CostDict(TypedDict, total=False):
     compression_seconds: float | None  # stage 1 alone
     step_seconds: float  # median of the decoded tokens after the first
     step_seconds_p95: float
+    tokens_per_second: float  # of all sequences, by the median step; of `latency` alone
+    batch_size: float  # sequences; likewise
     kv_bytes: float  # keys, values, index and all other tensors of the cache, at the end
     index_bytes: float
     full_kv_bytes: float  # of a full cache
@@ -68,12 +72,18 @@ class CostDict(TypedDict, total=False):
     peak_decode_bytes: float | None
 
 
-class TurnDict(TypedDict):
-    """One answer."""
-
+class _TurnDict(TypedDict):
     prediction: str
     answers: list[str]
     score: float
+
+
+class TurnDict(_TurnDict, total=False):
+    """One answer; the optional fields are of answers that this harness generated."""
+
+    new_tokens: int  # thinking included
+    cut: bool  # whether a limit ended the answer, not the model
+    kv_bytes: list[list[int]]  # of the cache, as pairs of new tokens and bytes
 
 
 class SampleDict(TypedDict):
@@ -81,7 +91,7 @@ class SampleDict(TypedDict):
 
     id: str
     prompt_sha256: str
-    score: float  # the mean of its turns'
+    score: float  # the mean of its turns', and of several answers to each
     turns: list[TurnDict]
     cost: CostDict
     notes: dict[str, Any]
@@ -120,6 +130,7 @@ class Record(TypedDict):
     samples: list[SampleDict]
     cost: CostDict
     data: DataDict
+    details: dict[str, Any]  # further facts of JSON's types, such as what `latency` ran on
     provenance: ProvenanceDict
     checksum: str  # of all other fields
 

@@ -169,7 +169,7 @@ def full_logprobs(
     continuation_ids: Sequence[int],
     *,
     model_name: str,
-    folder: Path,
+    folder: Path | None,
     prefills: Prefills | None = None,
 ) -> Tensor:
     """Return `decode_logprobs` of the stock model and its own cache, computed once and then read from a file.
@@ -183,9 +183,11 @@ def full_logprobs(
         prompt_ids: see `decode_logprobs`.
         continuation_ids: likewise.
         model_name: identifies the model in the file's key.
-        folder: of the files.
+        folder: of the files; None: the values are computed, and not written.
         prefills: reads the prompt once for several methods.
     """
+    if folder is None:
+        return teacher_forced(model, Full(), prompt_ids, continuation_ids, prefills)[0]
     key = {
         "version": VERSION,
         "model": model_name,
@@ -262,7 +264,7 @@ def divergence_sample(
     *,
     steps: int = STEPS,
     model_name: str,
-    folder: Path,
+    folder: Path | None,
     prefills: Prefills | None = None,
 ) -> SampleDict:
     """Measure one window, whose last `steps` tokens are the continuation.

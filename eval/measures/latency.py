@@ -4,19 +4,17 @@ Prompts are random tokens, and every repeat generates the same number of tokens;
 prefill, at whose end a method compresses, and greedy decode steps over a new cache. The first repeats warm up. The last
 of those measures memory: on a CPU that needs free memory to be returned to the system before each phase, which slows
 the next allocations down. Resident bytes are those of the whole process, so that each configuration on a CPU runs in a
-new process (`measure_apart`).
+new process (`apart.py`).
 """
 
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from statistics import median
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,17 +24,18 @@ from transformers import PreTrainedModel
 from ...core.params import AttentionParams
 from ...hf.cache import cache_stats
 from ...hf.layer import RocketKVLayer, rocketkv_layers
-from ...hf.loading import load_model
-from ..checks import require_near_logits
+from ..checks import WrongResultError, require_near_logits
 from ..generate import DecodeLoop
-from ..methods import Compressed, Full, Method, find_method
+from ..methods import Compressed, Full, Method
 from ..progress import Progress
 from ..records import CostDict
+from .arms import what_ran
 from .kl import decode_logprobs
+from .largest import largest_batch
 from .memory import OutOfMemory, cache_cost, peak_bytes, release_free_memory, reset_peak
 
 CHECK_TOKENS, CHECK_STEPS = 512, 3
-_SIGKILL = -9  # as `multiprocessing` reports it
+POSITIONS = 32  # of decode steps, at most, in a record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +48,14 @@ class LatencyResult:
         batch_size: sequences.
         first_token_seconds: of each repeat: prefill, stage 1 and the choice of the first token.
         compression_seconds: of each repeat: stage 1 of all layers; None for methods without layers of this library.
-        step_seconds: of each decode step of all repeats.
+        step_seconds: of each decode step of all repeats, one repeat after the other.
         prefill_kv_bytes: of all tensors of the cache after the prefill.
         cache: bytes that the cache stores and reads at the end.
         weight_bytes: of the model's parameters and buffers.
         base_bytes: in use before a prefill, weights included; None where it cannot be known.
         peak_prefill_bytes: the most in use during the prefill; likewise.
         peak_decode_bytes: the most in use during the decode steps; likewise.
+        ran: see `what_ran`.
     """
 
     prompt_tokens: int
@@ -70,6 +70,7 @@ class LatencyResult:
     base_bytes: int | None
     peak_prefill_bytes: int | None
     peak_decode_bytes: int | None
+    ran: dict[str, Any]
 
     def cost(self) -> CostDict:
         """Return the medians of the repeats, the bytes and the peaks, as a record's cost."""
@@ -81,6 +82,8 @@ class LatencyResult:
             "first_token_seconds": median(self.first_token_seconds),
             "compression_seconds": None if compression is None else median(compression),
             **step_cost(self.step_seconds),
+            "tokens_per_second": self.batch_size / median(self.step_seconds),
+            "batch_size": self.batch_size,
             "peak_prefill_bytes": self.peak_prefill_bytes,
             "peak_decode_bytes": self.peak_decode_bytes,
         }
@@ -89,13 +92,24 @@ class LatencyResult:
         """Return the figures that a cost has no field for; `added` bytes are a peak less the bytes in use before."""
         base, prefill, decode = self.base_bytes, self.peak_prefill_bytes, self.peak_decode_bytes
         return {
-            "tokens_per_second": self.batch_size / median(self.step_seconds),
             "prefill_kv_bytes": self.prefill_kv_bytes,
             "weight_bytes": self.weight_bytes,
             "base_bytes": base,
             "added_prefill_bytes": None if base is None or prefill is None else prefill - base,
             "added_decode_bytes": None if base is None or decode is None else decode - base,
         }
+
+    def details(self) -> dict[str, Any]:
+        """Return what ran, and pairs of position and median seconds of the decode steps, at most 32 of them."""
+        count = self.new_tokens - 1
+        steps = [self.step_seconds[number::count] for number in range(count)]
+        size = -(-count // POSITIONS)
+        groups = [range(begin, min(begin + size, count)) for begin in range(0, count, size)]
+        curve = [
+            [self.prompt_tokens + group[0], median(seconds for number in group for seconds in steps[number])]
+            for group in groups
+        ]
+        return {"ran": self.ran, "step_seconds_by_position": curve}
 
 
 def measure_latency(
@@ -106,7 +120,7 @@ def measure_latency(
     new_tokens: int,
     warmup: int = 2,
     repeats: int = 5,
-    batch_size: int = 1,
+    batch_size: int | str = 1,
     seed: int = 0,
 ) -> LatencyResult:
     """Check a method, then measure it on random prompts, the same in every repeat.
@@ -118,20 +132,31 @@ def measure_latency(
         new_tokens: to generate, at least 2: the first comes from the prefill, the others are timed steps.
         warmup: repeats whose times do not count, at least 1: the last of them measures memory.
         repeats: whose times count.
-        batch_size: sequences.
+        batch_size: sequences; `max`: as many as fit into the memory of a CUDA device.
         seed: of the prompts.
 
     Raises:
         ValueError: the device is of another kind.
-        WrongResultError: within its budget the method does not give the stock model's logits; nothing is timed then.
+        OutOfMemory: not even one sequence fits.
+        WrongResultError: the method does not give the logits of its baseline, or within its budget those of the stock
+            model; nothing is timed then.
     """
     device = model.device
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"latency is measured on cpu or cuda, got a model on {device.type}; move it")
-    generator = torch.Generator().manual_seed(seed)
     embedding: Any = model.get_input_embeddings()
-    prompt = torch.randint(0, embedding.num_embeddings, (batch_size, prompt_tokens), generator=generator).to(device)
-    check_within_budget(model, method, prompt[0, :CHECK_TOKENS].tolist())
+
+    def prompts(rows: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(0, embedding.num_embeddings, (rows, prompt_tokens), generator=generator).to(device)
+
+    if isinstance(batch_size, str):
+        check_method(model, method, prompts(1))
+        batch_size = _largest(model, method, prompts, new_tokens)
+        prompt = prompts(batch_size)
+    else:
+        prompt = prompts(batch_size)
+        check_method(model, method, prompt)
     runs: list[_Run] = []
     with method.attached(model), Progress("warming up", total=warmup + repeats) as progress:
         for number in range(warmup + repeats):
@@ -156,7 +181,75 @@ def measure_latency(
         base_bytes=watched.base_bytes,
         peak_prefill_bytes=watched.peak_prefill_bytes,
         peak_decode_bytes=watched.peak_decode_bytes,
+        ran=timed[-1].ran,
     )
+
+
+def _largest(model: PreTrainedModel, method: Method, prompts: Callable[[int], Tensor], new_tokens: int) -> int:
+    """Return how many prompts fit into the memory of the model's device.
+
+    Raises:
+        ValueError: the device is a CPU, whose system ends a process instead, or a forward is compiled for each batch.
+        OutOfMemory: none does.
+    """
+    if model.device.type != "cuda":
+        raise ValueError(f"the largest batch is found by running out of a GPU's memory; the model is on {model.device}")
+
+    if hasattr(method, "forward"):
+        raise ValueError(f"{method.name} would be compiled for every size; ask for a batch of a given size")
+
+    def run(rows: int) -> None:
+        with method.attached(model):
+            _run(model, method, prompts(rows), new_tokens, memory=False)
+
+    found = largest_batch(run)
+    if found == 0:
+        raise OutOfMemory(f"not even one sequence of {method.name} fits into the memory of {model.device}")
+    return found
+
+
+def check_method(model: PreTrainedModel, method: Method, prompt: Tensor) -> None:
+    """Check a method before it is timed: against its baseline if it has one, else as `check_within_budget` does.
+
+    Args:
+        model: a model to which no method is attached.
+        method: to check.
+        prompt: token ids [B, S]; a compiled method reads all of it, so that it is compiled once.
+
+    Raises:
+        WrongResultError: logits differ, or in float32 the tokens.
+    """
+    short = prompt[:1, :CHECK_TOKENS]
+    baseline: Method | None = getattr(method, "baseline", None)
+    if baseline is None:
+        check_within_budget(model, method, short[0].tolist())
+        return
+    read = prompt if hasattr(method, "forward") else short
+    expected, tokens = _greedy(model, baseline, read, None)
+    found, _ = _greedy(model, method, read, tokens)
+    name = f"logits of {method.name}"
+    require_near_logits(name, found, expected)
+    if model.dtype == torch.float32 and not found.argmax(-1).equal(expected.argmax(-1)):
+        raise WrongResultError(f"{name} lead to other tokens than those of {baseline.name}; nothing is timed")
+
+
+def _greedy(
+    model: PreTrainedModel, method: Method, prompt: Tensor, tokens: Sequence[Tensor] | None
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the logits [m, B, V] after a prompt and some tokens, those given or greedy ones, and the tokens."""
+    with method.attached(model):
+        loop = _loop(model, method, prompt)
+        logits, taken = [loop.prefill(prompt).clone()], list[Tensor]()
+        for number in range(CHECK_STEPS):
+            taken.append(loop.token.clone() if tokens is None else tokens[number])
+            logits.append(loop.step(taken[-1]).clone())
+    return torch.stack(logits), taken
+
+
+def _loop(model: PreTrainedModel, method: Method, prompt: Tensor) -> DecodeLoop:
+    """Return a loop over a new cache of a method, which is attached to the model."""
+    cache = method.new_cache(model, prompt.shape[1])
+    return DecodeLoop(model=model, cache=cache, forward=getattr(method, "forward", None))
 
 
 def step_cost(seconds: Sequence[float]) -> CostDict:
@@ -200,6 +293,7 @@ class _Run(NamedTuple):
     base_bytes: int | None
     peak_prefill_bytes: int | None
     peak_decode_bytes: int | None
+    ran: dict[str, Any]
 
 
 def _run(model: PreTrainedModel, method: Method, prompt: Tensor, new_tokens: int, *, memory: bool) -> _Run:
@@ -213,9 +307,9 @@ def _run(model: PreTrainedModel, method: Method, prompt: Tensor, new_tokens: int
         return reset_peak(device)
 
     base = begin_peak()
-    cache = method.new_cache(model, prompt.shape[1])
+    loop = _loop(model, method, prompt)
+    cache = loop.cache
     stage_1 = time_stage_1(cache)
-    loop = DecodeLoop(model=model, cache=cache)
     loop.prefill(prompt)
     peak_prefill = None if base is None else peak_bytes(device)
     prefill_kv_bytes = cache_stats(cache).total_bytes
@@ -224,8 +318,8 @@ def _run(model: PreTrainedModel, method: Method, prompt: Tensor, new_tokens: int
         loop.step(loop.token)
     peak_decode = None if base is None else peak_bytes(device)
     compression = None if stage_1 is None else stage_1()
-    kept = cache_cost(cache_stats(cache))
-    return _Run(loop.seconds, compression, prefill_kv_bytes, kept, base, peak_prefill, peak_decode)
+    kept, ran = cache_cost(cache_stats(cache)), what_ran(model, method, cache)
+    return _Run(loop.seconds, compression, prefill_kv_bytes, kept, base, peak_prefill, peak_decode, ran)
 
 
 class _TimedLayer(RocketKVLayer):
@@ -272,69 +366,3 @@ class _Shared(list[Callable[[], float]]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
         return self
-
-
-def measure_apart(**arguments: Any) -> LatencyResult:
-    """Call `measure_by_name` in a new process, so that nothing else counts as its memory.
-
-    Raises:
-        OutOfMemory: the system killed the process, as Linux does where memory runs out.
-        RuntimeError: the process ended without a result for another reason.
-    """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_send_result, args=(sender, arguments))
-    child.start()
-    sender.close()
-    try:
-        result = receiver.recv()
-    except EOFError:
-        result = None
-    child.join()
-    what = f"measuring {arguments['method']} at {arguments['prompt_tokens']} tokens"
-    if child.exitcode == _SIGKILL:
-        raise OutOfMemory(f"{what}: the system killed the process (SIGKILL), as it does where memory runs out")
-    if result is None:
-        raise RuntimeError(f"{what} failed with exit code {child.exitcode}")
-    if isinstance(result, Exception):
-        raise result
-    return cast(LatencyResult, result)
-
-
-def _send_result(sender: Connection, arguments: dict[str, Any]) -> None:
-    """Send the result of `measure_by_name`, or its exception."""
-    try:
-        sender.send(measure_by_name(**arguments))
-    except Exception as error:  # noqa: BLE001  # the parent raises it
-        sender.send(error)
-
-
-def measure_by_name(
-    *,
-    model: str,
-    dtype: str,
-    method: str,
-    token_budget: int | None,
-    settings: dict[str, Any],
-    threads: int,
-    revision: str | None = None,
-    attention: str | None = None,
-    **numbers: int,
-) -> LatencyResult:
-    """Load a model on the CPU and measure a method.
-
-    Args:
-        model: see `load_model`.
-        dtype: of the weights, such as `float32`.
-        method: see `find_method`.
-        token_budget: likewise.
-        settings: likewise.
-        threads: of PyTorch.
-        revision: see `load_model`.
-        attention: likewise.
-        numbers: see `measure_latency`.
-    """
-    torch.set_num_threads(threads)
-    found = find_method(method, token_budget, settings)
-    loaded, _ = load_model(model, getattr(torch, dtype), attention=attention, revision=revision)
-    return measure_latency(loaded, found, **numbers)

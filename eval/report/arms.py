@@ -12,6 +12,7 @@ from ...config import RocketKVConfig
 from ..records import CellDict, Record, canonical, label
 
 FULL = "full"
+DENSE, COMPILED = "dense", "compiled:"  # names of measures/arms.py, whose imports are heavy
 ADAPTER = "†"
 MODES = {"aware": "query-aware", "agnostic": "query-agnostic"}
 
@@ -43,14 +44,20 @@ class Arm:
 
     @property
     def adapter(self) -> bool:
-        """Whether another program runs the method, not this library."""
-        return self.method not in METHODS
+        """Whether another program runs the method, not this library or the stock model."""
+        return self.method not in METHODS and not self.latency_alone
 
     @property
-    def order(self) -> tuple[int, str, int, str]:
-        """Sort key: the library's methods first, in their order, then adapters; budgets ascending."""
+    def latency_alone(self) -> bool:
+        """Whether the method runs in the task `latency` alone."""
+        return self.method == DENSE or self.method.startswith(COMPILED)
+
+    @property
+    def order(self) -> tuple[int, bool, str, int, str]:
+        """Sort key: the library's methods first, in their order, then others; budgets ascending."""
         place = list(METHODS).index(self.method) if self.method in METHODS else len(METHODS)
-        return place, self.method, self.token_budget or 0, self.settings
+        place = 0 if self.method == DENSE else place  # after the full cache
+        return place, self.method != FULL, self.method, self.token_budget or 0, self.settings
 
 
 def length_text(length: int | None) -> str:
@@ -112,6 +119,8 @@ def column_key(record: Record) -> ColumnKey:
         ("chat", cell["chat"]),
         ("answer", cell["max_new_tokens"]),
         ("seed", cell["seed"]),
+        ("answers", cell.get("answers", 1)),
+        ("batch", cell.get("batch_size", 1)),
     )
     return cell["task"], kind, record["metric"], record["higher_is_better"]
 

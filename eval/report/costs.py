@@ -13,11 +13,13 @@ from .columns import MISSING, Column, Figure, reference
 from .provenance import machine
 
 # Key of CostDict, title, kind of unit.
-COSTS: tuple[tuple[str, str, Literal["seconds", "bytes"]], ...] = (
+COSTS: tuple[tuple[str, str, Literal["seconds", "bytes", "rate", "count"]], ...] = (
     ("first_token_seconds", "Time to first token", "seconds"),
     ("compression_seconds", "Compression", "seconds"),
     ("step_seconds", "Time per output token, median", "seconds"),
     ("step_seconds_p95", "Time per output token, p95", "seconds"),
+    ("tokens_per_second", "Throughput of decoding", "rate"),
+    ("batch_size", "Batch", "count"),
     ("peak_prefill_bytes", "Peak memory, prefill", "bytes"),
     ("peak_decode_bytes", "Peak memory, decode", "bytes"),
     ("kv_bytes", "KV cache with index", "bytes"),

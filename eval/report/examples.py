@@ -161,7 +161,7 @@ def _example(column: Column, arms: Sequence[Arm], key: tuple[str, int], prompts:
     expected = " | ".join(next(iter(turns.values()))["answers"])
     return Example(
         name=f"{name}, turn {number + 1}" if several else name,
-        prompt=None if ends is None else ends[number],
+        prompt=None if ends is None else ends[number % len(ends)],  # several answers to one prompt
         expected=_head(expected, _EXPECTED),
         answers=tuple(_answer(names, text, score, whole) for (text, score, whole), names in same.items()),
     )

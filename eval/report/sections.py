@@ -34,7 +34,8 @@ class Section:
         common: names of the tasks in `scores` that every arm with a mean has; means and plots are over these. An arm
             has a mean if it has a score and memory sufficed for every task.
         mean: the mean over `common`, by arm.
-        costs: time, memory and bytes of the arms, for each machine; times in `points` are the first one's.
+        costs: time, memory and bytes of the arms, for each machine and batch size; times in `points` are the first
+            one's.
         points: for the plots.
         notes: samples or tasks that are not compared.
     """
@@ -102,7 +103,9 @@ def _section(records: Sequence[Record]) -> Section:
     common = tuple(column for column in scores if all(column.complete(arm) for arm in scored))
     mean = {arm: mean_figure(common, arm) if arm in scored and common else MISSING for arm in arms}
     mean |= {arm: Figure(status="out_of_memory") for arm in too_large}
-    costs = costs_of(latency or common or scores or distances, arms)
+    # Each batch size of `latency` has costs of its own, which no mean joins.
+    measured: list[tuple[Column, ...]] = [(column,) for column in latency] or [common or scores or distances]
+    costs = tuple(each for columns_of_one in measured for each in costs_of(columns_of_one, arms))
 
     shown = [mean] if len(scores) > 1 else []  # the mean of one task is no comparison of its own
     figures = starred([*(column.figures for column in scores), *shown])
@@ -118,7 +121,7 @@ def _section(records: Sequence[Record]) -> Section:
     if too_large:
         names = ", ".join(arm.name for arm in too_large)
         notes.append(f"Without a mean, because memory did not suffice for every task: {names}.")
-    if len(costs) > 1:
+    if len({each.machine for each in costs}) > 1:
         notes.append(
             f"Times and memory of each machine stand in a table of their own; plots have those of {costs[0].machine}."
         )

@@ -31,6 +31,8 @@ STARS_NOTE = (
 _NO_SCORE = {"out_of_memory": "OOM", "failed": "failed"}  # by the status of a cell
 UNITS = {
     "seconds": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")),
+    "rate": ((1.0, "tokens/s"),),
+    "count": ((1.0, "sequences"),),
     "bytes": ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")),
 }
 
@@ -73,6 +75,8 @@ def scores_table(section: Section, columns: Sequence[Column]) -> Table:
     header += [f"{column.name}: {name}" for column, name in values]
     rows = []
     for arm in section.arms:
+        if arm.latency_alone:
+            continue
         cells = [figure_cell(section.mean[arm])] if mean else []
         cells += [figure_cell(column.figures[arm], percent=column.higher_is_better) for column in columns]
         cells += [_value_cell(column, arm, name) for column, name in values]
@@ -85,7 +89,8 @@ def costs_tables(section: Section) -> list[tuple[str, Table, str]]:
     tables = []
     for costs in section.costs:
         if costs.source:
-            title = f"Cost, {section.title}{', ' * bool(costs.machine)}{costs.machine}"
+            task = costs.source[0] if len(section.latency) > 1 else ""  # of a batch size
+            title = ", ".join(filter(None, ("Cost", section.title, task, costs.machine)))
             arms = [arm for arm in section.arms if not costs.machine or arm in costs.rows or arm in costs.out_of_memory]
             tables.append((title, _costs_table(costs, arms), _costs_note(costs)))
     return tables

@@ -20,6 +20,8 @@ from ..records import ProvenanceDict
 def weights_mark(model: PreTrainedModel) -> str:
     """Return what identifies a model's weights: the commit of the hub, or else a digest of some of their numbers.
 
+    Under tensor parallel every rank must call this.
+
     A digest ends with the kind of the quantization, whose packed numbers it does not read.
     """
     commit = getattr(model.config, "_commit_hash", None)
@@ -27,7 +29,7 @@ def weights_mark(model: PreTrainedModel) -> str:
         return str(commit)
     quantized: Any = getattr(model.config, "quantization_config", None)
     if quantized is None:
-        return weights_digest(model)[:16]
+        return weights_digest(model, gathered=True)[:16]
     settings = quantized if isinstance(quantized, dict) else quantized.to_dict()
     kind = getattr(settings.get("quant_method"), "value", settings.get("quant_method"))
     return f"{weights_digest(model)[:16]} {kind}"
@@ -50,6 +52,7 @@ def provenance(model: PreTrainedModel) -> ProvenanceDict:
             "devices": devices,
             "device": str(model.device),
             "attention": model.config._attn_implementation,
+            "ranks": getattr(model, "tp_size", None),  # of tensor parallel
             "model_revision": getattr(model.config, "_commit_hash", None),
         },
     }

@@ -28,9 +28,10 @@ from ..records import (
     write_atomically,
     write_record,
 )
-from .cells import Session, is_whole, method_of, record_of, run_whole, unfinished_record
+from .cells import Session, is_whole, method_of, record_of, unfinished_record
 from .locks import try_lock
 from .plan import LM_EVAL, shared_fields
+from .together import run_together
 from .units import Unit, answer, attempt, free_memory, remove_answers
 from .work import Work, work_of
 
@@ -77,7 +78,7 @@ def run_cells(session: Session, cells: Sequence[CellDict]) -> Counts:
             _check(session, group[0])
     if cells:
         write_asked(session.results, cells)
-    with Progress("beginning", total=sum(cell["samples"] for cell in cells)) as progress:
+    with Progress("beginning", total=sum(cell["samples"] * cell["answers"] for cell in cells)) as progress:
         for group in groups:
             if is_whole(group[0]):
                 _run_whole(session, group[0], counts, progress)
@@ -134,7 +135,7 @@ def _run_whole(session: Session, cell: CellDict, counts: Counts, progress: Progr
                 counts.elsewhere += 1
             else:
                 start = time.monotonic()
-                record, error = attempt(partial(run_whole, session, cell))
+                record, error = attempt(partial(run_together, session, cell))
                 _finish(path, record if error is None else unfinished_record(session, cell, error), counts, start)
                 record = error = None
                 free_memory()
@@ -145,7 +146,7 @@ def _run_group(session: Session, group: Sequence[CellDict], counts: Counts, prog
     """Answer every sample of a group by all its cells, sample by sample, and write their records."""
     start = time.monotonic()
     running = [cell for cell in group if not _settled(session, cell, counts)]
-    progress.update(sum(cell["samples"] for cell in group if cell not in running))
+    progress.update(sum(cell["samples"] * cell["answers"] for cell in group if cell not in running))
     if running:
         work = work_of(session, running[0])
         units = [Unit(session, running[0], number, name) for number, name in enumerate(work.names)]

@@ -24,6 +24,7 @@ from ..records import CellDict, cell_key, digest
 from .cells import Session
 from .locks import lock_path, try_lock
 from .plan import shared_fields
+from .together import answer_together
 from .work import Work
 
 FOLDER = "answers"  # inside the folder of the results
@@ -74,13 +75,13 @@ def answer(
     """
     missing = [(cell, method) for cell, method in cells if journal.get(unit.key(cell)) is None]
     readers = work.references + sum(shares_prefill(method) for _, method in missing)
-    prefills = Prefills(session.model) if readers > 1 else None
+    prefills, item = Prefills(session.model) if readers > 1 else None, work.item(unit.number)
     for cell, method in missing:
-        made, error = attempt(partial(work.answer, unit.number, cell, method, prefills))
+        made, error = attempt(partial(answer_together, session, cell, item, method, prefills))
         if error is not None and prefills is not None and is_out_of_memory(error):
             prefills = made = error = None
             free_memory()
-            made, error = attempt(partial(work.answer, unit.number, cell, method, None))
+            made, error = attempt(partial(answer_together, session, cell, item, method, None))
         if error is None:
             journal.put(unit.key(cell), made)
         else:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ...hf.prompts import PLAIN, ChatOptions
 
 TOY = "_toy"  # after the name of a task whose essays generated prose stands for
-MODULES = ("instructions", "longbench", "longbench_v2", "longproc", "needle", "ruler.tasks", "scbench")
+MODULES = ("instructions", "longbench", "longbench_v2", "longproc", "mathematics", "needle", "ruler.tasks", "scbench")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +97,7 @@ class Task:
         score: scores a generated text as the answer of a turn, from 0 to 100.
         sized: whether samples are made to a length; False where the data have their own.
         chat: whether the official rule applies the chat template; None leaves it to the user.
+        require: called before any answer is generated; raises ImportError where the score needs a missing package.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Task:
     score: Callable[[str, Turn], float]
     sized: bool = True
     chat: bool | None = None
+    require: Callable[[], object] | None = None
 
 
 def generated(sample: Callable[[Preparation, int], Sample]) -> Callable[[Preparation], Sequence[Sample]]:

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+from ..optional import optional
+
 T = TypeVar("T")
 
 
@@ -39,12 +41,13 @@ def data_file(data_dir: Path, *candidates: str) -> Path:
     raise FileNotFoundError(f"--data-dir {data_dir} must hold {' or '.join(candidates)}; put the file there")
 
 
-def hub_file(repo_id: str, filename: str) -> Path:
+def hub_file(repo_id: str, filename: str, *, save_as: str | None = None) -> Path:
     """Return a file of a data set on the Hugging Face hub, downloaded once into the hub's cache.
 
     Args:
         repo_id: the data set, such as `zai-org/LongBench`.
         filename: path inside it.
+        save_as: name under which the user's folder may hold it, where that differs.
 
     Raises:
         OSError: it is not in the cache and cannot be downloaded.
@@ -54,10 +57,11 @@ def hub_file(repo_id: str, filename: str) -> Path:
     try:
         return Path(hf_hub_download(repo_id, filename, repo_type="dataset"))
     except OSError as error:  # base of every error of the hub, a missing network included
+        named = "" if save_as is None else f" as {save_as}"
         raise OSError(
             f"{filename} of the data set {repo_id} could not be downloaded ({type(error).__name__}). Without a network,"
             f" download https://huggingface.co/datasets/{repo_id}/resolve/main/{filename} elsewhere, put it into a"
-            " folder and name that with --data-dir"
+            f" folder{named} and name that with --data-dir"
         ) from error
 
 
@@ -83,6 +87,21 @@ def read_jsonl(path: Path, member: str | None = None) -> Iterator[dict[str, Any]
             if not isinstance(row, dict):
                 raise ValueError(f"{where} must be a JSON object, got {type(row).__name__}")
             yield row
+
+
+def read_parquet(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a Parquet file.
+
+    Raises:
+        ImportError: pyarrow is not installed.
+        ValueError: it is not a whole Parquet file.
+    """
+    parquet = optional("pyarrow.parquet")  # which datasets needs
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    except optional("pyarrow").ArrowInvalid as error:
+        raise ValueError(f"{path.name} is not a whole Parquet file ({error}); download it again") from error
+    return rows
 
 
 def read_json(path: Path) -> Any:

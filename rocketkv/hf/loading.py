@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.util
 import io
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def load_model(
     attention: str | None = None,
     device_map: str | Mapping[str, Any] | None = None,
     revision: str | None = None,
+    tp: int = 1,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
@@ -52,20 +54,23 @@ def load_model(
         attention: as `attn_implementation` of transformers, such as "flash_attention_2"; None for its choice.
         device_map: as that of transformers, such as "auto", in place of `device`; needs accelerate.
         revision: branch, tag or commit on the hub.
+        tp: number of processes that share the model's heads (tensor parallel), all of which torchrun has started. Each
+            has a device of its own, in place of `device`.
 
     Raises:
         ImportError: the package of SmolLM2, of the attention or of the quantization is not installed.
         OSError: there is no such model.
-        ValueError: the device or the attention cannot be used, or SmolLM2's package was asked for a revision.
+        ValueError: the device or the attention cannot be used, SmolLM2's package was asked for a revision, or the
+            heads cannot be divided among the processes.
     """
-    if device_map is None:
+    if device_map is None and tp == 1:
         _check_device(device)
     asked = resolve_dtype(dtype, device, device_map) if isinstance(dtype, str) else dtype
     if name is None or name == SMOLLM2:
-        if revision is not None or device_map is not None:
+        if revision is not None or device_map is not None or tp > 1:
             raise ValueError(
-                f"{SMOLLM2} comes from a package and fits one device; leave out revision and device_map, got"
-                f" {revision!r} and {device_map!r}"
+                f"{SMOLLM2} comes from a package and fits one device; leave out revision, device_map and tp, got"
+                f" {revision!r}, {device_map!r} and {tp}"
             )
         small, tokenizer = load_smollm2(asked, attention=attention)
         return _placed(small, device), tokenizer
@@ -76,13 +81,42 @@ def load_model(
     quantized = getattr(config, "quantization_config", None) is not None
     if quantized and dtype == "auto":
         options["dtype"] = "auto"
-    if device_map is not None:
+    if tp > 1:
+        options |= _sharded(config, tp, device_map)
+    elif device_map is not None:
         options["device_map"] = device_map
     elif quantized and torch.device(device).type != "cpu":
         options["device_map"] = {"": device}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **options)
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    return (model.eval() if quantized or device_map is not None else _placed(model, device)), tokenizer
+    whole = not quantized and device_map is None and tp == 1
+    return (_placed(model, device) if whole else model.eval()), tokenizer
+
+
+def _sharded(config: Any, tp: int, device_map: object) -> dict[str, Any]:
+    """Return the options of `from_pretrained` that share a model's heads among processes.
+
+    Raises:
+        ValueError: torchrun has started another number of processes, or the heads cannot be divided among them.
+    """
+    if device_map is not None:
+        raise ValueError(f"tp gives each process a device of its own; leave out device_map, got {device_map!r}")
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != tp:
+        raise ValueError(
+            f"tp must be the number of processes, started by torchrun --nproc-per-node {tp}; got {tp}, and there "
+            f"{'is' if started == 1 else 'are'} {started}"
+        )
+    text = config.get_text_config()
+    for name in ("num_key_value_heads", "num_attention_heads"):  # transformers replicates no heads
+        heads = getattr(text, name, None)
+        if heads is not None and heads % tp:
+            raise ValueError(f"tp must divide the model's {name}, got {tp} and {heads}; choose another number of ranks")
+    try:
+        distributed: Any = importlib.import_module("transformers.distributed")
+        return {"distributed_config": distributed.DistributedConfig(tp_size=tp)}
+    except (ImportError, TypeError):  # transformers 4
+        return {"tp_plan": "auto"}
 
 
 def _check_device(device: str) -> None:

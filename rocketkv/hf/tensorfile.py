@@ -128,20 +128,23 @@ def _differences(what: str, saved: Any, here: Any) -> Iterator[str]:
         yield f"{what} is {saved!r} in the file, {here!r} here"
 
 
-def weights_digest(module: nn.Module, rounded_to: torch.dtype | None = None) -> str:
+def weights_digest(module: nn.Module, rounded_to: torch.dtype | None = None, *, gathered: bool = False) -> str:
     """Return a digest of every weight's name and shape, and of the first and last numbers of plain weights.
 
     Args:
         module: the module.
         rounded_to: a dtype that the numbers are rounded to first, so that models whose weights differ by that rounding
             alone have the same digest; None: the weights' dtypes count as well.
+        gathered: whether weights that are sharded over ranks are gathered, one at a time, for the digest of the whole
+            model; every rank must then call this. Otherwise only their names and shapes count.
     """
     digest = hashlib.sha256()
     samples: dict[torch.device, list[Tensor]] = {}
     for name, weight in module.named_parameters():
         digest.update(f"{name} {list(weight.shape)}{'' if rounded_to else f' {weight.dtype}'}".encode())
-        if type(weight) is nn.Parameter and not weight.is_meta and weight.is_floating_point():
-            ends = weight.detach().reshape(-1)
+        gather: Any = getattr(weight, "full_tensor", None) if gathered else None
+        if (gather or type(weight) is nn.Parameter) and not weight.is_meta and weight.is_floating_point():
+            ends = (gather() if gather else weight).detach().reshape(-1)
             for part in (ends[:_SAMPLED], ends[-_SAMPLED:]):
                 samples.setdefault(weight.device, []).append(part.to(rounded_to or part.dtype).float())
     for parts in samples.values():

@@ -22,7 +22,8 @@ from transformers.cache_utils import DynamicCache
 from rocketkv import RocketKVConfig
 from rocketkv.eval.checks import WrongResultError
 from rocketkv.eval.measures import latency
-from rocketkv.eval.measures.latency import LatencyResult, measure_apart, measure_latency
+from rocketkv.eval.measures.apart import measure_apart
+from rocketkv.eval.measures.latency import LatencyResult, measure_latency
 from rocketkv.eval.measures.memory import (
     OutOfMemory,
     cache_cost,
@@ -155,7 +156,7 @@ def test_times_are_of_their_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.first_token_seconds == [201.0] * 3  # two layers
     assert result.compression_seconds == [200.0] * 3
     assert result.step_seconds == [1.0] * 9
-    assert result.values()["tokens_per_second"] == 2.0
+    assert result.cost()["tokens_per_second"] == 2.0
     cost = result.cost()
     assert (cost["first_token_seconds"], cost["compression_seconds"], cost["step_seconds"]) == (201.0, 200.0, 1.0)
 

@@ -51,18 +51,20 @@ CELL: CellDict = {
     "chat_arguments": {},
     "thinking_tokens": 0,
     "sampling": {},
+    "answers": 1,
+    "batch_size": 1,
     "weights": "0e9e39f2",
     "library": "0.1.0",
     "settings": {},
 }
 # Every record on users' disks is found by its key: one that changes makes them all be run again.
 CELL_TEXT = (
-    '{"attention":"sdpa","chat":true,"chat_arguments":{},"dtype":"float32","length":4096,'
-    '"library":"0.1.0","max_new_tokens":null,"method":"rocketkv",'
+    '{"answers":1,"attention":"sdpa","batch_size":1,"chat":true,"chat_arguments":{},"dtype":"float32",'
+    '"length":4096,"library":"0.1.0","max_new_tokens":null,"method":"rocketkv",'
     '"mode":"aware","model":"smollm2","revision":null,"samples":50,"sampling":{},"seed":0,"settings":{},'
     '"task":"niah_single_1","task_version":1,"thinking_tokens":0,"token_budget":512,"weights":"0e9e39f2"}'
 )
-KEY = "f666c00d48c670a1"
+KEY = "b2c6d5148734ee9f"
 CHANGES: dict[str, Any] = {
     "task": "niah_single_2",
     "task_version": 2,
@@ -81,6 +83,8 @@ CHANGES: dict[str, Any] = {
     "chat_arguments": {"enable_thinking": False},
     "thinking_tokens": 1,
     "sampling": {"do_sample": True},
+    "answers": 2,
+    "batch_size": 2,
     "weights": "1e9e39f2",
     "library": "0.2.0",
     "settings": {"window_size": 16},

@@ -353,3 +353,20 @@ def test_an_arm_out_of_memory_stands_in_the_column_of_its_task() -> None:
     assert [c.name for c in section.distances] == ["kl"]
     assert column(section, "kl").figures[ROCKET].status == "out_of_memory"
     assert provenance(records).warnings == ()
+
+
+def test_each_batch_size_has_costs_of_its_own_and_baselines_of_latency_no_scores() -> None:
+    made = [made_record([100.0, 0.0])]
+    for batch, seconds in ((1, 0.02), ("max", 0.05)):
+        for method, factor in (("full", 1.0), ("dense", 0.5)):
+            cost: Any = {"step_seconds": factor * seconds, "tokens_per_second": 1 / seconds, "batch_size": 3}
+            fields: Any = {"metric": "seconds a token", "higher_is_better": False, "cost": cost, "batch_size": batch}
+            made.append(made_record([seconds], task="latency", method=method, **fields))
+    text = report.markdown(report.gather(made))
+    assert "dense" not in cells(text, "Scores, 4096 tokens, query-agnostic")
+    costs = cells(text, "Cost, 4096 tokens, query-agnostic, latency (batch max)")
+    place = costs["Method"].index("Time per output token, median, ms")
+    assert costs["dense"][place] == "25.0, 0.50x"
+    assert "10.0, 0.50x" in cells(text, "Cost, 4096 tokens, query-agnostic, latency (batch 1)")["dense"]
+    assert "Batch, sequences" in costs["Method"]
+    assert "machine" not in text.split("Cost, 4096 tokens")[0]

@@ -64,7 +64,7 @@ def test_a_cell_has_what_the_plan_says() -> None:
     asked = plan(
         methods=("rocketkv",), samples=7, max_new_tokens=5, seed=3, model="m", dtype="bfloat16", agnostic=True,
         settings={"window_size": 16}, revision="r", chat_template_args={"enable_thinking": False}, thinking_tokens=9,
-        generation="card",
+        generation="card", answers=4,
     )  # fmt: skip
     loaded = Loaded(True, weights="abc", attention="eager", sampling={"do_sample": True, "top_k": 20})
     assert cells(asked, loaded) == [
@@ -86,6 +86,8 @@ def test_a_cell_has_what_the_plan_says() -> None:
             "chat_arguments": {"enable_thinking": False},
             "thinking_tokens": 9,
             "sampling": {"do_sample": True, "top_k": 20},
+            "answers": 4,
+            "batch_size": 1,
             "weights": "abc",
             "library": __version__,
             "settings": {"window_size": 16},
@@ -146,7 +148,7 @@ def test_measurements_have_neither_chat_template_nor_mode() -> None:
     found = cells(plan(tasks=("kl", "latency"), methods=("full",), chat=True, agnostic=True), Loaded(chat=True))
     assert [(cell["task"], cell["task_version"], cell["chat"], cell["mode"]) for cell in found] == [
         ("kl", 1, False, "aware"),
-        ("latency", 1, False, "aware"),
+        ("latency", 2, False, "aware"),
     ]
 
 
@@ -231,7 +233,7 @@ def test_a_plan_refuses_what_is_impossible(fields: dict[str, Any], error: type[E
 def test_a_plan_in_a_file_may_have_single_values_for_lists() -> None:
     found = plan_from({"tasks": "sized", "budgets": 256, "methods": ["full", "quest"], "data_dir": "here"})
     assert found == plan(budgets=(256,), methods=("full", "quest"), data_dir=Path("here"), lengths=())
-    with pytest.raises(ValueError, match="unknown fields budget, task; a sweep has agnostic, attn, budgets"):
+    with pytest.raises(ValueError, match="unknown fields budget, task; a sweep has agnostic, answers, attn,"):
         plan_from({"task": "sized", "budget": 5})
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -210,5 +212,21 @@ def test_weights_load_as_transformers_loads_them(tmp_path: Path, monkeypatch: py
     load_model(str(folder), "float16", "cpu")
     assert asked[-1]["dtype"] == torch.float16
     assert "device_map" not in asked[-1]
-    with pytest.raises(ValueError, match="leave out revision and device_map, got 'v1' and None"):
+    with pytest.raises(ValueError, match="leave out revision, device_map and tp, got 'v1', None and 1"):
         load_model("smollm2", revision="v1")
+
+
+@pytest.mark.parametrize(
+    ("settings", "package"),
+    [({"quant_method": "gptq", "bits": 4}, "optimum"), ({"quant_method": "awq", "bits": 4}, "gptqmodel"),
+     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes")],
+)  # fmt: skip
+def test_quantized_weights_without_their_package_are_refused_by_its_name(
+    settings: dict[str, Any], package: str, tmp_path: Path
+) -> None:
+    if importlib.util.find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    configuration = save(tmp_path, "qwen3") / "config.json"
+    configuration.write_text(json.dumps(json.loads(configuration.read_text()) | {"quantization_config": settings}))
+    with pytest.raises(ImportError, match=package):
+        load_model(str(tmp_path))

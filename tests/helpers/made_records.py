@@ -85,6 +85,8 @@ def made_record(
         "chat_arguments": {},
         "thinking_tokens": 0,
         "sampling": {},
+        "answers": 1,
+        "batch_size": 1,
         "weights": "0e9e39f2",
         "library": "0.5.0",
         "settings": dict(settings or {}),
@@ -117,6 +119,7 @@ def made_record(
         "samples": samples if whole else [],
         "cost": (cost or {}) if whole else {},
         "data": {"sha256": digest(f"{task} {length}"), "source": source} if whole else {"sha256": "", "source": ""},
+        "details": {},
         "provenance": {
             "created": "2026-03-14T09:26:53+00:00",
             "rocketkv": "0.5.0",
