@@ -24,7 +24,7 @@ from ..methods import FULL, Method
 from ..prefill import shares_prefill
 from ..records import CELLS, CellDict, cell_key, label, read_record
 from ..tasks.base import Sample, find_tasks
-from .cells import LATENCY_TOKENS, Session, chat_options, is_whole, method_of, preparation
+from .cells import Session, chat_options, is_whole, method_of, preparation
 from .plan import LATENCY
 from .probe import Speed, arm_key, probe
 from .run import grouped
@@ -105,7 +105,10 @@ def _with_load(session: Session, row: _Row, load_seconds: float) -> float | None
 def _shapes(session: Session, cell: CellDict) -> list[_Shape]:
     """Return the tokens of a few samples of a cell, which are made in memory."""
     if cell["task"] == LATENCY:
-        return [_Shape(max(1, (cell["length"] or 0) - LATENCY_TOKENS), ((0, LATENCY_TOKENS),))]
+        if cell["batch_size"] != 1:
+            raise ValueError("batches of several sequences are not estimated")
+        new = cell["max_new_tokens"] or 0
+        return [_Shape(max(1, (cell["length"] or 0) - new), ((0, new),))]
     if cell["task"] == KL:
         return [_Shape(max(1, (cell["length"] or 0) - STEPS), ((0, STEPS),))]
     if is_whole(cell):
@@ -152,7 +155,7 @@ def _rows(
             rows.append(_Row(cell=cell, reason=errors[arm]))
             continue
         alone = cell["task"] == LATENCY
-        times = _REPEATS if alone else cell["samples"]
+        times = _REPEATS if alone else cell["samples"] * cell["answers"]
         shares = shares_prefill(methods[arm])
         seconds = fmean(_answer_seconds(speed, arm, shape) for shape in shapes)
         prefill = fmean(speed.prefill(shape.first) for shape in shapes)
