@@ -248,7 +248,8 @@ def _run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     device = _device(args.device)
     if plan.tp > 1:
-        check_tensor_parallel(plan, args)
+        for each in plans:
+            check_tensor_parallel(each, args)
     number, count = args.shard or (1, 1)
     if plan.device_map is not None and args.device is not None:
         raise ValueError("--device-map stands in place of --device; leave one out")
@@ -265,7 +266,8 @@ def _run(args: argparse.Namespace) -> int:
     load_seconds = time.monotonic() - start
     check_chat_arguments(tokenizer, plan.chat_template_args)
     ranks = Ranks() if plan.tp > 1 else None
-    if LARGEST in plan.batch_sizes and LATENCY in plan.tasks and model.device.type != "cuda":
+    largest = any(LARGEST in each.batch_sizes and LATENCY in each.tasks for each in plans)
+    if largest and model.device.type != "cuda":
         raise ValueError(f"the largest batch is found on a GPU; the model is on {model.device}: leave out {LARGEST}")
     session = Session(model, tokenizer, args.output, plan.data_dir, args.retry_oom, ranks)
     loaded = Loaded(

@@ -18,14 +18,16 @@ from ...budget import METHODS
 from ...hf.plan import plan as make_plan
 from ...hf.prompts import encode, render
 from ..conversation import AGNOSTIC
+from ..measures.arms import find_arm
 from ..measures.kl import METRIC as KL
 from ..measures.kl import STEPS
 from ..methods import FULL, Method
 from ..prefill import shares_prefill
 from ..records import CELLS, CellDict, cell_key, label, read_record
 from ..tasks.base import Sample, find_tasks
-from .cells import Session, chat_options, is_whole, method_of, preparation
+from .cells import Session, chat_options, is_whole, preparation
 from .plan import LATENCY
+from .probe import STEPS as STEPS_OF_PROBE
 from .probe import Speed, arm_key, probe
 from .run import grouped
 from .units import attempt
@@ -77,7 +79,7 @@ def dry_run(session: Session, cells: Sequence[CellDict], load_seconds: float) ->
     methods: dict[str, Method] = {}
     unknown: dict[str, str] = {}
     for cell in cells:
-        method, error = attempt(partial(method_of, cell))
+        method, error = attempt(partial(_method, cell))
         if error is None:
             methods[arm_key(cell)] = method
         else:
@@ -96,6 +98,12 @@ def dry_run(session: Session, cells: Sequence[CellDict], load_seconds: float) ->
     return _table([replace(row, seconds=_with_load(session, row, load_seconds)) for row in rows], speed, load_seconds)
 
 
+def _method(cell: CellDict) -> Method:
+    """Return a cell's method, a baseline of `latency` with room for the probe; compiled steps are probed eagerly."""
+    room = max(STEPS_OF_PROBE, cell["max_new_tokens"] or 0)
+    return find_arm(cell["method"], cell["token_budget"], cell["settings"], new_tokens=room)
+
+
 def _with_load(session: Session, row: _Row, load_seconds: float) -> float | None:
     """Return the seconds of a cell; on a CPU `latency` loads the model in a new process."""
     apart = row.cell["task"] == LATENCY and session.model.device.type == "cpu" and row.seconds is not None
@@ -105,8 +113,8 @@ def _with_load(session: Session, row: _Row, load_seconds: float) -> float | None
 def _shapes(session: Session, cell: CellDict) -> list[_Shape]:
     """Return the tokens of a few samples of a cell, which are made in memory."""
     if cell["task"] == LATENCY:
-        if cell["batch_size"] != 1:
-            raise ValueError("batches of several sequences are not estimated")
+        if not isinstance(cell["batch_size"], int):
+            raise ValueError("the time that it takes to find the largest batch is not estimated")
         new = cell["max_new_tokens"] or 0
         return [_Shape(max(1, (cell["length"] or 0) - new), ((0, new),))]
     if cell["task"] == KL:
@@ -155,7 +163,9 @@ def _rows(
             rows.append(_Row(cell=cell, reason=errors[arm]))
             continue
         alone = cell["task"] == LATENCY
-        times = _REPEATS if alone else cell["samples"] * cell["answers"]
+        times = (_REPEATS if alone else cell["samples"]) * cell["answers"]
+        if isinstance(cell["batch_size"], int):
+            times *= cell["batch_size"]  # at most: a step of several sequences reads the weights once
         shares = shares_prefill(methods[arm])
         seconds = fmean(_answer_seconds(speed, arm, shape) for shape in shapes)
         prefill = fmean(speed.prefill(shape.first) for shape in shapes)

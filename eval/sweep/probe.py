@@ -24,7 +24,7 @@ from .units import attempt, free_memory
 
 _FIRST = 256  # tokens of the first prompt; each further one has twice as many
 _PATIENCE = 20.0  # seconds that the longest prefill of the probe may take: the longer, the less is extrapolated
-_STEPS = 9  # decode steps of each method and length; the first warms up
+STEPS = 9  # decode steps of each method and length; the first warms up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +151,6 @@ def _start_and_step(model: PreTrainedModel, method: Method, ids: list[int], pref
     begin = time.perf_counter()
     with after_prompt(model, method, ids, prefills) as loop:
         start = time.perf_counter() - begin
-        for _ in range(_STEPS):
+        for _ in range(STEPS):
             loop.step(loop.token)
-        return start, median(loop.seconds[1 - _STEPS :])
+        return start, median(loop.seconds[1 - STEPS :])

@@ -117,8 +117,9 @@ class Questions:
         thoughts = [thought for each in answers for thought in each["thoughts"]]
         costs = [each["cost"] for each in answers]
         notes: dict[str, Any] = {"thinking": thoughts} if any(thoughts) else {}
-        if answers[0].get("pace"):
-            notes["pace"] = answers[0]["pace"]
+        pace = max((each["pace"] for each in answers), key=len)
+        if pace:
+            notes["pace"] = pace
         return {
             "id": sample.id,
             "prompt_sha256": answers[0]["prompt_sha256"],

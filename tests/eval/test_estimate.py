@@ -12,6 +12,7 @@ from made_records import made_record
 from rocketkv.cli.main import main
 from rocketkv.eval.records import CellDict, cell_key, record_path, write_record
 from rocketkv.eval.sweep import estimate
+from rocketkv.eval.sweep.cells import method_of
 from rocketkv.eval.sweep.estimate import dry_run
 from rocketkv.eval.sweep.plan import Loaded, Plan, cells, shard
 from rocketkv.eval.sweep.probe import Speed, arm_key, probe
@@ -93,12 +94,12 @@ def test_a_prompt_counts_once_for_the_methods_that_share_it(
     assert [(row[0], row[-3]) for row in rows] == [(task, reads) for task, reads, _ in expected]
     assert [float(row[-1]) * 60 for row in rows] == pytest.approx([seconds for *_, seconds in expected], abs=0.31)
     total = (60 + sum(seconds for *_, seconds in expected)) / 60
-    assert lines[7].startswith(f"estimated: {total:.1f} minutes, 18 prefills for 12 samples of 6 cells, ")
+    assert lines[7].startswith(f"estimated: {total:.1f} minutes, 18 prefills for 10 samples of 6 cells, ")
 
 
 def test_a_probe_runs_every_method(folder: Path, tmp_path: Path) -> None:
     session = make_session(folder, tmp_path)
-    methods = {arm_key(cell): estimate.method_of(cell) for cell in made_cells(folder, tasks=("sized",))}
+    methods = {arm_key(cell): method_of(cell) for cell in made_cells(folder, tasks=("sized",))}
 
     class Broken:
         name, token_budget = "broken", 8
