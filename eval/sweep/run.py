@@ -190,6 +190,7 @@ def _answer_all(
     The samples that others have locked are tried again as long as there is other work.
     """
     start = time.monotonic()
+    task = next((f"{cell['task']} {cell['length'] or ''}" for cell, _ in pending.values()), "")
     left = list(units)
     while left and pending:
         others = []
@@ -202,9 +203,7 @@ def _answer_all(
                     counts.elsewhere += 1
                     del pending[key]
                 names = ", ".join(label(cell) for cell, _ in pending.values())
-                cell = next(iter(pending.values()))[0]
-                sample = f"{cell['task']} {cell['length'] or ''} sample {work.names[unit.number].split()[-1]}"
-                progress.say(f"{sample}: {names}")
+                progress.say(f"{task} sample {work.names[unit.number].split()[-1]}: {names}")
                 for cell, error in answer(session, work, unit, journal, list(pending.values())):
                     so_far = work.outcome([each.result(cell) for each in units])
                     record = unfinished_record(session, cell, error, so_far)
