@@ -96,12 +96,18 @@ RECIPES: Mapping[str, Recipe] = {
         ),
         Recipe(
             name="reasoning",
-            purpose="AIME 2024 and 2025 and MATH-500 with thinking, sampled by the model's card",
-            parts=(
+            purpose="AIME 2024 and 2025 (avg@8) and MATH-500 with thinking, sampled by the model's card",
+            parts=tuple(
                 {
-                    "tasks": ("aime24", "aime25", "math500"), "samples": 500, "methods": _OURS, "budgets": (512, 2048),
-                    "thinking_tokens": 32768, "generation": "card",
-                },
+                    "tasks": tasks,
+                    "answers": answers,
+                    "samples": 500,
+                    "methods": _OURS,
+                    "budgets": (512, 2048),
+                    "thinking_tokens": 32768,
+                    "generation": "card",
+                }
+                for tasks, answers in ((("aime24", "aime25"), 8), (("math500",), 1))
             ),
         ),
         Recipe(

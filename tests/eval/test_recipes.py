@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from eval_case import know_tasks, made_task
 from rocketkv.cli.main import main
 from rocketkv.eval.cli import add_arguments, given_plans
 from rocketkv.eval.recipes import RECIPES
@@ -23,6 +22,7 @@ from rocketkv.hf.prompts import PLAIN, encode, render
 from thinkers import save, tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
+LOADED = Loaded(chat=True, sampling={"do_sample": True})
 
 
 def plans(*arguments: str) -> tuple[Plan, ...]:
@@ -31,19 +31,10 @@ def plans(*arguments: str) -> tuple[Plan, ...]:
     return given_plans(parser.parse_args(["run", *arguments]))
 
 
-@pytest.fixture
-def _reasoning(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = dict(catalogue())
-    for task in ("aime24", "aime25", "math500"):
-        known.setdefault(task, made_task(task, sized=False))
-    know_tasks(monkeypatch, *known.values())
-
-
-@pytest.mark.usefixtures("_reasoning")
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_asks_for_cells_of_known_tasks_and_methods(name: str) -> None:
     for plan in plans("--recipe", name):
-        found = cells(plan, Loaded(chat=True))
+        found = cells(plan, LOADED)
         assert {cell["method"] for cell in found} == set(plan.methods)
         assert plan.methods[0] == "full"
 
@@ -111,7 +102,6 @@ def test_help_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"| `{recipe.name}` |" in documented
 
 
-@pytest.mark.usefixtures("_reasoning")
 def test_commands_of_the_documentation_are_valid() -> None:
     text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
@@ -121,7 +111,7 @@ def test_commands_of_the_documentation_are_valid() -> None:
     for command in commands:
         arguments = shlex.split(re.sub(r"--shard \$\(\(.*?\)\)/", "--shard 1/", command))
         for plan in plans(*arguments[1:]):
-            assert cells(plan, Loaded(chat=True))
+            assert cells(plan, LOADED)
 
 
 def prepared(results: Path, record: Record) -> list[Sample]:

@@ -93,4 +93,11 @@ def test_a_run_notes_the_pace_and_the_report_draws_it(tmp_path: Path, monkeypatc
     seconds = [seconds for _, seconds in records[1]["samples"][0]["notes"]["pace"]]
     assert plot.data["lines"][1]["y"] == pytest.approx([1e3 * each for each in seconds])
     assert "Decoding by position" in page(report)
+    alone = made_record(
+        [0.02], task="latency", metric="seconds a token", higher_is_better=False, length=60, mode="aware"
+    )
+    alone["cell"]["model"], alone["cell"]["dtype"] = records[0]["cell"]["model"], records[0]["cell"]["dtype"]
+    alone["details"] = {"step_seconds_by_position": [[60, 0.02], [76, 0.03]]}
+    (section,) = gather([*records, alone]).sections
+    assert {arm.name: points for arm, points in paces(section).items()} == {"full": [(60.0, 20.0), (76.0, 30.0)]}
     assert pace_plots(gather([made_record([0.0])]).sections[0], {}) == []

@@ -58,7 +58,7 @@ class Children:
 
     def hold(self, path: Path) -> int:
         pid = self._tell("hold", str(path))
-        said, patience = path.with_suffix(".held"), time.monotonic() + 60
+        said, patience = path.with_suffix(".held"), time.monotonic() + 300
         while not (said.exists() and said.read_text()) and time.monotonic() < patience:
             time.sleep(0.002)
         assert said.read_text() == "True"
