@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, NamedTuple
@@ -213,14 +213,59 @@ def measured_generate(
     Raises:
         ValueError: `new_tokens` is less than 2.
     """
+    return alternating_generate(model, tokenizer, prompt, {"": config}, new_tokens=new_tokens)[""]
+
+
+def alternating_generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    configs: Mapping[str, RocketKVConfig | None],
+    *,
+    new_tokens: int = 16,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Generation]:
+    """Generate greedily after one prompt with several configurations, whose steps alternate.
+
+    So all of them share the machine's other load, and their medians can be compared.
+
+    Args:
+        model: a model that is not patched; it is not patched afterwards either.
+        tokenizer: its tokenizer.
+        prompt: plain text.
+        configs: by name, how to compress; None for the stock model and its own cache.
+        new_tokens: tokens to generate, at least 2; an end token does not end the generation.
+        say: called with what happens next.
+
+    Raises:
+        ValueError: `new_tokens` is less than 2.
+    """
     if new_tokens < 2:
         raise ValueError(f"new_tokens must be at least 2, one for the prefill and one step to time; got {new_tokens}")
-    method: Method = Full() if config is None else Compressed(config)
     ids: list[int] = tokenizer(prompt)["input_ids"]
-    with method.attached(model):
-        loop = DecodeLoop(model=model, cache=method.new_cache(model, len(ids)))
-        loop.prefill([ids])
-        written = list(loop.greedy(new_tokens))
-    first, *steps = loop.seconds
-    text = str(tokenizer.decode(written, skip_special_tokens=True))
-    return Generation(text=text, first_token_seconds=first, step_seconds=tuple(steps), stats=cache_stats(loop.cache))
+    methods: dict[str, Method] = {
+        name: Full() if config is None else Compressed(config) for name, config in configs.items()
+    }
+    loops: dict[str, DecodeLoop] = {}
+    written: dict[str, list[int]] = {}
+    for name, method in methods.items():
+        say(f"{name}: reading {len(ids)} tokens")
+        with method.attached(model):
+            loops[name] = DecodeLoop(model=model, cache=method.new_cache(model, len(ids)))
+            loops[name].prefill([ids])
+        written[name] = [int(loops[name].token)]
+    say(f"all in turn: writing {new_tokens} tokens")
+    for _ in range(new_tokens - 1):
+        for name, method in methods.items():
+            with method.attached(model):
+                loops[name].step(loops[name].token)
+            written[name].append(int(loops[name].token))
+    return {
+        name: Generation(
+            text=str(tokenizer.decode(written[name], skip_special_tokens=True)),
+            first_token_seconds=loop.seconds[0],
+            step_seconds=tuple(loop.seconds[1:]),
+            stats=cache_stats(loop.cache),
+        )
+        for name, loop in loops.items()
+    }

@@ -8,8 +8,6 @@ from one that is made anew.
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, N stored tokens, C code bytes.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -17,31 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from .append import write_token
+from .decode_shape import SketchRule
 from .dependent import permit_successor
 from .digits import byte_of, digit_weights, digits_of, words_of, write_code
 from .math import as_bfloat16, soft_capped, softmax_merged, softmax_summed
-
-
-@dataclass(frozen=True)
-class SketchRule:
-    """The rule by which keys are sketched.
-
-    Attributes:
-        bits: of a channel, 1 to 4.
-        grid: the largest whole number to which differences are rounded.
-        norm: length of a row of the rotation, whose entries are whole numbers.
-        step: distance of levels, over the length of a rounded difference.
-    """
-
-    bits: int
-    grid: int
-    norm: float
-    step: float
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Bits of the digits that a code is packed as, from the lowest."""
-        return (2, 1) if self.bits == 3 else (self.bits,)
 
 
 def code_words(head_dim: int, width: int) -> int:

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .append_sketch import SketchRule
 from .decode import INTERPRETED
+from .decode_shape import SketchRule
 from .math import as_bfloat16
 
 

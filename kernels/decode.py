@@ -19,12 +19,12 @@ from torch import Tensor
 
 from .append_score import append_score_kernel
 from .append_sketch import append_sketch_kernel, arranged
-from .decode_shape import DecodeShape
+from .decode_shape import TILE_PAGES, DecodeShape
 from .dependent import launches_dependently
 from .launch import Launcher
 from .launches import Launch, architecture_of, launch_of
 from .operands import Buffers, Params
-from .score_plan import TILE_PAGES, score_launch, sketch_launch
+from .score_plan import score_launch, sketch_launch
 from .select import select_kernel
 from .select_attend import ALL, GIVEN, RANKED, RECENT, select_attend_kernel
 from .select_parts import select_parts_kernel
@@ -56,6 +56,8 @@ class DecodeWorkspace:
             sketched and no buffers are given.
         architecture: that the kernels are for, by default the device's.
     """
+
+    backend = "triton"
 
     def __init__(
         self,

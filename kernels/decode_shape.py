@@ -1,4 +1,4 @@
-"""The shape of a layer's decode steps, and which shapes the kernels support.
+"""The shape of a layer's decode steps, for the kernels and the CPU step, and which shapes the kernels support.
 
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, Dv of values, t token budget, P page size,
 r channels, k tokens read.
@@ -7,16 +7,36 @@ r channels, k tokens read.
 from dataclasses import dataclass
 
 import torch
-import triton
 
-from .append_sketch import SketchRule
-from .score_plan import TILE_PAGES
+TILE_PAGES = 128  # pages a tile of the index, also in rocketkv.core.pages; a test compares them
 
 LARGEST_PAGE = 16
 LARGEST_HEAD_DIM = 256
 LARGEST_GROUP = 128
 LARGEST_QUERIES = 32768  # bytes of one group's queries, which lie in shared memory beside blocks of keys and values
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class SketchRule:
+    """The rule by which keys are sketched.
+
+    Attributes:
+        bits: of a channel, 1 to 4.
+        grid: the largest whole number to which differences are rounded.
+        norm: length of a row of the rotation, whose entries are whole numbers.
+        step: distance of levels, over the length of a rounded difference.
+    """
+
+    bits: int
+    grid: int
+    norm: float
+    step: float
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Bits of the digits that a code is packed as, from the lowest."""
+        return (2, 1) if self.bits == 3 else (self.bits,)
 
 
 @dataclass(frozen=True)
@@ -71,10 +91,20 @@ class DecodeShape:
         return self.top_k is not None and self.sinks is None
 
     @property
+    def lines(self) -> int:
+        """Selections of the batch: one for each row and KV head."""
+        return self.batch * self.kv_heads
+
+    @property
     def tiles(self) -> int:
         """Tiles of the index."""
         pages = -(-self.capacity // self.page_size)
         return -(-pages // TILE_PAGES)
+
+
+def _power_of_two(number: int) -> int:
+    """Return the least power of two that is at least a number."""
+    return 1 << (number - 1).bit_length()
 
 
 def refusal(shape: DecodeShape, dtype: torch.dtype) -> str | None:
@@ -85,7 +115,7 @@ def refusal(shape: DecodeShape, dtype: torch.dtype) -> str | None:
         return f"head_dim is {max(shape.head_dim, shape.value_dim)}; the kernels take up to {LARGEST_HEAD_DIM}"
     if shape.group > LARGEST_GROUP:
         return f"{shape.group} query heads share a KV head; the kernels take up to {LARGEST_GROUP}"
-    held = max(16, triton.next_power_of_2(shape.group)) * triton.next_power_of_2(shape.head_dim) * dtype.itemsize
+    held = max(16, _power_of_two(shape.group)) * _power_of_two(shape.head_dim) * dtype.itemsize
     if held > LARGEST_QUERIES:
         return (
             f"the {shape.group} queries of a KV head take {held} bytes of shared memory in {dtype} with "

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from .compact import compact_kernel, tokens_first_kernel
 from .decode import INTERPRETED
-from .decode_shape import DTYPES, LARGEST_HEAD_DIM
+from .decode_shape import DTYPES, LARGEST_HEAD_DIM, TILE_PAGES
 from .operands import Params
 from .pool import pool_kernel, side_by_side_kernel
-from .score_plan import TILE_PAGES
 from .select_top import BINS, DIGITS, count_kernel, digits_kernel, positions_kernel
 from .window_scores import LOG2E, window_merge_kernel, window_statistics_kernel, window_sums_kernel
 

@@ -7,9 +7,9 @@ import torch
 import triton
 
 from .append_sketch import code_words
+from .decode_shape import TILE_PAGES
 from .launches import Launch
 
-TILE_PAGES = 128  # pages a tile of the index, also in rocketkv.core.pages; a test compares them
 RANK_BLOCK = 16384  # pairs of channels that append_score compares at once
 LINE_CHUNK = 32  # rows of the rotation matrix that append_sketch multiplies at once
 HEAD_BLOCK = 16  # heads whose rotated queries one program holds

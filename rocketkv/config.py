@@ -10,7 +10,7 @@ from .budget import METHODS, BudgetSplit
 
 LOSS_BOUND = 0.5  # by default
 INDEX_DTYPES = ("keys", "float8_e5m2")
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton", "cpu")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "backend": BACKENDS,
     "when_full": ("evict", "raise"),
@@ -44,7 +44,8 @@ class RocketKVConfig:
         protect: tokens that stage 1 never evicts and every step attends to, in addition to the budget. `system`: the
             conversation's system message, found by the chat template of the tokenizer given to `patch`. Or ranges
             (start, stop), counted from each row's first token. None: none.
-        backend: `torch`, the reference; `triton`, the kernels; or `auto`, the kernels on a GPU that runs them. The
+        backend: `torch`, the reference; `triton`, the kernels; `cpu`, the compiled CPU step (the extra `[cpu]`); or
+            `auto`, the kernels on a GPU that runs them and the compiled step on a CPU where it is installed. The
             environment variable ROCKETKV_BACKEND replaces `auto`.
 
     Budget split and ranking:

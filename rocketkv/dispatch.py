@@ -1,4 +1,4 @@
-"""Run both stages on a backend, PyTorch or the Triton kernels.
+"""Run both stages on a backend: PyTorch, the Triton kernels, or the compiled CPU step.
 
 Only this module imports `kernels`.
 
@@ -6,8 +6,6 @@ Letters: B batch, H query heads, Hkv KV heads, D head dim, Dv value dim, N store
 """
 
 import functools
-import importlib.util
-import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backend import automatic, backend_name, no_triton
 from .budget import BudgetSplit
-from .config import BACKENDS
 from .core import decode
 from .core.decode import DecodeBuffers
 from .core.eviction import TORCH_OPS, EvictionOps
@@ -28,7 +26,6 @@ from .core.sketch import encoding, rotation_matrix
 from .state.decoding import DecodeTokens
 from .state.store import KVStore
 
-VARIABLE = "ROCKETKV_BACKEND"
 MOST_WORKSPACES = 64  # of a cache; beyond, the oldest goes, as prompts of many lengths come
 
 
@@ -37,7 +34,7 @@ class Workspaces:
     """State that the layers of one cache share: the kernels' scratch buffers, and the warnings already given.
 
     Attributes:
-        buffers: a `DecodeWorkspace` for each device, dtype, shape of heads and budget of a layer.
+        buffers: a `DecodeWorkspace` or `CpuWorkspace` for each device, dtype, shape of heads and budget of a layer.
         warned: messages already given.
     """
 
@@ -49,41 +46,6 @@ class Workspaces:
         if message not in self.warned:
             self.warned.add(message)
             warnings.warn(message, stacklevel=3)
-
-
-def backend_name(device: torch.device, requested: str = "auto") -> str:
-    """Return the backend for a device: `torch`, the reference, or `triton`, the kernels.
-
-    Args:
-        device: device of keys and values.
-        requested: `torch`, `triton` or `auto`. For `auto`, the environment variable ROCKETKV_BACKEND decides; if it is
-            unset or `auto` too, the device decides.
-
-    Raises:
-        ValueError: the variable names no backend, or `triton` is requested and cannot run on the device.
-    """
-    wanted = os.environ.get(VARIABLE, "auto") if requested == "auto" else requested
-    if wanted not in BACKENDS:
-        raise ValueError(f"{VARIABLE} must be one of {', '.join(BACKENDS)}; got {wanted!r}")
-    if wanted == "torch":
-        return "torch"
-    reason = _no_triton(device.type, os.environ.get("TRITON_INTERPRET") == "1")
-    if reason is None:
-        # Triton's interpreter is for tests: it must be requested.
-        return "triton" if wanted == "triton" or device.type == "cuda" else "torch"
-    if wanted == "triton":
-        raise ValueError(f"backend='triton' cannot run on {device.type!r}: {reason}; use 'auto' or 'torch'")
-    return "torch"
-
-
-@functools.cache  # constant for an installation
-def _no_triton(device_type: str, interpreted: bool) -> str | None:
-    """Return why the kernels cannot run on a device type, or None if they can."""
-    if device_type != "cuda" and not interpreted:
-        return "the kernels need an NVIDIA or AMD GPU"
-    if importlib.util.find_spec("triton") is None:
-        return "the triton package is not installed (pip install triton)"
-    return None
 
 
 def eviction_ops(keys: Tensor, *, backend: str = "auto", workspaces: Workspaces | None = None) -> EvictionOps:
@@ -98,9 +60,9 @@ def eviction_ops(keys: Tensor, *, backend: str = "auto", workspaces: Workspaces 
         ValueError: the backend cannot run on the device.
     """
     workspaces = workspaces or Workspaces()
-    if backend_name(keys.device, backend) == "torch":
-        if keys.is_cuda and backend == "auto" and os.environ.get(VARIABLE, "auto") == "auto":
-            reason = _no_triton("cuda", False)
+    if backend_name(keys.device, backend) != "triton":
+        if keys.is_cuda and automatic(backend):
+            reason = no_triton("cuda")
             workspaces.warn(f"RocketKV runs on PyTorch, several times slower than its kernels: {reason}")
         return TORCH_OPS
     from .kernels import build_sketch, evict, value_aware  # imported where it runs: triton may not be installed
@@ -137,7 +99,7 @@ def value_subtraction(values: Tensor, backend: str = "auto") -> Callable[..., No
         values: [B, Hkv, capacity, Dv], the layer's.
         backend: see `backend_name`.
     """
-    if backend_name(values.device, backend) == "torch":
+    if backend_name(values.device, backend) != "triton":
         return subtract_last
     from .kernels import decode_shape, value_sums  # imported where it runs: triton may not be installed
 
@@ -180,7 +142,7 @@ def prefill_attention(
     Raises:
         ValueError: the backend cannot run on the device.
     """
-    if backend_name(query.device, backend) == "torch":
+    if backend_name(query.device, backend) != "triton":
         return None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
         return None
@@ -224,9 +186,10 @@ def decode_step(
     """
     decoding, fill = store.next_fill()
     out = None
-    if backend != "torch" and backend_name(query.device, backend) == "triton":
+    name = "torch" if backend == "torch" else backend_name(query.device, backend)
+    if name != "torch":
         store.clock()
-        out = kernel_step(query, key, value, decoding, params, workspaces or Workspaces())
+        out = kernel_step(name, query, key, value, decoding, params, workspaces or Workspaces())
     if out is None:
         buffers, index, split = decoding.buffers, decoding.index, decoding.split
         out = decode.decode_step_torch(query, key, value, buffers, index, split, params, fill)
@@ -235,16 +198,22 @@ def decode_step(
 
 
 def kernel_step(
-    query: Tensor, key: Tensor, value: Tensor, decoding: DecodeTokens, params: AttentionParams, workspaces: Workspaces
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decoding: DecodeTokens,
+    params: AttentionParams,
+    workspaces: Workspaces,
 ) -> Tensor | None:
-    """Run the step with the kernels, or warn and return None if they do not support the layer."""
+    """Run the step with the kernels or the CPU step, or warn and return None if they do not support the layer."""
     if torch.is_grad_enabled() and query.requires_grad:
         workspaces.warn(
             "decode steps of this layer run on PyTorch, not on the kernels: the kernels have no backward; decode under "
             "torch.no_grad() or torch.inference_mode()"
         )
         return None
-    workspace = workspace_of(query, decoding.buffers, decoding.split, workspaces)
+    workspace = workspace_of(backend, query, decoding.buffers, decoding.split, workspaces)
     if workspace is None:
         return None
     return run_kernels(query.detach(), key.detach(), value.detach(), decoding.buffers, workspace, params)
@@ -259,10 +228,10 @@ def warm_up(
     workspaces: Workspaces,
     drafts: bool = False,
 ) -> None:
-    """Compile the kernels of the store's decode steps on a GPU, once for each shape of a layer, and run nothing.
+    """Compile the kernels of the store's decode steps, once for each shape of a layer, and run nothing.
 
-    The host compiles while the device still works on the prompt, not when the first generated token waits. Verify steps
-    of any length run the same kernels.
+    For a GPU the host compiles while the device still works on the prompt, not when the first generated token waits.
+    Verify steps of any length run the same kernels.
 
     Args:
         query: [B, H, D], any query of the layer.
@@ -272,11 +241,18 @@ def warm_up(
         workspaces: shared by the layers of a cache.
         drafts: whether verify steps will follow, which write no query ring, where there is one.
     """
-    if backend_name(query.device, backend) == "torch":
+    name = backend_name(query.device, backend)
+    if name == "torch":
         return
     decoding = store.decoding
-    workspace = workspace_of(query, decoding.buffers, decoding.split, workspaces)
+    workspace = workspace_of(name, query, decoding.buffers, decoding.split, workspaces)
     if workspace is None or workspace.warm:
+        return
+    if name == "cpu":
+        from .kernels.cpu.step import compile_step  # imported where it runs: numba may not be installed
+
+        compile_step(decoding.buffers, workspace.shape)
+        workspace.warm = True
         return
     from .kernels.decode import decode_step_triton  # imported where it runs: triton may not be installed
 
@@ -302,6 +278,10 @@ def run_kernels(
     out: Tensor | None = None,
 ) -> Tensor:
     """Run a decode step in a workspace made for it; see `kernels.decode.decode_step_triton`."""
+    if workspace.backend == "cpu":
+        from .kernels.cpu.step import decode_step_cpu  # imported where it runs: numba may not be installed
+
+        return decode_step_cpu(query, key, value, buffers, workspace, params, out)
     from .kernels.decode import decode_step_triton  # imported where it runs: triton may not be installed
 
     with _current(query.device):
@@ -311,17 +291,21 @@ def run_kernels(
 
 def _decode_shape(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit) -> Any:
     """Return the `DecodeShape` of a layer's steps, with queries [B, H, D] or, of a verify step, [B, n H, D]."""
-    from .kernels.append_sketch import SketchRule
-    from .kernels.decode_shape import DecodeShape
+    return _shape_of(query.shape[1], buffers.seq_lens.shape[1], buffers.keys.shape, buffers.values.shape[3], split)
 
-    batch, stored_heads, capacity, head_dim = buffers.keys.shape
-    kv_heads, bits = buffers.seq_lens.shape[1], split.sketch_bits
+
+@functools.lru_cache(maxsize=256)
+def _shape_of(heads: int, kv_heads: int, keys: tuple[int, ...], value_dim: int, split: BudgetSplit) -> Any:
+    from .kernels.decode_shape import DecodeShape, SketchRule
+
+    batch, stored_heads, capacity, head_dim = keys
+    bits = split.sketch_bits
     return DecodeShape(
         batch=batch,
-        heads=query.shape[1],
+        heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        value_dim=buffers.values.shape[3],
+        value_dim=value_dim,
         capacity=capacity,
         page_size=split.page_size,
         channels=split.channels,
@@ -336,26 +320,37 @@ def _decode_shape(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit) -> 
     )
 
 
-def workspace_of(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit, workspaces: Workspaces) -> Any:
-    """Return the kernels' workspace for a layer's steps, or warn and return None if they do not support its shape."""
-    from .kernels.decode import DecodeWorkspace
-    from .kernels.decode_shape import refusal
-
+def workspace_of(
+    backend: str, query: Tensor, buffers: DecodeBuffers, split: BudgetSplit, workspaces: Workspaces
+) -> Any:
+    """Return a backend's workspace for a layer's steps, or warn and return None if it does not support the layer."""
     shape, dtype, device = _decode_shape(query, buffers, split), buffers.keys.dtype, query.device
     # A buffer that grew or another draft replaces a workspace; layers of different budgets have their own.
     heads = shape.group, shape.kv_heads // shape.queries
     rule = shape.token_budget, shape.top_k, shape.channels, shape.sketch
-    place = (device, dtype, *heads, shape.queries > 1, shape.head_dim, shape.value_dim, *rule)
+    place = (backend, device, dtype, *heads, shape.queries > 1, shape.head_dim, shape.value_dim, *rule)
     workspace = workspaces.buffers.get(place)
     if workspace is not None and workspace.shape == shape:
         return workspace
-    reason = refusal(shape, dtype)
+    rotation = None if shape.sketch is None else rotation_matrix(shape.head_dim, device)
+    if backend == "cpu":
+        from .kernels.cpu import step  # imported where it runs: numba may not be installed
+        from .kernels.cpu import workspace as scratch
+
+        reason = step.refusal(query, buffers.keys, buffers.values)
+        made: Any = None if reason else scratch.CpuWorkspace(shape, rotation=rotation)
+    else:
+        from .kernels.decode import DecodeWorkspace  # imported where it runs: triton may not be installed
+        from .kernels.decode_shape import refusal
+
+        reason = refusal(shape, dtype)
+        # Exact in 16 bits: the rotation's entries are integers below 256.
+        own = None if rotation is None else rotation.to(dtype)
+        made = None if reason else DecodeWorkspace(shape, device, rotation=own)
     if reason is not None:
         workspaces.warn(f"decode steps of this layer run on PyTorch, not on the kernels: {reason}")
         return None
-    # Exact in 16 bits: the rotation's entries are integers below 256.
-    rotation = None if shape.sketch is None else rotation_matrix(shape.head_dim, device).to(dtype)
-    workspace = workspaces.buffers[place] = DecodeWorkspace(shape, device, rotation=rotation)
+    workspace = workspaces.buffers[place] = made
     if len(workspaces.buffers) > MOST_WORKSPACES:
         del workspaces.buffers[next(iter(workspaces.buffers))]
     return workspace
@@ -363,9 +358,14 @@ def workspace_of(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit, work
 
 def workspace_of_buffers(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit, scratch: list[Tensor]) -> Any:
     """Return a workspace for a layer's steps in the scratch buffers of an earlier one, in the order of its tensors."""
-    from .kernels.decode import DecodeWorkspace
+    shape = _decode_shape(query, buffers, split)
+    if scratch[0].dtype == torch.uint8:  # the CPU step's first one is bytes
+        from .kernels.cpu.workspace import CpuWorkspace  # imported where it runs: numba may not be installed
 
-    return DecodeWorkspace(_decode_shape(query, buffers, split), query.device, buffers=scratch)
+        return CpuWorkspace(shape, buffers=scratch)
+    from .kernels.decode import DecodeWorkspace  # imported where it runs: triton may not be installed
+
+    return DecodeWorkspace(shape, query.device, buffers=scratch)
 
 
 def _current(device: torch.device) -> AbstractContextManager[None]:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ._version import __version__
-from .dispatch import backend_name
+from .backend import backend_name
 
-PACKAGES = ("transformers", "triton", "accelerate", "flash-attn", "lm_eval", "datasets", "kvpress")
+PACKAGES = ("transformers", "triton", "numba", "accelerate", "flash-attn", "lm_eval", "datasets", "kvpress")
 
 
 def environment() -> dict[str, Any]:

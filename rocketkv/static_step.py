@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backend import backend_name
 from .budget import BudgetSplit
 from .core import decode
 from .core.decode import DecodeBuffers, Fill
 from .core.index import index_of
 from .core.params import AttentionParams
 from .core.token_index import TokenIndex
-from .dispatch import Workspaces, backend_name, run_kernels, workspace_of, workspace_of_buffers
+from .dispatch import Workspaces, run_kernels, workspace_of, workspace_of_buffers
 from .state.decoding import DecodeTokens
 from .state.store import KVStore
 
@@ -173,8 +174,9 @@ def static_step(
     if decoding.decode_capacity is None:
         raise ValueError("a static step needs a store that was closed with a decode_capacity")
     clock, split, space = store.clock(), decoding.split, None
-    if backend_name(query.device, backend) == "triton":
-        space = workspace_of(query, decoding.buffers, split, workspaces or Workspaces())
+    name = backend_name(query.device, backend)
+    if name != "torch":
+        space = workspace_of(name, query, decoding.buffers, split, workspaces or Workspaces())
     scratch = [] if space is None else list(space.tensors().values())
     out = torch.zeros(*query.shape[:2], decoding.values.shape[3], dtype=query.dtype, device=query.device)
     rule = [-1 if value is None else int(value) for value in (getattr(split, name) for name in _RULE)]

@@ -12,10 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .backend import backend_name
 from .core.decode import Fill
 from .core.params import AttentionParams
 from .core.verify import append_tokens, attend_drafted, by_kv_head, by_query, of_queries
-from .dispatch import Workspaces, backend_name, kernel_step
+from .dispatch import Workspaces, kernel_step
 from .state.decoding import DecodeTokens
 from .state.store import KVStore
 
@@ -56,7 +57,8 @@ def verify_step(
         ValueError: the store's prompt is not closed, static buffers are full, or the backend cannot run on its device.
     """
     parts, start, count = [], 0, query.shape[2]
-    kernels = backend != "torch" and backend_name(query.device, backend) == "triton"
+    name = "torch" if backend == "torch" else backend_name(query.device, backend)
+    kernels = name != "torch"
     while start < count:
         if make_room is not None:
             make_room()
@@ -75,7 +77,7 @@ def verify_step(
             sums = None
             if value_sum is not None and sums_before is not None:
                 sums = torch.cat((sums_before[:, :, None], value_sum[:, :, :-1]), 2)
-            out = _kernel_pass(*part, decoding, sums, params, fill, workspaces or Workspaces())
+            out = _kernel_pass(name, *part, decoding, sums, params, fill, workspaces or Workspaces())
         if out is None:
             out = attend_drafted(part[0], buffers, value_sum, index, split, params, fill)
         parts.append(out)
@@ -85,6 +87,7 @@ def verify_step(
 
 
 def _kernel_pass(
+    backend: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -97,6 +100,7 @@ def _kernel_pass(
     """Attend with the kernels from a draft that has been appended, or return None if they do not support the layer.
 
     Args:
+        backend: `triton` or `cpu`.
         query: [B, H, n, D].
         key: [B, Hkv, n, D].
         value: [B, Hkv, n, Dv].
@@ -116,7 +120,7 @@ def _kernel_pass(
         missed=None if missed is None else missed.new_empty(len(missed), count * missed.shape[1]),
     )
     rows = by_kv_head(query, buffers), key.flatten(1, 2), value.flatten(1, 2)
-    out = kernel_step(*rows, replace(decoding, buffers=own), own_params, workspaces)
+    out = kernel_step(backend, *rows, replace(decoding, buffers=own), own_params, workspaces)
     if out is None:
         return None
     if missed is not None and own.missed is not None:

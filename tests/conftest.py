@@ -43,6 +43,9 @@ LONGEST = [
     "kernels/test_edges.py",
 ]
 
+# Tests that name no backend are of the reference.
+os.environ.setdefault("ROCKETKV_BACKEND", "torch")
+
 # Kernels are for the interpreter or the compiler from their import on: without a GPU only the former runs them.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -19,7 +19,8 @@ import torch
 
 from rocketkv.config import RocketKVConfig
 from rocketkv.environment import machine
-from rocketkv.eval.bench.cpu import bench_attention, bench_decode
+from rocketkv.eval.bench.cpu import bench_attention
+from rocketkv.eval.bench.decode import bench_decode
 from rocketkv.eval.generate import measured_generate
 from rocketkv.eval.intervals import wilson
 from rocketkv.eval.journal import Journal

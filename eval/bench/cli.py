@@ -4,8 +4,9 @@ Results are checked before anything is timed.
 
 `attention` times one layer's decode step against that of `rocketkv+` and PyTorch's attention over the full cache, with
 the query heads as they are (`enable_gqa`) and with the heads of a group as rows, which is the strongest dense form on a
-CPU. `decode` times whole decode steps of a model against `rocketkv+`, the stock model, whose cache copies itself each
-step, and dense attention over a preallocated cache (method `full`). `kernels` and `model` do the same on a GPU, where
+CPU, and a copy of the bytes that it reads. `decode` times whole decode steps of a model against `rocketkv+`, the stock
+model, whose cache copies itself each step, dense attention over a preallocated cache (method `full`) and, where it is
+installed, OpenVINO. `kernels` and `model` do the same on a GPU, where
 `tune` tries launch configurations of the kernels.
 """
 
@@ -18,7 +19,7 @@ from ...options import DTYPES, positive
 # Module with `run(args)`, one line of help.
 BENCHMARKS = {
     "attention": (".cpu", "decode step of one attention layer, on a CPU"),
-    "decode": (".cpu", "decode step of a whole model, on a CPU"),
+    "decode": (".decode", "decode step of a whole model, on a CPU"),
     "kernels": (".kernels", "decode step of one attention layer, and its kernels, on a GPU"),
     "tune": (".tune", "launch configurations of the decode kernels, tried on a GPU and written to their table"),
     "model": (".model", "decode step of a model of 8B parameters, on a GPU"),
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         elif name != "tune":
             _add_gpu_options(command)
     parsers["decode"].add_argument("--model", help="hub name or local folder (default: SmolLM2-135M-Instruct)")
+    parsers["decode"].add_argument("--dtype", choices=DTYPES, default="float32", help="(default %(default)s)")
     parsers["kernels"].add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default %(default)s)")
     tune = parsers["tune"]
     tune.add_argument("--head-dims", type=positive, nargs="+", default=HEAD_DIMS, metavar="D", help="(default 64 128)")

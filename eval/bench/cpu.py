@@ -1,11 +1,13 @@
-"""The benchmarks on a CPU: one attention layer, and whole decode steps of a model (see `cli`)."""
+"""The benchmark of one attention layer on a CPU (see `cli`)."""
 
 import argparse
+import copy
+import itertools
 import json
 import sys
 from collections.abc import Callable
 from functools import partial
-from statistics import fmean
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,33 +19,24 @@ from ...config import RocketKVConfig
 from ...core.params import AttentionParams
 from ...core.sketch import Sketch, rotation_matrix
 from ...core.sketch_decode import decode
-from ...dispatch import decode_step
+from ...dispatch import Workspaces, decode_step
 from ...environment import machine
-from ...hf.cache import cache_stats
-from ...hf.loading import load_model
 from ...state.compress import close_prompt
 from ...state.store import KVStore
 from ..checks import WrongResultError
-from ..generate import DecodeLoop
-from ..measures.latency import check_within_budget
-from ..methods import Compressed, Full, Method
 from .cli import ROUNDS, STEPS
 from .gpu_timing import alternate, ratios, spread
 
 # The relative error of Gaussian keys is largest in 1 bit, about 0.75 (2 bits: 0.36); that of other keys is more than 1.
 SKETCH_ERROR = 0.9
+MOST_COPIES = 64
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run a benchmark and print it; returns the exit code."""
+    """Run the benchmark and print it; returns the exit code."""
     torch.set_num_threads(args.threads)
-    if args.benchmark == "attention":
-        result = bench_attention(context=args.context, token_budget=args.budget, rounds=args.rounds, steps=args.steps)
-    else:
-        result = bench_decode(
-            args.model, context=args.context, token_budget=args.budget, rounds=args.rounds, steps=args.steps
-        )
-    sys.stdout.write((json.dumps(result, indent=2) if args.json else _table(result)) + "\n")
+    result = bench_attention(context=args.context, token_budget=args.budget, rounds=args.rounds, steps=args.steps)
+    sys.stdout.write((json.dumps(result, indent=2) if args.json else table(result)) + "\n")
     return 0
 
 
@@ -98,12 +91,15 @@ def bench_attention(
         _check_full(closed(RocketKVConfig(method="full")), key, value, query, new_key, new_value, scaling)
         _check_step(store, query, new_key, new_value, scaling)
         _check_sketched_step(sketched, query, new_key, new_value, scaling)
+        read = _bytes_read(store)
+        copies = min(MOST_COPIES, 1 + 2 * last_level_cache() // read)
 
-        def sparse() -> Tensor:
-            return decode_step(query, new_key, new_value, store, params)
+        def stepping(first: KVStore) -> Callable[[], Tensor]:
+            stores, shared = itertools.cycle(_past_the_cache(first)), Workspaces()
+            return lambda: decode_step(query, new_key, new_value, next(stores), params, workspaces=shared)
 
-        def plus() -> Tensor:
-            return decode_step(query, new_key, new_value, sketched, params)
+        sources = itertools.cycle(torch.empty(copies, read // 4).normal_(generator=generator))
+        to = torch.empty(read // 4)
 
         def gqa() -> Tensor:
             return F.scaled_dot_product_attention(query[:, :, None], key, value, enable_gqa=True, scale=scaling)
@@ -111,10 +107,39 @@ def bench_attention(
         def group_rows() -> Tensor:
             return F.scaled_dot_product_attention(grouped, key, value, scale=scaling)
 
-        calls = {"rocketkv": sparse, "rocketkv+": plus, "SDPA enable_gqa": gqa, "SDPA group as rows": group_rows}
+        calls = {
+            "rocketkv": stepping(store),
+            "rocketkv+": stepping(sketched),
+            "copy of its bytes": lambda: to.copy_(next(sources)),
+            "SDPA enable_gqa": gqa,
+            "SDPA group as rows": group_rows,
+        }
         seconds = alternate({name: partial(_mean_seconds, call, steps) for name, call in calls.items()}, rounds)
     shape = {"context": context, "token_budget": token_budget, "heads": heads, "kv_heads": kv_heads}
-    return _result("attention", {**shape, "head_dim": head_dim, "dtype": "float32"}, seconds, rounds, steps)
+    return result_of("attention", {**shape, "head_dim": head_dim, "dtype": "float32"}, seconds, rounds, steps)
+
+
+def _bytes_read(store: KVStore) -> int:
+    """Return the bytes that a step of `rocketkv` reads: bounds in its channels, and the chosen keys and values."""
+    split, keys, values = store.decoding.split, store.decoding.keys, store.decoding.values
+    scored = -(-store.stored // split.page_size) * (split.channels or 0)
+    attended = (split.top_k or 0) * (keys.shape[3] + values.shape[3])
+    return keys.shape[0] * keys.shape[1] * keys.itemsize * (scored + attended)
+
+
+def last_level_cache() -> int:
+    """Return the bytes of the CPU's last-level cache, or 32 MiB where Linux does not tell them."""
+    found = [32 * 2**20]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text(encoding="ascii").strip()
+        found.append(int(text[:-1]) * {"K": 2**10, "M": 2**20}.get(text[-1], 1))
+    return max(found)
+
+
+def _past_the_cache(store: KVStore) -> list[KVStore]:
+    """Return the store and copies of it, so many that a step finds none of its own in the last-level cache."""
+    size = sum(tensor.nbytes for tensor in store.tensors().values())
+    return [store, *(copy.deepcopy(store) for _ in range(min(MOST_COPIES, 2 * last_level_cache() // size)))]
 
 
 def _check_full(
@@ -197,57 +222,12 @@ def _require_close(what: str, got: Tensor, expected: Tensor) -> None:
         raise WrongResultError(f"{what} is wrong by {error:.2e}; nothing is timed")
 
 
-def bench_decode(
-    model_name: str | None, *, context: int | None, token_budget: int, rounds: int = ROUNDS, steps: int = STEPS
-) -> dict[str, Any]:
-    """Time whole decode steps of a model after a prompt of random tokens: compressed, stock, dense preallocated.
-
-    Args:
-        model_name: a hub name or folder, or None for SmolLM2-135M-Instruct.
-        context: prompt tokens; None for 8192 less the decoded tokens.
-        token_budget: t.
-        rounds: alternating rounds.
-        steps: decode steps a round; a round's time is their mean.
-
-    Raises:
-        WrongResultError: within its budget a method does not give the stock model's logits; nothing is timed then.
-    """
-    length = 8192 - (rounds + 1) * steps if context is None else context
-    model, _ = load_model(model_name)
-    methods: dict[str, Method] = {
-        "rocketkv": Compressed(RocketKVConfig(token_budget=token_budget)),
-        "rocketkv+": Compressed(RocketKVConfig(method="rocketkv+", token_budget=token_budget)),
-        "stock": Full(),
-        "dense preallocated": Compressed(RocketKVConfig(method="full")),
-    }
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, model.config.vocab_size, (1, length), generator=generator)
-    loops: dict[str, DecodeLoop] = {}
-    for name, method in methods.items():
-        check_within_budget(model, method, prompt[0, :512].tolist())
-        loops[name] = DecodeLoop(model=model, cache=method.new_cache(model, length))
-        with method.attached(model):
-            loops[name].prefill(prompt)
-
-    def step_seconds(name: str) -> float:
-        with methods[name].attached(model):
-            for _ in range(steps):
-                loops[name].step(loops[name].token)
-        return fmean(loops[name].seconds[-steps:])
-
-    seconds = alternate({name: partial(step_seconds, name) for name in methods}, rounds)
-    settings = {"context": length, "token_budget": token_budget, "dtype": "float32"}
-    result = _result("decode", settings, seconds, rounds, steps)
-    result["kv_bytes"] = {name: cache_stats(loop.cache).total_bytes for name, loop in loops.items()}
-    return result
-
-
 def _mean_seconds(call: Callable[[], Any], count: int) -> float:
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     return timer.timeit(count).mean
 
 
-def _result(
+def result_of(
     bench: str, settings: dict[str, Any], seconds: dict[str, list[float]], rounds: int, steps: int
 ) -> dict[str, Any]:
     """Return medians, spreads and ratios; a ratio is the median of the rounds' ratios."""
@@ -264,7 +244,7 @@ def _result(
     }
 
 
-def _table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     lines = [f"{'':20} {'ms a step':>10} {'min-max':>17} {'rocketkv is faster':>20}"]
     for name, times in result["milliseconds"].items():
         ratio = result["speedup_over"].get(name)

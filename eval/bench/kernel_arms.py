@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ...core.sketch import encoding, rotation_matrix
 from ...kernels import decode, evict
-from ...kernels.append_sketch import SketchRule
-from ...kernels.decode_shape import DecodeShape
+from ...kernels.decode_shape import DecodeShape, SketchRule
 from ...kernels.launch import Launcher
 from ...kernels.select_attend import select_attend_kernel
 from . import kernel_checks

@@ -15,10 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the environment; returns the exit code."""
+    import torch
+
+    from ..backend import cpu_hint
     from ..environment import environment
 
-    found = environment()
-    sys.stdout.write((json.dumps(found, indent=2) if args.json else _text(found)) + "\n")
+    found, hint = environment(), cpu_hint(torch.device("cpu"))
+    text = "\n".join([_text(found), hint] if hint else [_text(found)])
+    sys.stdout.write((json.dumps(found, indent=2) if args.json else text) + "\n")
     return 0
 
 

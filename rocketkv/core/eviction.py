@@ -19,6 +19,9 @@ from .scratch import block_length
 from .sketch import write_tokens
 from .topk import full_precision, select_top
 
+# Largest logits of one KV head that are kept whole on a CPU, in bytes.
+MOST_LOGITS = 16 * 2**20
+
 
 def window_scores(
     query: Tensor,
@@ -29,8 +32,8 @@ def window_scores(
 ) -> Tensor:
     """Sum the attention weights of the observation window's queries on every earlier token, per KV head.
 
-    The sum is over the W queries and the heads of a group. Softmax attention in float32, causal inside the window, in
-    two passes over blocks of keys: no [W, S] matrix is built.
+    The sum is over the W queries and the heads of a group. Softmax attention in float32, causal inside the window. On a
+    CPU the keys are read once, KV head by KV head, where the logits of one are few enough; else twice, block by block.
 
     Args:
         query: [B, H, W, D], the queries of the last W tokens (the observation window).
@@ -45,6 +48,9 @@ def window_scores(
     kv_heads, size = key.shape[1], key.shape[2]
     group = heads // kv_heads
     rows = query.float().reshape(batch, kv_heads, group * window, head_dim) * params.scaling
+    if key.device.type == "cpu" and 4 * batch * group * window * size <= MOST_LOGITS:
+        each = [_head_scores(rows[:, i], key[:, i], params, i, group, valid) for i in range(kv_heads)]
+        return torch.stack(each, 1)
     block = max(window, block_length(key.device, 4 * batch * heads * window))
 
     def logits(start: int, stop: int) -> Tensor:
@@ -83,6 +89,41 @@ def window_scores(
         scores = logits(start, stop)
         total[:, :, start:stop] = torch.matmul(weight[:, :, None], scores.sub_(anchor[..., None]).exp_())[:, :, 0]
     return total
+
+
+def _head_scores(
+    rows: Tensor, key: Tensor, params: AttentionParams, number: int, group: int, valid: Tensor | None
+) -> Tensor:
+    """Return the scores of one KV head, [B, S - W] float32; see `window_scores`.
+
+    Args:
+        rows: [B, G W, D] float32, the window's scaled queries.
+        key: [B, S, D].
+        params: the model's attention parameters.
+        number: of the KV head.
+        group: G.
+        valid: [B, 1 or Hkv, S] bool, or None.
+    """
+    size, window = key.shape[1], rows.shape[1] // group
+    logits = torch.bmm(rows, key.float().transpose(1, 2))
+    if params.softcap is not None:
+        torch.tanh_(logits.div_(params.softcap)).mul_(params.softcap)
+    own = torch.arange(window, device=key.device).repeat(group)
+    logits[:, :, size - window :].masked_fill_(own[:window] > own[:, None], -torch.inf)
+    real = None if valid is None else valid[:, min(number, valid.shape[1] - 1)]
+    if real is not None:
+        logits.masked_fill_(~real[:, None], -torch.inf)
+    weight = torch.ones(len(key), group * window, device=key.device)
+    if params.sinks is not None:
+        # A sink takes its share of the softmax's sum.
+        sinks = params.sinks.float().view(-1, group)[number].repeat_interleave(window)
+        weight = torch.sigmoid(logits.logsumexp(-1) - sinks)
+    if real is not None:
+        weight = weight * real[:, -window:].repeat(1, group)
+    weights = logits.softmax(-1)
+    if real is not None:
+        weights = weights.nan_to_num_(nan=0.0)  # a row of only padding has no softmax
+    return torch.bmm(weight[:, None], weights)[:, 0, : size - window]
 
 
 def pool_reach(kernel_size: int, offset: int) -> tuple[int, int]:

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from ..backend import backend_name
 from ..budget import BudgetSplit
 from ..config import RocketKVConfig
 from ..core.decode import DecodeBuffers
 from ..core.index import index_of
 from ..core.pages import movable
-from ..dispatch import backend_name
 from ..state.decoding import DecodeTokens
 from ..state.history import NAMES
 from ..state.protection import RowMarks

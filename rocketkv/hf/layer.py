@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from ..backend import backend_name
 from ..budget import BudgetSplit
 from ..config import RocketKVConfig
 from ..core.pages import index_dtype_of
 from ..core.params import AttentionParams
 from ..core.residual import subtract_last
-from ..dispatch import Workspaces, backend_name, decode_step, eviction_ops, value_subtraction, warm_up
+from ..dispatch import Workspaces, decode_step, eviction_ops, value_subtraction, warm_up
 from ..state.compress import close_prompt, evict_generated, kept_of
 from ..state.fit import prompt_split
 from ..state.history import History, HistorySnapshot

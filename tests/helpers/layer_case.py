@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -18,9 +17,8 @@ from rocketkv.core.topk import select
 from rocketkv.state.compress import close_prompt
 from rocketkv.state.store import KVStore
 
-pytest.importorskip("triton", reason="Triton has no package for this platform")
-
-from rocketkv.kernels import decode
+if TYPE_CHECKING:
+    from rocketkv.kernels import decode
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WINDOW = 4
@@ -114,6 +112,8 @@ def bias_of(case: Case) -> Tensor | None:
 
 
 def workspace_of(case: Case, store: KVStore) -> decode.DecodeWorkspace:
+    from rocketkv.kernels import decode
+
     buffers = store.decoding.buffers
     query = buffers.keys.new_zeros(len(case.lengths), case.heads, case.head_dim)
     shape = backend._decode_shape(query, buffers, store.decoding.split)
@@ -129,6 +129,8 @@ def kernel_step(
     sinks: Tensor | None,
     bias: Tensor | None = None,
 ) -> Tensor:
+    from rocketkv.kernels import decode
+
     query, key, value = step
     # The interpreter does not round to bfloat16, it cuts off.
     precise = torch.float32 if decode.INTERPRETED else query.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rocketkv
 from close import assert_near
-from rocketkv import dispatch as backend
+from rocketkv import backend, dispatch
 from rocketkv.budget import BudgetSplit
 from rocketkv.core.eviction import TORCH_OPS
 from rocketkv.hf.layer import RocketKVLayer
@@ -74,31 +75,48 @@ def test_the_backend_is_chosen_by_field_then_variable_then_device(monkeypatch: p
     cpu = torch.device("cpu")
     monkeypatch.delenv(backend.VARIABLE, raising=False)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert backend.backend_name(cpu) == "torch"
+    compiled = importlib.util.find_spec("numba") is not None
+    assert backend.backend_name(cpu) == ("cpu" if compiled else "torch")
     assert backend.backend_name(cpu, "triton") == "triton"
     assert backend.backend_name(torch.device("cuda")) == "triton"
     monkeypatch.setenv(backend.VARIABLE, "triton")
     assert backend.backend_name(cpu) == "triton"
     assert backend.backend_name(cpu, "torch") == "torch"
     monkeypatch.setenv(backend.VARIABLE, "cuda")
-    with pytest.raises(ValueError, match="ROCKETKV_BACKEND must be one of auto, torch, triton; got 'cuda'"):
+    with pytest.raises(ValueError, match="ROCKETKV_BACKEND must be one of auto, torch, triton, cpu; got 'cuda'"):
         backend.backend_name(cpu)
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="backend='triton' cannot run on 'cpu': the kernels need an NVIDIA or AMD GPU"):
         backend.backend_name(cpu, "triton")
+    with pytest.raises(ValueError, match="backend='cpu' cannot run on 'cuda': the compiled step needs a CPU"):
+        backend.backend_name(torch.device("cuda"), "cpu")
+
+
+def test_without_numba_a_cpu_runs_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    backend.no_cpu_step.cache_clear()
+    try:
+        assert backend.backend_name(cpu) == "torch"
+        assert "rocketkv[cpu]" in backend.cpu_hint(cpu)
+        with pytest.raises(ValueError, match=r"numba package is not installed \(pip install 'rocketkv\[cpu\]'\)"):
+            backend.backend_name(cpu, "cpu")
+    finally:
+        backend.no_cpu_step.cache_clear()
 
 
 def test_without_the_triton_package_a_gpu_runs_pytorch_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(backend.VARIABLE, raising=False)
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
-    backend._no_triton.cache_clear()
+    backend.no_triton.cache_clear()
     with FakeTensorMode():
         keys = torch.empty(1, 2, 30, 16, device="cuda")
     try:
         assert backend.backend_name(keys.device) == "torch"
         with pytest.warns(UserWarning, match="pip install triton"):
-            assert backend.eviction_ops(keys) is TORCH_OPS
+            assert dispatch.eviction_ops(keys) is TORCH_OPS
         with pytest.raises(ValueError, match="the triton package is not installed"):
             backend.backend_name(torch.device("cuda"), "triton")
     finally:
-        backend._no_triton.cache_clear()
+        backend.no_triton.cache_clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from itertools import product
 
 import pytest
 import torch
@@ -20,65 +19,10 @@ pytest.importorskip("triton", reason="Triton has no package for this platform")
 import triton
 import triton.language as tl
 
+from decode_cases import SKETCH_CASES, assert_sketched_step
 from layer_case import DEVICE, Case, bias_of, expected_logits, expected_positions, kernel_step, make, workspace_of
 from rocketkv.kernels import append_sketch, decode, digits, score_plan, select_plan
-
-BF16, FP16 = torch.bfloat16, torch.float16
-CASES = [
-    Case(sketch_bits=2, steps=2),
-    # Bits, precisions and head dims that fill their bytes or not; a tile and a token, and one less.
-    Case(sketch_bits=1, dtype=FP16, head_dim=16, heads=4, kv_heads=4, lengths=(128,)),
-    Case(sketch_bits=2, dtype=BF16, head_dim=80, value_dim=48, lengths=(127,)),
-    Case(sketch_bits=3, head_dim=40, lengths=(129,), softcap=4.0, sinks=True),
-    Case(sketch_bits=4, dtype=BF16, head_dim=72, heads=7, lengths=(140,)),
-    Case(sketch_bits=1, head_dim=256, lengths=(140,), programs=2),
-    # More heads of a group than are scored at a time, without the residual.
-    Case(sketch_bits=2, head_dim=32, heads=40, residual=False),
-    Case(sketch_bits=2, head_dim=32, heads=40, residual=False, by_largest=True),
-    # More tiles than splits, and the other way round; several parts of unequal shares.
-    Case(sketch_bits=2, head_dim=16, lengths=(420,), top_k=130, token_budget=200, programs=1),
-    Case(sketch_bits=2, head_dim=16, lengths=(420,), top_k=130, token_budget=200, programs=64, sinks=True),
-    # Rows of different lengths, some within the budget, one that passes it; protected tokens.
-    Case(sketch_bits=2, head_dim=16, lengths=(150, 73, 1), steps=2, by_largest=True),
-    Case(sketch_bits=2, head_dim=16, lengths=(140, 91), heads=4, kv_heads=2, dtype=FP16, protected=12, by_largest=True),
-    Case(sketch_bits=2, head_dim=16, lengths=(20,)),
-    # A bias of the residual: groups, rows of which some are within the budget, several parts; one head, and one part.
-    Case(sketch_bits=2, head_dim=16, heads=6, kv_heads=2, lengths=(150, 73, 1), steps=2, sinks=True, biased=True),
-    Case(sketch_bits=1, dtype=BF16, head_dim=72, heads=1, lengths=(140,), softcap=4.0, programs=1, biased=True),
-]
-
-
-def attention(
-    case: Case,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    chosen: Tensor,
-    logits: Tensor,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Attend in one precision, by the definition: to the chosen tokens [k] and to all others as one.
-
-    Args: query [G, D], keys [N, D], values [N, DV], estimated logits [G, N], sinks [G], bias [G].
-    """
-    query, keys, values, logits = (tensor.cpu().to(dtype) for tensor in (query, keys, values, logits))
-    others = torch.ones(len(keys), dtype=torch.bool).index_fill(0, chosen, False)
-    exact = query @ keys[chosen].T * case.head_dim**-0.5
-    if case.softcap is not None:
-        exact = torch.tanh(exact / case.softcap) * case.softcap
-    columns, own = [exact], values[chosen]
-    if case.residual and bool(others.any()):
-        excess = logits[:, chosen].logsumexp(-1, keepdim=True) - exact.logsumexp(-1, keepdim=True)
-        rest = logits[:, others].logsumexp(-1, keepdim=True) - excess.clamp(min=0) / 2
-        columns.append(rest if bias is None else rest + bias.cpu().to(dtype)[:, None])
-        own = torch.cat((own, values[others].mean(0, keepdim=True)))
-    if sinks is not None:
-        columns.append(sinks.cpu().to(dtype)[:, None])
-    weight = torch.cat(columns, -1).softmax(-1)
-    rest = weight[:, len(chosen)] if len(own) > len(chosen) else torch.zeros(len(query), dtype=dtype)
-    return weight[:, : len(own)] @ own, rest
+from rocketkv.kernels.decode_shape import SketchRule
 
 
 def assert_step(
@@ -89,39 +33,12 @@ def assert_step(
     step: tuple[Tensor, Tensor, Tensor],
     sinks: Tensor | None,
 ) -> None:
-    query, key, value = step
-    bias = bias_of(case)
-    found = kernel_step(case, store, workspace, step, sinks, bias)
-    plain.append(key, value)
-    written = store.tensors()
-    kept = ("keys", "values", "positions", "seq_lens", "codes", "scales", "mean", "balance")
-    for name in (*kept, *(["value_sum"] if case.residual else [])):
-        assert torch.equal(written[name], plain.tensors()[name]), name
-    group = case.heads // case.kv_heads
-    logits, positions = expected_logits(case, plain, query), expected_positions(case, plain, query, sinks)
-    errors, allowed = [], []
-    for b, h in product(range(len(case.lengths)), range(case.kv_heads)):
-        length, heads = int(written["seq_lens"][b, h]), slice(h * group, (h + 1) * group)
-        chosen, row = torch.arange(length), b * case.kv_heads + h
-        scores = workspace.scores[row, :, :length]
-        if length > case.token_budget:
-            assert_near(scores, logits[b, heads, :length])
-            assert workspace.chosen[row].tolist() == positions[b, h].tolist()
-            chosen = positions[b, h].long().cpu()
-        stored = (written["keys"][b, h, :length], written["values"][b, h, :length])
-        own = (None if sinks is None else sinks[heads], None if bias is None else bias[b, heads])
-        given = (query[b, heads], *stored, chosen, scores, *own)
-        exact, rest = attention(case, *given, torch.float64)
-        low, _ = attention(case, *given, case.dtype)
-        errors.append((found[b, heads].cpu().double() - exact).abs().max())
-        allowed.append((low.double() - exact).abs().max())
-        if case.residual:
-            assert_near(written["missed"][b, heads].cpu(), rest, 1e-6 if case.dtype == torch.float32 else 1e-3)
-    bound = 1e-6 if case.dtype == torch.float32 else 2 * max(allowed)
-    assert max(errors) <= bound, (max(errors), bound)
+    found = kernel_step(case, store, workspace, step, sinks, bias_of(case))
+    plain.append(*step[1:])
+    assert_sketched_step(case, store, plain, step, sinks, found, workspace.chosen, workspace.scores)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SKETCH_CASES, ids=str)
 def test_steps_equal_the_reference(case: Case) -> None:
     store, steps, sinks = make(case)
     plain = copy.deepcopy(store)
@@ -223,7 +140,7 @@ def test_digits_of_all_bytes_come_in_the_order_of_the_rotation(width: int, head_
     channel = torch.arange(head_dim)
     digit, byte = channel // size, channel % size
     expected = codes.cpu().int()[:, byte] & ((1 << width) - 1) << (digit * width)
-    order = append_sketch.arranged(torch.eye(head_dim), append_sketch.SketchRule(width, 256, 1.0, 1.0))[:head_dim]
+    order = append_sketch.arranged(torch.eye(head_dim), SketchRule(width, 256, 1.0, 1.0))[:head_dim]
     found = order @ out.cpu() * (2.0**24 if subnormal else 1.0)
     assert torch.equal(found.T, expected.float())
 

@@ -17,8 +17,7 @@ from rocketkv import dispatch as backend
 from rocketkv.core.topk import select
 from rocketkv.core.verify import by_kv_head, of_queries
 from rocketkv.kernels import decode
-from rocketkv.kernels.append_sketch import SketchRule
-from rocketkv.kernels.decode_shape import DecodeShape
+from rocketkv.kernels.decode_shape import DecodeShape, SketchRule
 from rocketkv.state.store import KVStore
 from rocketkv.verify import verify_step
 

@@ -1,0 +1,67 @@
+"""Compile the entries of a step once for each dtype, on disk for later processes, and say so if it takes long."""
+
+import functools
+import hashlib
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+
+from .entry import append_and_score, attend_and_combine
+
+# Elements of keys and bounds as compiled code reads them; see `lowlevel.widen`.
+ELEMENTS = {
+    torch.float32: np.float32,
+    torch.bfloat16: np.uint16,
+    torch.float16: np.int16,
+    torch.float8_e5m2: np.uint8,
+}
+PATIENCE = 2.0  # seconds after which a compilation is announced
+_LOCK = threading.Lock()
+
+
+@functools.cache  # constant for an installation
+def _fingerprint() -> str:
+    """Return a hash of what the compiled code is made of."""
+    digest = hashlib.sha256(numba.__version__.encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _compiled(make: Callable[..., Any], *kinds: Any) -> Any:
+    """Compile an entry, from the cache on disk where a folder can be written."""
+
+    def announce() -> None:
+        sys.stderr.write("rocketkv: compiling the decode step for this CPU, once\n")
+
+    timer = threading.Timer(PATIENCE, announce)
+    timer.daemon = True
+    timer.start()
+    try:
+        with _LOCK:
+            try:
+                return make(_fingerprint(), *kinds, True)
+            except RuntimeError as error:
+                if "no locator" not in str(error):
+                    raise
+                return make(_fingerprint(), *kinds, False)
+    finally:
+        timer.cancel()
+
+
+@functools.cache
+def first_entry(dtype: torch.dtype, index_dtype: torch.dtype | None, sketched: bool) -> Any:
+    """Return the entry that appends and scores, for keys and page bounds of these dtypes."""
+    return _compiled(append_and_score, ELEMENTS[dtype], ELEMENTS[index_dtype or dtype], sketched)
+
+
+@functools.cache
+def second_entry(dtype: torch.dtype) -> Any:
+    """Return the entry that attends and combines, for keys and values of this dtype."""
+    return _compiled(attend_and_combine, ELEMENTS[dtype])
