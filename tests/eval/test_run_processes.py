@@ -153,7 +153,7 @@ def test_torchruns_processes_share_the_samples(folder: Path, undisturbed: Path, 
         "rocketkv.cli.main", "eval", "run", "--model", str(folder), *FLAGS, "-o", str(tmp_path),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert by_key(tmp_path) == by_key(undisturbed)
     counted = re.findall(r"(\d+) cells done, \d+ were before", done.stderr)
