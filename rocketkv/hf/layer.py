@@ -16,13 +16,11 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from ..backend import backend_name
-from ..budget import BudgetSplit
 from ..config import RocketKVConfig
-from ..core.pages import index_dtype_of
 from ..core.params import AttentionParams
 from ..core.residual import subtract_last
 from ..dispatch import Workspaces, decode_step, eviction_ops, value_subtraction, warm_up
-from ..state.compress import close_prompt, evict_generated, kept_of
+from ..state.compress import close_prompt_by, evict_generated, kept_when_full
 from ..state.fit import prompt_split
 from ..state.history import History, HistorySnapshot
 from ..state.monitor import Monitor
@@ -361,17 +359,7 @@ class RocketKVLayer(CacheLayerMixin):
         self.backend = backend_name(prompt.keys.device, config.backend)
         if self.history is not None:
             self.history.keep(store)
-        close_prompt(
-            store,
-            split,
-            params,
-            ops=ops,
-            decode_reserve=config.decode_reserve,
-            kernel_size=config.stage_1_kernel_size,
-            decode_capacity=config.decode_capacity,
-            ring_size=0 if self._kept_when_full(split) is None else config.window_size,
-            index_dtype=index_dtype_of(config.index_dtype),
-        )
+        close_prompt_by(store, config, split, params, ops)
         store.decoding.expected_error = expected_error
         if self.history is not None:
             store.allow_crops()
@@ -381,14 +369,6 @@ class RocketKVLayer(CacheLayerMixin):
         self.prompt_end = self.prompt_ids = None
         if self.monitor is not None:
             self.monitor.begin(self.number)
-
-    def _kept_when_full(self, split: BudgetSplit) -> int | None:
-        """Return how many generated tokens re-eviction keeps, or None if a full buffer is an error."""
-        config = self.config
-        ranked = split.kept_tokens is not None and split.sinks is None
-        if config.decode_capacity is None or config.when_full == "raise" or not ranked:
-            return None
-        return kept_of(config.decode_capacity, config.window_size)
 
     def ensure_room(self, count: int = 1) -> None:
         """Make room for the next tokens: re-evict generated tokens if the buffer is full and the settings allow it.
@@ -403,7 +383,7 @@ class RocketKVLayer(CacheLayerMixin):
         capacity = decoding.buffers.keys.shape[2]
         if store.lens.longest + count <= capacity and not store.lens.uncounted:
             return
-        kept, ring, tensor = self._kept_when_full(decoding.split), decoding.ring, decoding.buffers.query_ring
+        kept, ring, tensor = kept_when_full(self.config, decoding.split), decoding.ring, decoding.buffers.query_ring
         ranks = ring is not None and tensor is not None and ring.count(tensor, store.seen) > 0
         if kept is not None and ranks and store.stored + count > capacity and store.generated > kept and self.params:
             if self.history is not None:

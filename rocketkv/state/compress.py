@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from ..budget import BudgetSplit, with_protected
+from ..config import RocketKVConfig
 from ..core.calibration import fitted_bias
 from ..core.decode import DecodeBuffers
 from ..core.eviction import TORCH_OPS, EvictionOps, pooled, prompt_scores
 from ..core.index import index_of
+from ..core.pages import index_dtype_of
 from ..core.params import AttentionParams
 from ..core.residual import sum_values
 from ..core.topk import full_precision, gather_tokens, recent_positions, select_top
@@ -255,6 +257,31 @@ def _refuse_padded_ends(split: BudgetSplit, valid: Tensor, longest_padded_end: i
 def kept_of(decode_capacity: int, window_size: int) -> int | None:
     """Return how many of `decode_capacity` generated tokens re-eviction keeps, or None for a capacity under 2W."""
     return int(decode_capacity * KEPT_SHARE) if decode_capacity >= 2 * window_size else None
+
+
+def kept_when_full(config: RocketKVConfig, split: BudgetSplit) -> int | None:
+    """Return how many generated tokens re-eviction keeps, or None if full buffers are an error."""
+    ranked = split.kept_tokens is not None and split.sinks is None
+    if config.decode_capacity is None or config.when_full == "raise" or not ranked:
+        return None
+    return kept_of(config.decode_capacity, config.window_size)
+
+
+def close_prompt_by(
+    store: KVStore, config: RocketKVConfig, split: BudgetSplit, params: AttentionParams, ops: EvictionOps = TORCH_OPS
+) -> None:
+    """End a store's prompt as `close_prompt`, by the settings of a config."""
+    close_prompt(
+        store,
+        split,
+        params,
+        ops=ops,
+        decode_reserve=config.decode_reserve,
+        kernel_size=config.stage_1_kernel_size,
+        decode_capacity=config.decode_capacity,
+        ring_size=0 if kept_when_full(config, split) is None else config.window_size,
+        index_dtype=index_dtype_of(config.index_dtype),
+    )
 
 
 @torch.inference_mode(False)  # buffers may be written in a later call that is not in inference mode

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .lens import SeqLens
+from .queries import last_queries
 
 
 @dataclass(eq=False, kw_only=True)
@@ -62,11 +63,7 @@ class PromptTokens:
 
     def remember(self, query: Tensor, window_size: int) -> None:
         """Keep the queries of the last W tokens of the prompt so far; `query` [B, H, n, D] has the newest."""
-        recent = query[:, :, -window_size:].detach()
-        if self.queries is not None and recent.shape[2] < window_size:
-            recent = torch.cat((self.queries, recent), dim=2)[:, :, -window_size:]
-        # A copy: a slice would keep the queries of the whole prompt alive.
-        self.queries = recent.clone() if recent.shape[2] < query.shape[2] else recent
+        self.queries = last_queries(self.queries, query, window_size)
 
     @torch.inference_mode(False)  # buffers may be written in a later call that is not in inference mode
     def write_positions(self, start: int, stop: int, seen: int, valid: Tensor | None) -> None:

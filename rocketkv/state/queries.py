@@ -1,4 +1,4 @@
-"""The query ring: the queries of a sequence's last W tokens while decoding, which rank generated tokens.
+"""The last queries of a prompt, and the query ring: those of the last W tokens while decoding, to rank generated ones.
 
 The ring itself is a tensor [B, H, W, D] of the decode buffers; the query of token i is at place i mod W.
 
@@ -72,6 +72,21 @@ class QueryRing:
         kept = saved.query[:, :, first - saved.seen : length - saved.seen].to(ring.dtype)
         ring.copy_(saved.ring.index_copy(2, place, kept))
         self.start = saved.start
+
+
+def last_queries(before: Tensor | None, query: Tensor, size: int) -> Tensor:
+    """Return the queries [B, H, <= size, D] of the last tokens of a prompt that is read in chunks.
+
+    Args:
+        before: the last queries of earlier chunks, or None.
+        query: [B, H, n, D], of the newest chunk.
+        size: number of queries to keep.
+    """
+    recent = query[:, :, -size:].detach()
+    if before is not None and recent.shape[2] < size:
+        recent = torch.cat((before, recent), dim=2)[:, :, -size:]
+    # A copy: a slice would keep the queries of the whole prompt alive.
+    return recent.clone() if recent.shape[2] < query.shape[2] else recent
 
 
 @torch.inference_mode(False)  # a ring may be written in a later call that is not in inference mode
