@@ -84,7 +84,8 @@ class Engine:
     def params(self, new_tokens: int, **fields: Any) -> Any:
         from vllm import SamplingParams
 
-        return SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, **fields)
+        greedy = {"temperature": 0, "max_tokens": new_tokens, "ignore_eos": True, "detokenize": False}
+        return SamplingParams(**{**greedy, **fields})
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, **fields: Any) -> list[list[int]]:
         """Generate greedily for all prompts at once."""
