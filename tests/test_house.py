@@ -24,7 +24,7 @@ ORDER = (
         "verify",
         "environment",
     ),
-    *("hf", "eval", "cli"),
+    *("vllm", "hf", "eval", "cli"),
 )
 FACES_TRANSFORMERS = {"hf", "cli", "eval"}
 FILES = sorted(path for top in ("rocketkv", "eval", "kernels") for path in (ROOT / top).rglob("*.py"))

@@ -35,10 +35,13 @@ from .steps import flat_tokens, prompts_of, step_rows
 
 logger = init_logger(__name__)
 
+# What the names of this module stand for without settings. With settings, the backends of MLA are refused.
 _PARENTS = {
-    "CPU": "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend",
-    "FLASH": "vllm.v1.attention.backends.flash_attn.FlashAttentionBackend",
-    "TRITON": "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend",
+    "CPU": "cpu_attn.CPUAttentionBackend",
+    "CPU_MLA": "mla.cpu_mla.CPUMLABackend",
+    "AMX_MLA": "mla.amx_mla.AMXMLABackend",
+    "FLASH": "flash_attn.FlashAttentionBackend",
+    "TRITON": "triton_attn.TritonAttentionBackend",
 }
 
 
@@ -80,7 +83,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PARENTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, parent = _PARENTS[name].rsplit(".", 1)
-    parent_class = getattr(importlib.import_module(module), parent)
+    parent_class = getattr(importlib.import_module(f"vllm.v1.attention.backends.{module}"), parent)
     vllm_config = get_current_vllm_config_or_none()
     settings = None if vllm_config is None else settings_of(vllm_config)
     if vllm_config is None or settings is None:
@@ -160,6 +163,7 @@ class RocketKVImpl:
             max_prompt=self.facts.max_model_len,
             device=torch.get_default_device(),
         )
+        _take_from_space(vllm_config.cache_config, self.slab.nbytes)
 
     @property
     def params(self) -> AttentionParams:
@@ -221,9 +225,37 @@ class RocketKVImpl:
         return found_order(functools.partial(parent.do_kv_cache_update, layer), block_size, own.slab.shape)
 
 
+def _take_from_space(cache: Any, size: int) -> None:
+    """Subtract a slab's bytes from the space for KV caches, if it is given; otherwise vLLM measures what is left.
+
+    Raises:
+        ValueError: there is no space left for blocks.
+    """
+    if cache.kv_cache_memory_bytes is None:
+        return
+    cache.kv_cache_memory_bytes -= size
+    if cache.kv_cache_memory_bytes <= 0:
+        raise ValueError(
+            "rocketkv: the slab takes all of the space for KV caches, and leaves none for prompts; lower max_sequences "
+            "(or vLLM's --max-num-seqs), decode_capacity or token_budget, or raise --kv-cache-memory-bytes "
+            "(VLLM_CPU_KVCACHE_SPACE on a CPU)"
+        )
+
+
 def _has_window(window: Any) -> bool:
     """Whether a backend's `sliding_window` is one: None, -1 and (-1, -1) stand for none."""
     return window not in (None, -1, (-1, -1))
+
+
+def _check_full_attention(vllm_config: Any) -> None:
+    """Refuse a model without full attention.
+
+    Raises:
+        ValueError: no layer of the model is compressed.
+    """
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    if not any(getattr(getattr(layer, "impl", None), "slab", None) for layer in layers):
+        raise ValueError("rocketkv does not support models without full attention: serve the model without rocketkv")
 
 
 class RocketKVBuilder:
@@ -236,8 +268,12 @@ class RocketKVBuilder:
         parent.__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.layers = {name: vllm_config.compilation_config.static_forward_context[name] for name in layer_names}
         self.compresses = isinstance(kv_cache_spec, RocketKVSpec)
+        slabs = [layer.impl.slab for layer in self.layers.values() if getattr(layer.impl, "slab", None)]
         if not self.compresses:
+            _check_full_attention(vllm_config)
             return
+        total = sum(slab.nbytes for slab in slabs)
+        logger.info("rocketkv: a slab of %.2f GiB for %d sequences", total / 2**30, self.facts.rows)
         self.block_size = kv_cache_spec.block_size
         configs = by_layer(vllm_config, self.facts.settings)
         for name, layer in self.layers.items():

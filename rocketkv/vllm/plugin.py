@@ -10,7 +10,10 @@ def register() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    backends = AttentionBackendEnum
     if current_platform.is_cpu():
-        register_backend(AttentionBackendEnum.CPU_ATTN, f"{__package__}.backend.CPU")
+        own = {backends.CPU_ATTN: "CPU", backends.CPU_MLA: "CPU_MLA", backends.AMX_MLA: "AMX_MLA"}
     else:
-        register_backend(AttentionBackendEnum.CUSTOM, f"{__package__}.backend.GPU")
+        own = {backends.CUSTOM: "FLASH" if current_platform.is_cuda() else "TRITON"}
+    for backend, name in own.items():
+        register_backend(backend, f"{__package__}.backend.{name}")

@@ -3,8 +3,8 @@
 from typing import Any
 
 from ..config import RocketKVConfig
+from .markers import most_rows
 from .settings import VllmSettings
-from .spec import most_rows
 
 # dtypes of a KV cache that hold the model's own keys and values
 _PLAIN = ("auto", "bfloat16", "float16", "float32")

@@ -1,8 +1,8 @@
 """The slab: memory of the compressed rows of one layer, allocated once; and the steps that run on a row.
 
 A row is the static store of one sequence (`rocketkv.state`): stage 1 fills it when the prompt has been read, and decode
-steps read and write it. The slab has each tensor of a store as [rows, elements]; a store's tensors are views of it, in
-the shapes that the prompt's split needs.
+steps read and write it. Each row is as long as the largest store that any prompt's split may need; a store's tensors
+are views of it, one after another.
 
 Letters: H query heads, Hkv KV heads, D head dim, Dv value dim, S tokens of the prompt, W observation window.
 """
@@ -21,10 +21,14 @@ from ..core.pages import index_dtype_of, movable
 from ..core.params import AttentionParams
 from ..dispatch import Workspaces, decode_step, eviction_ops
 from ..state.compress import close_prompt_by, evict_generated, kept_when_full
+from ..state.decoding import DecodeTokens
 from ..state.store import KVStore
 
 # Splits are sampled at every so many prompt lengths; between two of them, the kept tokens differ by less.
 _STRIDE = 16
+
+# Of each tensor in a row, in bytes.
+ALIGNMENT = 16
 
 # Dtypes of the tensors that do not have the keys' dtype.
 _DTYPES = {
@@ -60,14 +64,20 @@ class LayerShape:
     dtype: torch.dtype
 
 
-def row_elements(config: RocketKVConfig, shape: LayerShape, max_prompt: int) -> dict[str, int]:
-    """Return the elements of each tensor of a row that holds any prompt of up to `max_prompt` tokens."""
-    found: dict[str, int] = {}
+def row_bytes(config: RocketKVConfig, shape: LayerShape, max_prompt: int) -> int:
+    """Return the bytes of a row that holds any prompt of up to `max_prompt` tokens."""
     lengths = {*range(1, max_prompt + 1, _STRIDE), max_prompt}
-    for length in sorted(lengths):
-        for name, count in _elements(config, config.split_for(length, shape.head_dim), shape, length).items():
-            found[name] = max(found.get(name, 0), count)
-    return found
+    return max(_bytes(config, config.split_for(length, shape.head_dim), shape, length) for length in lengths)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _bytes(config: RocketKVConfig, split: BudgetSplit, shape: LayerShape, length: int) -> int:
+    """Return the bytes of a row for one split."""
+    found = _elements(config, split, shape, length)
+    return sum(_aligned(count * dtype_of(name, config, shape).itemsize) for name, count in found.items())
 
 
 def _elements(config: RocketKVConfig, split: BudgetSplit, shape: LayerShape, length: int) -> dict[str, int]:
@@ -101,24 +111,12 @@ def dtype_of(name: str, config: RocketKVConfig, shape: LayerShape) -> torch.dtyp
     return _DTYPES.get(name, shape.dtype)
 
 
-def slab_bytes(configs: Iterable[RocketKVConfig], shape: LayerShape, max_prompt: int, rows: int) -> int:
-    """Return the bytes of the slabs of layers with these settings."""
-    known: dict[RocketKVConfig, int] = {}
-    total = 0
-    for config in configs:
-        if config not in known:
-            sizes = row_elements(config, shape, max_prompt)
-            known[config] = sum(count * dtype_of(name, config, shape).itemsize for name, count in sizes.items())
-        total += rows * known[config]
-    return total
-
-
 class LayerSlab:
     """Rows of one layer.
 
     Attributes:
         shape: heads and dtype of the layer.
-        tensors: [rows, elements] by name.
+        memory: [rows, bytes] uint8; a row's tensors lie in it one after another.
     """
 
     def __init__(
@@ -132,20 +130,15 @@ class LayerSlab:
     ) -> None:
         """Allocate the rows for a layer that may have any of these settings."""
         self.shape = shape
-        sizes: dict[str, tuple[int, torch.dtype]] = {}
-        for config in configs:
-            for name, count in row_elements(config, shape, max_prompt).items():
-                most = max(count, sizes.get(name, (0, shape.dtype))[0])
-                sizes[name] = most, dtype_of(name, config, shape)
+        size = max(row_bytes(config, shape, max_prompt) for config in configs)
         with torch.inference_mode(False):
-            self.tensors = {
-                name: torch.zeros(rows, count, dtype=dtype, device=device) for name, (count, dtype) in sizes.items()
-            }
+            # Written at once, so that the memory is in use when vLLM measures it.
+            self.memory = torch.empty(rows, size, dtype=torch.uint8, device=device).zero_()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the slab."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return self.memory.nbytes
 
     def close(
         self,
@@ -173,17 +166,29 @@ class LayerSlab:
         store.prompt.queries = queries
         ops = eviction_ops(keys, backend=config.backend, workspaces=workspaces)
         close_prompt_by(store, config, config.split_for(keys.shape[2], keys.shape[3]), params, ops)
-        decoding = store.decoding
-        decoding.set_tensors({name: self._put(row, name, tensor) for name, tensor in decoding.tensors().items()})
-        decoding.buffers = decoding.buffers._replace(clock=self._put(row, "clock", store.clock()))
+        store.clock()
+        self._adopt(row, store.decoding)
         return store
 
     @torch.inference_mode(False)
-    def _put(self, row: int, name: str, tensor: Tensor) -> Tensor:
-        """Copy a store's tensor into the row, and return the view of it."""
-        place = self.tensors[name][row, : tensor.numel()].view(tensor.shape)
-        movable(place).copy_(movable(tensor))
-        return place
+    def _adopt(self, row: int, decoding: DecodeTokens) -> None:
+        """Copy a store's tensors into the row, and let the store have the views of it.
+
+        Raises:
+            ValueError: they take more bytes than a row has.
+        """
+        tensors = decoding.tensors() | {"clock": decoding.buffers.clock}
+        memory, first = self.memory[row], 0
+        views = {}
+        for name, tensor in tensors.items():
+            place = memory[first : first + tensor.nbytes]
+            if place.numel() < tensor.nbytes:
+                raise ValueError(f"rocketkv: a row of the slab has {memory.numel()} bytes, too few for {name}")
+            views[name] = place.view(tensor.dtype).view(tensor.shape)
+            movable(views[name]).copy_(movable(tensor))
+            first += _aligned(tensor.nbytes)
+        decoding.buffers = decoding.buffers._replace(clock=views.pop("clock"))
+        decoding.set_tensors(views)
 
 
 def decode_row(

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .markers import read_marker
 from .metadata import StepRow
-from .spec import read_marker
 
 
 def step_rows(common: Any, block_size: int, max_model_len: int) -> list[StepRow]:

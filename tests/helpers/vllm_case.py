@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
 
 import rocketkv
+import tiny
 from rocketkv.vllm.plugin import register
 
 BLOCK = 32  # the CPU's kernels take multiples of it
@@ -30,6 +30,12 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
+def build(name: str, **fields: Any) -> Any:
+    """Build a family's tiny model with heads that vLLM's CPU kernels take."""
+    wide = {"head_dim": 32, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return tiny.build(name, max_position_embeddings=8192, **{**wide, **fields})
+
+
 def saved(name: str, folder: Path) -> Path:
     """Save a family's tiny model, or SmolLM2, to a folder and return it."""
     place = folder / name
@@ -40,8 +46,7 @@ def saved(name: str, folder: Path) -> Path:
             model, tokenizer = load_smollm2()
             tokenizer.save_pretrained(place)
         else:
-            fields = {"head_dim": 32, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-            model = tiny.build(name, max_position_embeddings=8192, **fields)
+            model = build(name)
         model.save_pretrained(place)
     return place
 

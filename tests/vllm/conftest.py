@@ -1,14 +1,21 @@
-"""Engines are slow to start: the tests of a module share theirs."""
+"""Engines are slow to start: the tests of a module share theirs. Without vLLM, only tests that need none are collected."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
+
 import vllm_case
 
 os.environ.update(vllm_case.environment())  # vLLM reads it when it is imported
+
+WITHOUT_ENGINE = {"test_settings.py", "test_plan.py", "test_slab.py"}
+if importlib.util.find_spec("vllm") is None:
+    here = Path(__file__).parent
+    collect_ignore = [path.name for path in here.glob("test_*.py") if path.name not in WITHOUT_ENGINE]
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import transformers
-import vllm_case
-from vllm_case import BLOCK, SETTINGS
 
+import tiny
+import vllm_case
 from rocketkv.vllm.spec import RocketKVManager
+from vllm_case import BLOCK, SETTINGS
 
 POOL = 24  # blocks: one prompt of 600 tokens fits, two do not
 CHUNK = 32  # of one prompt; a step has several
@@ -114,7 +114,9 @@ def test_abort_in_the_middle_of_a_prompt(engine: vllm_case.Engine, model: Any) -
 
 def test_samples_of_one_prompt(engine: vllm_case.Engine, model: Any) -> None:
     ids = prompt(330)
-    assert engine.generate([ids], 20, n=2, temperature=1, top_k=1) == [vllm_case.reference(model, ids, 20, SETTINGS)] * 2
+    assert (
+        engine.generate([ids], 20, n=2, temperature=1, top_k=1) == [vllm_case.reference(model, ids, 20, SETTINGS)] * 2
+    )
 
 
 def test_a_full_prefix_hit_recomputes_the_observation_window(engine: vllm_case.Engine, model: Any) -> None:
@@ -134,7 +136,9 @@ def test_short_prompts_and_short_chunks(engine: vllm_case.Engine, model: Any) ->
 class FreesByThePrompt(RocketKVManager):
     """The rule of an early design: blocks are freed when more is computed than the request's own prompt."""
 
-    def remove_skipped_blocks(self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: Any = None) -> None:
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: Any = None
+    ) -> None:
         end = self.prompt_ends.get(request_id)
         if end is not None and request_id in self.rows and processed_computed_tokens > num_prompt_tokens:
             last = min(end, num_prompt_tokens) // BLOCK

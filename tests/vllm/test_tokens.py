@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import transformers
+
+import tiny
 import vllm_case
 
 LENGTHS = (37, 64, 95, 200, 330, 777, 1500, 3000)
