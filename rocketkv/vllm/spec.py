@@ -25,6 +25,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from .markers import marker
+from .metrics import metrics
 
 # vLLM adds its own specs to an empty registry only. Processes that receive a spec import this module to unpickle it.
 register_all_kvcache_specs(None)
@@ -94,6 +95,7 @@ class RocketKVManager(FullAttentionManager):
         """Allocate blocks for a chunk of a prompt; markers behind its last chunk, and for generated tokens."""
         if request_id not in self.rows:
             self.rows[request_id] = self.free_rows.pop()
+            metrics().sequences.set(len(self.rows))
         tokens = self._tokens_in_blocks(request_id, num_tokens)
         new = list(super().allocate_new_blocks(request_id, tokens, min(tokens, num_tokens_main_model)))
         end = self.prompt_ends[request_id]
@@ -111,9 +113,11 @@ class RocketKVManager(FullAttentionManager):
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Free all blocks of a request whose prompt has been read."""
-        end = self.prompt_ends.get(request_id)
-        if end is not None and request_id in self.rows and processed_computed_tokens >= end:
-            self._remove_blocks_in_range(request_id, 0, cdiv(end, self.block_size))
+        end, blocks = self.prompt_ends.get(request_id), self.req_to_blocks.get(request_id)
+        if end is None or not blocks or processed_computed_tokens < end or blocks[0].is_null:
+            return
+        self._remove_blocks_in_range(request_id, 0, cdiv(end, self.block_size))
+        metrics().blocks_freed.inc(cdiv(end, self.block_size))
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Cache the full blocks of the prompt."""
@@ -125,6 +129,7 @@ class RocketKVManager(FullAttentionManager):
         row = self.rows.pop(request_id, None)
         if row is not None:
             self.free_rows.append(row)
+            metrics().sequences.set(len(self.rows))
         blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
         return blocks
 

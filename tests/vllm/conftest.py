@@ -1,4 +1,4 @@
-"""Engines are slow to start: the tests of a module share theirs. Without vLLM, only tests that need none are collected."""
+"""Engines are slow to start: the tests of a module share theirs. Without vLLM, only tests that need none run."""
 
 from __future__ import annotations
 

@@ -41,5 +41,6 @@ def test_more_requests_decode_at_the_same_time(method: str, least: float, models
     blocks = POOL + slab * POOL // pool
     with vllm_case.serve(folder, None, num_gpu_blocks_override=blocks, **ARGUMENTS) as engine:
         dense = most_decoding(engine)
-    print(f"{method}: {compressed} decode at the same time, dense {dense} in {blocks} blocks of {BLOCK} tokens")
-    assert compressed >= least * dense
+    assert compressed >= least * dense, (
+        f"{compressed} at the same time, dense {dense} in {blocks} blocks of {BLOCK} tokens"
+    )
