@@ -85,6 +85,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--toy-haystack", action=flag, help=toy)
     parser.add_argument("--agnostic", action=flag, help="compress before the question is seen")
     parser.add_argument("--data-dir", metavar="FOLDER", help="folder with the benchmarks' files, instead of the hub")
+    parser.add_argument("--engine", choices=("transformers", "openai"), help="what answers (default transformers)")
+    parser.add_argument("--url", help="of the server of --engine openai, such as http://127.0.0.1:8000")
     setting = "a field of RocketKVConfig, such as window_size=64; repeatable"
     parser.add_argument("--set", action="append", type=_setting, metavar="FIELD=VALUE", help=setting)
     run = parser.add_argument_group("this run")
@@ -233,8 +235,9 @@ def _run(args: argparse.Namespace) -> int:
     from .methods import find_method
     from .records import cell_key
     from .sampling import card_settings
+    from .served import load_outline, served_name
     from .sweep.cells import Session
-    from .sweep.plan import CARD, LARGEST, LATENCY, LM_EVAL, Loaded, cells, shard
+    from .sweep.plan import CARD, LARGEST, LATENCY, LM_EVAL, OPENAI, Loaded, cells, shard
     from .sweep.provenance import weights_mark
     from .sweep.ranks import Ranks
     from .sweep.run import Counts, is_press, run_cells, run_presses
@@ -253,26 +256,32 @@ def _run(args: argparse.Namespace) -> int:
     number, count = args.shard or (1, 1)
     if plan.device_map is not None and args.device is not None:
         raise ValueError("--device-map stands in place of --device; leave one out")
+    served = plan.engine == OPENAI
+    if served != (args.url is not None):
+        raise ValueError("--engine openai and --url URL go together: give both or neither")
     start = time.monotonic()
-    model, tokenizer = load_model(
-        plan.model,
-        plan.dtype,
-        str(device),
-        attention=plan.attn,
-        device_map=plan.device_map,
-        revision=plan.revision,
-        tp=plan.tp,
-    )
+    if served:
+        model, tokenizer = load_outline(plan.model, plan.revision)
+    else:
+        model, tokenizer = load_model(
+            plan.model,
+            plan.dtype,
+            str(device),
+            attention=plan.attn,
+            device_map=plan.device_map,
+            revision=plan.revision,
+            tp=plan.tp,
+        )
     load_seconds = time.monotonic() - start
     check_chat_arguments(tokenizer, plan.chat_template_args)
     ranks = Ranks() if plan.tp > 1 else None
     largest = any(LARGEST in each.batch_sizes and LATENCY in each.tasks for each in plans)
     if largest and model.device.type != "cuda":
         raise ValueError(f"the largest batch is found on a GPU; the model is on {model.device}: leave out {LARGEST}")
-    session = Session(model, tokenizer, args.output, plan.data_dir, args.retry_oom, ranks)
+    session = Session(model, tokenizer, args.output, plan.data_dir, args.retry_oom, ranks, args.url)
     loaded = Loaded(
         chat=tokenizer.chat_template is not None,
-        weights=weights_mark(model),
+        weights=served_name(args.url) if served else weights_mark(model),
         dtype=str(model.dtype).removeprefix("torch."),
         attention=model.config._attn_implementation,
         sampling=card_settings(model.generation_config) if plan.generation == CARD else {},

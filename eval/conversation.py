@@ -32,6 +32,7 @@ from .methods import Method
 from .prefill import Prefills, after_prompt
 from .records import CostDict, digest
 from .sampling import Sampler
+from .served import ServedLoop
 from .tasks.base import Sample, Turn
 from .traces import Trace, watched
 
@@ -133,7 +134,7 @@ def answer_sample(
     new_tokens = 0
     with after_prompt(model, method, first, prefills) as loop:
         sequence = first  # tokens that the next question follows
-        after = loop.snapshot() if agnostic and len(turns) > 1 else None
+        after: Any = loop.snapshot() if agnostic and len(turns) > 1 else None  # of either kind of loop
         for number, turn in enumerate(turns):
             last = number + 1 == len(turns)
             if after is not None and number:
@@ -166,7 +167,7 @@ def answer_sample(
             )
             new_tokens += written[-1].tokens
     cost: CostDict = {
-        **cache_cost(cache_stats(loop.cache)),
+        **(loop.cost() if isinstance(loop, ServedLoop) else cache_cost(cache_stats(loop.cache))),
         "prompt_tokens": len(prompts[0]),
         "new_tokens": new_tokens,
     }

@@ -21,6 +21,7 @@ from ..measures.latency import measure_latency
 from ..measures.memory import is_out_of_memory
 from ..methods import Method, find_method
 from ..records import SCHEMA, CellDict, CostDict, DataDict, Record, SampleDict, cell_key, digest
+from ..served import Served
 from ..tasks.base import Preparation
 from .plan import LATENCY, LM_EVAL
 from .provenance import provenance
@@ -38,6 +39,7 @@ class Session:
         data_dir: a folder with the benchmarks' files; None for the hub.
         retry_out_of_memory: whether to run cells again that ran out of memory.
         ranks: the processes among which the model is divided; None: this one has all of it.
+        url: of a server that answers in place of the model; None: the model itself.
     """
 
     model: PreTrainedModel
@@ -46,6 +48,7 @@ class Session:
     data_dir: Path | None
     retry_out_of_memory: bool = False
     ranks: Ranks | None = None
+    url: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +80,10 @@ def run_whole(session: Session, cell: CellDict) -> Record:
     return record_of(session, cell, run(session, cell))
 
 
-def method_of(cell: CellDict) -> Method:
+def method_of(session: Session, cell: CellDict) -> Method:
     """Return a cell's method."""
+    if session.url is not None:
+        return Served(name=cell["method"], token_budget=cell["token_budget"], url=session.url)
     return find_method(cell["method"], cell["token_budget"], cell["settings"])
 
 
@@ -134,7 +139,7 @@ def _stock_task(session: Session, cell: CellDict) -> Outcome:
     tags = thinking_tags(session.tokenizer)
     lm = RocketKVLM(
         session.model,
-        method=method_of(cell),
+        method=method_of(session, cell),
         tokenizer=session.tokenizer,
         chat_template_args=cell["chat_arguments"],
         think_end_token=None if tags is None else tags.closing,

@@ -152,7 +152,7 @@ def _run_group(session: Session, group: Sequence[CellDict], counts: Counts, prog
         units = [Unit(session, running[0], number, name) for number, name in enumerate(work.names)]
         pending: dict[str, tuple[CellDict, Method]] = {}
         for cell in running:
-            method, error = attempt(partial(method_of, cell))
+            method, error = attempt(partial(method_of, session, cell))
             if error is None:
                 pending[cell_key(cell)] = cell, method
             else:

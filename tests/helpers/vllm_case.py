@@ -81,6 +81,11 @@ class Engine:
         executor = self.engine.engine_core.engine_core.model_executor
         return executor.driver_worker.worker.model_runner.attn_groups[0][0].get_metadata_builder(0)
 
+    @property
+    def layers(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.engine.vllm_config.compilation_config.static_forward_context
+        return found
+
     def prompt_blocks(self) -> dict[str, int]:
         """Return the real blocks that each request holds."""
         held = self.manager.req_to_blocks.items()
@@ -132,11 +137,13 @@ def serve(folder: Path, settings: dict[str, Any] | None, **arguments: Any) -> It
     selector._cached_get_attn_backend.cache_clear()
     additional = {} if settings is None else {"additional_config": {"rocketkv": settings}}
     skip = not (folder / "tokenizer.json").exists()
-    llm = LLM(str(folder), skip_tokenizer_init=skip, **{**ARGUMENTS, **additional, **arguments})
+    llm = None
     try:
+        llm = LLM(str(folder), skip_tokenizer_init=skip, **{**ARGUMENTS, **additional, **arguments})
         yield Engine(llm)
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()

@@ -34,7 +34,7 @@ def most_decoding(engine: vllm_case.Engine) -> int:
 def test_more_requests_decode_at_the_same_time(method: str, least: float, models: Path) -> None:
     folder = vllm_case.saved("llama", models)
     with vllm_case.serve(folder, {**SETTINGS, "method": method}, num_gpu_blocks_override=POOL, **ARGUMENTS) as engine:
-        layers = engine.builder.layers.values()
+        layers = engine.layers.values()
         slab = sum(layer.impl.slab.nbytes for layer in layers)
         pool = sum(layer.kv_cache.nbytes for layer in layers)
         compressed = most_decoding(engine)

@@ -1,0 +1,68 @@
+"""An engine without settings is vLLM's own; one that cannot be served does not start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from vllm.v1.attention.backends import cpu_attn
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+import tiny
+import vllm_case
+from rocketkv.vllm.backend import _take_from_space
+
+
+def test_without_settings_nothing_changes(models: Path) -> None:
+    folder = vllm_case.saved("llama", models)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = tiny.prompt(200, seed=5)
+    with vllm_case.serve(folder, None) as engine:
+        assert type(engine.builder) is cpu_attn.CPUAttentionMetadataBuilder
+        for layer in engine.layers.values():
+            assert layer.get_attn_backend() is cpu_attn.CPUAttentionBackend
+            assert type(layer.impl) is cpu_attn.CPUAttentionBackendImpl
+        config = engine.scheduler.kv_cache_config
+        assert [type(group.kv_cache_spec) for group in config.kv_cache_groups] == [FullAttentionSpec]
+        assert engine.engine.vllm_config.cache_config.kv_cache_memory_bytes == 2**30
+        assert engine.generate([ids[0].tolist()], 12)[0] == tiny.greedy(model, ids, 12)[0][0].tolist()
+
+
+def test_the_slab_is_part_of_the_space_for_caches(models: Path) -> None:
+    folder = vllm_case.saved("llama", models)
+    with vllm_case.serve(folder, vllm_case.SETTINGS, num_gpu_blocks_override=None) as engine:
+        slab = sum(layer.impl.slab.nbytes for layer in engine.layers.values())
+        pool = sum(layer.kv_cache.nbytes for layer in engine.layers.values())
+        assert 0 <= 2**30 - slab - pool < pool // engine.scheduler.kv_cache_config.num_blocks
+    with pytest.raises(ValueError, match="leaves none for prompts; lower max_sequences"):
+        _take_from_space(SimpleNamespace(kv_cache_memory_bytes=slab), slab)
+
+
+def test_speculative_decoding_is_refused(models: Path) -> None:
+    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    folder = vllm_case.saved("llama", models)
+    with (
+        pytest.raises(ValueError, match="rocketkv does not support speculative decoding: leave out"),
+        vllm_case.serve(folder, vllm_case.SETTINGS, speculative_config=drafts),
+    ):
+        pass
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize(("method", "chunk"), [("rocketkv", 128), ("rocketkv+", 8192)])
+def test_smollm2(method: str, chunk: int, models: Path) -> None:
+    folder = vllm_case.saved("smollm2", models)
+    settings = {"token_budget": 256, "decode_capacity": 64, "method": method}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = " ".join(f"The code of box {i} is {i * i % 97}." for i in range(400))
+    ids = tokenizer(text)["input_ids"]
+    given = [ids[:37], ids[:900], [*ids[:2990], *tokenizer(" The code of box 17 is")["input_ids"]]]
+    expected = [vllm_case.reference(model, prompt, 16, settings) for prompt in given]
+    with vllm_case.serve(folder, settings, max_num_batched_tokens=chunk) as engine:
+        assert engine.generate(given, 16) == expected
+        if chunk == 128:
+            assert engine.cached_tokens(given[2]) >= 2900
