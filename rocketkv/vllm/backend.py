@@ -46,6 +46,9 @@ _PARENTS = {
 }
 
 
+_LOWER = "lower max_sequences (or vLLM's --max-num-seqs), decode_capacity or token_budget"
+
+
 @dataclass
 class RocketKVMetadata:
     """Metadata of a step for all layers of a group.
@@ -157,13 +160,12 @@ class RocketKVImpl:
         shape = LayerShape(
             own.num_heads, own.num_kv_heads, own.head_size, own.head_size, vllm_config.model_config.dtype
         )
-        self.slab = LayerSlab(
-            set(by_layer(vllm_config, self.facts.settings)),
-            shape,
-            rows=self.facts.rows,
-            max_prompt=self.facts.max_model_len,
-            device=torch.get_default_device(),
-        )
+        configs, rows = set(by_layer(vllm_config, self.facts.settings)), self.facts.rows
+        sizes = {"rows": rows, "max_prompt": self.facts.max_model_len}
+        try:
+            self.slab = LayerSlab(configs, shape, **sizes, device=torch.get_default_device())
+        except RuntimeError as error:  # torch.OutOfMemoryError, or that of the CPU's allocator
+            raise ValueError(f"rocketkv: there is no memory for a slab of {rows} sequences; {_LOWER}") from error
         _take_from_space(vllm_config.cache_config, self.slab.nbytes)
 
     @property
@@ -237,9 +239,8 @@ def _take_from_space(cache: Any, size: int) -> None:
     cache.kv_cache_memory_bytes -= size
     if cache.kv_cache_memory_bytes <= 0:
         raise ValueError(
-            "rocketkv: the slab takes all of the space for KV caches, and leaves none for prompts; lower max_sequences "
-            "(or vLLM's --max-num-seqs), decode_capacity or token_budget, or raise --kv-cache-memory-bytes "
-            "(VLLM_CPU_KVCACHE_SPACE on a CPU)"
+            f"rocketkv: the slab takes all of the space for KV caches, and leaves none for prompts; {_LOWER}, or raise "
+            "--kv-cache-memory-bytes (VLLM_CPU_KVCACHE_SPACE on a CPU)"
         )
 
 

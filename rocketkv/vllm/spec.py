@@ -114,13 +114,18 @@ class RocketKVManager(FullAttentionManager):
     ) -> None:
         """Free all blocks of a request whose prompt has been read."""
         end, blocks = self.prompt_ends.get(request_id), self.req_to_blocks.get(request_id)
-        if end is None or not blocks or processed_computed_tokens < end or blocks[0].is_null:
+        # vLLM copies blocks of partial prefix hits before the worker ends prompts: there, wait for one more step.
+        copies = self.block_size != self.block_pool.hash_block_size
+        if end is None or not blocks or processed_computed_tokens < end + copies or blocks[0].is_null:
             return
         self._remove_blocks_in_range(request_id, 0, cdiv(end, self.block_size))
         metrics().blocks_freed.inc(cdiv(end, self.block_size))
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Cache the full blocks of the prompt."""
+        """Cache the full blocks of the prompt, while there are any."""
+        blocks = self.req_to_blocks[request.request_id]
+        if not blocks or blocks[0].is_null:
+            return
         super().cache_blocks(request, min(num_tokens, self.prompt_ends[request.request_id]), *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:

@@ -103,6 +103,13 @@ def test_engines_that_cannot_be_served_are_refused(changed: dict[str, Any], word
         refuse(engine(**changed), parse({}))
 
 
+def test_model_runner_v2_has_a_row_for_each_request() -> None:
+    refuse(engine(use_v2_model_runner=True), parse({}))
+    refuse(engine(), parse({"max_sequences": 4}))
+    with pytest.raises(ValueError, match="set --max-num-seqs 4 instead"):
+        refuse(engine(use_v2_model_runner=True), parse({"max_sequences": 4}))
+
+
 def test_rooms_that_cannot_be_full() -> None:
     with pytest.raises(ValueError, match="when_full='raise' needs a decode_capacity of max_model_len=4096"):
         refuse(engine(), parse({"when_full": "raise"}))
