@@ -190,14 +190,15 @@ class RocketKVImpl:
         """Attend from a step's tokens, queries [n, H, D]: prompts by the parent, decode steps by the slab."""
         parent: Any = super()
         if not isinstance(attn_metadata, RocketKVMetadata):
-            return parent.forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+            out: Tensor = parent.forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+            return out
         tokens, name = attn_metadata.tokens, layer.layer_name
         if attn_metadata.prompts is not None:
             part = [query[tokens], key[tokens], value[tokens]]
-            out = output[tokens] if isinstance(tokens, slice) else torch.empty_like(output[tokens])
-            parent.forward(layer, *part, kv_cache, attn_metadata.prompts, out, *args, **kwargs)
+            read = output[tokens] if isinstance(tokens, slice) else torch.empty_like(output[tokens])
+            parent.forward(layer, *part, kv_cache, attn_metadata.prompts, read, *args, **kwargs)
             if not isinstance(tokens, slice):
-                output[tokens] = out
+                output[tokens] = read
         for first, last, prompt in attn_metadata.plan.chunks:
             prompt.remember(name, query[first:last], self.config.window_size)
         params = self.params

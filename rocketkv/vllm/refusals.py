@@ -35,6 +35,7 @@ def refuse(vllm_config: Any, settings: VllmSettings) -> None:
             getattr(parallel, "prefill_context_parallel_size", 1) > 1,
             "use tensor parallel (--tensor-parallel-size) alone",
         ),
+        "dual batch overlap": (getattr(parallel, "enable_dbo", False), "leave out --enable-dbo"),
         "quantised KV caches": (
             cache.cache_dtype not in _PLAIN,
             f"leave out --kv-cache-dtype {cache.cache_dtype}",

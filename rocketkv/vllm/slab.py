@@ -166,18 +166,17 @@ class LayerSlab:
         store.prompt.queries = queries
         ops = eviction_ops(keys, backend=config.backend, workspaces=workspaces)
         close_prompt_by(store, config, config.split_for(keys.shape[2], keys.shape[3]), params, ops)
-        store.clock()
-        self._adopt(row, store.decoding)
+        self._adopt(row, store.decoding, store.clock())
         return store
 
     @torch.inference_mode(False)
-    def _adopt(self, row: int, decoding: DecodeTokens) -> None:
+    def _adopt(self, row: int, decoding: DecodeTokens, clock: Tensor) -> None:
         """Copy a store's tensors into the row, and let the store have the views of it.
 
         Raises:
             ValueError: they take more bytes than a row has.
         """
-        tensors = decoding.tensors() | {"clock": decoding.buffers.clock}
+        tensors = decoding.tensors() | {"clock": clock}
         memory, first = self.memory[row], 0
         views = {}
         for name, tensor in tensors.items():

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -99,6 +100,13 @@ def serve(folder: Path, settings: dict[str, Any] | None, *arguments: str, log: P
         *("--num-gpu-blocks-override", "400", *additional, *arguments),
     ]
     environment = {**os.environ, **vllm_case.environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with tempfile.TemporaryDirectory() as metrics:
+        environment["PROMETHEUS_MULTIPROC_DIR"] = metrics  # those of the engine's processes reach the server by files
+        yield from _running(command, environment, port, log)
+
+
+def _running(command: list[str], environment: dict[str, str], port: int, log: Path) -> Iterator[Server]:
+    """Start a server and end it."""
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
     server = Server(process, port, log)

@@ -65,6 +65,18 @@ def test_streams_the_tokens_of_transformers(server: vllm_server.Server, model: A
         assert len(events) > 20
 
 
+def test_metrics(server: vllm_server.Server) -> None:
+    names = [f"rocketkv:{name}_total" for name in ("blocks_freed", "prompt_tokens", "kept_tokens")]
+    freed, read, kept = map(server.metric, names)
+    server.complete(prompt(640), 130)
+    assert server.metric(names[0]) - freed == 640 // vllm_case.BLOCK
+    assert server.metric(names[1]) - read == 640
+    assert 0 < server.metric(names[2]) - kept < 640
+    assert server.metric("rocketkv:slab_bytes") > 0
+    assert 0 < server.metric("rocketkv:missed_mass") < 1
+    assert server.metric("rocketkv:sequences") == 0
+
+
 def test_a_client_that_leaves_frees_its_request(server: vllm_server.Server, model: Any) -> None:
     assert idle(server)
     for length in (100, 700, 1500):

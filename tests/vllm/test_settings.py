@@ -92,6 +92,7 @@ def test_settings_that_do_not_work_are_refused(given: dict[str, Any], words: str
         ({"kv_transfer_config": SimpleNamespace(is_kv_transfer_instance=True)}, "KV connectors"),
         ({"parallel_config__decode_context_parallel_size": 2}, "decode context parallel"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "prefill context parallel"),
+        ({"parallel_config__enable_dbo": True}, "dual batch overlap"),
         ({"cache_config__cache_dtype": "fp8"}, "quantised KV caches: leave out --kv-cache-dtype fp8"),
         ({"scheduler_config__scheduler_reserve_full_isl": False}, "admission by the first chunk"),
         ({"scheduler_config__max_num_seqs": 10**7}, "set max_sequences=262080"),

@@ -26,11 +26,12 @@ def prompts(vocabulary: int) -> list[list[int]]:
         ("llama", "rocketkv+", 128, False),
         ("qwen3", "rocketkv", 8192, False),
         ("qwen3", "rocketkv+", 64, True),
+        ("gemma3", "rocketkv", 128, True),  # every other layer has a sliding window, and is vLLM's own
     ],
 )
 def test_equals_transformers(name: str, method: str, chunk: int, caching: bool, models: Path) -> None:
     folder, settings = vllm_case.saved(name, models), {**vllm_case.SETTINGS, "method": method}
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=tiny.torch.float32)
     given = prompts(tiny.VOCABULARY)
     expected = [vllm_case.reference(model, prompt, NEW_TOKENS, settings) for prompt in given]
     dense = [tiny.greedy(model, tiny.torch.tensor([prompt]), NEW_TOKENS)[0][0].tolist() for prompt in given]
@@ -41,7 +42,8 @@ def test_equals_transformers(name: str, method: str, chunk: int, caching: bool, 
         assert [engine.generate([prompt], NEW_TOKENS)[0] for prompt in given[:-1]] == expected[:-1]
         assert engine.generate(given, NEW_TOKENS) == expected
         if caching:
-            assert engine.cached_tokens(given[-1]) >= 2900
+            if name != "gemma3":
+                assert engine.cached_tokens(given[-1]) >= 2900
             assert engine.generate(given, NEW_TOKENS) == expected
         assert engine.free_blocks == before
         assert not engine.manager.rows
