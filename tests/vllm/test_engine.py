@@ -41,6 +41,22 @@ def test_the_slab_is_part_of_the_space_for_caches(models: Path) -> None:
         _take_from_space(SimpleNamespace(kv_cache_memory_bytes=slab), slab)
 
 
+def test_requests_wait_for_a_row(models: Path) -> None:
+    folder = vllm_case.saved("llama", models)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    given = [tiny.prompt(100 + i, seed=i)[0].tolist() for i in range(5)]
+    with vllm_case.serve(folder, {**vllm_case.SETTINGS, "max_sequences": 2}) as engine:
+        for i, ids in enumerate(given):
+            engine.add(f"r{i}", ids, 10 + i)
+        tokens: dict[str, list[int]] = {}
+        while engine.engine.has_unfinished_requests():
+            engine.step(tokens)
+            assert len(engine.scheduler.running) <= 2
+        assert not engine.manager.rows
+    for i, ids in enumerate(given):
+        assert tokens[f"r{i}"] == vllm_case.reference(model, ids, 10 + i, vllm_case.SETTINGS)
+
+
 def test_speculative_decoding_is_refused(models: Path) -> None:
     drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     folder = vllm_case.saved("llama", models)
