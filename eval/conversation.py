@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import median
 from types import MappingProxyType
@@ -32,7 +33,7 @@ from .methods import Method
 from .prefill import Prefills, after_prompt
 from .records import CostDict, digest
 from .sampling import Sampler
-from .served import ServedLoop
+from .served import Served, ServedLoop
 from .tasks.base import Sample, Turn
 from .traces import Trace, watched
 
@@ -132,9 +133,12 @@ def answer_sample(
     written, traces, prompts, steps = [], [], [], list[float]()
     longest_answer: tuple[int, list[float]] = 0, []
     new_tokens = 0
-    with after_prompt(model, method, first, prefills) as loop:
+    opened: AbstractContextManager[Any] = (
+        nullcontext(method.loop(first)) if isinstance(method, Served) else after_prompt(model, method, first, prefills)
+    )
+    with opened as loop:
         sequence = first  # tokens that the next question follows
-        after: Any = loop.snapshot() if agnostic and len(turns) > 1 else None  # of either kind of loop
+        after = loop.snapshot() if agnostic and len(turns) > 1 else None
         for number, turn in enumerate(turns):
             last = number + 1 == len(turns)
             if after is not None and number:

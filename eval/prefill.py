@@ -22,7 +22,6 @@ from ..hf.models import find_decoder
 from ..hf.patch import patch
 from .generate import DecodeLoop, Ids
 from .methods import Method
-from .served import Served, ServedLoop
 
 WINDOW = 128  # queries that are kept of a prompt; a method with a larger observation window reads the prompt itself
 
@@ -114,7 +113,7 @@ class Prefills:
 @contextmanager
 def after_prompt(
     model: PreTrainedModel, method: Method, ids: list[int], prefills: Prefills | None = None
-) -> Iterator[DecodeLoop | ServedLoop]:
+) -> Iterator[DecodeLoop]:
     """Attach a method to a model inside the context, which gets a loop that has read a prompt of one sequence.
 
     Args:
@@ -123,9 +122,6 @@ def after_prompt(
         ids: tokens of the prompt.
         prefills: reads the prompt once for several methods; None: the method reads it itself.
     """
-    if isinstance(method, Served):
-        yield method.loop(ids)
-        return
     read = prefills.read(ids) if prefills is not None and shares_prefill(method) else None
     with method.attached(model):
         if read is None:

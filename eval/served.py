@@ -157,8 +157,9 @@ def load_outline(name: str, revision: str | None) -> tuple[PreTrainedModel, PreT
     config = AutoConfig.from_pretrained(name, revision=revision)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
-        model.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
+        model.generation_config = GenerationConfig.from_pretrained(name, **options)
     except OSError:  # a model without one ends where its configuration says
         model.generation_config = GenerationConfig.from_model_config(config)
     return model, AutoTokenizer.from_pretrained(name, revision=revision)
