@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from .append import read_queries
-from .lowlevel import array, bytes_of, exact, exp, fast, keep_apart, load, put, store, widen
+from .lowlevel import array, bytes_of, exact, exp, fast, keep_apart, load, prefetch, put, store, widen
 from .operands import AT, PART, REAL, SIZE
 from .pages import capped, fill
 from .select import REST
@@ -118,6 +118,11 @@ def attend_part(ints, reals, line, stored, count, part, local, dtype):
     number = list_part(ints, line, stored, count, part * PART, slots)
     first, size = (line // ints[SIZE.queries]) * ints[SIZE.capacity], bytes_of(dtype)
     keys, values = ints[AT.keys] + size * first * head_dim, ints[AT.values] + size * first * value_dim
+    for i in range(number):  # tokens are apart: ask for all lines before the first is needed
+        for offset in range(0, size * head_dim, 64):
+            prefetch(keys + size * slots[i] * head_dim + offset)
+        for offset in range(0, size * value_dim, 64):
+            prefetch(values + size * slots[i] * value_dim + offset)
     scaling = np.float32(reals[REAL.scaling])
     record = record_of(ints, line, part)
     fill(record, 2 * group, len(record), _ZERO)

@@ -11,7 +11,7 @@ from numba import carray, cfunc, types
 
 from .append import append_token, close_page, remember_queries
 from .attend import attend_part, attended, combine
-from .lowlevel import LANES, add_and_fetch, array, bytes_of, exact, load, put, widen
+from .lowlevel import LANES, add_and_fetch, array, bytes_of, exact, load, named_apart, put, widen
 from .operands import AT, INTEGERS, PART, REALS, SIZE, SPARE_COUNTERS
 from .pages import score_pages
 from .select import select
@@ -91,7 +91,8 @@ def append_and_score(fingerprint: str, dtype: Any, index_dtype: Any, sketched: b
                     select(ints, reals, line, stored, local)
                 finish_line(ints, line, before, stored, dtype)
 
-    return cfunc(SIGNATURE, cache=cache, error_model="numpy")(first)
+    named = named_apart(first, dtype, index_dtype, sketched, fingerprint[:16])
+    return cfunc(SIGNATURE, cache=cache, error_model="numpy")(named)
 
 
 def attend_and_combine(fingerprint: str, dtype: Any, cache: bool) -> Any:
@@ -116,4 +117,5 @@ def attend_and_combine(fingerprint: str, dtype: Any, cache: bool) -> Any:
             if add_and_fetch(ints[SIZE.counters] + 8 * (SPARE_COUNTERS + 2 * line + 1), 1) == parts - 1:
                 combine(ints, line, stored, count, parts, local, dtype)
 
-    return cfunc(SIGNATURE, cache=cache, error_model="numpy")(second)
+    named = named_apart(second, dtype, fingerprint[:16])
+    return cfunc(SIGNATURE, cache=cache, error_model="numpy")(named)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from numba.np.arrayobj import populate_array
 
@@ -23,6 +24,16 @@ _C0, _C1, _C2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.flo
 _C3, _C4, _C5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
 _ONE, _ZERO, _LEAST, _MOST = np.float32(1), np.float32(0), np.float32(-104), np.float32(88)
 _E5M2_MAX, _E5M2_NORMAL, _E5M2_UNIT = np.float32(57344), np.float32(2.0**-14), np.float32(2.0**16)
+
+
+def named_apart(function: Any, *kinds: Any) -> Any:
+    """Name a function of a closure by its variables, and return it.
+
+    Compiled code is linked by the names of functions and the types of their arguments. Code from the cache on disk may
+    come from several processes, which number functions of one name alike.
+    """
+    function.__qualname__ += "".join(f"_{getattr(kind, '__name__', kind)}" for kind in kinds)
+    return function
 
 
 @intrinsic
@@ -63,6 +74,20 @@ def put(typing: Any, address: Any, value: Any, dtype: Any) -> Any:
         return context.get_dummy_value()
 
     return types.none(types.int64, element, dtype), build
+
+
+@intrinsic
+def prefetch(typing: Any, address: Any) -> Any:
+    """Ask for the cache line at an address."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word, pointer = ir.IntType(32), ir.PointerType(ir.IntType(8))
+        kind = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [builder.inttoptr(args[0], pointer), word(0), word(3), word(1)])  # to read data, into L1
+        return context.get_dummy_value()
+
+    return types.none(types.int64), build
 
 
 @intrinsic

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from .append import page_bound, read_queries
-from .lowlevel import LANES, array, bits_of, bytes_of, exact, fast, keep_apart, widen
+from .lowlevel import LANES, array, bits_of, bytes_of, exact, fast, keep_apart, prefetch, widen
 from .operands import AT, REAL, SIZE
 
 _TINY, _ZERO, _LEAST = np.float32(1e-30), np.float32(0), np.float32(-np.inf)
@@ -145,6 +145,9 @@ def score_pages(ints, reals, line, stored, first, last, local, dtype, index_dtyp
         i = 0
         while i < channels:
             step = 4 if i + 4 <= channels else 1
+            for ahead in range(i + step, min(i + 2 * step, channels)):
+                for offset in range(0, size * LANES, 64):
+                    prefetch(index + size * np.int64(rows_of[ahead]) * LANES + offset)
             for j in range(step):
                 row = np.int64(rows_of[i + j])
                 own = _ZERO

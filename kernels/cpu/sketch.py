@@ -8,7 +8,21 @@ import math
 import numpy as np
 
 from .append import read_queries
-from .lowlevel import LANES, array, bytes_of, digit, exact, fast, keep_apart, load, nearest, put, to_bfloat16, widen
+from .lowlevel import (
+    LANES,
+    array,
+    bytes_of,
+    digit,
+    exact,
+    fast,
+    keep_apart,
+    load,
+    named_apart,
+    nearest,
+    put,
+    to_bfloat16,
+    widen,
+)
 from .operands import AT, REAL, SIZE
 from .pages import capped, fill
 
@@ -156,7 +170,6 @@ def _adder(width):
     digits, mask = 32 // width, np.uint32((1 << width) - 1)
     width = np.uint32(width)
 
-    @fast
     def add(words, weights, sums):
         keep_apart()
         own = array(weights, digits * HEADS, np.float32)
@@ -173,7 +186,7 @@ def _adder(width):
                 a3 += own[d * HEADS + 3] * value
             s0[t], s1[t], s2[t], s3[t] = a0, a1, a2, a3
 
-    return add
+    return fast(named_apart(add, width))
 
 
 _add_1, _add_2, _add_4 = _adder(1), _adder(2), _adder(4)

@@ -224,3 +224,10 @@ def test_other_dtypes_run_on_the_reference_and_say_so() -> None:
 
 def test_bounds_of_8_bits_were_among_the_cases() -> None:
     assert any(case.index_dtype == FLOAT8 for case in CASES)
+
+
+def test_code_of_one_function_with_other_variables_has_other_names() -> None:
+    """Code from several processes is linked by names: one name for two codes would run the wrong one."""
+    from rocketkv.kernels.cpu import sketch
+
+    assert len({add.py_func.__qualname__ for add in (sketch._add_1, sketch._add_2, sketch._add_4)}) == 3
