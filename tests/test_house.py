@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each imports only itself and earlier ones; the command line and the harness import what a command needs when it runs.
 ORDER = (
     *("_version", "budget", "config", "options", "core", "state", "dispatch", "verify", "environment"),
-    *("hf", "eval", "cli"),
+    *("hf", "serve", "eval", "cli"),
 )
-FACES_TRANSFORMERS = {"hf", "cli", "eval"}
+FACES_TRANSFORMERS = {"hf", "serve", "cli", "eval"}
 FILES = sorted(path for top in ("rocketkv", "eval", "kernels") for path in (ROOT / top).rglob("*.py"))
 
 
