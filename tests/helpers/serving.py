@@ -73,3 +73,38 @@ def split_generate(
             **{CACHE_ARGUMENT: cache},
         )
     return list(out[0, len(ids) :].tolist())
+
+
+class Gate:
+    """Holds a model's decode steps, the forwards of one token, once some have passed."""
+
+    def __init__(self, model: Any) -> None:
+        self.held = False
+        self._left = 0
+        self._open = threading.Event()
+        self._open.set()
+        self._hook = model.register_forward_pre_hook(self._wait, with_kwargs=True)
+
+    def _wait(self, module: Any, args: Any, kwargs: Any) -> None:
+        if kwargs["input_ids"].shape[1] == 1:
+            self._left -= 1
+            if self._left < 0:
+                self.held = not self._open.is_set()
+                assert self._open.wait(60), "nobody has opened the gate"
+                self.held = False
+
+    def close(self, after: int = 0) -> None:
+        """Hold the steps after so many."""
+        self._left = after
+        self._open.clear()
+
+    def open(self) -> None:
+        self._open.set()
+
+
+def until(holds: Any, seconds: float = 30) -> None:
+    """Wait until a function returns something true."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
