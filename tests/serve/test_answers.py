@@ -81,7 +81,7 @@ def test_a_conversation_of_twenty_turns(client: openai.OpenAI, reference: Any) -
         text, found, usage = ask(client, messages)
         opening = said if number == 0 else f"{said}<|im_end|>\n<|im_start|>user\n"
         turn.append(ids(f"{opening}{question}<|im_end|>\n<|im_start|>assistant\n"))
-        # A copy answers; the cache itself goes on to the end of the prompt, as one that is rolled back after the answer.
+        # A copy answers, and the cache goes on to the prompt's end: as if rolled back after the answer.
         assert found == split_generate(reference, turn, NEW, copy.deepcopy(cache), before)
         split_generate(reference, turn, 1, cache, before)
         assert usage["read_tokens"] == sum(map(len, turn))
@@ -136,7 +136,7 @@ def test_a_stream_begins_before_the_answer_ends(served: tuple[openai.OpenAI, Gat
     question: Any = [{"role": "user", "content": "How many doors?"}]
     whole, _, _ = ask(client, question, 40)
     gate.close(after=12)  # enough for a whole character
-    texts, usage = [], []
+    texts, usage, reasons = [], [], []
     options: Any = {"include_usage": True, "continuous_usage_stats": True}
     stream = client.chat.completions.create(
         model=NAME, messages=question, max_tokens=40, temperature=0, stream=True, stream_options=options
@@ -145,7 +145,7 @@ def test_a_stream_begins_before_the_answer_ends(served: tuple[openai.OpenAI, Gat
         gate.open()  # the first text has come while a token waits
         usage += [] if chunk.usage is None else [chunk.usage]
         texts += [choice.delta.content or "" for choice in chunk.choices]
-        reasons = [choice.finish_reason for choice in chunk.choices] or reasons
+        reasons += [choice.finish_reason for choice in chunk.choices if choice.finish_reason]
     assert "".join(texts) == whole
     assert len([text for text in texts if text]) > 5
     assert reasons == ["length"]
