@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from chromium import chromium
 from made_records import made_record, made_sweep
 from made_report import cells, made_arms
 from rocketkv.eval.report import write as report
@@ -210,27 +209,10 @@ def test_plotly_is_the_released_file() -> None:
     assert "MIT License" in PLOTLY.with_name("plotly-basic.LICENSE").read_text(encoding="utf-8")
 
 
-def unavailable(reason: str) -> None:
-    if os.environ.get("CI"):
-        pytest.fail(f"{reason}; CI runs the browser's tests")
-    pytest.skip(reason)
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        unavailable("the package playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = os.environ.get("ROCKETKV_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    if found is None:
-        unavailable("there is no Chromium; set ROCKETKV_CHROMIUM to where it is")
-    with sync_playwright() as playwright:
-        sandbox = [] if not hasattr(os, "geteuid") or os.geteuid() else ["--no-sandbox"]  # which root cannot have
-        started = playwright.chromium.launch(executable_path=found, args=sandbox)
+    with chromium() as started:
         yield started
-        started.close()
 
 
 class Visit:
