@@ -176,9 +176,10 @@ def main() -> int:
     for name, rows in results.items():
         print(f"{name}: {sum(each['equal'] for each in rows)} of {len(rows)} answers equal")
         for each in rows:
+            prompt = each["read_tokens"] + each["prefix_tokens"]
             print(
-                f"  read {each['read_tokens']:5d} of {each['read_tokens'] + each['prefix_tokens']:5d} tokens, first text "
-                f"after {each['first_text_seconds']:.2f} s, {each['seconds']:.2f} s in all, cache "
+                f"  read {each['read_tokens']:5d} of {prompt:5d} tokens, first text after "
+                f"{each['first_text_seconds']:.2f} s, {each['seconds']:.2f} s in all, cache "
                 f"{each['cache_bytes'] / each['full_cache_bytes']:.2f} of full"
             )
     return 0 if all(each["equal"] for rows in results.values() for each in rows) else 1
