@@ -158,7 +158,7 @@ def main() -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     model, tokenizer = load_model(SMOLLM2)
     handle = rocketkv.patch(model, method=args.method, token_budget=args.budget)
-    app = build(model, tokenizer, handle.config, ServerSettings(name=NAME))
+    app = build(model, tokenizer, handle.config, ServerSettings(name=NAME, seconds=7200))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -166,7 +166,9 @@ def main() -> int:
         time.sleep(0.05)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600) as client:
+        with openai.OpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=7200, max_retries=0
+        ) as client:
             results = measure(client, model, tokenizer, args)
     finally:
         server.should_exit = True

@@ -44,9 +44,9 @@ class AnswerText:
         if self.stopped:
             return ""
         text = self._until_stop(self._new_text())
-        held, self._held = self._held, ""
+        held, self._held = self._held, ""  # nothing behind a stop text
         self._first = self._next = len(self._tokens)
-        return text if self.stopped else text + held
+        return text + held
 
     def _new_text(self) -> str:
         before, both = (self._decoded(self._tokens[self._first : end]) for end in (self._next, len(self._tokens)))
