@@ -16,7 +16,7 @@ import pytest
 from chromium import chromium
 from serving import FIELDS, NAME, TEXT, Gate, model, serving, tokenizer
 
-pytestmark = [pytest.mark.integration, pytest.mark.browser]
+pytestmark = pytest.mark.browser
 
 PICTURES = os.environ.get("ROCKETKV_SCREENSHOTS")
 HOSTILE = "</textarea><img src=x onerror=window.hit=1><script>window.hit=1</script>"

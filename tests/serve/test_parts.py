@@ -73,7 +73,7 @@ def text_part(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def test_a_conversation_is_cut_before_texts_but_not_behind_answers() -> None:
+def test_a_conversation_is_cut_before_texts_but_not_after_answers() -> None:
     messages = [
         {"role": "system", "content": "S"},
         {"role": "user", "content": "D"},

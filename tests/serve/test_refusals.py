@@ -21,8 +21,6 @@ import pytest
 from rocketkv.hf.cache import RocketKVCache
 from serving import NAME, TEXT, Gate, model, serving, tokenizer, until
 
-pytestmark = pytest.mark.integration
-
 KEY = "a key of some length"
 CHAT, TEXTS = "/v1/chat/completions", "/v1/completions"
 GOOD: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": "How many?"}], "max_tokens": 2}
