@@ -72,7 +72,9 @@ class Reference:
 
 def asked(client: openai.OpenAI, messages: Any, count: int) -> dict[str, Any]:
     """Return the text and the token ids of a streamed answer, its usage, and the seconds to its first text."""
-    begun, first, text, ids, usage = time.perf_counter(), None, "", [], {}
+    begun, first, text = time.perf_counter(), None, ""
+    ids: list[int] = []
+    usage: dict[str, Any] = {}
     stream = client.chat.completions.create(
         model=NAME,
         messages=messages,

@@ -159,7 +159,7 @@ async def _answer(api: Api, request: ChatRequest | CompletionRequest, http: Requ
         if first is not None and streamed:
             return _Stream(api.engine, job, _lines(form, request, first, client))
         pieces = []
-        event = first
+        event: Event | None = first
         while isinstance(event, Piece):
             pieces.append(event.text)
             event = await client.next()

@@ -81,7 +81,7 @@ class Prefixes:
 
     def _use(self, key: bytes, tree: Tree) -> None:
         for each in (key, tree.key):
-            if each in self._entries:
+            if each is not None and each in self._entries:
                 self._entries.move_to_end(each)
 
     def trim(self) -> int:
