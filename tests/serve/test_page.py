@@ -48,7 +48,7 @@ class Visit:
 
     def __init__(self, browser: Any, url: str, width: int, height: int = 800) -> None:
         self.page = browser.new_page(viewport={"width": width, "height": height})
-        self.page.set_default_timeout(60_000)
+        self.page.set_default_timeout(60_000 if PICTURES is None else 1_800_000)
         self.said: list[str] = []
         self.asked: list[str] = []
         self.page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
@@ -76,7 +76,7 @@ def document() -> str:
         return f"{HOSTILE} {TEXT}"
     from rocketkv.eval.tasks.text import prose
 
-    return f"{prose(3, 120)} {NUMBER}{prose(4, 120)}"
+    return f"{prose(3, 80)} {NUMBER}{prose(4, 80)}"
 
 
 def test_a_document_is_asked_twice(browser: Any, served: tuple[str, Gate]) -> None:
