@@ -7,5 +7,5 @@ text=${2:-README.md}
 contexts=${CONTEXTS:-contexts}
 
 mkdir -p "$contexts"
-rocketkv compress "$text" --model "$model" --method rocketkv+ --budget 512 -o "$contexts/document.safetensors"
-exec rocketkv serve --model "$model" --method rocketkv+ --budget 512 --contexts "$contexts" --port "${PORT:-8000}"
+rocketkv compress "$text" --model "$model" --method rocketkv-mt+ --budget 512 -o "$contexts/document.safetensors"
+exec rocketkv serve --model "$model" --method rocketkv-mt+ --budget 512 --contexts "$contexts" --port "${PORT:-8000}"

@@ -116,7 +116,7 @@ def test_the_commands_of_a_server_are_those_of_the_command_line(tmp_path: Path) 
         parser = argparse.ArgumentParser()
         command.add_arguments(parser)
         given = parser.parse_args(line.split()[1:])
-        assert (given.model, given.method, given.budget) == ("MODEL", "rocketkv+", 512)
+        assert (given.model, given.method, given.budget) == ("MODEL", "rocketkv-mt+", 512)
 
 
 @pytest.mark.parametrize("example", ["generate", "manual_loop"])

@@ -37,7 +37,7 @@ def served() -> Iterator[tuple[str, Gate]]:
         from rocketkv.hf.loading import load_smollm2
 
         made, names = load_smollm2()
-        fields = {"method": "rocketkv+", "token_budget": 256}
+        fields = {"method": "rocketkv+", "token_budget": 128}
     gate = Gate(made)
     with serving(made, names, fields, output_tokens=24, name=NAME if PICTURES is None else "SmolLM2-135M") as url:
         yield url, gate
