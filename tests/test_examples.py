@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rocketkv.cli import compress, serve
+from serving import model, serving, tokenizer
 from tiny import COMMON, sharpened
 
 pytestmark = pytest.mark.integration
@@ -84,7 +88,35 @@ def stats_of(printed: str) -> list[tuple[int, int]]:
 
 
 def test_every_example_is_run() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(NAMES)
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NAMES, "serve_client"}
+    assert [path.name for path in EXAMPLES.glob("*.sh")] == ["serve.sh"]
+
+
+def test_a_client_asks_a_server(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(model(), tokenizer()) as url:
+        options = ["--url", f"{url}/v1", "--file", str(folder / "text.txt"), "--new-tokens", "8"]
+        monkeypatch.setattr(sys, "argv", ["serve_client.py", *options])
+        runpy.run_path(str(EXAMPLES / "serve_client.py"), run_name="__main__")
+    read = re.findall(r"\[(\d+) tokens read, (\d+) not read again; first token after", capsys.readouterr().out)
+    prompt = len((folder / "text.txt").read_text(encoding="utf-8"))
+    assert [int(new) > prompt for new, _ in read] == [True, False, False]
+    assert [int(again) > prompt for _, again in read] == [False, True, True]
+
+
+def test_the_commands_of_a_server_are_those_of_the_command_line(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    stub = tmp_path / "rocketkv"
+    stub.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {said}\n', encoding="utf-8")
+    stub.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CONTEXTS": str(tmp_path / "contexts")}
+    subprocess.run(["sh", EXAMPLES / "serve.sh", "MODEL", "TEXT"], env=environment, check=True)
+    for line, command in zip(said.read_text(encoding="utf-8").splitlines(), (compress, serve), strict=True):
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        given = parser.parse_args(line.split()[1:])
+        assert (given.model, given.method, given.budget) == ("MODEL", "rocketkv-mt+", 512)
 
 
 @pytest.mark.parametrize("example", ["generate", "manual_loop"])

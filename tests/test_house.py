@@ -24,9 +24,9 @@ ORDER = (
         "verify",
         "environment",
     ),
-    *("vllm", "hf", "eval", "cli"),
+    *("vllm", "hf", "serve", "eval", "cli"),
 )
-FACES_TRANSFORMERS = {"hf", "cli", "eval"}
+FACES_TRANSFORMERS = {"hf", "serve", "cli", "eval"}
 FILES = sorted(path for top in ("rocketkv", "eval", "kernels") for path in (ROOT / top).rglob("*.py"))
 
 

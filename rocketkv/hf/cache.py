@@ -4,6 +4,7 @@ Letters: B batch, H query heads, Hkv KV heads, D head dim, n tokens of a forward
 """
 
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..state.monitor import Monitor
 from ..state.snapshot import object_state, set_object_state
 from ..state.stats import CacheStats, LayerStats, live_bytes
 from .chat import ChatMarks, row_marks
-from .layer import RocketKVLayer, rocketkv_layers
+from .layer import LayerSnapshot, RocketKVLayer, rocketkv_layers
 from .masks import LazyMask
 from .turns import check_prompt_length
 
@@ -37,6 +38,20 @@ class Snapshot:
     cache: "weakref.ref[RocketKVCache]"
     life: object
     layers: tuple[tuple[Any, Any], ...]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Iterate over the tensors that the snapshot keeps alive; some may share a storage."""
+        for _, state in self.layers:
+            yield from state.tensors() if isinstance(state, LayerSnapshot) else _tensors_in(state)
+
+
+def _tensors_in(state: dict[str, Any]) -> Iterator[Tensor]:
+    """Iterate over the tensors in the state of a stock layer."""
+    for value in state.values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from _tensors_in(value)
 
 
 class RocketKVCache(DynamicCache):

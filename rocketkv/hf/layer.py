@@ -7,7 +7,7 @@ Letters: B batch, H query heads, Hkv KV heads, D head dim, n tokens of a forward
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,6 +53,17 @@ class LayerSnapshot:
     store: StoreSnapshot
     history: HistorySnapshot | None
     fields: dict[str, Any]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Iterate over the tensors that the snapshot keeps alive."""
+        yield from self.store.tensors.values()
+        yield from self.store.copies.values()
+        yield from (part for _, part in self.store.saved.values())
+        if self.history is not None:
+            yield from self.history.tensors.values()
+        step = self.fields["step"]
+        if step is not None:
+            yield step.out
 
 
 def layer_of(key: Tensor) -> "RocketKVLayer | None":

@@ -91,7 +91,7 @@ def render(
     if not chat:
         return Prompt(context, question + answer_prefix, special=True)
     talk = [{"role": "user", "content": context + _MARK + question}]
-    head, tail = _chat(tokenizer, talk, options.arguments).split(_MARK)
+    head, tail = chat_text(tokenizer, talk, options.arguments).split(_MARK)
     return Prompt(head, _begun(tokenizer, tail, answer_prefix, options), special=False)
 
 
@@ -120,7 +120,7 @@ def follow_up(
         {"role": "assistant", "content": f"a{_MARK}"},
         {"role": "user", "content": question},
     ]
-    return _begun(tokenizer, _chat(tokenizer, talk, options.arguments).split(_MARK)[1], answer_prefix, options)
+    return _begun(tokenizer, chat_text(tokenizer, talk, options.arguments).split(_MARK)[1], answer_prefix, options)
 
 
 def check_chat_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> None:
@@ -149,7 +149,21 @@ def _begun(tokenizer: PreTrainedTokenizerBase, text: str, answer_prefix: str, op
     return text if options.thinking else tags.closed(text) + answer_prefix
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, talk: list[dict[str, str]], arguments: Mapping[str, Any]) -> str:
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase,
+    talk: list[dict[str, str]],
+    arguments: Mapping[str, Any] = PLAIN.arguments,
+) -> str:
+    """Return messages in the model's chat template, up to where the next answer begins; its date is `DAY`.
+
+    Args:
+        tokenizer: the model's.
+        talk: messages, with `role` and `content`.
+        arguments: variables of the template.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template; evaluate without one (--no-chat)")
     settings: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "date_string": f"{DAY:%d %b %Y}"}
