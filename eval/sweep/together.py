@@ -88,7 +88,7 @@ def follow(session: Session, ranks: Ranks) -> None:
                 result: Any = run_whole(session, order.cell)
             else:
                 shared = None if prefills is None else prefills[1]
-                result = answer_item(session, order.cell, order.item, method_of(order.cell), shared)
+                result = answer_item(session, order.cell, order.item, method_of(session, order.cell), shared)
         except Exception as error:  # noqa: BLE001  # rank 0 raises it
             result = _failure(error)
         ranks.gathered(result)

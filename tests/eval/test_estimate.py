@@ -99,7 +99,7 @@ def test_a_prompt_counts_once_for_the_methods_that_share_it(
 
 def test_a_probe_runs_every_method(folder: Path, tmp_path: Path) -> None:
     session = make_session(folder, tmp_path)
-    methods = {arm_key(cell): method_of(cell) for cell in made_cells(folder, tasks=("sized",))}
+    methods = {arm_key(cell): method_of(session, cell) for cell in made_cells(folder, tasks=("sized",))}
 
     class Broken:
         name, token_budget = "broken", 8
