@@ -89,7 +89,7 @@ def stats_of(printed: str) -> list[tuple[int, int]]:
 
 def test_every_example_is_run() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NAMES, "serve_client"}
-    assert [path.name for path in EXAMPLES.glob("*.sh")] == ["serve.sh"]
+    assert {path.name for path in EXAMPLES.glob("*.sh")} == {"serve.sh", "vllm_serve.sh"}
 
 
 def test_a_client_asks_a_server(

@@ -27,5 +27,7 @@ def test_growing_and_static_steps_pass_through_the_same_files(decode_walks: dict
 
 def test_imports_are_shallow_and_have_no_cycle() -> None:
     imports = module_imports()
-    assert len(longest_chain(imports)) <= 13
+    library = {name: found for name, found in imports.items() if not name.startswith("serve.")}
+    assert len(longest_chain(library)) <= 13
+    assert len(longest_chain(imports)) <= 19  # the server stands on the library
     assert len(longest_chain(package_imports(imports))) <= 7
