@@ -45,7 +45,7 @@ def verify_step(
         value: [B, Hkv, n, Dv].
         store: the layer's store, its prompt closed.
         params: the model's attention parameters.
-        backend: see `rocketkv.dispatch.backend_name`.
+        backend: see `rocketkv.backend.backend_name`.
         workspaces: shared by the layers of a cache.
         make_room: called before tokens are appended, to make room for at least one where static buffers are full; or
             None.

@@ -46,7 +46,7 @@ def attend_causally(
         starts: each row's first token if all padding lies before it; else None.
         window: keys that a query sees, itself included, or None for all.
         dropout: probability of dropping a weight, in training.
-        backend: see `dispatch.backend_name`.
+        backend: see `rocketkv.backend.backend_name`.
         workspaces: shared by the layers of a cache.
 
     Returns:
@@ -84,7 +84,7 @@ def attend_prompt(
         mask: the model's mask, or None for a causal one.
         fast: the model's own attention for plain causal prompts.
         params: the model's attention parameters.
-        backend: see `dispatch.backend_name`.
+        backend: see `rocketkv.backend.backend_name`.
         workspaces: shared by the layers of a cache.
 
     Returns:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
-from rocketkv import dispatch
+from rocketkv import backend, dispatch
 from rocketkv.core import causal
 from rocketkv.core.params import AttentionParams
 from rocketkv.hf import prefill as hf_prefill
@@ -69,7 +69,7 @@ def grids(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         monkeypatch.setattr(module, "fused", fused)
     monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
     monkeypatch.setattr(prefill, "prefill_kernel", Kernel())
-    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    monkeypatch.setenv(backend.VARIABLE, "triton")
     return noted
 
 
@@ -183,7 +183,7 @@ def test_a_turn_after_uneven_rows_is_one_launch(grids: list[tuple[int, ...]]) ->
 
 
 def test_backend_torch_reaches_no_kernel(grids: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(dispatch.VARIABLE, "torch")
+    monkeypatch.setenv(backend.VARIABLE, "torch")
     query, key, value = tensors(LLAMA, 1, 16, 32)
     assert dispatch.prefill_attention(query, key, value, AttentionParams(0.1)) is None
     assert not grids
