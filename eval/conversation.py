@@ -159,11 +159,14 @@ def answer_sample(
             before = len(loop.seconds)
             choose = Sampler(sampling, prompts[-1], [seed, sample.id, number]) if sampling else None
             points: list[tuple[int, int]] = []
-            tokens = watched(loop, limit + thinking_tokens, points, ends, choose)
+            served = isinstance(loop, ServedLoop)  # its cache is elsewhere
+            most = limit + thinking_tokens
+            tokens = loop.greedy(most, ends, choose) if served else watched(loop, most, points, ends, choose)
             inside = tags is not None and chat and tags.left_open(rendered[number].tail)
             limits = {"limit": limit, "thinking_limit": thinking_tokens}
             written.append(read_answer(tokens, tokenizer, tags, inside=inside, **limits))
-            points.append((written[-1].tokens, cache_stats(loop.cache).total_bytes))
+            if not served:
+                points.append((written[-1].tokens, cache_stats(loop.cache).total_bytes))
             traces.append(Trace(tokens=written[-1].tokens, cut=written[-1].cut, kv_bytes=tuple(points)))
             steps += loop.seconds[before:]
             longest_answer = max(

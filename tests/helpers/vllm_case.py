@@ -70,7 +70,8 @@ class Engine:
 
     @property
     def manager(self) -> Any:
-        return self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        return next(manager for manager in managers if hasattr(manager, "free_rows"))
 
     @property
     def free_blocks(self) -> int:
