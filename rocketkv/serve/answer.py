@@ -1,5 +1,6 @@
 """Parts that `generate` calls while it answers: after the prompt, and after each token."""
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -72,7 +73,8 @@ class Writer(StoppingCriteria):
         self._cache = cache
         self._ends = frozenset(ends)
         self._text = AnswerText(tokenizer, job.stops)
-        self._began = self._reported = began
+        self._began = began
+        self._reported = -math.inf
         self._missed = 0.0
         self._estimates = 0
 
@@ -127,7 +129,7 @@ class Writer(StoppingCriteria):
 
     def _report(self) -> dict[str, Any] | None:
         now = time.monotonic()
-        if not self._job.continuous or (now - self._reported < _USAGE_SECONDS and len(self.tokens) > 1):
+        if not self._job.continuous or now - self._reported < _USAGE_SECONDS:
             return None
         self._reported = now
         self._job.usage.count(cache_stats(self._cache))

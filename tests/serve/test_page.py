@@ -20,7 +20,6 @@ pytestmark = pytest.mark.browser
 
 PICTURES = os.environ.get("ROCKETKV_SCREENSHOTS")
 HOSTILE = "</textarea><img src=x onerror=window.hit=1><script>window.hit=1</script>"
-NUMBER = "The keeper of the lighthouse wrote the number 4817 into his book. "
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +75,17 @@ def document() -> str:
         return f"{HOSTILE} {TEXT}"
     from rocketkv.eval.tasks.text import prose
 
-    return f"{prose(3, 80)} {NUMBER}{prose(4, 80)}"
+    return f"{prose(3, 80)} {prose(4, 80)}"
 
 
 def test_a_document_is_asked_twice(browser: Any, served: tuple[str, Gate]) -> None:
     visit = Visit(browser, served[0], 1280)
     visit.page.locator("#text").fill(document())
-    visit.ask("Which number did the keeper of the lighthouse write?")
+    visit.ask("What is this text about?")
     assert visit.figure("reused") == "0.0 %"
     assert 0 < float(visit.figure("saved").split()[0]) < 100
     assert visit.page.locator("#source").is_disabled()
-    visit.ask("What did he write it into?")
+    visit.ask("Say it in five words.")
     assert float(visit.figure("reused").split()[0]) > 80
     assert re.fullmatch(r"\d+ of \d+ tokens", visit.figure("tokens"))
     assert re.fullmatch(r"[\d.]+ %", visit.figure("missed"))
@@ -107,7 +106,7 @@ def test_page_fits_a_phone(browser: Any, served: tuple[str, Gate]) -> None:
     visit = Visit(browser, served[0], 360, 740)
     assert visit.page.evaluate("document.documentElement.scrollWidth") == 360
     visit.page.locator("#text").fill(document())
-    visit.ask(f"Which number did the keeper of the lighthouse write? {HOSTILE if PICTURES is None else ''}")
+    visit.ask(f"Which places does it name? {HOSTILE if PICTURES is None else ''}".strip())
     assert visit.page.evaluate("document.documentElement.scrollWidth") == 360
     small = """[...document.querySelectorAll('button, select, #question')].filter(
         each => each.offsetHeight && each.getBoundingClientRect().height < 36).length"""

@@ -216,7 +216,7 @@ def test_a_client_that_leaves_frees_its_memory(stream: bool) -> None:
         time.sleep(0.3)  # the server looks whether its client is there
         gate.open()
         until(lambda: figures(client).get('rocketkv_requests_total{outcome="cancelled"}') == 1)
-        assert figures(client)["rocketkv_running_requests"] == 0
+        until(lambda: figures(client)["rocketkv_running_requests"] == 0)
         assert figures(client)["rocketkv_prefix_bytes"] == 0
         until(lambda: living_caches() == before)
 
@@ -276,7 +276,7 @@ def test_sigterm_ends_the_command(tmp_path: Path) -> None:
             if "running on" in line:
                 break
         url = said[-1].split("running on ")[1].split()[0]
-        request = {**GOOD, "max_tokens": 2000, "stream": True}
+        request = {**GOOD, "max_tokens": 400, "stream": True}
         with httpx.Client(base_url=url, timeout=60) as client, client.stream("POST", CHAT, json=request) as answer:
             assert next(answer.iter_lines()).startswith("data: ")
             process.send_signal(signal.SIGTERM)
