@@ -113,16 +113,18 @@ def _head_scores(
     real = None if valid is None else valid[:, min(number, valid.shape[1] - 1)]
     if real is not None:
         logits.masked_fill_(~real[:, None], -torch.inf)
-    weight = torch.ones(len(key), group * window, device=key.device)
+    peak, sinks = logits.amax(-1), None
     if params.sinks is not None:
-        # A sink takes its share of the softmax's sum.
         sinks = params.sinks.float().view(-1, group)[number].repeat_interleave(window)
-        weight = torch.sigmoid(logits.logsumexp(-1) - sinks)
+        peak = torch.maximum(peak, sinks)
+    anchor = torch.where(peak == -torch.inf, 0.0, peak)  # as in blocks
+    weights = logits.sub_(anchor[..., None]).exp_()
+    mass = weights.sum(-1)
+    if sinks is not None:
+        mass = mass + torch.exp(sinks - anchor)
+    weight = torch.where(mass > 0, 1.0 / mass, 0.0)
     if real is not None:
         weight = weight * real[:, -window:].repeat(1, group)
-    weights = logits.softmax(-1)
-    if real is not None:
-        weights = weights.nan_to_num_(nan=0.0)  # a row of only padding has no softmax
     return torch.bmm(weight[:, None], weights)[:, 0, : size - window]
 
 
