@@ -121,13 +121,13 @@ def test_verify_steps_give_plain_tokens_and_evict_nothing(
             rocketkv.patch(assistant, **SMALL)
         expected, expected_logits, plain = greedy(model, REPEATING, 24)
         evictions = []
-        close_prompt = layer_module.close_prompt
+        close_prompt = layer_module.close_prompt_by
 
         def counted(store: KVStore, *args: Any, **kwargs: Any) -> None:
             evictions.append(store)
             close_prompt(store, *args, **kwargs)
 
-        monkeypatch.setattr(layer_module, "close_prompt", counted)
+        monkeypatch.setattr(layer_module, "close_prompt_by", counted)
         forwards: list[int] = []
         model.model.register_forward_pre_hook(
             lambda module, args, kwargs: forwards.append(kwargs["input_ids"].shape[1]), with_kwargs=True
