@@ -35,7 +35,7 @@ TIMEOUT = 3600  # seconds for one answer
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """What a server runs, as a method of the harness.
+    """The method that a server runs, as a method of the harness.
 
     Attributes:
         name: the method's name in records; the server decides what it is.

@@ -1,4 +1,4 @@
-"""How long an answer gets, and how the cache grows meanwhile."""
+"""Length of an answer, and bytes of the cache over its tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What compressing a document before the question costs: query-agnostic beside query-aware.
+"""Cost of compressing a document before the question: query-agnostic beside query-aware.
 
 A document with facts (numbers) is asked for each of them. Query-aware, document and question are one prompt, and
 compressed together. Query-agnostic, the document is read and compressed alone, as a server or a file keeps it; each

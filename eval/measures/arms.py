@@ -1,4 +1,4 @@
-"""What `latency` measures: the methods of a sweep, and two baselines that other tasks have no use for.
+"""Arms of `latency`: the methods of a sweep, and two baselines that other tasks have no use for.
 
 - `full`: the stock model and transformers' own cache;
 - `dense`: a preallocated cache and the fastest attention of the device (`dense.py`);

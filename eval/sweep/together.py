@@ -1,4 +1,4 @@
-"""What a cell runs on the model: by this process alone, or by all among which the model is divided."""
+"""Run a cell on the model: by this process alone, or by all processes among which the model is divided."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .work import Question, answer_item
 
 
 class _Order(NamedTuple):
-    """What all ranks run: a cell's answer to a sample, or the whole cell (`item` is None)."""
+    """An order to all ranks: a cell's answer to a sample, or the whole cell (`item` is None)."""
 
     cell: CellDict
     item: Question | Window | None

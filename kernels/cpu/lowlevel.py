@@ -1,4 +1,4 @@
-"""What Numba lacks on a CPU: memory by address, atomic counters, 16-bit and 8-bit floats, and an exponential.
+"""Intrinsics that Numba lacks: memory by address, atomic counters, 16-bit and 8-bit floats, and an exponential.
 
 Keys of bfloat16 are read as uint16, of float16 as int16, and bounds of float8_e5m2 as uint8: the type of an element
 tells `widen` what its bits mean.

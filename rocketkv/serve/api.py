@@ -27,7 +27,7 @@ _GONE = 499  # nobody reads this status: the client is gone
 
 @dataclass(frozen=True)
 class Api:
-    """What the routes use.
+    """Objects that the routes use.
 
     Attributes:
         engine: answers jobs.

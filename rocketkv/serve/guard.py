@@ -1,4 +1,4 @@
-"""What stands before the application: host names, the API key, and limits on a request's body."""
+"""Middleware before the application: host names, the API key, and limits on a request's body."""
 
 import asyncio
 import hashlib

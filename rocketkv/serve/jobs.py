@@ -1,4 +1,4 @@
-"""What the worker does for a request, and what it reports while it does it."""
+"""A request's work on the worker thread, and the events that it reports meanwhile."""
 
 import threading
 import time
@@ -97,7 +97,7 @@ class Limits:
 
 @dataclass(kw_only=True)
 class Usage:
-    """What an answer has used so far.
+    """Tokens and bytes that an answer has used so far.
 
     Attributes:
         prompt_tokens: tokens of the prompt, the context's included.

@@ -47,7 +47,7 @@ class Message(Strict):
 
 
 class StreamOptions(Strict):
-    """What a stream contains in addition to the text.
+    """Parts of a stream in addition to the text.
 
     Attributes:
         include_usage: a last chunk with the usage.

@@ -36,7 +36,7 @@ from .steps import flat_tokens, prompts_of, step_rows
 
 logger = init_logger(__name__)
 
-# What the names of this module stand for without settings. With settings, the backends of MLA are refused.
+# Without settings, these names stand for vLLM's own classes. With settings, the backends of MLA are refused.
 _PARENTS = {
     "CPU": "cpu_attn.CPUAttentionBackend",
     "CPU_MLA": "mla.cpu_mla.CPUMLABackend",
@@ -69,7 +69,7 @@ class RocketKVMetadata:
 
 
 class EngineFacts(NamedTuple):
-    """What the backend of an engine depends on.
+    """Facts of an engine that its backend depends on.
 
     Attributes:
         settings: the plugin's settings.

@@ -1,4 +1,4 @@
-"""What a step does with each request: read a chunk of its prompt, or decode a token from its row of the slab.
+"""Plan of a step for each request: read a chunk of its prompt, or decode a token from its row of the slab.
 
 Model runner V1 reports no identity of a request. Its row and its prompt's end are read from the marker in the block
 table (`spec`). Until there is one, a prompt is known by the block of its last token, which no other request writes.
@@ -109,7 +109,7 @@ class Closing(NamedTuple):
 
 @dataclass(eq=False)
 class StepPlan:
-    """What a step does.
+    """Plan of a step.
 
     Attributes:
         chunks: chunks of prompts.

@@ -1,4 +1,4 @@
-"""What the plugin cannot serve, refused by name before the engine starts."""
+"""Refuse by name, before the engine starts, models and settings that the plugin cannot serve."""
 
 from typing import Any
 

@@ -203,7 +203,7 @@ def recompiled(target_name: str) -> dict[str, list[str]]:
         known.add((fn.name, key))
         return True  # no need to compile
 
-    # What Triton calls before it compiles; its place has changed.
+    # Triton calls this before it compiles; its place has changed.
     owner: Any = JITFunction
     hook = "cache_hook"
     if not hasattr(owner, hook):
