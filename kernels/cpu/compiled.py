@@ -34,13 +34,14 @@ def _fingerprint() -> str:
     return digest.hexdigest()
 
 
+@functools.cache  # one line, however many entries there are
+def _announce() -> None:
+    sys.stderr.write("rocketkv: compiling the decode step for this CPU, once\n")
+
+
 def _compiled(make: Callable[..., Any], *kinds: Any) -> Any:
     """Compile an entry, from the cache on disk where a folder can be written."""
-
-    def announce() -> None:
-        sys.stderr.write("rocketkv: compiling the decode step for this CPU, once\n")
-
-    timer = threading.Timer(PATIENCE, announce)
+    timer = threading.Timer(PATIENCE, _announce)
     timer.daemon = True
     timer.start()
     try:
