@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from itertools import product
 from typing import Any
 
 import pytest
@@ -87,20 +88,20 @@ def test_beams_keep_to_their_own_cache(method: str) -> None:
     assert out.sequences_scores.tolist() == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("draft", ["prompt lookup", "assistant", "patched assistant", "early exit"])
+# Where drafts come from does not depend on the method.
 @pytest.mark.parametrize(
-    ("family", "method"),
+    ("family", "method", "draft"),
     [
-        ("llama", "rocketkv"),
-        ("llama", "snapkv"),
-        ("llama", "quest"),
-        ("llama", "streaming"),
-        ("gemma3", "rocketkv"),
-        ("gpt-oss", "rocketkv"),
+        *product(
+            ["llama", "gemma3", "gpt-oss"],
+            ["rocketkv"],
+            ["prompt lookup", "assistant", "patched assistant", "early exit"],
+        ),
+        *product(["llama"], ["snapkv", "quest", "streaming"], ["prompt lookup", "patched assistant"]),
     ],
 )
 def test_verify_steps_give_plain_tokens_and_evict_nothing(
-    draft: str, family: str, method: str, monkeypatch: pytest.MonkeyPatch
+    family: str, method: str, draft: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if draft == "early exit" and family != "llama":
         family = "gemma2"  # transformers itself fails with the others

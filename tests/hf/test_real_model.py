@@ -138,8 +138,8 @@ def test_chat_pipeline(smollm2: Any) -> None:
         assert answer() == expected
 
 
-# Needles spread over depths; all twenty are asked for by `make evidence`.
-ASKED = (0, 8, 18)
+# Needles at the beginning and in the middle; all twenty are asked for by `make evidence`.
+ASKED = (0, 8)  # neither within the window of the last 512 tokens
 TAIL = 64  # tokens of a prompt that every arm reads for itself: more than the observation window
 
 
@@ -190,7 +190,7 @@ def test_rocketkv_loses_none(right: dict[str, list[bool]]) -> None:
 
 
 def test_a_window_alone_does_not_find_them(right: dict[str, list[bool]]) -> None:
-    assert not any(right["streaming 512"][:-1])  # the last lies within the window
+    assert not any(right["streaming 512"])
 
 
 RULES = """1. Begin every answer with the word Certainly.
@@ -198,12 +198,12 @@ RULES = """1. Begin every answer with the word Certainly.
 3. Never mention the weather.
 4. Keep every answer under forty words.
 5. End every answer with the word Regards."""
-TEXT_TOKENS, NEW_TOKENS = 4096, 24
+TEXT_TOKENS, NEW_TOKENS = 2048, 24
 FIELDS: dict[str, Any] = {"token_budget": 256}
 
 
 def ruled_conversation(tokenizer: Any) -> Tensor:
-    """Return [1, n] ids: five rules, some 4K tokens of other text, and a question."""
+    """Return [1, n] ids: five rules, some 2K tokens of other text, and a question."""
     ids = tokenizer(prose(3, TEXT_TOKENS // 8), verbose=False).input_ids
     while len(ids) < TEXT_TOKENS:
         ids += tokenizer(prose(len(ids), TEXT_TOKENS // 8), verbose=False).input_ids

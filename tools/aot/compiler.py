@@ -102,7 +102,8 @@ def _measured(compiled: Any, target: Target, sites: dict[tuple[str, int], tuple[
             path = Path(folder) / "kernel.cubin"
             path.write_bytes(compiled.asm["cubin"])
             usage = _output(_tool("cuobjdump"), "--dump-resource-usage", str(path))
-            text = _output(_tool("nvdisasm"), "-g", "-c", str(path))
+            # The text is the same without its analysis of data flow (-ndf).
+            text = _output(_tool("nvdisasm"), "-ndf", "-g", "-c", str(path))
         accesses = list(nvidia_accesses(text))
         registers = re.search(r"\bREG:(\d+)", usage)
         buffers, in_flight = pipeline(compiled.asm["ttgir"], pointers)

@@ -34,13 +34,24 @@ def kernel_trees() -> dict[str, ast.Module]:
     }
 
 
+@functools.cache
+def _loads() -> list[tuple[str, ast.Call]]:
+    """Return every call of `tl.load` in the kernels' files, with its file's name."""
+    return [
+        (name, node)
+        for name, tree in kernel_trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and _is_call(node, "load")
+    ]
+
+
+@functools.cache
 def load_sites(kernel: JITFunction[Any]) -> dict[tuple[str, int], tuple[str, bool]]:
     """Return the pointer that each line of the kernels' files loads from, and whether in the kernel's main loop.
 
     The main loop is every loop of the kernel's body with a matrix product, or the whole body where there is none.
     """
-    trees = kernel_trees()
-    functions = [node for tree in trees.values() for node in tree.body if isinstance(node, ast.FunctionDef)]
+    functions = [node for tree in kernel_trees().values() for node in tree.body if isinstance(node, ast.FunctionDef)]
     body = next(node for node in functions if node.name == kernel.fn.__name__)
     loops = [
         loop
@@ -50,8 +61,6 @@ def load_sites(kernel: JITFunction[Any]) -> dict[tuple[str, int], tuple[str, boo
     inside = {node for loop in loops for node in ast.walk(loop)}
     return {
         (name, line): (_pointer(node.args[0]), node in inside or not loops)
-        for name, tree in trees.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and _is_call(node, "load")
+        for name, node in _loads()
         for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
     }
