@@ -6,7 +6,7 @@ layer of every kind. `EXTRA` lists the few fields that the rule does not find.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
@@ -15,9 +15,24 @@ WORDS = 500  # ids that prompts are made of; special tokens lie above
 HEADS, GROUPED_KV_HEADS = 4, 2
 MOST_LAYERS = 6
 
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "depth")
+LAYER_COUNTS: tuple[str, ...] = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "encoder_layers",
+    "depth",
+)
 LAYER_COUNTS += ("layers", "num_decoder_layers", "num_blocks")
-HEAD_COUNTS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "attention_heads")
+HEAD_COUNTS: tuple[str, ...] = (
+    "num_attention_heads",
+    "n_head",
+    "n_heads",
+    "num_heads",
+    "decoder_attention_heads",
+    "attention_heads",
+)
 HEAD_COUNTS += ("encoder_attention_heads",)
 KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads", "multi_query_group_num")
 WIDTHS = ("hidden_size", "d_model", "n_embd", "dim_model", "emb_dim", "embed_dim")
@@ -194,7 +209,7 @@ def layer_changes(fields: dict[str, Any]) -> dict[str, Any]:
     return changes
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: Any) -> TypeGuard[int]:
     """Return whether a value is a positive integer."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
