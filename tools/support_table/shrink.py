@@ -15,7 +15,7 @@ WORDS = 500  # ids that prompts are made of; special tokens lie above
 HEADS, GROUPED_KV_HEADS = 4, 2
 MOST_LAYERS = 6
 
-LAYER_COUNTS: tuple[str, ...] = (
+LAYER_COUNTS = (
     "num_hidden_layers",
     "n_layer",
     "n_layers",
@@ -23,17 +23,19 @@ LAYER_COUNTS: tuple[str, ...] = (
     "decoder_layers",
     "encoder_layers",
     "depth",
+    "layers",
+    "num_decoder_layers",
+    "num_blocks",
 )
-LAYER_COUNTS += ("layers", "num_decoder_layers", "num_blocks")
-HEAD_COUNTS: tuple[str, ...] = (
+HEAD_COUNTS = (
     "num_attention_heads",
     "n_head",
     "n_heads",
     "num_heads",
     "decoder_attention_heads",
     "attention_heads",
+    "encoder_attention_heads",
 )
-HEAD_COUNTS += ("encoder_attention_heads",)
 KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads", "multi_query_group_num")
 WIDTHS = ("hidden_size", "d_model", "n_embd", "dim_model", "emb_dim", "embed_dim")
 TEXT_WIDTHS = ("out_hidden_size", "text_hidden_size")  # of a vision or audio part: the hidden size of the text part
