@@ -26,7 +26,8 @@ def test_no_class_fails() -> None:
 
 @same_version
 @pytest.mark.parametrize(
-    "model_type", ["llama", "mistral", "gemma2", "ministral", "minimax_m3_vl_text", "dots3_note_text", "git"]
+    "model_type",
+    ["llama", "mistral", "gemma2", "ministral", "minimax_m3_vl_text", "dots3_note_text", "git", "gemma4_assistant"],
 )
 def test_a_row_holds(model_type: str) -> None:
     kind, result, note = ROWS[model_type]
