@@ -113,3 +113,11 @@ def test_the_site_has_every_page_and_every_public_name() -> None:
     assert sorted(listed) == [page.name for page in PAGES]
     api = (DOCS / "api.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^::: rocketkv\.(\w+)$", api, re.MULTILINE)) == sorted(rocketkv.__all__)
+
+
+@pytest.mark.parametrize("method", ["rocketkv", "rocketkv+"])
+def test_the_drawing_of_the_budget_has_the_numbers_of_the_split(method: str) -> None:
+    kept = rocketkv.RocketKVConfig(method=method, token_budget=512).split_for(8192, 64).kept_tokens
+    drawn = (DOCS / "img" / "budget.svg").read_text(encoding="utf-8")
+    row = drawn.split(f">{method}<")[1]
+    assert re.search(r"stores (\d+) \((\d+) %\)", row).groups() == (str(kept), f"{100 * kept / 8192:.0f}")
