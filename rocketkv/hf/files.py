@@ -74,7 +74,7 @@ def save_cache(
         ValueError: a file cannot represent the cache's state, or `ids` are not its tokens; the message says why.
         FileNotFoundError: there is no such folder.
 
-    Example:
+    Examples:
         >>> import rocketkv, torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2))

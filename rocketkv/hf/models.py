@@ -13,7 +13,10 @@ CACHE_ARGUMENT = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
 
 # Reasons, by model type, that the attention interface does not show.
 REFUSED = {
+    "deepseek_v4": "it reads the attention mask as a tensor",
     "doge": "it reads the attention mask as a tensor",
+    "git": "it reads the attention mask as a tensor",
+    "kosmos_2_text_model": "it makes an attention mask of its own",
     "diffllama": "it calls its attention twice for one layer",
     "dory": "it runs its layers in loops, each with a cache of its own",
     "inkling2_loop": "it runs its layers in loops, each with a cache of its own",
@@ -103,10 +106,12 @@ def refuse_unsupported(model: PreTrainedModel, decoder: PreTrainedModel, attenti
     """
     config: Any = decoder.config
     reason = REFUSED.get(config.model_type.removesuffix("_text"))
-    if getattr(config, "kv_lora_rank", None):
+    if config.__dict__.get("kv_lora_rank"):  # configurations that differ by layer refuse to be asked
         reason = "its cache holds latents (multi-head latent attention), not keys and values"
     elif getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None):
         reason = "its layers share keys and values"
+    elif any(getattr(module, "indexer", None) is not None for module in attentions):
+        reason = "an indexer of its own chooses the tokens that its attention reads"
     elif not decoder._can_set_attn_implementation():
         reason = "it does not use transformers' attention interface"
     else:

@@ -180,7 +180,7 @@ def patch(
             says why.
         FileNotFoundError: there is no such file.
 
-    Example:
+    Examples:
         >>> import rocketkv, torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> _ = torch.manual_seed(0)

@@ -165,7 +165,7 @@ def plan(
         TypeError: a count is not an integer.
         ValueError: a count or name is impossible, or the model cannot be compressed; the message says why.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig
         >>> config = LlamaConfig(num_hidden_layers=2, num_key_value_heads=8, max_position_embeddings=131072)
         >>> made = plan(config, context=32768, token_budget=512)

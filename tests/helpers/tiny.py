@@ -75,7 +75,8 @@ def config(name: str, **fields: Any) -> PretrainedConfig:
     """Return the configuration of a family's tiny model, with some fields of one's own."""
     stem, own = FAMILIES[name]
     kind = getattr(transformers, f"{stem}TextConfig" if stem == "Gemma3" else f"{stem}Config")
-    return kind(**{**COMMON, **own, **fields})
+    made: PretrainedConfig = kind(**{**COMMON, **own, **fields})
+    return made
 
 
 def build(name: str = "llama", *, seed: int = 0, **fields: Any) -> PreTrainedModel:
@@ -88,7 +89,7 @@ def sharpened(kind: Any, made: PretrainedConfig, seed: int = 0) -> PreTrainedMod
     """Build a model whose weights keep activations at about 1: at the usual 0.02 attention would decide nothing."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = kind(made).eval()
+        model: PreTrainedModel = kind(made).eval()
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -145,7 +146,7 @@ def hand_written(
     """Generate greedily in a loop of one's own, the prompt in chunks where told; return what `greedy` does."""
     tokens: list[Tensor] = []
     logits: list[Tensor] = []
-    steps = list(ids.split(chunk, dim=1)) if chunk else [ids]
+    steps = list(torch.split(ids, chunk, dim=1)) if chunk else [ids]
     seen = 0 if cache is None else cache.get_seq_length()
     begin_turn(cache, ids)
     with torch.no_grad():

@@ -1,0 +1,1 @@
+"""The table of supported models, docs/models.md."""
