@@ -1,0 +1,118 @@
+"""A page of figures and of the text itself, as one HTML file that loads nothing else.
+
+Like the report's, it has a content security policy that allows two scripts only, by their hashes: the page's own, and
+plotly.js, which that unpacks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from torch import Tensor
+
+from ..eval.report.bundle import packed_plotly, script_hash
+from ..state.trace import Trace
+from .levels import kept_rows, read_rows, share_levels, weight_levels
+from .lines import missed
+from .maps import kept, reads, step
+from .raster import LEVELS, alpha
+
+FOLDER = Path(__file__).parent
+
+
+def write_page(
+    path: str | os.PathLike[str],
+    positions: Mapping[int, Tensor],
+    tokens: Sequence[str],
+    trace: Trace | None = None,
+    *,
+    facts: Sequence[tuple[str, str]] = (),
+    row: int = 0,
+) -> None:
+    """Write a page with figures of the kept tokens and, of a trace, of the decode steps; and with the text, shaded.
+
+    Args:
+        path: the file; an existing one is replaced.
+        positions: by layer number, the positions of the stored tokens, [B, Hkv, N], -1 for none.
+        tokens: texts of the sequence's tokens (`token_texts`).
+        trace: the record of a run, or None.
+        facts: names and texts for the page's head.
+        row: row of the batch.
+
+    Raises:
+        ValueError: there are no layers or tokens, or there is no such row.
+        OSError: the file cannot be written.
+    """
+    if not tokens:
+        raise ValueError("tokens must be the texts of the sequence's tokens, got none")
+    figures = {"kept": kept(positions, tokens, row=row)}
+    if trace is not None and trace.steps:
+        worst = max(range(len(trace.steps)), key=lambda number: _missed(trace, number, row))
+        figures |= {
+            "reads": reads(trace, tokens, row=row),
+            "step": step(trace, worst, tokens, row=row),
+            "missed": missed(trace, tokens, row=row),
+        }
+    else:
+        trace, worst = None, 0
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    plotly, plotly_hash = packed_plotly()
+    script = (FOLDER / "page.js").read_text(encoding="utf-8")
+    text = environment.get_template("page.html.j2").render(
+        facts=facts,
+        figures=figures,
+        text={"tokens": list(tokens), "views": list(_views(positions, len(tokens), trace, tokens, row))},
+        steps=[] if trace is None else trace.steps,
+        worst=worst,
+        worst_token=None if trace is None else _token(tokens, trace.steps[worst].position),
+        alphas=[f"{0.75 * alpha(level):.2f}" for level in range(1, LEVELS + 1)],
+        plotly=plotly,
+        style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        hashes=[plotly_hash, script_hash(script)],
+    )
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def _missed(trace: Trace, number: int, row: int) -> float:
+    """Return a step's missed mass, the mean of its layers and heads."""
+    layers = trace.steps[number].layers.values()
+    return sum(float(of.missed[row].mean()) for of in layers) / len(layers)
+
+
+def _token(tokens: Sequence[str], place: int) -> str:
+    return tokens[place] if place < len(tokens) else str(place)
+
+
+def _views(
+    positions: Mapping[int, Tensor], length: int, trace: Trace | None, tokens: Sequence[str], row: int
+) -> Iterator[dict[str, Any]]:
+    """Yield ways to shade the text: groups, names and runs of levels."""
+    end = max(length, max(int(places[row].max()) for places in positions.values()) + 1)
+    rows = kept_rows(positions, end, row)
+    yield _view("Kept", "by all layers", share_levels(rows.mean(0)), length)
+    for (number, places), layer in zip(
+        positions.items(), rows.split([places.shape[1] for places in positions.values()]), strict=True
+    ):
+        yield _view("Kept", f"by layer {number}, {places.shape[1]} KV heads", share_levels(layer.mean(0)), length)
+    for made in () if trace is None else trace.steps:
+        weight = read_rows(made, max(length, made.position + 1), row).mean(0)
+        token = " ".join(_token(tokens, made.position).split()) or "a space"
+        yield _view("Read by the step of", f"{made.position}: {token}", weight_levels(weight), length)
+
+
+def _view(group: str, name: str, levels: Tensor, length: int) -> dict[str, Any]:
+    runs = [(level, len(list(run))) for level, run in itertools.groupby(levels[:length].tolist())]
+    return {"group": group, "name": name, "runs": [number for run in runs for number in run]}
