@@ -20,12 +20,18 @@ def token_texts(tokenizer: Any, ids: Tensor | Sequence[int]) -> list[str]:
         ids: [S] or [1, S] token ids.
     """
     numbers = torch.as_tensor(ids).flatten().tolist()
-    texts, begin = [], 0
+    texts: list[str] = []
+    before: list[int] = []
+    begin = 0
     for end in range(1, len(numbers) + 1):
-        text = tokenizer.decode(numbers[begin:end], clean_up_tokenization_spaces=False)
-        unfinished = text.endswith("\ufffd") and end - begin < 4  # a character has at most four bytes
+        own = numbers[begin:end]
+        # Some tokenizers drop the space before the first token that they decode.
+        earlier, both = (tokenizer.decode(part) for part in (before, before + own))
+        text = both[len(earlier) :] if both.startswith(earlier) else tokenizer.decode(own)
+        unfinished = text.endswith("\ufffd") and len(own) < 4  # a character has at most four bytes
         texts.append("" if unfinished else text)
-        begin = begin if unfinished else end
+        if not unfinished:
+            begin, before = end, own
     return texts
 
 
