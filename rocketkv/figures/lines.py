@@ -6,7 +6,7 @@ import torch
 
 from ..state.trace import Trace
 from .levels import check_trace
-from .maps import Figure
+from .maps import PLAIN, Figure
 from .words import quoted
 
 FIRST, LAST = (158, 202, 225), (8, 81, 156)  # colours of the first and of the last layer
@@ -54,11 +54,11 @@ def missed(trace: Trace, tokens: Sequence[str] | None = None, *, row: int = 0) -
                 "marker": {"size": 6, "color": MEAN},
             }
         )
-    axis = {"zeroline": False, "automargin": True}
+    axis = {"zeroline": False, "automargin": True, "gridcolor": "#dfe4e9"}
     return {
         "data": lines,
         "layout": {
-            "showlegend": False,
+            **PLAIN,
             "height": 360,
             "margin": {"l": 60, "r": 14, "t": 14, "b": 44},
             "hovermode": "closest",

@@ -12,12 +12,13 @@ from torch import Tensor
 from ..state.trace import Trace, TracedStep
 from .levels import binned, check_row, check_trace, kept_rows, read_rows, share_levels, weight_levels
 from .raster import data_url
-from .words import quoted
+from .words import BLANK, quoted
 
 BINS = 800  # columns of a map
 POINTS = 160  # of the line above it
 MOST_TICKS = 12
 Figure = dict[str, Any]
+PLAIN: Figure = {"showlegend": False, "paper_bgcolor": "#ffffff", "plot_bgcolor": "#ffffff"}  # a layout's start
 
 
 def kept(positions: Mapping[int, Tensor], tokens: Sequence[str] | None = None, *, row: int = 0) -> Figure:
@@ -106,7 +107,7 @@ def reads(trace: Trace, tokens: Sequence[str] | None = None, *, row: int = 0) ->
 
 def _step_name(made: TracedStep, tokens: Sequence[str] | None) -> str:
     known = tokens is not None and made.position < len(tokens)
-    return quoted(tokens, made.position, made.position + 1) if known else str(made.position)
+    return (quoted(tokens, made.position, made.position + 1) or BLANK) if known else str(made.position)
 
 
 def _layer_ticks(layers: Mapping[int, Any], heads: Sequence[int]) -> list[tuple[float, str]]:
@@ -172,7 +173,7 @@ def _map(
             },
         ],
         "layout": {
-            "showlegend": False,
+            **PLAIN,
             "height": 440,
             "margin": {"l": 60, "r": 14, "t": 14, "b": 44},
             "hovermode": "x",

@@ -22,6 +22,7 @@ from .levels import kept_rows, read_rows, share_levels, weight_levels
 from .lines import missed
 from .maps import kept, reads, step
 from .raster import LEVELS, alpha
+from .words import BLANK
 
 FOLDER = Path(__file__).parent
 
@@ -93,7 +94,7 @@ def _missed(trace: Trace, number: int, row: int) -> float:
 
 
 def _token(tokens: Sequence[str], place: int) -> str:
-    return tokens[place] if place < len(tokens) else str(place)
+    return (" ".join(tokens[place].split()) or BLANK) if place < len(tokens) else str(place)
 
 
 def _views(
@@ -109,8 +110,8 @@ def _views(
         yield _view("Kept", f"by layer {number}, {places.shape[1]} KV heads", share_levels(layer.mean(0)), length)
     for made in () if trace is None else trace.steps:
         weight = read_rows(made, max(length, made.position + 1), row).mean(0)
-        token = " ".join(_token(tokens, made.position).split()) or "a space"
-        yield _view("Read by the step of", f"{made.position}: {token}", weight_levels(weight), length)
+        name = f"{made.position}: {_token(tokens, made.position)}"
+        yield _view("Read by the step of", name, weight_levels(weight), length)
 
 
 def _view(group: str, name: str, levels: Tensor, length: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 LONGEST = 90  # characters of a text that a label quotes
+BLANK = "(space)"  # a token of white space
 
 
 def token_texts(tokenizer: Any, ids: Tensor | Sequence[int]) -> list[str]:
