@@ -49,7 +49,7 @@ help:
 	@echo "make test-vllm  the vLLM plugin in a real engine on the CPU, in an environment of its own (3.4 GB)"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite what it can"
-	@echo "make wheel      build dist/*.whl and check it from an empty folder"
+	@echo "make wheel      build dist/*.tar.gz and, from it, dist/*.whl; check that from an empty folder"
 	@echo "make evidence   measure the figures that README.md quotes"
 	@echo "make kernels-report  registers, spills, loads and buffers of every kernel, for devices that need not be there"
 	@echo "make gpu        tests, sanitizers, stress runs, benchmarks and tuning on a GPU; with --dry-run: prints the stages"
@@ -84,12 +84,15 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The wheel is built from the sdist, as pip does where there is no wheel; the page needs files that are no modules.
 wheel: $(VENV)/.demo
 	rm -rf build dist
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(PIP_INSTALL) 'build>=1.2'
+	$(BIN)/python -m build --outdir dist .
 	$(PIP_INSTALL) --no-deps --target $(WHEEL_CHECK) dist/*.whl
 	cd $(WHEEL_CHECK) && PYTHONPATH=$(CURDIR)/$(WHEEL_CHECK) $(abspath $(BIN))/python -c \
-		"import rocketkv, rocketkv.eval.tasks.needle; print('imported from', rocketkv.__file__)"
+		"import torch, rocketkv, rocketkv.eval.tasks.needle, rocketkv.figures; \
+		rocketkv.figures.write_page('page.html', {0: torch.zeros(1, 1, 1)}, ['a']); print('imported from', rocketkv.__file__)"
 	@ls -l dist
 
 evidence: $(VENV)/.dev
