@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import torch
 from markupsafe import Markup
 from torch import Tensor
 
 from ..eval.report.bundle import packed_plotly, script_hash
-from ..state.trace import Trace
+from ..state.trace import Trace, TracedStep
 from .levels import kept_rows, read_rows, share_levels, weight_levels
 from .lines import missed
 from .maps import kept, reads, step
@@ -53,15 +54,14 @@ def write_page(
     if not tokens:
         raise ValueError("tokens must be the texts of the sequence's tokens, got none")
     figures = {"kept": kept(positions, tokens, row=row)}
-    if trace is not None and trace.steps:
-        worst = max(range(len(trace.steps)), key=lambda number: _missed(trace, number, row))
+    steps = [] if trace is None else trace.steps
+    worst = max(range(len(steps)), key=lambda number: _missed(steps[number], row), default=None)
+    if trace is not None and worst is not None:
         figures |= {
             "reads": reads(trace, tokens, row=row),
             "step": step(trace, worst, tokens, row=row),
             "missed": missed(trace, tokens, row=row),
         }
-    else:
-        trace, worst = None, 0
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),
         autoescape=True,
@@ -74,10 +74,9 @@ def write_page(
     text = environment.get_template("page.html.j2").render(
         facts=facts,
         figures=figures,
-        text={"tokens": list(tokens), "views": list(_views(positions, len(tokens), trace, tokens, row))},
-        steps=[] if trace is None else trace.steps,
-        worst=worst,
-        worst_token=None if trace is None else _token(tokens, trace.steps[worst].position),
+        text={"tokens": list(tokens), "views": list(_views(positions, steps, tokens, row))},
+        steps=steps,
+        worst_token=None if worst is None else _token(tokens, steps[worst].position),
         alphas=[f"{0.75 * alpha(level):.2f}" for level in range(1, LEVELS + 1)],
         plotly=plotly,
         style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
@@ -87,10 +86,9 @@ def write_page(
     Path(path).write_text(text, encoding="utf-8")
 
 
-def _missed(trace: Trace, number: int, row: int) -> float:
+def _missed(made: TracedStep, row: int) -> float:
     """Return a step's missed mass, the mean of its layers and heads."""
-    layers = trace.steps[number].layers.values()
-    return sum(float(of.missed[row].mean()) for of in layers) / len(layers)
+    return sum(float(of.missed[row].mean()) for of in made.layers.values()) / len(made.layers)
 
 
 def _token(tokens: Sequence[str], place: int) -> str:
@@ -98,17 +96,16 @@ def _token(tokens: Sequence[str], place: int) -> str:
 
 
 def _views(
-    positions: Mapping[int, Tensor], length: int, trace: Trace | None, tokens: Sequence[str], row: int
+    positions: Mapping[int, Tensor], steps: Sequence[TracedStep], tokens: Sequence[str], row: int
 ) -> Iterator[dict[str, Any]]:
     """Yield ways to shade the text: groups, names and runs of levels."""
+    length = len(tokens)
     end = max(length, max(int(places[row].max()) for places in positions.values()) + 1)
-    rows = kept_rows(positions, end, row)
-    yield _view("Kept", "by all layers", share_levels(rows.mean(0)), length)
-    for (number, places), layer in zip(
-        positions.items(), rows.split([places.shape[1] for places in positions.values()]), strict=True
-    ):
-        yield _view("Kept", f"by layer {number}, {places.shape[1]} KV heads", share_levels(layer.mean(0)), length)
-    for made in () if trace is None else trace.steps:
+    by_layer = {number: kept_rows({number: places}, end, row) for number, places in positions.items()}
+    yield _view("Kept", "by all layers", share_levels(torch.cat(list(by_layer.values())).mean(0)), length)
+    for number, rows in by_layer.items():
+        yield _view("Kept", f"by layer {number}, {len(rows)} KV heads", share_levels(rows.mean(0)), length)
+    for made in steps:
         weight = read_rows(made, max(length, made.position + 1), row).mean(0)
         name = f"{made.position}: {_token(tokens, made.position)}"
         yield _view("Read by the step of", name, weight_levels(weight), length)
