@@ -165,7 +165,7 @@ def patch(
         tokenizer: the model's tokenizer; its chat template finds messages for `protect="system"` and `fair_shares`.
         on_step: called with a `rocketkv.state.monitor.StepReport`, the missed mass of every head, after each decode
             step, inside the forward. It waits for the device only if the callback does. Copies of the model have no
-            callback.
+            callback. A `rocketkv.Trace` records the tokens kept and read.
         **fields: fields of `RocketKVConfig` that replace those of `config` or of the file.
 
     Returns:

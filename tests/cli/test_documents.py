@@ -90,6 +90,8 @@ def test_a_page_shows_what_is_kept_and_what_an_answer_reads(folder: Path, capsys
     assert sorted(kept["figures"]) == ["kept"]
     assert "".join(kept["tokens"]["tokens"]).endswith(TEXT[-200:])
     stored = rocketkv.load_cache(cache, AutoModelForCausalLM.from_pretrained(folder / "model")).positions()
+    views = [view["name"] for view in kept["tokens"]["views"]]
+    assert views == ["by all layers", "by layer 0, 2 KV heads", "by layer 1, 2 KV heads"]
     # The runs of the view of layer 1: levels, and how many tokens have them.
     runs = kept["tokens"]["views"][2]["runs"]
     levels = [level for level, count in zip(runs[::2], runs[1::2], strict=True) for _ in range(count)]
@@ -102,8 +104,8 @@ def test_a_page_shows_what_is_kept_and_what_an_answer_reads(folder: Path, capsys
     assert out == f"{expected(folder, 'w5 w17 w3', 12)}\n{page}\n"
     answered = shown(page)
     assert sorted(answered["figures"]) == ["kept", "missed", "reads", "step"]
-    views = [view["group"] for view in answered["tokens"]["views"]]
-    assert (views.count("Kept"), views.count("Read by the step of")) == (3, 11)
+    groups = [view["group"] for view in answered["tokens"]["views"]]
+    assert groups == ["Kept"] * 3 + ["Read by the step of"] * 11
 
 
 def shown(page: Path) -> dict[str, Any]:
