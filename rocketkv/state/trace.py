@@ -54,8 +54,8 @@ class TracedStep:
 class Trace:
     """A record of one generation, for `rocketkv.patch(model, ..., on_step=Trace())`; `rocketkv.figures` draws it.
 
-    It begins anew at each prompt's end. A traced step is followed by a second selection and exact attention weights, in
-    every layer: it takes about three times as long. A reaction (`on_loss`) is not in the record.
+    It begins anew at each prompt's end. In every layer, a traced step selects a second time and computes dense attention
+    weights. A reaction (`on_loss`) is not in the record, and the last steps may be those of rejected drafts.
 
     Attributes:
         kept: by layer number, the positions of the prompt's tokens that stage 1 kept, [B, Hkv, N] int32, -1 for none;
