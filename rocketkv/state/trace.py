@@ -3,10 +3,8 @@
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, N stored tokens, k selected tokens.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +14,11 @@ from ..core.params import AttentionParams
 from ..core.topk import full_precision
 from .store import KVStore
 
-if TYPE_CHECKING:
-    from .monitor import StepReport
+
+class Report(Protocol):
+    """What a trace needs of a `StepReport`, whose module imports this one."""
+
+    position: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +55,8 @@ class TracedStep:
 class Trace:
     """A record of one generation, for `rocketkv.patch(model, ..., on_step=Trace())`; `rocketkv.figures` draws it.
 
-    It begins anew at each prompt's end. In every layer, a traced step selects a second time and computes dense attention
-    weights. A reaction (`on_loss`) is not in the record, and the last steps may be those of rejected drafts.
+    It begins anew at each prompt's end. In every layer, a traced step selects a second time and computes the weights of
+    all stored tokens. A reaction (`on_loss`) is not in the record, and the last steps may be those of rejected drafts.
 
     Attributes:
         kept: by layer number, the positions of the prompt's tokens that stage 1 kept, [B, Hkv, N] int32, -1 for none;
@@ -85,7 +86,7 @@ class Trace:
         self.steps: list[TracedStep] = []
         self._open: dict[int, TracedStep] = {}  # drafts pass several steps through a layer before the next layer
 
-    def __call__(self, report: StepReport) -> None:
+    def __call__(self, report: Report) -> None:
         """Add the step that all layers have ended."""
         ended = self._open.pop(report.position)
         self._drop_from(ended.position)
