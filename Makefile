@@ -50,7 +50,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make docs       build the documentation into site/; a broken link or anchor is an error"
-	@echo "make wheel      build dist/*.whl and check it from an empty folder"
+	@echo "make wheel      build dist/*.tar.gz and, from it, dist/*.whl; check that from an empty folder"
 	@echo "make evidence   measure the figures that README.md quotes"
 	@echo "make kernels-report  registers, spills, loads and buffers of every kernel, for devices that need not be there"
 	@echo "make gpu        tests, sanitizers, stress runs, benchmarks and tuning on a GPU; with --dry-run: prints the stages"
@@ -90,12 +90,15 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "built: site/index.html"
 
+# The wheel is built from the sdist, as pip does where there is no wheel; the page needs files that are no modules.
 wheel: $(VENV)/.demo
 	rm -rf build dist
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(PIP_INSTALL) 'build>=1.2'
+	$(BIN)/python -m build --outdir dist .
 	$(PIP_INSTALL) --no-deps --target $(WHEEL_CHECK) dist/*.whl
 	cd $(WHEEL_CHECK) && PYTHONPATH=$(CURDIR)/$(WHEEL_CHECK) $(abspath $(BIN))/python -c \
-		"import rocketkv, rocketkv.eval.tasks.needle; print('imported from', rocketkv.__file__)"
+		"import torch, rocketkv, rocketkv.eval.tasks.needle, rocketkv.figures; \
+		rocketkv.figures.write_page('page.html', {0: torch.zeros(1, 1, 1)}, ['a']); print('imported from', rocketkv.__file__)"
 	@ls -l dist
 
 evidence: $(VENV)/.dev

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .state.missed import Audit
     from .state.monitor import StepReport
     from .state.stats import CacheStats
+    from .state.trace import Trace
 
 __all__ = [
     "METHODS",
@@ -34,6 +35,7 @@ __all__ = [
     "RocketKVCache",
     "RocketKVConfig",
     "StepReport",
+    "Trace",
     "__version__",
     "load_cache",
     "load_inputs",
@@ -54,6 +56,7 @@ _MODULES = {
     "RocketKVCache": ".hf.cache",
     "RocketKVConfig": ".config",
     "StepReport": ".state.monitor",
+    "Trace": ".state.trace",
     "load_cache": ".hf.files",
     "load_inputs": ".hf.files",
     "patch": ".hf.patch",

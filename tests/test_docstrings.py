@@ -11,7 +11,7 @@ import pytest
 import rocketkv
 
 
-@pytest.mark.parametrize("name", ["patch", "RocketKVCache", "save_cache"])
+@pytest.mark.parametrize("name", ["patch", "RocketKVCache", "Trace", "save_cache"])
 def test_an_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     documented: Any = getattr(rocketkv, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -88,6 +90,7 @@ def stats_of(printed: str) -> list[tuple[int, int]]:
 
 
 def test_every_example_is_run() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.ipynb")} == {"what_it_keeps.ipynb"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NAMES, "serve_client"}
     assert {path.name for path in EXAMPLES.glob("*.sh")} == {"serve.sh", "vllm_serve.sh"}
 
@@ -117,6 +120,31 @@ def test_the_commands_of_a_server_are_those_of_the_command_line(tmp_path: Path) 
         command.add_arguments(parser)
         given = parser.parse_args(line.split()[1:])
         assert (given.model, given.method, given.budget) == ("MODEL", "rocketkv-mt+", 512)
+
+
+def test_the_notebook_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its outputs: PLOTLY_RENDERER=png jupyter nbconvert --execute --inplace examples/what_it_keeps.ipynb (with kaleido)
+    monkeypatch.chdir(tmp_path)
+    book = json.loads((EXAMPLES / "what_it_keeps.ipynb").read_text(encoding="utf-8"))
+    space: dict[str, Any] = {}
+    shown = []
+    for cell in book["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        tree = ast.parse("".join(cell["source"]))
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, "cell", "exec"), space)
+        if last is not None:
+            shown.append(eval(compile(ast.Expression(last.value), "cell", "eval"), space))
+        if "parameters" in cell["metadata"].get("tags", ()):
+            # Tokens of the tiny model are bytes.
+            assert {"MODEL", "METHOD", "TOKEN_BUDGET", "PROMPT_TOKENS", "NEW_TOKENS"} <= set(space)
+            space |= {"MODEL": str(folder), "PROMPT_TOKENS": 1200, "NEW_TOKENS": 4, "TOKEN_BUDGET": 64}
+    drawn = [figure for figure in shown if figure is not None]
+    assert [len(figure.data) for figure in drawn] == [2, 2, 2, 3]
+    assert all(type(figure).__name__ == "Figure" for figure in drawn)
+    assert "".join(space["tokens"][space["begin"] : space["end"]]).endswith(space["hidden"].answer)
+    assert (tmp_path / "what_it_keeps.html").stat().st_size > 100_000
 
 
 @pytest.mark.parametrize("example", ["generate", "manual_loop"])

@@ -24,7 +24,7 @@ ORDER = (
         "verify",
         "environment",
     ),
-    *("vllm", "hf", "serve", "eval", "cli"),
+    *("vllm", "hf", "serve", "eval", "figures", "cli"),
 )
 FACES_TRANSFORMERS = {"hf", "serve", "cli", "eval"}
 FILES = sorted(path for top in ("rocketkv", "eval", "kernels") for path in (ROOT / top).rglob("*.py"))

@@ -13,7 +13,17 @@ import rocketkv
 pytestmark = pytest.mark.integration
 
 NAMES = {"BudgetSplit", "CacheStats", "METHODS", "PatchHandle", "RocketKVCache", "RocketKVConfig", "patch", "unpatch"}
-NAMES |= {"Audit", "Method", "StepReport", "load_cache", "load_inputs", "plan", "register_method", "save_cache"}
+NAMES |= {
+    "Audit",
+    "Method",
+    "StepReport",
+    "Trace",
+    "load_cache",
+    "load_inputs",
+    "plan",
+    "register_method",
+    "save_cache",
+}
 METHODS = {
     *("full", "rocketkv", "rocketkv+", "rocketkv-mt", "rocketkv-mt+", "snapkv", "quest", "sparq"),
     *("streaming", "exact-topk", "stored-topk"),

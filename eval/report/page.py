@@ -7,16 +7,14 @@ fewer samples, and a page whose tables alone are larger says so.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import gzip
-import hashlib
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
 
 from .arms import ADAPTER, FULL, MODES, length_text
+from .bundle import packed_plotly, script_hash
 from .examples import fewer, size_of
 from .failures import MOST
 from .gather import Report
@@ -25,7 +23,6 @@ from .tables import DISTANCES_NOTE, METHODS_NOTE, SCORES_NOTE, STARS_NOTE, costs
 from .verdicts import verdicts
 
 FOLDER = Path(__file__).parent
-PLOTLY = FOLDER / "plotly-basic.min.js"  # npm's plotly.js-basic-dist-min: scatter, bar and pie
 MOST_BYTES = 1_600_000
 _SPARE = 20_000  # more than the excess is cut, so that few rounds suffice
 
@@ -63,7 +60,8 @@ def _page(report: Report, *, cut: bool = False, large: bool = False) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    plotly, script = (path.read_text(encoding="utf-8") for path in (PLOTLY, FOLDER / "page.js"))
+    plotly, plotly_hash = packed_plotly()
+    script = (FOLDER / "page.js").read_text(encoding="utf-8")
     return environment.get_template("page.html.j2").render(
         report=report,
         sections=sections,
@@ -72,10 +70,10 @@ def _page(report: Report, *, cut: bool = False, large: bool = False) -> str:
         several=len({section.model for section in report.sections}) > 1,
         cut=cut,
         large=large,
-        plotly=base64.b64encode(gzip.compress(plotly.encode(), 9, mtime=0)).decode(),
+        plotly=plotly,
         style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
-        hashes=[_hash(plotly), _hash(script)],
+        hashes=[plotly_hash, script_hash(script)],
         FULL=FULL,
         ADAPTER=ADAPTER,
         MODES=MODES,
@@ -90,7 +88,3 @@ def _page(report: Report, *, cut: bool = False, large: bool = False) -> str:
         scores_table=scores_table,
         costs_tables=costs_tables,
     )
-
-
-def _hash(script: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"

@@ -1,10 +1,15 @@
 """`rocketkv ask`: answer a question about a text that `rocketkv compress` has read, without reading the text again."""
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..options import add_model_options, loading, positive
+
+if TYPE_CHECKING:
+    from ..state.monitor import OnStep
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +24,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the model's greedy answer while it is generated; returns the exit code.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: the file is damaged, or is for another model, dtype or version.
+    """
+    answer(args)
+    return 0
+
+
+def answer(args: argparse.Namespace, *, on_step: OnStep | None = None) -> tuple[Any, Any, int]:
+    """Print the model's greedy answer while it is generated.
+
+    Args:
+        args: the command's options.
+        on_step: called after each decode step, as that of `rocketkv.patch`.
+
+    Returns:
+        The tokenizer, the token ids of text, question and answer [1, S], and the number of those before the answer.
 
     Raises:
         OSError: there is no such file.
@@ -44,6 +67,6 @@ def run(args: argparse.Namespace) -> int:
     if tokenizer.pad_token_id is not None:
         settings["pad_token_id"] = tokenizer.pad_token_id
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with patch(model, rocketkv_layers(cache)[0].config), torch.inference_mode():
-        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer, **settings)  # type: ignore[operator]  # typed as a Tensor
-    return 0
+    with patch(model, rocketkv_layers(cache)[0].config, on_step=on_step), torch.inference_mode():
+        made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer, **settings)  # type: ignore[operator]  # typed as a Tensor
+    return tokenizer, made, ids.shape[1]

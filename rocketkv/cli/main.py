@@ -1,4 +1,4 @@
-"""The command line: `rocketkv demo | compress | ask | serve | tune | plan | env | bench | eval | oracle | lm-eval`.
+"""The command line of `rocketkv`: the commands of `COMMANDS`, the harness's among them.
 
 A command is a module with `add_arguments(parser)` and `run(args)`, which returns the exit code. Only the module of the
 given command is imported, and it imports torch in `run`, so that help and argument errors take no time.
@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": (".demo", "find a number in a long text with a real model, with and without compression"),
     "compress": (".compress", "read a long text once and save its compressed cache in a file"),
     "ask": (".ask", "answer a question about a text that `compress` has read"),
+    "show": (".show", "write a page of the tokens that `compress` kept, and of those that an answer's steps read"),
     "serve": (".serve", "answer requests of OpenAI's API; a long text is read once and asked many times"),
     "tune": (".tune", "find the settings that keep a model's decode divergence within a target on your texts"),
     "plan": (".plan", "memory, bytes read per step and ceilings on speed of a model at a token budget"),

@@ -197,19 +197,66 @@ def attend_stored(
         keys, values = buffers.keys[:, :, :stored], buffers.values[:, :, :stored]
         mask = None if lengths is None else torch.arange(stored, device=keys.device) < lengths[..., None]
         return attend(query, keys, values, params, mask=mask), None
-    if index is not None:
-        sizes = {"stored": stored, "shortest": shortest}
-        return attend_selected(query, buffers, index, split, params, lengths=lengths, **sizes)
-    positions, mask = recent_slots(buffers.seq_lens, split.top_k, split.sinks or 0), None
+    sizes = {"stored": stored, "shortest": shortest}
+    return attend_selected(query, buffers, index, split, params, lengths=lengths, **sizes)
+
+
+def selected_slots(
+    query: Tensor,
+    buffers: DecodeBuffers,
+    index: TokenIndex | None,
+    split: BudgetSplit,
+    params: AttentionParams,
+    *,
+    stored: int,
+    shortest: int,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Select the slots to attend to: the k of largest estimated weight, or without an index the first and latest ones.
+
+    A query that sees at most t tokens selects all of them.
+
+    Args:
+        query: [B, H, D], or [B, n H, D] in a verify step; see `attend_stored`.
+        buffers: the layer's buffers, which include the queries' tokens.
+        index: the index that scores the stored tokens, or None.
+        split: the tokens that the step may read.
+        params: the model's attention parameters, with one learned sink per query.
+        stored: N, tokens that the query with the most tokens sees.
+        shortest: at most the tokens that any query sees.
+        lengths: `buffers.seq_lens`, or None if every query sees N tokens.
+
+    Returns:
+        Slots [B, Hkv, k or t]; a mask of that shape, False at slots that do not count, or None if all count; and the
+        estimated logits [B, H, units] float32, or None without an index.
+    """
+    read, logits, mask = min(split.top_k or stored, stored), None, None
+    if index is None:
+        slots = recent_slots(buffers.seq_lens, read, split.sinks or 0)
+    else:
+        with full_precision(query.device):
+            logits = index.score(query, buffers.index_tensors, buffers.keys, params, stored=stored, lengths=lengths)
+            slots, _ = select(
+                logits,
+                read,
+                stored=stored,
+                lengths=lengths,
+                kv_heads=buffers.seq_lens.shape[1],
+                unit_size=split.page_size,
+                sinks=params.sinks,
+                protected=split.protected,
+                by_largest=split.by_largest,
+                ordered=False,
+            )
     if lengths is not None and shortest <= split.token_budget:
-        positions, mask = all_where_short(positions, buffers.seq_lens, split.token_budget)
-    return attend(query, buffers.keys, buffers.values, params, positions, mask=mask), None
+        slots, mask = all_where_short(slots, buffers.seq_lens, split.token_budget)
+    return slots, mask, logits
 
 
 def attend_selected(
     query: Tensor,
     buffers: DecodeBuffers,
-    index: TokenIndex,
+    index: TokenIndex | None,
     split: BudgetSplit,
     params: AttentionParams,
     *,
@@ -217,14 +264,12 @@ def attend_selected(
     shortest: int,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Score the stored tokens, select k, attend to them, and add the residual if the split has one.
-
-    A query that sees at most t tokens attends to all of them.
+    """Attend to the slots of `selected_slots`, and add the residual if the split has one.
 
     Args:
         query: [B, H, D], or [B, n H, D] in a verify step; see `attend_stored`.
         buffers: the layer's buffers, which include the queries' tokens.
-        index: the index that scores the stored tokens.
+        index: the index that scores the stored tokens, or None.
         split: the tokens that the step may read.
         params: the model's attention parameters, with one learned sink per query.
         stored: N, tokens that the query with the most tokens sees.
@@ -235,25 +280,9 @@ def attend_selected(
         [B, H, Dv] in the query's dtype; and the missed mass [B, H] float32 with a residual, else None.
     """
     keys, values, value_sum = buffers.keys, buffers.values, buffers.value_sum
-    read = min(split.top_k or stored, stored)
-    with full_precision(query.device):
-        logits = index.score(query, buffers.index_tensors, keys, params, stored=stored, lengths=lengths)
-        positions, _ = select(
-            logits,
-            read,
-            stored=stored,
-            lengths=lengths,
-            kv_heads=buffers.seq_lens.shape[1],
-            unit_size=split.page_size,
-            sinks=params.sinks,
-            protected=split.protected,
-            by_largest=split.by_largest,
-            ordered=False,
-        )
-    mask = None
-    if lengths is not None and shortest <= split.token_budget:
-        positions, mask = all_where_short(positions, lengths, split.token_budget)
-    if value_sum is None:
+    sizes = {"stored": stored, "shortest": shortest}
+    positions, mask, logits = selected_slots(query, buffers, index, split, params, lengths=lengths, **sizes)
+    if value_sum is None or logits is None:
         return attend(query, keys, values, params, positions, mask=mask), None
     if mask is not None:
         positions = torch.where(mask, positions, stored)  # `residual_attend` ignores positions beyond a row's length
@@ -270,7 +299,7 @@ def attend_selected(
             params,
             bias=buffers.residual_bias,
             lengths=lengths,
-            filled=mask is None and shortest >= read,
+            filled=mask is None and shortest >= min(split.top_k or stored, stored),
         )
 
 

@@ -112,6 +112,18 @@ class RocketKVCache(DynamicCache):
         """Return the tokens and bytes of every layer."""
         return cache_stats(self)
 
+    def positions(self) -> dict[int, Tensor]:
+        """Return where in the sequence the stored tokens of compressed layers are.
+
+        Returns:
+            [B, Hkv, N] int32 by layer number, -1 for none; a copy.
+
+        Raises:
+            ValueError: a prompt is open.
+        """
+        stores = {layer.number: layer.store for layer in rocketkv_layers(self)}
+        return {number: store.decoding.positions[:, :, : store.stored].clone() for number, store in stores.items()}
+
     def begin_turn(self, prompt_length: int | None = None) -> None:
         """Begin a turn: the next forward starts a prompt, and stage 1 runs again at the prompt's end.
 

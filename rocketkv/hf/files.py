@@ -145,6 +145,20 @@ def load_inputs(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in found.items()}
 
 
+def load_positions(path: str | os.PathLike[str]) -> tuple[dict[int, Tensor], RocketKVConfig]:
+    """Return `RocketKVCache.positions` of a saved cache, and its settings, without its model.
+
+    Raises:
+        ValueError: the file is damaged.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    document, read = open_tensors(path)
+    names = {f"layers.{i}.positions": i for i in range(len(document["layers"]))}
+    held = read(lambda name: name in names)
+    return {i: held[name] for name, i in names.items() if name in held}, _settings(document)
+
+
 def _models(model: nn.Module) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Return the outermost transformers model in a module, and its decoder."""
     if isinstance(model, nn.Module):
@@ -242,11 +256,15 @@ def _packed(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
 
 
-def _cache(decoder: PreTrainedModel, document: dict[str, Any], tensors: dict[str, Tensor]) -> RocketKVCache:
-    """Build the cache of a document and its tensors."""
+def _settings(document: dict[str, Any]) -> RocketKVConfig:
     settings = document["settings"]
     split = None if settings["split"] is None else BudgetSplit(**settings["split"])
-    config = RocketKVConfig(**{**settings, "split": split})
+    return RocketKVConfig(**{**settings, "split": split})
+
+
+def _cache(decoder: PreTrainedModel, document: dict[str, Any], tensors: dict[str, Tensor]) -> RocketKVCache:
+    """Build the cache of a document and its tensors."""
+    config = _settings(document)
     cache = RocketKVCache(decoder.config, config)
     entries = document["layers"]
     if len(entries) != len(cache.layers):

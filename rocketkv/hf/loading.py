@@ -93,6 +93,23 @@ def load_model(
     return (_placed(model, device) if whole else model.eval()), tokenizer
 
 
+def load_tokenizer(name: str | None, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load only the tokenizer of `load_model`.
+
+    Args:
+        name: a hub name or a local folder; None or `smollm2` for SmolLM2-135M-Instruct.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        ImportError: the package of SmolLM2 is not installed.
+        OSError: there is no such model.
+    """
+    if name is None or name == SMOLLM2:
+        return load_smollm2_tokenizer()
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, revision=revision)
+    return tokenizer
+
+
 def _sharded(config: Any, tp: int, device_map: object) -> dict[str, Any]:
     """Return the options of `from_pretrained` that share a model's heads among processes.
 

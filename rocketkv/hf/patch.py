@@ -163,9 +163,9 @@ def patch(
         model: a causal language model of transformers, bare or wrapped (PEFT).
         config: the settings; the path of a file of `rocketkv tune`, made for this model; or None for the defaults.
         tokenizer: the model's tokenizer; its chat template finds messages for `protect="system"` and `fair_shares`.
-        on_step: called with a `rocketkv.state.monitor.StepReport`, the missed mass of every head, after each decode
+        on_step: called with a `rocketkv.StepReport`, the missed mass of every head, after each decode
             step, inside the forward. It waits for the device only if the callback does. Copies of the model have no
-            callback.
+            callback. A `rocketkv.Trace` records the tokens kept and read.
         **fields: fields of `RocketKVConfig` that replace those of `config` or of the file.
 
     Returns:

@@ -21,6 +21,7 @@ from ..core.params import AttentionParams
 from .history import History
 from .missed import Audit, attend_all_where, attend_wider_where, audit_head, beyond, estimated_error, missed_mass
 from .store import KVStore
+from .trace import Trace
 
 KEPT_AUDITS = 4096  # the latest ones
 
@@ -82,6 +83,8 @@ class Monitor:
         if number == self._numbers[0]:
             self._warned = False
             self._reports.clear()
+            if isinstance(self.on_step, Trace):
+                self.on_step.begin()
 
     def asks(self, number: int, store: KVStore, count: int = 1) -> bool:
         """Return whether any of the next `count` steps of a layer must be passed to `watch`.
@@ -124,6 +127,8 @@ class Monitor:
             # Drop the reports of forwards that were interrupted or rolled back.
             self._reports = {place: made for place, made in self._reports.items() if place < position}
             self._reports[position] = StepReport(position)
+        if isinstance(self.on_step, Trace):
+            self.on_step.note(number, store, query, params)
         buffers = store.decoding.buffers
         missed, passed = missed_mass(store), None
         if self._config.on_loss is not None and missed is not None:

@@ -24,7 +24,7 @@ from tiny import config
 pytestmark = pytest.mark.integration
 
 PARSERS = (
-    *("demo", "compress", "ask", "serve", "tune", "plan", "env", "oracle", "lm-eval"),
+    *("demo", "compress", "ask", "show", "serve", "tune", "plan", "env", "oracle", "lm-eval"),
     *("eval", "eval run", "eval report", "eval merge"),
     *("bench", "bench attention", "bench decode", "bench kernels", "bench model", "bench tune"),
 )
@@ -92,7 +92,7 @@ def test_every_parser_is_known() -> None:
 
 
 def test_every_command_has_a_module() -> None:
-    names = {"demo", "compress", "ask", "serve", "tune", "plan", "env", "bench", "eval", "oracle", "lm-eval"}
+    names = {"demo", "compress", "ask", "show", "serve", "tune", "plan", "env", "bench", "eval", "oracle", "lm-eval"}
     assert set(COMMANDS) == names
     for module, _ in COMMANDS.values():
         assert importlib.util.find_spec(module, "rocketkv.cli") is not None

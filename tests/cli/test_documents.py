@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,39 @@ def test_a_text_is_read_once_and_asked_twice(folder: Path, capsys: pytest.Captur
     assert hashlib.sha256(cache.read_bytes()).digest() == digest
 
 
+def test_a_page_shows_what_is_kept_and_what_an_answer_reads(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache, model = folder / "text.txt.safetensors", ["--model", folder / "model"]
+    run(capsys, "compress", folder / "text.txt", *model, *BUDGET)
+    assert run(capsys, "show", cache, *model) == f"{cache}.html\n"
+    kept = shown(folder / "text.txt.safetensors.html")
+    assert sorted(kept) == ["figures", "tokens"]
+    assert sorted(kept["figures"]) == ["kept"]
+    assert "".join(kept["tokens"]["tokens"]).endswith(TEXT[-200:])
+    stored = rocketkv.load_cache(cache, AutoModelForCausalLM.from_pretrained(folder / "model")).positions()
+    views = [view["name"] for view in kept["tokens"]["views"]]
+    assert views == ["by all layers", "by layer 0, 2 KV heads", "by layer 1, 2 KV heads"]
+    # The runs of the view of layer 1: levels, and how many tokens have them.
+    runs = kept["tokens"]["views"][2]["runs"]
+    levels = [level for level, count in zip(runs[::2], runs[1::2], strict=True) for _ in range(count)]
+    heads = [sum(place in head.tolist() for head in stored[1][0]) for place in range(len(levels))]
+    assert levels == [-(-9 * count // 2) for count in heads]
+
+    (folder / "text.txt").unlink()
+    page = folder / "answer.html"
+    out = run(capsys, "show", cache, "w5 w17 w3", *model, "--new-tokens", 12, "-o", page)
+    assert out == f"{expected(folder, 'w5 w17 w3', 12)}\n{page}\n"
+    answered = shown(page)
+    assert sorted(answered["figures"]) == ["kept", "missed", "reads", "step"]
+    groups = [view["group"] for view in answered["tokens"]["views"]]
+    assert groups == ["Kept"] * 3 + ["Read by the step of"] * 11
+
+
+def shown(page: Path) -> dict[str, Any]:
+    """Return the data of a page."""
+    found = re.findall(r'<script type="application/json" id="(\w+)">(.*?)</script>', page.read_text(encoding="utf-8"))
+    return {name: json.loads(text) for name, text in found}
+
+
 def test_errors_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache, model = folder / "text.safetensors", folder / "model"
     run(capsys, "compress", folder / "text.txt", "--model", model, "-o", cache, *BUDGET)
@@ -94,6 +129,8 @@ def test_errors_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -
         ([*compress, folder / "empty.txt"], "is empty"),
         ([*compress, folder / "text.txt", "--budget", "1"], "token_budget must be at least"),
         (["ask", folder / "none", "w1", "--model", model], "no file"),
+        (["show", folder / "none"], "no file"),
+        (["show", damaged, "w1", "--model", model], "damaged or cut short"),
         (["ask", damaged, "w1", "--model", model], "damaged or cut short"),
         (["ask", cache, "w1", "--model", model, "--dtype", "bfloat16"], "model.dtype is 'torch.float32'"),
         (["ask", cache, "w1", "--model", folder / "other"], "model.weights_sha256"),

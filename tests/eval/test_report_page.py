@@ -18,7 +18,8 @@ from made_records import made_record, made_sweep
 from made_report import cells, made_arms
 from rocketkv.eval.report import write as report
 from rocketkv.eval.report.arms import Arm
-from rocketkv.eval.report.page import PLOTLY, page
+from rocketkv.eval.report.bundle import PLOTLY
+from rocketkv.eval.report.page import page
 from rocketkv.eval.report.plots import log_ticks, styles
 from rocketkv.eval.report.tables import figure_cell
 
