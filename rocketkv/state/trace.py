@@ -63,7 +63,7 @@ class Trace:
             on the CPU. Empty before the first decode step.
         steps: the decode steps, in order.
 
-    Example:
+    Examples:
         >>> import rocketkv, torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2))
