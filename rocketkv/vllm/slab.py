@@ -1,25 +1,31 @@
-"""The slab: memory of the compressed rows of one layer, allocated once; and the steps that run on a row.
+"""The slab: memory of the compressed rows of one layer, allocated once; and the steps that run on its rows.
 
 A row is the static store of one sequence (`rocketkv.state`): stage 1 fills it when the prompt has been read, and decode
-steps read and write it. Each row is as long as the largest store that any prompt's split may need; a store's tensors
-are views of it, one after another.
+steps read and write it. A store's tensors are views: of each tensor of the slab, the beginning of its row, which is as
+long as the largest store that any prompt's split may need.
 
-Letters: H query heads, Hkv KV heads, D head dim, Dv value dim, S tokens of the prompt, W observation window.
+The kernels decode any rows in one step (`kernels/rows.py`). What they need of a row lies on the device: its tokens and
+its clock, which they raise themselves, and its rule, which is written when its prompt ends.
+
+Letters: B rows of a step, R rows of the slab, H query heads, Hkv KV heads, D head dim, Dv value dim, S tokens of the
+prompt, W observation window, P page size, k tokens read.
 """
 
+import functools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..budget import BudgetSplit
 from ..config import RocketKVConfig
+from ..core.decode import DecodeBuffers
 from ..core.index import index_of
-from ..core.pages import index_dtype_of, movable
+from ..core.pages import TILE_PAGES, index_dtype_of, movable, page_count
 from ..core.params import AttentionParams
-from ..dispatch import Workspaces, decode_step, eviction_ops
+from ..dispatch import Workspaces, decode_step, eviction_ops, run_kernels, slab_workspace
 from ..state.compress import close_prompt_by, evict_generated, kept_when_full
 from ..state.decoding import DecodeTokens
 from ..state.store import KVStore
@@ -27,14 +33,13 @@ from ..state.store import KVStore
 # Splits are sampled at every so many prompt lengths; between two of them, the kept tokens differ by less.
 _STRIDE = 16
 
-# Of each tensor in a row, in bytes.
+# Slots of a row come in multiples, so that the rows of each tensor begin at multiples of as many bytes.
 ALIGNMENT = 16
 
 # Dtypes of the tensors that do not have the keys' dtype.
 _DTYPES = {
     "positions": torch.int32,
     "seq_lens": torch.int32,
-    "clock": torch.int32,
     "value_sum": torch.float64,
     "residual_bias": torch.float32,
     "missed": torch.float32,
@@ -64,32 +69,26 @@ class LayerShape:
     dtype: torch.dtype
 
 
-def row_bytes(config: RocketKVConfig, shape: LayerShape, max_prompt: int) -> int:
-    """Return the bytes of a row that holds any prompt of up to `max_prompt` tokens."""
-    lengths = {*range(1, max_prompt + 1, _STRIDE), max_prompt}
-    return max(_bytes(config, config.split_for(length, shape.head_dim), shape, length) for length in lengths)
+@functools.lru_cache(maxsize=64)
+def _splits(config: RocketKVConfig, shape: LayerShape, max_prompt: int) -> tuple[tuple[BudgetSplit, int], ...]:
+    """Return splits of prompts of up to `max_prompt` tokens, each with the slots of a row that holds such a prompt."""
+    found = []
+    for length in (*range(1, max_prompt, _STRIDE), max_prompt):
+        split = config.split_for(length, shape.head_dim)
+        kept = min(length if split.kept_tokens is None else split.kept_tokens, length) + _STRIDE
+        slots = kept + (config.decode_capacity or 0)
+        found.append((split, -(-slots // ALIGNMENT) * ALIGNMENT))
+    return tuple(dict.fromkeys(found))
 
 
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _bytes(config: RocketKVConfig, split: BudgetSplit, shape: LayerShape, length: int) -> int:
-    """Return the bytes of a row for one split."""
-    found = _elements(config, split, shape, length)
-    return sum(_aligned(count * dtype_of(name, config, shape).itemsize) for name, count in found.items())
-
-
-def _elements(config: RocketKVConfig, split: BudgetSplit, shape: LayerShape, length: int) -> dict[str, int]:
-    kept = min(length if split.kept_tokens is None else split.kept_tokens, length) + _STRIDE
-    capacity = kept + (config.decode_capacity or 0)
+def _elements(config: RocketKVConfig, split: BudgetSplit, shape: LayerShape, capacity: int) -> dict[str, int]:
+    """Return the elements of each tensor of a row."""
     kv_heads = shape.kv_heads
     found = {
         "keys": kv_heads * capacity * shape.head_dim,
         "values": kv_heads * capacity * shape.value_dim,
         "positions": kv_heads * capacity,
         "seq_lens": kv_heads,
-        "clock": 1,
     }
     index = index_of(split)
     for name in () if index is None else index.names:
@@ -111,12 +110,64 @@ def dtype_of(name: str, config: RocketKVConfig, shape: LayerShape) -> torch.dtyp
     return _DTYPES.get(name, shape.dtype)
 
 
+@dataclass(frozen=True)
+class RowSizes:
+    """The largest sizes of a row under one config.
+
+    Attributes:
+        slots: of a KV head.
+        pages: units that a decode step scores.
+        split: a split with the largest page size, channels and k; None if splits differ in more than that, and in what
+            stage 1 keeps.
+    """
+
+    slots: int
+    pages: int
+    split: BudgetSplit | None
+
+
+@functools.lru_cache(maxsize=64)
+def row_sizes(config: RocketKVConfig, shape: LayerShape, max_prompt: int) -> RowSizes:
+    """Return the largest sizes of rows that hold prompts of up to `max_prompt` tokens."""
+    splits = _splits(config, shape, max_prompt)
+    slots = max(capacity for _, capacity in splits)
+    pages = max(page_count(capacity, split.page_size) for split, capacity in splits)
+    first = splits[0][0]
+    most = {}
+    for name in ("page_size", "channels", "top_k"):
+        found = {getattr(split, name) for split, _ in splits}
+        most[name] = None if found == {None} else max(value or 0 for value in found)
+    rule = replace(first, kept_tokens=1, **most)
+    same = all(replace(split, kept_tokens=1, **most) == rule for split, _ in splits)
+    return RowSizes(slots, pages, rule if same else None)
+
+
+@dataclass(frozen=True, eq=False)
+class StepRows:
+    """The rows of a step, for the kernels; see `kernels/operands.py`.
+
+    Attributes:
+        rows: [B] int32, rows of the slab, negative for none.
+        rules: [R, 4] int32: capacity, P, channels and k of each row.
+        row_slots: slots from one row to the next.
+        row_lines: lines of the page index from one row to the next; 0 without one.
+    """
+
+    rows: Tensor
+    rules: Tensor
+    row_slots: int
+    row_lines: int
+
+
 class LayerSlab:
     """Rows of one layer.
 
     Attributes:
         shape: heads and dtype of the layer.
-        memory: [rows, bytes] uint8; a row's tensors lie in it one after another.
+        max_prompt: most tokens of a prompt.
+        memory: by name, the tensors of all rows, [R, elements of a row].
+        rules: [R, 4] int32: capacity, P, channels and k of each row.
+        clock: [R] int32, tokens of each row's sequence.
     """
 
     def __init__(
@@ -129,16 +180,25 @@ class LayerSlab:
         device: torch.device,
     ) -> None:
         """Allocate the rows for a layer that may have any of these settings."""
-        self.shape = shape
-        size = max(row_bytes(config, shape, max_prompt) for config in configs)
+        self.shape, self.max_prompt = shape, max_prompt
+        sizes: dict[str, int] = {}
+        configs = list(configs)
+        for config in configs:
+            for split, capacity in _splits(config, shape, max_prompt):
+                for name, count in _elements(config, split, shape, capacity).items():
+                    sizes[name] = max(sizes.get(name, 0), count)
         with torch.inference_mode(False):
             # Written at once, so that the memory is in use when vLLM measures it.
-            self.memory = torch.empty(rows, size, dtype=torch.uint8, device=device).zero_()
+            self.memory = {
+                name: _empty(rows, count, dtype_of(name, configs[0], shape), device) for name, count in sizes.items()
+            }
+            self.rules = torch.zeros(rows, 4, dtype=torch.int32, device=device)
+            self.clock = torch.zeros(rows, dtype=torch.int32, device=device)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the slab."""
-        return self.memory.nbytes
+        return sum(tensor.nbytes for tensor in (*self.memory.values(), self.rules, self.clock))
 
     def close(
         self,
@@ -174,20 +234,115 @@ class LayerSlab:
         """Copy a store's tensors into the row, and let the store have the views of it.
 
         Raises:
-            ValueError: they take more bytes than a row has.
+            ValueError: they take more room than a row has.
         """
-        tensors = decoding.tensors() | {"clock": clock}
-        memory, first = self.memory[row], 0
         views = {}
-        for name, tensor in tensors.items():
-            place = memory[first : first + tensor.nbytes]
-            if place.numel() < tensor.nbytes:
-                raise ValueError(f"rocketkv: a row of the slab has {memory.numel()} bytes, too few for {name}")
-            views[name] = place.view(tensor.dtype).view(tensor.shape)
+        for name, tensor in decoding.tensors().items():
+            place = self.memory[name][row, : tensor.numel()]
+            if place.numel() < tensor.numel():
+                raise ValueError(f"rocketkv: a row of the slab has {place.numel()} elements for {name}, too few")
+            views[name] = place.view(tensor.shape)
             movable(views[name]).copy_(movable(tensor))
-            first += _aligned(tensor.nbytes)
-        decoding.buffers = decoding.buffers._replace(clock=views.pop("clock"))
+        self.clock[row : row + 1].copy_(clock)
+        decoding.buffers = decoding.buffers._replace(clock=self.clock[row : row + 1])
         decoding.set_tensors(views)
+        split, capacity = decoding.split, decoding.keys.shape[2]
+        rule = capacity, split.page_size, split.channels or 0, split.top_k or capacity
+        self.rules[row].copy_(torch.tensor(rule, dtype=torch.int32))
+
+    def decode(
+        self,
+        rows: Tensor,
+        config: RocketKVConfig,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        params: AttentionParams,
+        workspaces: Workspaces,
+    ) -> bool:
+        """Append one token to each of some rows, and attend to the tokens that stage 2 selects, by the kernels.
+
+        The launches do not depend on the number of rows, nor on anything that the host knows of them, so they can be
+        captured in a CUDA graph.
+
+        Args:
+            rows: [B] int32 on the device; where negative, nothing is read or written.
+            config: the layer's settings.
+            query: [B, H, D], after rotary embedding.
+            key: [B, Hkv, D], after rotary embedding.
+            value: [B, Hkv, Dv].
+            out: [B, H, Dv] in the query's dtype; written.
+            params: the model's attention parameters.
+            workspaces: shared by the layers.
+
+        Returns:
+            Whether the kernels support the layer; if not, nothing is done.
+        """
+        sizes, shape = row_sizes(config, self.shape, self.max_prompt), self.shape
+        if sizes.split is None:
+            workspaces.warn("decode steps of this layer run row by row: splits of this method differ in kind")
+            return False
+        batch = 1 << (query.shape[0] - 1).bit_length()
+        stored = batch, shape.kv_heads, sizes.slots, shape.head_dim
+        most = shape.heads, shape.value_dim, sizes.pages
+        space = slab_workspace(stored, most, sizes.split, self.keys, workspaces)
+        if space is None:
+            return False
+        run_kernels(query, key, value, self._buffers(sizes.split), space, params, out, self._step_rows(rows))
+        return True
+
+    @property
+    def keys(self) -> Tensor:
+        """The keys of all rows, [R, Hkv * slots * D]."""
+        return self.memory["keys"]
+
+    def _buffers(self, split: BudgetSplit) -> DecodeBuffers:
+        memory, rows, index = self.memory, len(self.rules), index_of(split)
+        ring = memory.get("query_ring")
+        return DecodeBuffers(
+            *(memory[name] for name in ("keys", "values", "positions", "seq_lens")),
+            tuple(memory[name] for name in (() if index is None else index.names)),
+            **{name: memory.get(name) for name in ("value_sum", "residual_bias", "missed")},
+            query_ring=None if ring is None else ring.view(rows, self.shape.heads, -1, self.shape.head_dim),
+            clock=self.clock,
+        )
+
+    def _step_rows(self, rows: Tensor) -> StepRows:
+        bounds = self.memory.get("bounds")
+        lines = 0 if bounds is None else bounds.stride(0) // TILE_PAGES
+        return StepRows(rows, self.rules, self.keys.stride(0) // self.shape.head_dim, lines)
+
+
+def _empty(rows: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(rows, count * dtype.itemsize, dtype=torch.uint8, device=device).view(dtype)
+
+
+def make_room(
+    store: KVStore, config: RocketKVConfig, seen: int, params: AttentionParams, workspaces: Workspaces
+) -> int:
+    """Re-evict generated tokens of a full row.
+
+    Args:
+        store: the row's store.
+        config: the layer's settings.
+        seen: tokens of the sequence; the host has not counted those that `LayerSlab.decode` appended.
+        params: the model's attention parameters.
+        workspaces: shared by the layers.
+
+    Returns:
+        The tokens that the row has room for.
+
+    Raises:
+        ValueError: generated tokens are not re-evicted under these settings.
+    """
+    store.lens.advance(seen - store.lens.seen)
+    kept = kept_when_full(config, store.decoding.split)
+    if kept is None:
+        raise ValueError(store.out_of_room())
+    ops = eviction_ops(store.decoding.keys, backend=config.backend, workspaces=workspaces)
+    evict_generated(store, kept, params, kernel_size=config.stage_1_kernel_size, ops=ops)
+    return store.capacity - store.lens.longest
 
 
 def decode_row(
@@ -199,7 +354,7 @@ def decode_row(
     params: AttentionParams,
     workspaces: Workspaces,
 ) -> Tensor:
-    """Append one token to a row and attend to the tokens that stage 2 selects; re-evict generated tokens if it is full.
+    """Append one token to a row that is not full, and attend to the tokens that stage 2 selects.
 
     Args:
         store: the row's store.
@@ -213,8 +368,4 @@ def decode_row(
     Returns:
         [1, H, Dv] in the query's dtype.
     """
-    kept = kept_when_full(config, store.decoding.split)
-    if store.lens.longest >= store.capacity and kept is not None:
-        ops = eviction_ops(store.decoding.keys, backend=config.backend, workspaces=workspaces)
-        evict_generated(store, kept, params, kernel_size=config.stage_1_kernel_size, ops=ops)
     return decode_step(query, key, value, store, params, backend=config.backend, workspaces=workspaces)
