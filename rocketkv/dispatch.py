@@ -344,8 +344,7 @@ def workspace_of(
         made: Any = reason or scratch.CpuWorkspace(shape, rotation=rotation)
     else:
         made = _triton_workspace(shape, dtype, device)
-    if isinstance(made, str):
-        workspaces.warn(f"decode steps of this layer run on PyTorch, not on the kernels: {made}")
+    if _supported(made, workspaces) is None:
         return None
     workspace = workspaces.buffers[place] = made
     if len(workspaces.buffers) > MOST_WORKSPACES:
@@ -358,25 +357,27 @@ def _triton_workspace(shape: Any, dtype: torch.dtype, device: torch.device) -> A
     from .kernels.decode import DecodeWorkspace  # imported where it runs: triton may not be installed
     from .kernels.decode_shape import refusal
 
-    rotation = None  # its entries are integers below 256, exact in 16 bits
-    if shape.sketch is not None:
-        rotation = rotation_matrix(shape.head_dim, device).to(dtype)
+    # Exact in 16 bits: the rotation's entries are integers below 256.
+    rotation = None if shape.sketch is None else rotation_matrix(shape.head_dim, device).to(dtype)
     return refusal(shape, dtype) or DecodeWorkspace(shape, device, rotation=rotation)
 
 
 def slab_workspace(
     shape: tuple[int, ...], sizes: tuple[int, int, int], split: BudgetSplit, keys: Tensor, workspaces: Workspaces
 ) -> Any:
-    """Return the workspace for steps of up to B rows of a slab of these keys, or warn and return None if there is none.
+    """Return the workspace for steps of up to B rows of a slab, or warn and return None if it is not supported.
 
-    `shape` is B, Hkv, slots and D; `sizes` are H, Dv and pages. Slots, pages, and page size, channels and k of the split
-    are the largest of a row.
+    `shape` is B, Hkv, slots, D; `sizes` are H, Dv, pages; slots, pages and the split are the largest of a row.
     """
     (heads, value_dim, pages), place = sizes, (shape, sizes, split, keys.dtype, keys.device)
     if place not in workspaces.slabs:
         largest = replace(_shape_of(heads, shape[1], shape, value_dim, split), pages=pages)
         workspaces.slabs[place] = _triton_workspace(largest, keys.dtype, keys.device)
-    made = workspaces.slabs[place]
+    return _supported(workspaces.slabs[place], workspaces)
+
+
+def _supported(made: Any, workspaces: Workspaces) -> Any:
+    """Return a workspace, or warn of the reason in its place and return None."""
     if isinstance(made, str):
         workspaces.warn(f"decode steps of this layer run on PyTorch, not on the kernels: {made}")
         return None

@@ -15,6 +15,7 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from ..core.decode import DecodeBuffers
 from ..core.index import index_of
 from ..core.pages import TILE_PAGES, index_dtype_of, movable, page_count
 from ..core.params import AttentionParams
+from ..core.token_index import TokenIndex
 from ..dispatch import Workspaces, decode_step, eviction_ops, run_kernels, slab_workspace
 from ..state.compress import close_prompt_by, evict_generated, kept_when_full
 from ..state.decoding import DecodeTokens
@@ -168,6 +170,7 @@ class LayerSlab:
         memory: by name, the tensors of all rows, [R, elements of a row].
         rules: [R, 4] int32: capacity, P, channels and k of each row.
         clock: [R] int32, tokens of each row's sequence.
+        newest: [R, H, D], queries of a step's tokens, which CUDA graphs write; see `graphs`.
     """
 
     def __init__(
@@ -194,11 +197,12 @@ class LayerSlab:
             }
             self.rules = torch.zeros(rows, 4, dtype=torch.int32, device=device)
             self.clock = torch.zeros(rows, dtype=torch.int32, device=device)
+            self.newest = torch.zeros(rows, shape.heads, shape.head_dim, dtype=shape.dtype, device=device)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the slab."""
-        return sum(tensor.nbytes for tensor in (*self.memory.values(), self.rules, self.clock))
+        return sum(tensor.nbytes for tensor in (*self.memory.values(), self.rules, self.clock, self.newest))
 
     def close(
         self,
@@ -279,26 +283,30 @@ class LayerSlab:
         Returns:
             Whether the kernels support the layer; if not, nothing is done.
         """
+        space = self.workspace(config, query.shape[0], workspaces)
+        if space is None:
+            return False
+        buffers = self._buffers(index_of(row_sizes(config, self.shape, self.max_prompt).split))
+        run_kernels(query, key, value, buffers, space, params, out, self._step_rows(rows))
+        return True
+
+    def workspace(self, config: RocketKVConfig, batch: int, workspaces: Workspaces) -> Any:
+        """Return the kernels' workspace for steps of so many rows, or warn and return None if they support none."""
         sizes, shape = row_sizes(config, self.shape, self.max_prompt), self.shape
         if sizes.split is None:
             workspaces.warn("decode steps of this layer run row by row: splits of this method differ in kind")
-            return False
-        batch = 1 << (query.shape[0] - 1).bit_length()
-        stored = batch, shape.kv_heads, sizes.slots, shape.head_dim
-        most = shape.heads, shape.value_dim, sizes.pages
-        space = slab_workspace(stored, most, sizes.split, self.keys, workspaces)
-        if space is None:
-            return False
-        run_kernels(query, key, value, self._buffers(sizes.split), space, params, out, self._step_rows(rows))
-        return True
+            return None
+        most = 1 << (batch - 1).bit_length()  # one for all numbers of rows up to a power of two
+        stored = most, shape.kv_heads, sizes.slots, shape.head_dim
+        return slab_workspace(stored, (shape.heads, shape.value_dim, sizes.pages), sizes.split, self.keys, workspaces)
 
     @property
     def keys(self) -> Tensor:
         """The keys of all rows, [R, Hkv * slots * D]."""
         return self.memory["keys"]
 
-    def _buffers(self, split: BudgetSplit) -> DecodeBuffers:
-        memory, rows, index = self.memory, len(self.rules), index_of(split)
+    def _buffers(self, index: TokenIndex | None) -> DecodeBuffers:
+        memory, rows = self.memory, len(self.rules)
         ring = memory.get("query_ring")
         return DecodeBuffers(
             *(memory[name] for name in ("keys", "values", "positions", "seq_lens")),
