@@ -204,7 +204,8 @@ class RocketKVBuilder:
             return parent.build_for_cudagraph_capture(common_attn_metadata)
         self.captured, tokens = True, slice(0, common_attn_metadata.num_actual_tokens)
         rows = self.graph.set_rows((), tokens.stop)
-        metadata = parent.build_for_cudagraph_capture(self.graph.without_decodes(common_attn_metadata))
+        common = self.graph.without_decodes(common_attn_metadata, made_up=True)
+        metadata = parent.build_for_cudagraph_capture(common)
         decodes = DecodeRows(rows, tokens)
         slots = self.graph.slots[tokens]
         return RocketKVMetadata(StepPlan(), metadata, tokens, tokens.stop, self.workspaces, decodes, slots, True)

@@ -42,10 +42,10 @@ class GraphBuffers:
         own.copy_(rows.pin_memory() if own.is_cuda else rows, non_blocking=True)
         return own
 
-    def without_decodes(self, common: Any) -> Any:
-        """Return a step's metadata for the parent, which sees no tokens that decode; in these buffers."""
+    def without_decodes(self, common: Any, *, made_up: bool = False) -> Any:
+        """Return a step's metadata for the parent, without tokens that decode or, if requests are made up, any."""
         count = common.num_actual_tokens
-        decodes = self.rows[:count] >= 0
+        decodes = (self.rows[:count] >= 0) | made_up
         slots, seq_lens = self.slots[:count], self.seq_lens[:count]
         slots.copy_(common.slot_mapping[:count].masked_fill(decodes, -1))
         seq_lens.copy_(common.seq_lens[:count].masked_fill(decodes, 1))

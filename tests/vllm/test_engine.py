@@ -41,11 +41,13 @@ def test_the_slab_is_part_of_the_space_for_caches(models: Path) -> None:
         _take_from_space(SimpleNamespace(kv_cache_memory_bytes=slab), slab)
 
 
-def test_requests_wait_for_a_row(models: Path) -> None:
+def test_requests_wait_for_a_row_and_have_no_settings(models: Path) -> None:
     folder = vllm_case.saved("llama", models)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     given = [tiny.prompt(100 + i, seed=i)[0].tolist() for i in range(5)]
     with vllm_case.serve(folder, {**vllm_case.SETTINGS, "max_sequences": 2}) as engine:
+        with pytest.raises(ValueError, match="a request cannot carry settings of its own"):
+            engine.generate(given[:1], 4, extra_args={"rocketkv": {"token_budget": 128}})
         for i, ids in enumerate(given):
             engine.add(f"r{i}", ids, 10 + i)
         tokens: dict[str, list[int]] = {}
