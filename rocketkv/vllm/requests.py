@@ -13,7 +13,7 @@ from .settings import KEY, settings_of
 
 
 class RequestCheck(Runner1Processor, Runner2Processor):  # type: ignore[misc]
-    """Refuses requests whose `extra_args` have settings, and models without attention, to which settings mean nothing."""
+    """Refuses requests whose `extra_args` have settings, and models without attention."""
 
     def __init__(self, vllm_config: Any, *args: Any) -> None:
         """Check the model; of the backends that refuse other models, such a one has none.

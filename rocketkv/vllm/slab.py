@@ -32,7 +32,7 @@ from ..state.compress import close_prompt_by, evict_generated, kept_when_full
 from ..state.decoding import DecodeTokens
 from ..state.store import KVStore
 
-# Splits are sampled at every so many prompt lengths; between two of them, the kept tokens differ by less.
+# Splits are sampled at every so many prompt lengths.
 _STRIDE = 16
 
 # Slots of a row come in multiples, so that the rows of each tensor begin at multiples of as many bytes.
@@ -73,14 +73,16 @@ class LayerShape:
 
 @functools.lru_cache(maxsize=64)
 def _splits(config: RocketKVConfig, shape: LayerShape, max_prompt: int) -> tuple[tuple[BudgetSplit, int], ...]:
-    """Return splits of prompts of up to `max_prompt` tokens, each with the slots of a row that holds such a prompt."""
-    found = []
-    for length in (*range(1, max_prompt, _STRIDE), max_prompt):
-        split = config.split_for(length, shape.head_dim)
-        kept = min(length if split.kept_tokens is None else split.kept_tokens, length) + _STRIDE
-        slots = kept + (config.decode_capacity or 0)
-        found.append((split, -(-slots // ALIGNMENT) * ALIGNMENT))
-    return tuple(dict.fromkeys(found))
+    """Return the splits of prompts of up to `max_prompt` tokens, apart from what they keep, and the slots of their rows."""
+    lengths = [*range(1, max_prompt, _STRIDE), max_prompt]
+    splits = [config.split_for(length, shape.head_dim) for length in lengths]
+    kept = [min(split.kept_tokens or length, length) for split, length in zip(splits, lengths, strict=True)]
+    found: dict[tuple[BudgetSplit, int], None] = {}
+    for i, split in enumerate(splits):
+        # Between samples kept tokens rise or fall, rounded down.
+        slots = max(kept[max(i - 1, 0) : i + 2]) + 1 + (config.decode_capacity or 0)
+        found[replace(split, kept_tokens=1), -(-slots // ALIGNMENT) * ALIGNMENT] = None
+    return tuple(found)
 
 
 def _elements(config: RocketKVConfig, split: BudgetSplit, shape: LayerShape, capacity: int) -> dict[str, int]:
@@ -139,8 +141,8 @@ def row_sizes(config: RocketKVConfig, shape: LayerShape, max_prompt: int) -> Row
     for name in ("page_size", "channels", "top_k"):
         found = {getattr(split, name) for split, _ in splits}
         most[name] = None if found == {None} else max(value or 0 for value in found)
-    rule = replace(first, kept_tokens=1, **most)
-    same = all(replace(split, kept_tokens=1, **most) == rule for split, _ in splits)
+    rule = replace(first, **most)
+    same = all(replace(split, **most) == rule for split, _ in splits)
     return RowSizes(slots, pages, rule if same else None)
 
 

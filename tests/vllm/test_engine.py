@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -46,7 +47,7 @@ def test_requests_wait_for_a_row_and_have_no_settings(models: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     given = [tiny.prompt(100 + i, seed=i)[0].tolist() for i in range(5)]
     with vllm_case.serve(folder, {**vllm_case.SETTINGS, "max_sequences": 2}) as engine:
-        with pytest.raises(ValueError, match="a request cannot carry settings of its own"):
+        with pytest.raises(VLLMValidationError, match="a request cannot carry settings of its own"):
             engine.generate(given[:1], 4, extra_args={"rocketkv": {"token_budget": 128}})
         for i, ids in enumerate(given):
             engine.add(f"r{i}", ids, 10 + i)
