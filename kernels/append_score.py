@@ -50,7 +50,7 @@ def _operand(block, dtype: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _new_page(
-    new, keys, index, first_slot, length, capacity, size, lines, channel,
+    new, keys, index, first_key, length, capacity, size, lines, channel,
     D: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Return the bounds of the page that a row's new key [DP] falls into, and write them if the key fills it.
@@ -65,7 +65,7 @@ def _new_page(
     for i in tl.static_range(P - 1):
         earlier = closed * size + i
         there = earlier < length
-        old = tl.load(keys + (first_slot + earlier) * D + channel, mask=channel < D * there.to(tl.int32), other=0.0)
+        old = tl.load(keys + (first_key + earlier) * D + channel, mask=channel < D * there.to(tl.int32), other=0.0)
         old = old.to(tl.float32)
         # Written so that NaN stays: a maximum that drops it would hide it.
         top = tl.where(there & ((old > top) | (old != old)), old, top)
@@ -88,7 +88,16 @@ def _new_page(
 
 
 @triton.jit(
-    do_not_specialize=["capacity", "tiles", "step_queries", "token_budget", "channels", "row_slots", "row_lines"]
+    do_not_specialize=[
+        "capacity",
+        "tiles",
+        "step_queries",
+        "token_budget",
+        "channels",
+        "row_tokens",
+        "row_slots",
+        "row_lines",
+    ]
 )
 def append_score_kernel(
     query,  # [B, H, D], heads one after another
@@ -117,8 +126,9 @@ def append_score_kernel(
     channels,
     scaling,
     softcap,  # or None
-    row_slots,  # slots from one row of a slab to the next,
-    row_lines,  # and lines of its index; or None
+    row_tokens,  # from one row of a slab to the next: tokens that its keys, values and index have room for,
+    row_slots,  # slots of positions,
+    row_lines,  # and lines of the index; or None
     KV_HEADS: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -150,6 +160,8 @@ def append_score_kernel(
         state_row = row
         stored_row = (tl.program_id(0) // step_queries).to(tl.int64)
         first_slot = stored_row * capacity
+        first_key = first_slot
+        first_value = first_slot
         clock = seen
     else:
         buffer_row = tl.load(rows + batch).to(tl.int64)
@@ -158,6 +170,8 @@ def append_score_kernel(
         state_row = buffer_row * KV_HEADS + kv_head
         capacity = capacity_of(rules, buffer_row)
         channels = channels_of(rules, buffer_row)
+        first_key = buffer_row * row_tokens + kv_head * capacity
+        first_value = first_key + KV_HEADS * capacity
         first_slot = buffer_row * row_slots + kv_head * capacity
         clock = seen + buffer_row
     if (rules is None) | (P == 1):
@@ -171,7 +185,8 @@ def append_score_kernel(
             bounds_of = index + stored_row * tiles * lines * TILE
         else:
             own_tiles = tl.cdiv(tl.cdiv(capacity, size), TILE)
-            bounds_of = index + (buffer_row * row_lines + kv_head * own_tiles * lines) * TILE
+            first_line = (buffer_row + 1) * row_lines - (KV_HEADS - kv_head) * own_tiles * lines
+            bounds_of = index + first_line * TILE
     length = tl.load(lengths + state_row)
     closed = length // size
     channel = tl.arange(0, DP)
@@ -184,12 +199,10 @@ def append_score_kernel(
         new, _ = write_token(
             queries, key + batch.to(tl.int64) * key_batch + kv_head * D,
             value + batch.to(tl.int64) * value_batch + kv_head * DV, keys, values, positions, position, ring,
-            state_row, first_slot + length, length < capacity, G, D, DV, DP, DVP, RING,
+            state_row, first_key, first_value, first_slot, length, length < capacity, G, D, DV, DP, DVP, RING,
         )  # fmt: skip
         if index is not None:
-            top, bottom = _new_page(
-                new, keys, bounds_of, first_slot, length, capacity, size, lines, channel, D, P, TILE
-            )
+            top, bottom = _new_page(new, keys, bounds_of, first_key, length, capacity, size, lines, channel, D, P, TILE)
 
     if index is not None:  # noqa: SIM102  # decided when compiling, the other at run time
         # A row that stores no more than the budget attends to all of it: nothing is to be ranked.

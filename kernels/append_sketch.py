@@ -141,7 +141,7 @@ def _sketched(
     return level, scale.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["capacity", "tiles", "step_queries", "token_budget", "row_slots"])
+@triton.jit(do_not_specialize=["capacity", "tiles", "step_queries", "token_budget", "row_tokens", "row_slots"])
 def append_sketch_kernel(
     query,  # [B, H, D], heads one after another
     key,  # [B, Hkv, D], likewise
@@ -175,7 +175,8 @@ def append_sketch_kernel(
     top,
     rescale,
     step,
-    row_slots,  # slots from one row of a slab to the next, or None
+    row_tokens,  # from one row of a slab to the next: tokens that its keys and values have room for,
+    row_slots,  # and slots of the others; or None
     KV_HEADS: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -211,6 +212,8 @@ def append_sketch_kernel(
         state_row = row
         stored_row = (tl.program_id(0) // step_queries).to(tl.int64)
         first_slot = stored_row * capacity
+        first_key = first_slot
+        first_value = first_slot
         clock = seen
     else:
         buffer_row = tl.load(rows + batch).to(tl.int64)
@@ -219,6 +222,8 @@ def append_sketch_kernel(
         state_row = buffer_row * KV_HEADS + kv_head
         stored_row = state_row
         capacity = capacity_of(rules, buffer_row)
+        first_key = buffer_row * row_tokens + kv_head * capacity
+        first_value = first_key + KV_HEADS * capacity
         first_slot = buffer_row * row_slots + kv_head * capacity
         clock = seen + buffer_row
     length = tl.load(lengths + state_row)
@@ -238,7 +243,8 @@ def append_sketch_kernel(
         own_key = key + batch.to(tl.int64) * key_batch + kv_head * D
         new, vector = write_token(
             queries, own_key, value + batch.to(tl.int64) * value_batch + kv_head * DV,
-            keys, values, positions, position, ring, state_row, slot, inside, G, D, DV, DP, DVP, RING,
+            keys, values, positions, position, ring, state_row, first_key, first_value, first_slot, length, inside,
+            G, D, DV, DP, DVP, RING,
         )  # fmt: skip
         if value_sum is not None:
             place = tl.arange(0, DVP)

@@ -293,7 +293,7 @@ def decode_step_triton(
     strides = (query.stride(0), key.stride(0), value.stride(0))
     places = 0 if ring is None else ring.shape[2]
     own = (None, None) if slab is None else (slab.rows, slab.rules)
-    slots, lines = (None, None) if slab is None else (slab.row_slots, slab.row_lines)
+    apart = (None, None, None) if slab is None else (slab.row_tokens, slab.row_slots, slab.row_lines)
     launch = functools.partial(space.launch, compile_only=compile_only)
     if shape.sketch is None:
         launch(
@@ -304,7 +304,7 @@ def decode_step_triton(
             ),
             (
                 *strides, shape.capacity, shape.tiles, shape.queries, shape.token_budget, shape.channels or 0, scaling,
-                softcap, slots, lines,
+                softcap, *apart,
             ),
             *space.first_launch(query.dtype, keys.dtype, places),
         )  # fmt: skip
@@ -318,7 +318,7 @@ def decode_step_triton(
             ),
             (
                 *strides, shape.capacity, shape.tiles, shape.queries, shape.token_budget, scaling, softcap, rule.grid,
-                rule.norm / rule.grid, rule.step, slots,
+                rule.norm / rule.grid, rule.step, *apart[:2],
             ),
             *space.first_launch(query.dtype, keys.dtype, places),
         )  # fmt: skip
@@ -357,7 +357,7 @@ def decode_step_triton(
         (
             *query.stride()[:2], shape.capacity, shape.tiles, space.splits, space.parts, shape.queries,
             shape.kv_heads // shape.queries, shape.token_budget, top_k, shape.sinks or 0, shape.protected, scaling,
-            softcap, slots,
+            softcap, apart[0],
         ),
         constants, options,
     )  # fmt: skip

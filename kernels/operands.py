@@ -27,8 +27,8 @@ class Params(Protocol):
 class SlabRows(Protocol):
     """Which rows of a slab a step runs on, and what differs from row to row; see `rows.py`.
 
-    The `Buffers` of such a step have R rows, and tensors without dimensions of slots: the keys, values, positions and
-    index of a row lie one KV head after another, in as many slots as its capacity. Their clock is [R].
+    The `Buffers` of such a step have R rows, and tensors without dimensions of slots. Keys, values and page bounds are
+    the same memory, keys as wide as values. The clock is [R].
     """
 
     @property
@@ -40,12 +40,16 @@ class SlabRows(Protocol):
         """[R, 4] int32: capacity, page size, channels and k of each row."""
 
     @property
+    def row_tokens(self) -> int:
+        """Keys that have room from one row to the next, in the memory of keys, values and page bounds."""
+
+    @property
     def row_slots(self) -> int:
-        """Slots from one row to the next."""
+        """Slots from one row to the next, in all other tensors."""
 
     @property
     def row_lines(self) -> int:
-        """Lines of 128 pages of the page index from one row to the next; 0 without one."""
+        """Lines of 128 page bounds from one row to the next, in that memory; 0 without them."""
 
 
 class Buffers(Protocol):

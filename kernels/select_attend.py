@@ -42,7 +42,7 @@ def _finish(
 @triton.jit(
     do_not_specialize=[
         *("capacity", "tiles", "splits", "parts", "step_queries"),
-        *("token_budget", "k", "ends", "protected", "row_slots"),
+        *("token_budget", "k", "ends", "protected", "row_tokens"),
     ],
 )
 def select_attend_kernel(
@@ -79,7 +79,7 @@ def select_attend_kernel(
     protected,
     scaling,
     softcap,  # or None
-    row_slots,  # slots from one row of a slab to the next, or None
+    row_tokens,  # tokens that a row of a slab has room for in its keys, values and index; or None
     MODE: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -110,7 +110,8 @@ def select_attend_kernel(
     wanted = k
     if rows is None:
         state_row = row
-        first_slot = (number // step_queries).to(tl.int64) * capacity
+        first_key = (number // step_queries).to(tl.int64) * capacity
+        first_value = first_key
         clock = seen
         is_first = number == 0
     else:
@@ -119,7 +120,8 @@ def select_attend_kernel(
             return
         state_row = buffer_row * kv_heads + kv_head
         capacity = capacity_of(rules, buffer_row)
-        first_slot = buffer_row * row_slots + kv_head * capacity
+        first_key = buffer_row * row_tokens + kv_head * capacity
+        first_value = first_key + kv_heads * capacity
         clock = seen + buffer_row
         is_first = kv_head == 0
         wanted = top_k_of(rules, buffer_row)
@@ -191,7 +193,7 @@ def select_attend_kernel(
             token = tl.where(everything | (place < ends), place, place + stored - read)
         if (MODE == RANKED) | (MODE == GIVEN):
             token = tl.where(everything, place, tl.load(listed + place, mask=place < ranked, other=0))
-        slot = first_slot + token
+        slot = first_key + token
         block = tl.load(
             keys + slot[:, None] * D + channel[None, :], mask=there[:, None] & (channel[None, :] < D), other=0.0
         )
@@ -206,8 +208,11 @@ def select_attend_kernel(
         decay = tl.exp(peak - anchor)
         weight = tl.exp(logit - anchor[:, None])
         mass = mass * decay + tl.sum(weight, 1)
+        slot = first_value + token
         vector = tl.load(
-            values + slot[:, None] * DV + column[None, :], mask=there[:, None] & (column[None, :] < DV), other=0.0
+            values + slot[:, None] * DV + column[None, :],
+            mask=there[:, None] & (column[None, :] < DV),
+            other=0.0,
         )
         if EXACT:
             vector = vector.to(tl.float32)

@@ -25,7 +25,8 @@ from .blocks import BlockOrder, found_order, plain_order
 from .builder import EngineFacts, RocketKVBuilder, RocketKVMetadata
 from .refusals import by_layer, refuse
 from .settings import settings_of
-from .slab import LayerShape, LayerSlab, decode_row
+from .sizes import LayerShape
+from .slab import LayerSlab, decode_row
 from .spec import RocketKVSpec
 
 # Without settings, these names stand for vLLM's own classes. With settings, the backends of MLA are refused.

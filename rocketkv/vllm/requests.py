@@ -12,7 +12,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 from .settings import KEY, settings_of
 
 
-class RequestCheck(Runner1Processor, Runner2Processor):  # type: ignore[misc]
+class RequestCheck(Runner1Processor, Runner2Processor):
     """Refuses requests whose `extra_args` have settings, and models without attention."""
 
     def __init__(self, vllm_config: Any, *args: Any) -> None:

@@ -1,8 +1,8 @@
 """The slab: memory of the compressed rows of one layer, allocated once; and the steps that run on its rows.
 
 A row is the static store of one sequence (`rocketkv.state`): stage 1 fills it when the prompt has been read, and decode
-steps read and write it. A store's tensors are views: of each tensor of the slab, the beginning of its row, which is as
-long as the largest store that any prompt's split may need.
+steps read and write it. A store's tensors are views of its row in each tensor of the slab (`sizes`). Keys, values and
+page bounds share a tensor: keys begin a row, values follow, and bounds end it.
 
 The kernels decode any rows in one step (`kernels/rows.py`). What they need of a row lies on the device: its tokens and
 its clock, which they raise themselves, and its rule, which is written when its prompt ends.
@@ -11,139 +11,24 @@ Letters: B rows of a step, R rows of the slab, H query heads, Hkv KV heads, D he
 prompt, W observation window, P page size, k tokens read.
 """
 
-import functools
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..budget import BudgetSplit
 from ..config import RocketKVConfig
 from ..core.decode import DecodeBuffers
 from ..core.index import index_of
-from ..core.pages import TILE_PAGES, index_dtype_of, movable, page_count
+from ..core.pages import TILE_PAGES, movable
 from ..core.params import AttentionParams
 from ..core.token_index import TokenIndex
 from ..dispatch import Workspaces, decode_step, eviction_ops, run_kernels, slab_workspace
 from ..state.compress import close_prompt_by, evict_generated, kept_when_full
 from ..state.decoding import DecodeTokens
 from ..state.store import KVStore
-
-# Splits are sampled at every so many prompt lengths.
-_STRIDE = 16
-
-# Slots of a row come in multiples, so that the rows of each tensor begin at multiples of as many bytes.
-ALIGNMENT = 16
-
-# Dtypes of the tensors that do not have the keys' dtype.
-_DTYPES = {
-    "positions": torch.int32,
-    "seq_lens": torch.int32,
-    "value_sum": torch.float64,
-    "residual_bias": torch.float32,
-    "missed": torch.float32,
-    "codes": torch.uint8,
-    "scales": torch.bfloat16,
-    "mean": torch.float32,
-    "balance": torch.bfloat16,
-}
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """Heads and dtype of a layer, on this rank.
-
-    Attributes:
-        heads: H.
-        kv_heads: Hkv.
-        head_dim: D.
-        value_dim: Dv.
-        dtype: dtype of keys and values.
-    """
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    dtype: torch.dtype
-
-
-@functools.lru_cache(maxsize=64)
-def _splits(config: RocketKVConfig, shape: LayerShape, max_prompt: int) -> tuple[tuple[BudgetSplit, int], ...]:
-    """Return the splits of prompts of up to `max_prompt` tokens, apart from what they keep, and the slots of their rows."""
-    lengths = [*range(1, max_prompt, _STRIDE), max_prompt]
-    splits = [config.split_for(length, shape.head_dim) for length in lengths]
-    kept = [min(split.kept_tokens or length, length) for split, length in zip(splits, lengths, strict=True)]
-    found: dict[tuple[BudgetSplit, int], None] = {}
-    for i, split in enumerate(splits):
-        # Between samples kept tokens rise or fall, rounded down.
-        slots = max(kept[max(i - 1, 0) : i + 2]) + 1 + (config.decode_capacity or 0)
-        found[replace(split, kept_tokens=1), -(-slots // ALIGNMENT) * ALIGNMENT] = None
-    return tuple(found)
-
-
-def _elements(config: RocketKVConfig, split: BudgetSplit, shape: LayerShape, capacity: int) -> dict[str, int]:
-    """Return the elements of each tensor of a row."""
-    kv_heads = shape.kv_heads
-    found = {
-        "keys": kv_heads * capacity * shape.head_dim,
-        "values": kv_heads * capacity * shape.value_dim,
-        "positions": kv_heads * capacity,
-        "seq_lens": kv_heads,
-    }
-    index = index_of(split)
-    for name in () if index is None else index.names:
-        found[name] = kv_heads * math.prod(index.shape(name, capacity, shape.head_dim)) if index is not None else 0
-    if split.residual:
-        found["value_sum"] = kv_heads * shape.value_dim
-        found["missed"] = shape.heads
-    if split.calibrated:
-        found["residual_bias"] = shape.heads
-    if kept_when_full(config, split) is not None:
-        found["query_ring"] = shape.heads * config.window_size * shape.head_dim
-    return found
-
-
-def dtype_of(name: str, config: RocketKVConfig, shape: LayerShape) -> torch.dtype:
-    """Return the dtype of a tensor of a row."""
-    if name == "bounds":
-        return index_dtype_of(config.index_dtype) or shape.dtype
-    return _DTYPES.get(name, shape.dtype)
-
-
-@dataclass(frozen=True)
-class RowSizes:
-    """The largest sizes of a row under one config.
-
-    Attributes:
-        slots: of a KV head.
-        pages: units that a decode step scores.
-        split: a split with the largest page size, channels and k; None if splits differ in more than that, and in what
-            stage 1 keeps.
-    """
-
-    slots: int
-    pages: int
-    split: BudgetSplit | None
-
-
-@functools.lru_cache(maxsize=64)
-def row_sizes(config: RocketKVConfig, shape: LayerShape, max_prompt: int) -> RowSizes:
-    """Return the largest sizes of rows that hold prompts of up to `max_prompt` tokens."""
-    splits = _splits(config, shape, max_prompt)
-    slots = max(capacity for _, capacity in splits)
-    pages = max(page_count(capacity, split.page_size) for split, capacity in splits)
-    first = splits[0][0]
-    most = {}
-    for name in ("page_size", "channels", "top_k"):
-        found = {getattr(split, name) for split, _ in splits}
-        most[name] = None if found == {None} else max(value or 0 for value in found)
-    rule = replace(first, **most)
-    same = all(replace(split, **most) == rule for split, _ in splits)
-    return RowSizes(slots, pages, rule if same else None)
+from .sizes import SHARED, LayerShape, dtype_of, memory_sizes, row_sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,12 +38,14 @@ class StepRows:
     Attributes:
         rows: [B] int32, rows of the slab, negative for none.
         rules: [R, 4] int32: capacity, P, channels and k of each row.
-        row_slots: slots from one row to the next.
-        row_lines: lines of the page index from one row to the next; 0 without one.
+        row_tokens: keys that have room from one row to the next, in the memory of keys, values and page bounds.
+        row_slots: slots from one row to the next, in all other tensors.
+        row_lines: lines of 128 page bounds from one row to the next, in the shared memory.
     """
 
     rows: Tensor
     rules: Tensor
+    row_tokens: int
     row_slots: int
     row_lines: int
 
@@ -170,6 +57,7 @@ class LayerSlab:
         shape: heads and dtype of the layer.
         max_prompt: most tokens of a prompt.
         memory: by name, the tensors of all rows, [R, elements of a row].
+        bounds: that of keys and values, in the dtype of page bounds, which share it.
         rules: [R, 4] int32: capacity, P, channels and k of each row.
         clock: [R] int32, tokens of each row's sequence.
         newest: [R, H, D], queries of a step's tokens, which CUDA graphs write; see `graphs`.
@@ -184,19 +72,23 @@ class LayerSlab:
         max_prompt: int,
         device: torch.device,
     ) -> None:
-        """Allocate the rows for a layer that may have any of these settings."""
+        """Allocate the rows for a layer that may have any of these settings.
+
+        Raises:
+            ValueError: keys and values differ in width.
+        """
+        if shape.value_dim != shape.head_dim:
+            raise ValueError(f"rocketkv: values must be as wide as keys, got {shape.value_dim} and {shape.head_dim}")
         self.shape, self.max_prompt = shape, max_prompt
-        sizes: dict[str, int] = {}
         configs = list(configs)
-        for config in configs:
-            for split, capacity in _splits(config, shape, max_prompt):
-                for name, count in _elements(config, split, shape, capacity).items():
-                    sizes[name] = max(sizes.get(name, 0), count)
+        sizes = memory_sizes(configs, shape, max_prompt)
         with torch.inference_mode(False):
             # Written at once, so that the memory is in use when vLLM measures it.
             self.memory = {
-                name: _empty(rows, count, dtype_of(name, configs[0], shape), device) for name, count in sizes.items()
+                name: torch.zeros(rows, size, dtype=torch.uint8, device=device).view(dtype_of(name, configs[0], shape))
+                for name, size in sizes.items()
             }
+            self.bounds = self.keys.view(dtype_of("bounds", configs[0], shape))
             self.rules = torch.zeros(rows, 4, dtype=torch.int32, device=device)
             self.clock = torch.zeros(rows, dtype=torch.int32, device=device)
             self.newest = torch.zeros(rows, shape.heads, shape.head_dim, dtype=shape.dtype, device=device)
@@ -242,9 +134,14 @@ class LayerSlab:
         Raises:
             ValueError: they take more room than a row has.
         """
-        views = {}
-        for name, tensor in decoding.tensors().items():
-            place = self.memory[name][row, : tensor.numel()]
+        views, tensors = {}, decoding.tensors()
+        kept, bounds = tensors["keys"].numel(), tensors.get("bounds")
+        last = 0 if bounds is None else bounds.numel()
+        places = {"keys": self.keys[row], "values": self.keys[row, kept:], "bounds": self.bounds[row, -last:]}
+        if 2 * kept * self.keys.itemsize + last * self.bounds.itemsize > self.keys[row].nbytes:
+            raise ValueError(f"rocketkv: a row of the slab has {self.keys[row].nbytes} bytes for its tokens, too few")
+        for name, tensor in tensors.items():
+            place = (places[name] if name in places else self.memory[name][row])[: tensor.numel()]
             if place.numel() < tensor.numel():
                 raise ValueError(f"rocketkv: a row of the slab has {place.numel()} elements for {name}, too few")
             views[name] = place.view(tensor.shape)
@@ -304,28 +201,29 @@ class LayerSlab:
 
     @property
     def keys(self) -> Tensor:
-        """The keys of all rows, [R, Hkv * slots * D]."""
-        return self.memory["keys"]
+        """The memory of keys, values and page bounds of all rows, [R, elements], in the keys' dtype."""
+        return self.memory[SHARED]
 
     def _buffers(self, index: TokenIndex | None) -> DecodeBuffers:
-        memory, rows = self.memory, len(self.rules)
+        memory = {**self.memory, "bounds": self.bounds}
         ring = memory.get("query_ring")
         return DecodeBuffers(
-            *(memory[name] for name in ("keys", "values", "positions", "seq_lens")),
-            tuple(memory[name] for name in (() if index is None else index.names)),
-            **{name: memory.get(name) for name in ("value_sum", "residual_bias", "missed")},
-            query_ring=None if ring is None else ring.view(rows, self.shape.heads, -1, self.shape.head_dim),
+            keys=self.keys,
+            values=self.keys,
+            positions=memory["positions"],
+            seq_lens=memory["seq_lens"],
+            index_tensors=tuple(memory[name] for name in (() if index is None else index.names)),
+            value_sum=memory.get("value_sum"),
+            residual_bias=memory.get("residual_bias"),
+            missed=memory.get("missed"),
+            query_ring=None if ring is None else ring.view(len(ring), self.shape.heads, -1, self.shape.head_dim),
             clock=self.clock,
         )
 
     def _step_rows(self, rows: Tensor) -> StepRows:
-        bounds = self.memory.get("bounds")
-        lines = 0 if bounds is None else bounds.stride(0) // TILE_PAGES
-        return StepRows(rows, self.rules, self.keys.stride(0) // self.shape.head_dim, lines)
-
-
-def _empty(rows: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.zeros(rows, count * dtype.itemsize, dtype=torch.uint8, device=device).view(dtype)
+        tokens = self.keys.stride(0) // self.shape.head_dim
+        slots = self.memory["positions"].stride(0)
+        return StepRows(rows, self.rules, tokens, slots, self.bounds.stride(0) // TILE_PAGES)
 
 
 def make_room(

@@ -52,6 +52,7 @@ class Rows(NamedTuple):
 
     rows: Tensor
     rules: Tensor
+    row_tokens: int
     row_slots: int
     row_lines: int
 
@@ -140,8 +141,8 @@ def decode(
             ),
             AttentionParams(head_dim**-0.5, softcap, meta(query_heads, dtype=dtype) if sinks else None),
             slab=None if not slab else Rows(
-                meta(batch, dtype=torch.int32), meta(batch, RULE_FIELDS, dtype=torch.int32), kv_heads * capacity,
-                kv_heads * shape.tiles * rows,
+                meta(batch, dtype=torch.int32), meta(batch, RULE_FIELDS, dtype=torch.int32), 3 * kv_heads * capacity,
+                kv_heads * capacity, kv_heads * shape.tiles * rows,
             ),
         )  # fmt: skip
 

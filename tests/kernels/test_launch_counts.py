@@ -18,7 +18,8 @@ from rocketkv.dispatch import Workspaces, decode_step
 from rocketkv.state.compress import close_prompt
 from rocketkv.state.store import KVStore
 from rocketkv.static_step import static_step
-from rocketkv.vllm.slab import LayerShape, LayerSlab
+from rocketkv.vllm.sizes import LayerShape
+from rocketkv.vllm.slab import LayerSlab
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 

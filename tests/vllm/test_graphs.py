@@ -18,7 +18,8 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from rocketkv.vllm.backend import RocketKVImpl
 from rocketkv.vllm.builder import EngineFacts, RocketKVBuilder, RocketKVMetadata
 from rocketkv.vllm.settings import parse
-from rocketkv.vllm.slab import LayerShape, LayerSlab
+from rocketkv.vllm.sizes import LayerShape
+from rocketkv.vllm.slab import LayerSlab
 from rocketkv.vllm.spec import RocketKVSpec
 
 BLOCK, HEADS, KV_HEADS, DIM, LONGEST, ROWS, CAPTURED = 16, 4, 2, 16, 128, 4, 4

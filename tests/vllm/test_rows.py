@@ -11,7 +11,8 @@ from rocketkv.config import RocketKVConfig
 from rocketkv.core.params import AttentionParams
 from rocketkv.dispatch import Workspaces
 from rocketkv.state.store import KVStore
-from rocketkv.vllm.slab import LayerShape, LayerSlab, decode_row
+from rocketkv.vllm.sizes import LayerShape
+from rocketkv.vllm.slab import LayerSlab, decode_row
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
