@@ -344,7 +344,8 @@ def workspace_of(
         made: Any = reason or scratch.CpuWorkspace(shape, rotation=rotation)
     else:
         made = _triton_workspace(shape, dtype, device)
-    if _supported(made, workspaces) is None:
+    if isinstance(made, str):
+        workspaces.warn(f"decode steps of this layer run on PyTorch, not on the kernels: {made}")
         return None
     workspace = workspaces.buffers[place] = made
     if len(workspaces.buffers) > MOST_WORKSPACES:
@@ -365,7 +366,7 @@ def _triton_workspace(shape: Any, dtype: torch.dtype, device: torch.device) -> A
 def slab_workspace(
     shape: tuple[int, ...], sizes: tuple[int, int, int], split: BudgetSplit, keys: Tensor, workspaces: Workspaces
 ) -> Any:
-    """Return the workspace for steps of up to B rows of a slab, or warn and return None if it is not supported.
+    """Return the workspace for steps of up to B rows of a slab, or why the kernels do not support them.
 
     `shape` is B, Hkv, slots, D; `sizes` are H, Dv, pages; slots, pages and the split are the largest of a row.
     """
@@ -373,15 +374,7 @@ def slab_workspace(
     if place not in workspaces.slabs:
         largest = replace(_shape_of(heads, shape[1], shape, value_dim, split), pages=pages)
         workspaces.slabs[place] = _triton_workspace(largest, keys.dtype, keys.device)
-    return _supported(workspaces.slabs[place], workspaces)
-
-
-def _supported(made: Any, workspaces: Workspaces) -> Any:
-    """Return a workspace, or warn of the reason in its place and return None."""
-    if isinstance(made, str):
-        workspaces.warn(f"decode steps of this layer run on PyTorch, not on the kernels: {made}")
-        return None
-    return made
+    return workspaces.slabs[place]
 
 
 def workspace_of_buffers(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit, scratch: list[Tensor]) -> Any:

@@ -197,7 +197,11 @@ class LayerSlab:
             return None
         most = 1 << (batch - 1).bit_length()  # one for all numbers of rows up to a power of two
         stored = most, shape.kv_heads, sizes.slots, shape.head_dim
-        return slab_workspace(stored, (shape.heads, shape.value_dim, sizes.pages), sizes.split, self.keys, workspaces)
+        found = slab_workspace(stored, (shape.heads, shape.value_dim, sizes.pages), sizes.split, self.keys, workspaces)
+        if isinstance(found, str):
+            workspaces.warn(f"decode steps of this layer run row by row on PyTorch, not on the kernels: {found}")
+            return None
+        return found
 
     @property
     def keys(self) -> Tensor:
