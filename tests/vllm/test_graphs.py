@@ -23,7 +23,7 @@ from rocketkv.vllm.slab import LayerSlab
 from rocketkv.vllm.spec import RocketKVSpec
 
 BLOCK, HEADS, KV_HEADS, DIM, LONGEST, ROWS, CAPTURED = 16, 4, 2, 16, 128, 4, 4
-SETTINGS = {"token_budget": 32, "decode_reserve": 16, "window_size": 8, "decode_capacity": 16}
+SETTINGS = {"token_budget": 32, "decode_reserve": 16, "window_size": 4, "decode_capacity": 8}
 NAME = "model.layers.0.attn"
 
 
@@ -86,7 +86,7 @@ class Engine:
             use_v2_model_runner=True,
         )
         self.spec = RocketKVSpec(
-            block_size=BLOCK, num_kv_heads=KV_HEADS, head_size=DIM, dtype=torch.float32, rows=ROWS, window_size=8,
+            block_size=BLOCK, num_kv_heads=KV_HEADS, head_size=DIM, dtype=torch.float32, rows=ROWS, window_size=4,
             max_model_len=LONGEST,
         )  # fmt: skip
         facts = EngineFacts(settings, ROWS, LONGEST)
@@ -158,7 +158,7 @@ def chunks_of_steps() -> list[list[tuple[int, int, int, bool]]]:
     """Return a prompt that begins later than another, and whose last chunk is one token; then both decode."""
     steps = [[(0, 0, 45, True)], [(0, 45, 46, False), (2, 0, 69, True)], [(2, 69, 70, True), (0, 46, 47, False)]]
     # Until generated tokens of both are re-evicted.
-    return steps + [[(0, 47 + i, 48 + i, False), (2, 70 + i, 71 + i, False)] for i in range(18)]
+    return steps + [[(0, 47 + i, 48 + i, False), (2, 70 + i, 71 + i, False)] for i in range(10)]
 
 
 @pytest.mark.parametrize("method", ["rocketkv", "rocketkv+"])
@@ -174,7 +174,7 @@ def test_replays_are_the_eager_steps(method: str) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(captured.cache, eager.cache)  # of prompts alone
     own, other = captured.impl.slab, eager.impl.slab
-    assert own.clock.tolist() == other.clock.tolist() == [65, 0, 88, 0]
+    assert own.clock.tolist() == other.clock.tolist() == [57, 0, 80, 0]
     assert torch.equal(own.memory["positions"], other.memory["positions"])
     for name, tensor in own.memory.items():
         assert bool((tensor[[1, 3]] == 0).all()), name
