@@ -9,6 +9,7 @@ import triton.language as tl
 from .append import write_token
 from .dependent import permit_successor
 from .math import as_bound, rounded, soft_capped, softmax_merged, softmax_summed, widened
+from .rows import capacity_of, channels_of, page_size_of
 
 
 @triton.jit
@@ -49,41 +50,55 @@ def _operand(block, dtype: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _new_page(
-    new, keys, index, row, length, capacity, tiles, channel, D: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr
+    new, keys, index, first_key, length, capacity, size, lines, channel,
+    D: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Return the bounds of the page that a row's new key [DP] falls into, and write them if the key fills it.
 
-    A full row has no room for the key: the bounds are those of its last page without it, or zeros after whole pages.
+    `index` begins with the row's tiles, of so many `lines`; pages have `size` tokens, at most P. A full row has no room
+    for the key: the bounds are those of its last page without it, or zeros after whole pages.
     """
-    closed = length // P
+    closed = length // size
     room = length < capacity
     top = tl.where(room, new.to(tl.float32), float("-inf"))
     bottom = tl.where(room, new.to(tl.float32), float("inf"))
     for i in tl.static_range(P - 1):
-        earlier = closed * P + i
+        earlier = closed * size + i
         there = earlier < length
-        old = tl.load(keys + (row * capacity + earlier) * D + channel, mask=channel < D * there.to(tl.int32), other=0.0)
+        old = tl.load(keys + (first_key + earlier) * D + channel, mask=channel < D * there.to(tl.int32), other=0.0)
         old = old.to(tl.float32)
         # Written so that NaN stays: a maximum that drops it would hide it.
         top = tl.where(there & ((old > top) | (old != old)), old, top)
         bottom = tl.where(there & ((old < bottom) | (old != old)), old, bottom)
-    occupied = room | (closed * P < length)
+    occupied = room | (closed * size < length)
     top, bottom = tl.where(occupied, top, 0.0), tl.where(occupied, bottom, 0.0)
     # A page that the token fills is scored as it will be read from now on; an open one is exact.
-    full = room & ((length + 1) % P == 0)
+    full = room & ((length + 1) % size == 0)
     top = tl.where(full, rounded(top, index.dtype.element_ty), top)
     bottom = tl.where(full, rounded(bottom, index.dtype.element_ty), bottom)
-    rows: tl.constexpr = D if P == 1 else 2 * D
-    place = (row * tiles + closed // TILE) * rows * TILE + closed % TILE
+    place = closed // TILE * lines * TILE + closed % TILE
     entries = index + place + channel.to(tl.int64) * TILE
     writes = channel < D * full.to(tl.int32)
     tl.store(entries, as_bound(top, index.dtype.element_ty), mask=writes)
     if P > 1:
+        # There are minima where a tile has more lines than maxima.
+        writes = channel + D < lines * full.to(tl.int32)
         tl.store(entries + D * TILE, as_bound(bottom, index.dtype.element_ty), mask=writes)
     return top, bottom
 
 
-@triton.jit(do_not_specialize=["capacity", "tiles", "step_queries", "token_budget", "channels"])
+@triton.jit(
+    do_not_specialize=[
+        "capacity",
+        "tiles",
+        "step_queries",
+        "token_budget",
+        "channels",
+        "row_tokens",
+        "row_slots",
+        "row_lines",
+    ]
+)
 def append_score_kernel(
     query,  # [B, H, D], heads one after another
     key,  # [B, Hkv, D], likewise
@@ -99,6 +114,8 @@ def append_score_kernel(
     sums,  # [B, Hkv, programs, GP] float32, written
     ranked,  # [B, Hkv, programs, RP] int32, written
     ring,  # [B, H, RING, D], written: the query of token i at place i mod RING; or None
+    rows,  # [B] int32, rows of a slab, in which positions are [rows]; or None: see `rows.py`
+    rules,  # [rows, 4] int32, or None
     query_batch,  # strides of the first three, by row
     key_batch,
     value_batch,
@@ -109,11 +126,14 @@ def append_score_kernel(
     channels,
     scaling,
     softcap,  # or None
+    row_tokens,  # from one row of a slab to the next: tokens that its keys, values and index have room for,
+    row_slots,  # slots of positions,
+    row_lines,  # and lines of the index; or None
     KV_HEADS: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
-    P: tl.constexpr,
+    P: tl.constexpr,  # the largest page size of a slab's rows
     RING: tl.constexpr,
     TILE: tl.constexpr,  # pages of a tile of the index
     EXACT: tl.constexpr,  # dot products of float32, which low precision on the interpreter needs too
@@ -131,28 +151,58 @@ def append_score_kernel(
     """
     permit_successor(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
-    stored_row = (tl.program_id(0) // step_queries).to(tl.int64)
     split = tl.program_id(1)
     splits = tl.num_programs(1) - 1
     row_heads = KV_HEADS * step_queries  # not a constant, which would be compiled for each length of a draft
     batch, kv_head = tl.program_id(0) // row_heads, tl.program_id(0) % row_heads
     queries = query + batch.to(tl.int64) * query_batch + kv_head * G * D
-    length = tl.load(lengths + row)
-    closed = length // P
+    if rows is None:
+        state_row = row
+        stored_row = (tl.program_id(0) // step_queries).to(tl.int64)
+        first_slot = stored_row * capacity
+        first_key = first_slot
+        first_value = first_slot
+        clock = seen
+    else:
+        buffer_row = tl.load(rows + batch).to(tl.int64)
+        if buffer_row < 0:
+            return
+        state_row = buffer_row * KV_HEADS + kv_head
+        capacity = capacity_of(rules, buffer_row)
+        channels = channels_of(rules, buffer_row)
+        first_key = buffer_row * row_tokens + kv_head * capacity
+        first_value = first_key + KV_HEADS * capacity
+        first_slot = buffer_row * row_slots + kv_head * capacity
+        clock = seen + buffer_row
+    if (rules is None) | (P == 1):
+        size: tl.constexpr = P
+        lines: tl.constexpr = D if P == 1 else 2 * D
+    else:
+        size = page_size_of(rules, buffer_row)
+        lines = tl.where(size == 1, D, 2 * D)
+    if index is not None:
+        if rows is None:
+            bounds_of = index + stored_row * tiles * lines * TILE
+        else:
+            own_tiles = tl.cdiv(tl.cdiv(capacity, size), TILE)
+            first_line = (buffer_row + 1) * row_lines - (KV_HEADS - kv_head) * own_tiles * lines
+            bounds_of = index + first_line * TILE
+    length = tl.load(lengths + state_row)
+    closed = length // size
     channel = tl.arange(0, DP)
     own = channel < D
     top = tl.zeros([DP], tl.float32)
     bottom = tl.zeros([DP], tl.float32)
     HP: tl.constexpr = 8 if G <= 8 else GP  # heads of which scores are kept
     if split == splits:
-        position = tl.load(seen) + tl.program_id(0) % step_queries
+        position = tl.load(clock) + tl.program_id(0) % step_queries
         new, _ = write_token(
             queries, key + batch.to(tl.int64) * key_batch + kv_head * D,
             value + batch.to(tl.int64) * value_batch + kv_head * DV, keys, values, positions, position, ring,
-            row, stored_row * capacity + length, length < capacity, G, D, DV, DP, DVP, RING,
+            state_row, first_key, first_value, first_slot, length, length < capacity, G, D, DV, DP, DVP, RING,
         )  # fmt: skip
         if index is not None:
-            top, bottom = _new_page(new, keys, index, stored_row, length, capacity, tiles, channel, D, P, TILE)
+            top, bottom = _new_page(new, keys, bounds_of, first_key, length, capacity, size, lines, channel, D, P, TILE)
 
     if index is not None:  # noqa: SIM102  # decided when compiling, the other at run time
         # A row that stores no more than the budget attends to all of it: nothing is to be ranked.
@@ -163,7 +213,7 @@ def append_score_kernel(
             lower = total <= 0.0
             entry = tl.where(own, channel, 0)
             if P > 1:
-                entry += tl.where(lower & own, D, 0)
+                entry += tl.where(lower & (channel < lines - D), D, 0)
 
             head = tl.arange(0, HP)
             real = head[:, None] < G
@@ -181,7 +231,9 @@ def append_score_kernel(
                 logit = tl.sum(tl.where(chosen, q * tl.where(lower, bottom, top)[None, :], 0.0), 1) * factor
                 if softcap is not None:
                     logit = soft_capped(logit, softcap)
-                count = tl.minimum(length + 1, capacity) - closed * P  # tokens of the page, none in a full row of pages
+                count = (
+                    tl.minimum(length + 1, capacity) - closed * size
+                )  # tokens of the page, none in a full row of pages
                 tl.store(scored + closed, logit[:, None], mask=head[:, None] < G * (count > 0).to(tl.int32))
                 mass = tl.where(logit == logit, 1.0, logit) * count.to(tl.float32)
                 tl.store(peaks + program * GP + head, tl.where(count > 0, logit, float("-inf")))
@@ -190,7 +242,6 @@ def append_score_kernel(
                 listed = ranked + program * RP
                 tl.store(listed + rank, entry, mask=rank < RP)
                 tl.debug_barrier()  # the list is read by other threads than wrote it
-                rows: tl.constexpr = D if P == 1 else 2 * D
                 page = tl.arange(0, TILE)
                 order = tl.arange(0, RC)
                 padded = tl.arange(0, GP)[:, None]
@@ -205,7 +256,7 @@ def append_score_kernel(
                     part = _operand(part, query.dtype.element_ty, EXACT)
                 for tile in range(split, (closed + TILE - 1) // TILE, splits):
                     # Whole lines, whatever lies behind the last page: a mask on columns would cost the wide loads.
-                    bounds = index + (stored_row * tiles + tile) * rows * TILE + page[None, :]
+                    bounds = bounds_of + tile * lines * TILE + page[None, :]
                     estimate = tl.zeros([GP, TILE], tl.float32)
                     if RP == RC:
                         # Addresses that are known before the loop: the loads of later tiles are under way.
@@ -231,6 +282,6 @@ def append_score_kernel(
                     estimate = tl.where(number[None, :] < closed, estimate, float("-inf"))
                     peak, mass = softmax_summed(peak, mass, estimate)
                 peak, mass = softmax_merged(peak, mass)
-                mass *= P
+                mass *= size
                 tl.store(peaks + program * GP + head, peak)
                 tl.store(sums + program * GP + head, mass)

@@ -19,6 +19,7 @@ from .decode_shape import SketchRule
 from .dependent import permit_successor
 from .digits import byte_of, digit_weights, digits_of, words_of, write_code
 from .math import as_bfloat16, soft_capped, softmax_merged, softmax_summed
+from .rows import capacity_of
 
 
 def code_words(head_dim: int, width: int) -> int:
@@ -140,7 +141,7 @@ def _sketched(
     return level, scale.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["capacity", "tiles", "step_queries", "token_budget"])
+@triton.jit(do_not_specialize=["capacity", "tiles", "step_queries", "token_budget", "row_tokens", "row_slots"])
 def append_sketch_kernel(
     query,  # [B, H, D], heads one after another
     key,  # [B, Hkv, D], likewise
@@ -160,6 +161,8 @@ def append_sketch_kernel(
     peaks,  # [B, Hkv, programs, GP] float32, written
     sums,  # [B, Hkv, programs, GP] float32, written
     ring,  # [B, H, RING, D], written: the query of token i at place i mod RING; or None
+    rows,  # [B] int32, rows of a slab, in which positions are [rows]; or None: see `rows.py`
+    rules,  # [rows, 4] int32, or None
     query_batch,  # strides of the first three, by row
     key_batch,
     value_batch,
@@ -172,6 +175,8 @@ def append_sketch_kernel(
     top,
     rescale,
     step,
+    row_tokens,  # from one row of a slab to the next: tokens that its keys and values have room for,
+    row_slots,  # and slots of the others; or None
     KV_HEADS: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -198,13 +203,30 @@ def append_sketch_kernel(
     """
     permit_successor(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
-    stored_row = (tl.program_id(0) // step_queries).to(tl.int64)
     split = tl.program_id(1)
     splits = tl.num_programs(1) - 1
     row_heads = KV_HEADS * step_queries  # not a constant, which would be compiled for each length of a draft
     batch, kv_head = tl.program_id(0) // row_heads, tl.program_id(0) % row_heads
     queries = query + batch.to(tl.int64) * query_batch + kv_head * G * D
-    length = tl.load(lengths + row)
+    if rows is None:
+        state_row = row
+        stored_row = (tl.program_id(0) // step_queries).to(tl.int64)
+        first_slot = stored_row * capacity
+        first_key = first_slot
+        first_value = first_slot
+        clock = seen
+    else:
+        buffer_row = tl.load(rows + batch).to(tl.int64)
+        if buffer_row < 0:
+            return
+        state_row = buffer_row * KV_HEADS + kv_head
+        stored_row = state_row
+        capacity = capacity_of(rules, buffer_row)
+        first_key = buffer_row * row_tokens + kv_head * capacity
+        first_value = first_key + KV_HEADS * capacity
+        first_slot = buffer_row * row_slots + kv_head * capacity
+        clock = seen + buffer_row
+    length = tl.load(lengths + state_row)
     inside = length < capacity
     program = row * (splits + 1) + split
     scored = scores + row * G * tiles * TILE
@@ -216,20 +238,21 @@ def append_sketch_kernel(
     column = tl.arange(0, columns)
     factor = scaling / (rescale * top)  # of rotated queries for the logits
     if split == splits:
-        slot = stored_row * capacity + length
-        position = tl.load(seen) + tl.program_id(0) % step_queries
+        slot = first_slot + length
+        position = tl.load(clock) + tl.program_id(0) % step_queries
         own_key = key + batch.to(tl.int64) * key_batch + kv_head * D
         new, vector = write_token(
             queries, own_key, value + batch.to(tl.int64) * value_batch + kv_head * DV,
-            keys, values, positions, position, ring, row, slot, inside, G, D, DV, DP, DVP, RING,
+            keys, values, positions, position, ring, state_row, first_key, first_value, first_slot, length, inside,
+            G, D, DV, DP, DVP, RING,
         )  # fmt: skip
         if value_sum is not None:
             place = tl.arange(0, DVP)
             writes = place < DV * inside.to(tl.int32)
-            total = tl.load(value_sum + row * DV + place, mask=writes, other=0.0)
+            total = tl.load(value_sum + state_row * DV + place, mask=writes, other=0.0)
             summable: tl.constexpr = 1572864.0  # 1.5 * 2^20: in float64 it rounds to multiples of 2^-32
             summand = vector.to(tl.float32).to(tl.float64) + summable - summable
-            tl.store(value_sum + row * DV + place, total + summand, mask=writes)
+            tl.store(value_sum + state_row * DV + place, total + summand, mask=writes)
         level, scale = _sketched(
             new, own_key, mean, balance, codes, scales, turn, stored_row, slot, inside, top, rescale, step,
             D, DP, WIDTH, HIGHER, WORDS, WORDS_HIGHER, lines, RC,
@@ -293,7 +316,7 @@ def append_sketch_kernel(
             for tile in range(split, (stored + BN - 1) // BN, splits):
                 token = tile * BN + tl.arange(0, BN)
                 there = token < stored
-                slots = stored_row * capacity + token
+                slots = first_slot + token
                 digits = digits_of(words_of(codes, slots, there, size, 0, bytes_of, WORDS), WIDTH, SUBNORMAL)
                 estimate = tl.dot(digit_weight, digits) * unit[:, None]
                 if HIGHER:

@@ -61,14 +61,14 @@ def combined(
 
 @triton.jit
 def with_others(
-    total, mass, peak, near, own, rest, value_sum, bias, missed, row, stored, read, everything, head, column,
+    total, mass, peak, near, own, rest, value_sum, bias, missed, row, state_row, stored, read, everything, head, column,
     G: tl.constexpr, DV: tl.constexpr, GP: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Return an attention's sum and mass with the tokens that are not read as one more, of their mean value.
 
     Their estimated mass is lowered as in `rocketkv.core.residual.overestimate`; `near` is the log of the exact mass of
-    the tokens that are read. Values are summed exactly, in float64: what is left after `own`, those that are read, is
-    no rounding error.
+    the tokens that are read. `row` counts the step's rows, `state_row` those of the buffers. Values are summed exactly,
+    in float64: what is left after `own`, those that are read, is no rounding error.
     """
     # Nothing is left out of a row that is read whole.
     there = head < G * (1 - everything.to(tl.int32))
@@ -81,13 +81,13 @@ def with_others(
     excess = tl.maximum(estimated - near, 0.0)
     other_peak -= tl.where(excess < float("inf"), excess, 0.0) * 0.5  # an estimate may not be finite
     if bias is not None:
-        other_peak += tl.load(bias + row * G + head, mask=there, other=0.0)
-    every = tl.load(value_sum + row * DV + column, mask=column < DV, other=0.0)
+        other_peak += tl.load(bias + state_row * G + head, mask=there, other=0.0)
+    every = tl.load(value_sum + state_row * DV + column, mask=column < DV, other=0.0)
     mean = ((every - own.to(tl.float64)) / tl.maximum(stored - read, 1).to(tl.float64)).to(tl.float32)
     mean = tl.where(everything, 0.0, mean)
     higher = tl.maximum(peak, other_peak)
     other *= tl.exp(other_peak - higher)
     decay = tl.exp(peak - higher)
     mass = mass * decay + other
-    tl.store(missed + row * G + head, other / mass, mask=head < G)
+    tl.store(missed + state_row * G + head, other / mass, mask=head < G)
     return total * decay[:, None] + other[:, None] * mean[None, :], mass

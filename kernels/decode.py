@@ -23,7 +23,7 @@ from .decode_shape import TILE_PAGES, DecodeShape
 from .dependent import launches_dependently
 from .launch import Launcher
 from .launches import Launch, architecture_of, launch_of
-from .operands import Buffers, Params
+from .operands import Buffers, Params, SlabRows
 from .score_plan import score_launch, sketch_launch
 from .select import select_kernel
 from .select_attend import ALL, GIVEN, RANKED, RECENT, select_attend_kernel
@@ -103,7 +103,8 @@ class DecodeWorkspace:
         self.separate = shape.scored and self.page_capacity > REGISTER_PAGES
         self.select_tree: SelectTree | None = None
         if self.separate and announces:
-            self.select_tree = select_tree(self.page_capacity, shape.top_k or 1, shape.page_size)
+            smallest = shape.page_size if shape.pages is None else 1
+            self.select_tree = select_tree(self.page_capacity, shape.top_k or 1, smallest)
         self.rank_block = max(16, triton.next_power_of_2(shape.channels or 1))
 
         given = None if buffers is None else iter(buffers)
@@ -250,6 +251,7 @@ def decode_step_triton(
     params: Params,
     out: Tensor | None = None,
     *,
+    slab: SlabRows | None = None,
     compile_only: bool = False,
 ) -> Tensor:
     """Append one token to every row and attend to the tokens that stage 2 selects, writing everything on the device.
@@ -264,6 +266,7 @@ def decode_step_triton(
         workspace: made for these shapes.
         params: the model's attention parameters.
         out: [B, H, Dv] to write to, or None for a new one.
+        slab: rows of a slab to run on, or None for all rows of the buffers. For a negative row nothing is written.
         compile_only: whether only to compile what the step would launch, and to write nothing.
 
     Returns:
@@ -282,24 +285,26 @@ def decode_step_triton(
     key = _side_by_side(key, shape.head_dim)
     value = _side_by_side(value, shape.value_dim)
     if out is None:
-        out = query.new_empty(shape.batch, shape.heads, shape.value_dim)
+        out = query.new_empty(query.shape[0], shape.heads, shape.value_dim)
     if compile_only and INTERPRETED:
         return out  # nothing to compile
-    rows = shape.batch * shape.kv_heads
+    rows = query.shape[0] * shape.kv_heads
     appended = (query, key, value, keys, values, buffers.positions)
     strides = (query.stride(0), key.stride(0), value.stride(0))
     places = 0 if ring is None else ring.shape[2]
+    own = (None, None) if slab is None else (slab.rows, slab.rules)
+    apart = (None, None, None) if slab is None else (slab.row_tokens, slab.row_slots, slab.row_lines)
     launch = functools.partial(space.launch, compile_only=compile_only)
     if shape.sketch is None:
         launch(
             append_score_kernel, (rows, space.splits, 1),
             (
                 *appended, buffers.index_tensors[0] if shape.scored else None, seq_lens, buffers.clock, space.scores,
-                space.peaks, space.sums, space.ranked, ring,
+                space.peaks, space.sums, space.ranked, ring, *own,
             ),
             (
                 *strides, shape.capacity, shape.tiles, shape.queries, shape.token_budget, shape.channels or 0, scaling,
-                softcap,
+                softcap, *apart,
             ),
             *space.first_launch(query.dtype, keys.dtype, places),
         )  # fmt: skip
@@ -309,11 +314,11 @@ def decode_step_triton(
             append_sketch_kernel, (rows, space.splits, 1),
             (
                 *appended, *buffers.index_tensors, value_sum if shape.residual else None, space.turn, seq_lens,
-                buffers.clock, space.scores, space.peaks, space.sums, ring,
+                buffers.clock, space.scores, space.peaks, space.sums, ring, *own,
             ),
             (
                 *strides, shape.capacity, shape.tiles, shape.queries, shape.token_budget, scaling, softcap, rule.grid,
-                rule.norm / rule.grid, rule.step,
+                rule.norm / rule.grid, rule.step, *apart[:2],
             ),
             *space.first_launch(query.dtype, keys.dtype, places),
         )  # fmt: skip
@@ -326,7 +331,7 @@ def decode_step_triton(
             logits, others = (space.logits, space.others) if shape.residual else (None, None)
             launch(
                 select_parts_kernel, (rows, tree.chunks, 1),
-                (seq_lens, *scored, space.candidates, logits, others, space.finished, space.chosen, space.rest),
+                (seq_lens, *scored, space.candidates, logits, others, space.finished, space.chosen, space.rest, *own),
                 (
                     shape.capacity, shape.tiles, space.splits, tree.chunks, tree.nodes_above, shape.kv_heads,
                     shape.token_budget, top_k, shape.protected,
@@ -335,7 +340,7 @@ def decode_step_triton(
             )  # fmt: skip
         else:
             launch(
-                select_kernel, (rows, 1, 1), (seq_lens, *scored, space.ordered, space.chosen, space.rest),
+                select_kernel, (rows, 1, 1), (seq_lens, *scored, space.ordered, space.chosen, space.rest, *own),
                 (
                     shape.capacity, shape.tiles, space.splits, shape.kv_heads, shape.token_budget, top_k,
                     shape.protected,
@@ -347,12 +352,12 @@ def decode_step_triton(
         (
             query, keys, values, seq_lens, buffers.clock, *scored, value_sum if shape.residual else None,
             None if bias is None else bias.contiguous(), space.rest, space.missed if missed is None else missed,
-            space.chosen, space.records, space.arrivals, out,
+            space.chosen, space.records, space.arrivals, out, *own,
         ),
         (
             *query.stride()[:2], shape.capacity, shape.tiles, space.splits, space.parts, shape.queries,
             shape.kv_heads // shape.queries, shape.token_budget, top_k, shape.sinks or 0, shape.protected, scaling,
-            softcap,
+            softcap, apart[0],
         ),
         constants, options,
     )  # fmt: skip

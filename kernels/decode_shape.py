@@ -61,6 +61,8 @@ class DecodeShape:
         by_largest: whether tokens rank by the largest weight of the group's heads, not by their average.
         queries: n, the queries of a verify step, each of which has KV heads of its own in `heads` and `kv_heads`, next
             to those of the KV head's other queries; 1 in a decode step.
+        pages: of a slab, the most pages of a row, since rows differ in their page size; None: those of `capacity`.
+            Capacity, page size, channels and k are the largest of a row.
     """
 
     batch: int
@@ -79,6 +81,7 @@ class DecodeShape:
     residual: bool = False
     by_largest: bool = False
     queries: int = 1
+    pages: int | None = None
 
     @property
     def group(self) -> int:
@@ -98,7 +101,7 @@ class DecodeShape:
     @property
     def tiles(self) -> int:
         """Tiles of the index."""
-        pages = -(-self.capacity // self.page_size)
+        pages = self.pages or -(-self.capacity // self.page_size)
         return -(-pages // TILE_PAGES)
 
 

@@ -24,6 +24,34 @@ class Params(Protocol):
         """[H], one learned logit a head that joins the softmax's denominator, or None."""
 
 
+class SlabRows(Protocol):
+    """Which rows of a slab a step runs on, and what differs from row to row; see `rows.py`.
+
+    The `Buffers` of such a step have R rows, and tensors without dimensions of slots. Keys, values and page bounds are
+    the same memory, keys as wide as values. The clock is [R].
+    """
+
+    @property
+    def rows(self) -> Tensor:
+        """[B] int32, the row of the slab for each row of the batch, negative for none; no row twice."""
+
+    @property
+    def rules(self) -> Tensor:
+        """[R, 4] int32: capacity, page size, channels and k of each row."""
+
+    @property
+    def row_tokens(self) -> int:
+        """Keys that have room from one row to the next, in the memory of keys, values and page bounds."""
+
+    @property
+    def row_slots(self) -> int:
+        """Slots from one row to the next, in all other tensors."""
+
+    @property
+    def row_lines(self) -> int:
+        """Lines of 128 page bounds from one row to the next, in that memory; 0 without them."""
+
+
 class Buffers(Protocol):
     """The tensors that a decode step reads and writes, of one layer."""
 

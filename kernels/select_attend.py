@@ -9,6 +9,7 @@ import triton.language as tl
 from .combine import combined, with_others, write_part
 from .dependent import wait_for_predecessor
 from .math import soft_capped
+from .rows import capacity_of, page_size_of, top_k_of
 from .selection import TILE_PAGES, cut, mass_over, ordered_bits, page_weights, threshold, tokens_in, write_rest
 
 ALL = tl.constexpr(0)  # every stored token
@@ -19,28 +20,29 @@ GIVEN = tl.constexpr(3)  # the k that an earlier launch ranked
 
 @triton.jit
 def _finish(
-    out, lengths, seen, row, row_number, stored, total, mass, peak, near, own, rest, value_sum, bias, missed, read,
-    everything, head, column, G: tl.constexpr, DV: tl.constexpr, GP: tl.constexpr, CUT: tl.constexpr,
+    out, lengths, clock, row, state_row, is_first, stored, total, mass, peak, near, own, rest, value_sum, bias, missed,
+    read, everything, head, column, G: tl.constexpr, DV: tl.constexpr, GP: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Write a row's output and its new length; with a residual, with the tokens not read as one more."""
     if value_sum is not None:
         total, mass = with_others(
-            total, mass, peak, near, own, rest, value_sum, bias, missed, row, stored, read, everything, head, column,
+            total, mass, peak, near, own, rest, value_sum, bias, missed, row, state_row, stored, read, everything, head,
+            column,
             G, DV, GP, CUT,
         )  # fmt: skip
     written = (row * G + head[:, None]) * DV + column[None, :]
     inside = (head[:, None] < G) & (column[None, :] < DV)
     tl.store(out + written, (total / mass[:, None]).to(out.dtype.element_ty), mask=inside)
-    tl.store(lengths + row, stored)
-    if row_number == 0:
-        tl.store(seen, tl.load(seen) + 1)
+    tl.store(lengths + state_row, stored)
+    if is_first:
+        tl.store(clock, tl.load(clock) + 1)
 
 
 # What changes from prompt to prompt, or when buffers grow, is not compiled for.
 @triton.jit(
     do_not_specialize=[
         *("capacity", "tiles", "splits", "parts", "step_queries"),
-        *("token_budget", "k", "ends", "protected"),
+        *("token_budget", "k", "ends", "protected", "row_tokens"),
     ],
 )
 def select_attend_kernel(
@@ -61,6 +63,8 @@ def select_attend_kernel(
     records,  # [B, Hkv, parts, floats] float32, of `write_part`; written
     arrivals,  # [B, Hkv] int32, zero before and after
     out,  # [B, H, DV]
+    rows,  # [B] int32, rows of a slab, in which positions are [rows]; or None: see `rows.py`
+    rules,  # [rows, 4] int32, or None
     query_batch,  # strides of the queries, by row and by head
     query_head,
     capacity,
@@ -75,11 +79,12 @@ def select_attend_kernel(
     protected,
     scaling,
     softcap,  # or None
+    row_tokens,  # tokens that a row of a slab has room for in its keys, values and index; or None
     MODE: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
-    P: tl.constexpr,  # one token where there is a residual
+    P: tl.constexpr,  # one token where there is a residual; the largest page size of a slab's rows
     EXACT: tl.constexpr,
     LARGEST: tl.constexpr,  # whether tokens rank by the largest weight of the group's heads, not by their average
     CUT: tl.constexpr,  # whether a row has more than one part
@@ -99,16 +104,37 @@ def select_attend_kernel(
     RESIDUAL: tl.constexpr = value_sum is not None
     number = tl.program_id(0)
     row = number.to(tl.int64)
-    stored_row = (number // step_queries).to(tl.int64)
     row_heads = kv_heads * step_queries
     kv_head = number % row_heads
     part = tl.program_id(1)
-    stored = tl.minimum(tl.load(lengths + row) + 1, capacity)
+    wanted = k
+    if rows is None:
+        state_row = row
+        first_key = (number // step_queries).to(tl.int64) * capacity
+        first_value = first_key
+        clock = seen
+        is_first = number == 0
+    else:
+        buffer_row = tl.load(rows + number // row_heads).to(tl.int64)
+        if buffer_row < 0:
+            return
+        state_row = buffer_row * kv_heads + kv_head
+        capacity = capacity_of(rules, buffer_row)
+        first_key = buffer_row * row_tokens + kv_head * capacity
+        first_value = first_key + kv_heads * capacity
+        clock = seen + buffer_row
+        is_first = kv_head == 0
+        wanted = top_k_of(rules, buffer_row)
+    if (rules is None) | (P == 1):
+        size: tl.constexpr = P
+    else:
+        size = page_size_of(rules, buffer_row)
+    stored = tl.minimum(tl.load(lengths + state_row) + 1, capacity)
     # A row that stores no more than the budget attends to all of it.
     everything = stored <= token_budget
     if MODE == ALL:
         everything = stored > 0
-    read = tl.where(everything, stored, tl.minimum(k, stored))
+    read = tl.where(everything, stored, tl.minimum(wanted, stored))
     share = tl.cdiv(tl.cdiv(read, parts), BT) * BT
     first = part * share
     last = tl.minimum(first + share, read)
@@ -122,17 +148,17 @@ def select_attend_kernel(
             chooses &= first < last
         if chooses:
             page = tl.arange(0, UP)
-            pages = (stored + P - 1) // P
-            count = tokens_in(page, stored, P)
+            pages = (stored + size - 1) // size
+            count = tokens_in(page, stored, size)
             weight = page_weights(
                 scores, peaks, sums, sinks, row, kv_head, splits, page, pages, tiles, G, GP, SP, LARGEST
             )
-            bits = ordered_bits(weight, count, page * P < protected)
-            value, above = threshold(bits, count, stored, read, P)
-            taken, before, _ = cut(bits, count, value, read - above, P)
+            bits = ordered_bits(weight, count, page * size < protected)
+            value, above = threshold(bits, count, stored, read, size, P == 1)
+            taken, before, _ = cut(bits, count, value, read - above, size)
             for i in tl.static_range(P):
                 mine = (i < taken) & (before + i >= first) & (before + i < last)
-                tl.store(listed + before + i, page * P + i, mask=mine)
+                tl.store(listed + before + i, page * size + i, mask=mine)
             if RESIDUAL:
                 for g in range(part, G, parts):
                     estimate = scores + (row * G + g) * tiles * TILE_PAGES + page
@@ -167,7 +193,7 @@ def select_attend_kernel(
             token = tl.where(everything | (place < ends), place, place + stored - read)
         if (MODE == RANKED) | (MODE == GIVEN):
             token = tl.where(everything, place, tl.load(listed + place, mask=place < ranked, other=0))
-        slot = stored_row * capacity + token
+        slot = first_key + token
         block = tl.load(
             keys + slot[:, None] * D + channel[None, :], mask=there[:, None] & (channel[None, :] < D), other=0.0
         )
@@ -182,8 +208,11 @@ def select_attend_kernel(
         decay = tl.exp(peak - anchor)
         weight = tl.exp(logit - anchor[:, None])
         mass = mass * decay + tl.sum(weight, 1)
+        slot = first_value + token
         vector = tl.load(
-            values + slot[:, None] * DV + column[None, :], mask=there[:, None] & (column[None, :] < DV), other=0.0
+            values + slot[:, None] * DV + column[None, :],
+            mask=there[:, None] & (column[None, :] < DV),
+            other=0.0,
         )
         if EXACT:
             vector = vector.to(tl.float32)
@@ -208,8 +237,8 @@ def select_attend_kernel(
             weight_sum += tl.exp(sink - highest)
             tl.store(arrivals + row, 0)
             _finish(
-                out, lengths, seen, row, number, stored, value_weights, weight_sum, highest, read_mass, values_read,
-                rest, value_sum, bias, missed, read, everything, few, column, G, DV, GP, CUT,
+                out, lengths, clock, row, state_row, is_first, stored, value_weights, weight_sum, highest, read_mass,
+                values_read, rest, value_sum, bias, missed, read, everything, few, column, G, DV, GP, CUT,
             )  # fmt: skip
     else:
         near = peak + tl.log(mass)
@@ -220,8 +249,8 @@ def select_attend_kernel(
             mass = mass * tl.exp(peak - higher) + tl.exp(sink - higher)
             peak = higher
         _finish(
-            out, lengths, seen, row, number, stored, total, mass, peak, near, own, rest, value_sum, bias, missed, read,
-            everything, head, column, G, DV, GP, CUT,
+            out, lengths, clock, row, state_row, is_first, stored, total, mass, peak, near, own, rest, value_sum, bias,
+            missed, read, everything, head, column, G, DV, GP, CUT,
         )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .dependent import permit_successor, wait_for_predecessor
+from .rows import capacity_of, page_size_of, top_k_of
 from .selection import (
     NO_TOKENS,
     TILE_PAGES,
@@ -61,6 +62,8 @@ def select_parts_kernel(
     finished,  # [B, Hkv, nodes above chunks] int32, zero before and after
     chosen,  # [B, Hkv, k] int32, written
     rest,  # [B, Hkv, 4, GP] float32, written: estimates of `write_rest`
+    rows,  # [B] int32, rows of a slab; or None: see `rows.py`
+    rules,  # [rows, 4] int32, or None
     capacity,
     tiles,
     splits,
@@ -71,7 +74,7 @@ def select_parts_kernel(
     k,
     protected,
     G: tl.constexpr,
-    P: tl.constexpr,  # one token where there is a residual
+    P: tl.constexpr,  # one token where there is a residual; the largest page size of a slab's rows
     LARGEST: tl.constexpr,  # whether tokens rank by the largest weight of the group's heads, not by their average
     GP: tl.constexpr,
     SP: tl.constexpr,
@@ -87,23 +90,36 @@ def select_parts_kernel(
     number = tl.program_id(0)
     row = number.to(tl.int64)
     chunk = tl.program_id(1)
-    stored = tl.minimum(tl.load(lengths + row) + 1, capacity)
-    pages = (stored + P - 1) // P
+    state_row = row
+    wanted = k
+    if rows is not None:
+        buffer_row = tl.load(rows + number // kv_heads).to(tl.int64)
+        if buffer_row < 0:
+            return
+        state_row = buffer_row * kv_heads + number % kv_heads
+        capacity = capacity_of(rules, buffer_row)
+        wanted = top_k_of(rules, buffer_row)
+    if (rules is None) | (P == 1):
+        size: tl.constexpr = P
+    else:
+        size = page_size_of(rules, buffer_row)
+    stored = tl.minimum(tl.load(lengths + state_row) + 1, capacity)
+    pages = (stored + size - 1) // size
     if (stored > token_budget) & (chunk * UP < pages):  # otherwise all of the row is read, or the chunk has no pages
-        read = tl.minimum(k, stored)
+        read = tl.minimum(wanted, stored)
         entries = chunks * SLOTS
         bits_of = candidates + row * 2 * entries
         pages_of = bits_of + entries
         page = chunk * UP + tl.arange(0, UP)
-        count = tokens_in(page, stored, P)
+        count = tokens_in(page, stored, size)
         weight = page_weights(
             scores, peaks, sums, sinks, row, number % kv_heads, splits, page, pages, tiles, G, GP, SP, LARGEST
         )
-        bits = ordered_bits(weight, count, page * P < protected)
-        held = tl.minimum(stored - chunk * UP * P, UP * P)
-        wanted = tl.minimum(read, held)
-        value, above = threshold(bits, count, held, wanted, P)
-        taken, _, order = cut(bits, count, value, wanted - above, P)
+        bits = ordered_bits(weight, count, page * size < protected)
+        held = tl.minimum(stored - chunk * UP * size, UP * size)
+        most = tl.minimum(read, held)
+        value, above = threshold(bits, count, held, most, size, P == 1)
+        taken, _, order = cut(bits, count, value, most - above, size)
         _write_candidates(bits_of, pages_of, chunk * SLOTS, bits, page, taken, order, SLOTS)
         if RESIDUAL:
             for g in range(G):
@@ -132,7 +148,7 @@ def select_parts_kernel(
                 first = above_node * FAN * apart
                 _choose(
                     bits_of, pages_of, logits, others, chosen, rest, row, first, apart, children, nodes_next, stored,
-                    read, k, chunks, G, P, GP, SLOTS, FAN,
+                    read, k, chunks, size, G, P, GP, SLOTS, FAN,
                 )  # fmt: skip
             announced += nodes_next
             node = above_node
@@ -143,7 +159,7 @@ def select_parts_kernel(
 @triton.jit
 def _choose(
     bits_of, pages_of, logits, others, chosen, rest, row, first, apart, children, nodes, stored, read, k, chunks,
-    G: tl.constexpr, P: tl.constexpr, GP: tl.constexpr, SLOTS: tl.constexpr, FAN: tl.constexpr,
+    size, G: tl.constexpr, P: tl.constexpr, GP: tl.constexpr, SLOTS: tl.constexpr, FAN: tl.constexpr,
 ):  # fmt: skip
     """Choose among the candidates of some nodes, the first of which begins with chunk `first`.
 
@@ -156,15 +172,15 @@ def _choose(
     bits = tl.load(bits_of + place, mask=child < children, other=NO_TOKENS, cache_modifier=".cg")
     is_page = bits > NO_TOKENS  # behind a node's candidates no page was written
     page = tl.load(pages_of + place, mask=is_page, other=0, cache_modifier=".cg")
-    count = tl.where(is_page, tokens_in(page, stored, P), 0)
+    count = tl.where(is_page, tokens_in(page, stored, size), 0)
     held = tl.sum(count, 0)
     wanted = tl.minimum(read, held)
-    value, above = threshold(bits, count, held, wanted, P)
-    taken, before, order = cut(bits, count, value, wanted - above, P)
+    value, above = threshold(bits, count, held, wanted, size, P == 1)
+    taken, before, order = cut(bits, count, value, wanted - above, size)
     if nodes == 1:
         listed = chosen + row * k + before
         for i in tl.static_range(P):
-            tl.store(listed + i, page * P + i, mask=i < taken)
+            tl.store(listed + i, page * size + i, mask=i < taken)
     else:
         tl.debug_barrier()  # what is written over has been read
         _write_candidates(bits_of, pages_of, first * SLOTS, bits, page, taken, order, SLOTS)

@@ -82,23 +82,23 @@ def ordered_bits(weight, count, first):
 
 
 @triton.jit
-def tokens_in(page, stored, P: tl.constexpr):
+def tokens_in(page, stored, P):
     """Return how many of a row's tokens lie in each page."""
     return tl.minimum(tl.maximum(stored - page * P, 0), P)
 
 
 @triton.jit
-def _at_least(bits, count, value, P: tl.constexpr):
+def _at_least(bits, count, value, SINGLE: tl.constexpr):
     """Return how many tokens have at least this value, which is no less than -1."""
-    each = 1 if P == 1 else count
+    each = 1 if SINGLE else count
     return tl.sum(tl.where(bits >= value, each, 0), 0)
 
 
 @triton.jit
-def threshold(bits, count, held, k, P: tl.constexpr):
+def threshold(bits, count, held, k, P, SINGLE: tl.constexpr):
     """Return the value at which the k-th of `held` tokens falls in descending order, and how many lie above it.
 
-    k is at least one and no more than `held`.
+    k is at least one and no more than `held`. SINGLE tells whether pages are known to be single tokens.
     """
     low = tl.full([], -1, tl.int32)
     high = tl.max(bits, 0) + 1
@@ -106,21 +106,21 @@ def threshold(bits, count, held, k, P: tl.constexpr):
     # Bisection over the bits; what is left within a page's tokens of k is one or two values.
     while (high - low > 1) & (reached >= k + P):
         middle = low + (high - low) // 2
-        found = _at_least(bits, count, middle, P)
+        found = _at_least(bits, count, middle, SINGLE)
         enough = found >= k
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
         reached = tl.where(enough, found, reached)
     value = tl.min(tl.where(bits >= low, bits, HIGHEST), 0)
-    above = _at_least(bits, count, value + 1, P)
+    above = _at_least(bits, count, value + 1, SINGLE)
     while above >= k:
         value = tl.min(tl.where(bits > value, bits, HIGHEST), 0)
-        above = _at_least(bits, count, value + 1, P)
+        above = _at_least(bits, count, value + 1, SINGLE)
     return value, above
 
 
 @triton.jit
-def cut(bits, count, value, rest, P: tl.constexpr):
+def cut(bits, count, value, rest, P):
     """Choose the tokens above a value, and of those at it the first `rest`.
 
     Only the last page may have fewer than P tokens.

@@ -9,7 +9,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,10 +35,12 @@ class Workspaces:
 
     Attributes:
         buffers: a `DecodeWorkspace` or `CpuWorkspace` for each device, dtype, shape of heads and budget of a layer.
+        slabs: a `DecodeWorkspace` for each shape of slab steps; none is dropped, as CUDA graphs have their addresses.
         warned: messages already given.
     """
 
     buffers: dict[Any, Any] = field(default_factory=dict)
+    slabs: dict[Any, Any] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
 
     def warn(self, message: str) -> None:
@@ -276,6 +278,7 @@ def run_kernels(
     workspace: Any,
     params: AttentionParams,
     out: Tensor | None = None,
+    slab: Any = None,
 ) -> Tensor:
     """Run a decode step in a workspace made for it; see `kernels.decode.decode_step_triton`."""
     if workspace.backend == "cpu":
@@ -285,7 +288,7 @@ def run_kernels(
     from .kernels.decode import decode_step_triton  # imported where it runs: triton may not be installed
 
     with _current(query.device):
-        result: Tensor = decode_step_triton(query, key, value, buffers, workspace, params, out)
+        result: Tensor = decode_step_triton(query, key, value, buffers, workspace, params, out, slab=slab)
     return result
 
 
@@ -332,28 +335,46 @@ def workspace_of(
     workspace = workspaces.buffers.get(place)
     if workspace is not None and workspace.shape == shape:
         return workspace
-    rotation = None if shape.sketch is None else rotation_matrix(shape.head_dim, device)
     if backend == "cpu":
         from .kernels.cpu import step  # imported where it runs: numba may not be installed
         from .kernels.cpu import workspace as scratch
 
+        rotation = None if shape.sketch is None else rotation_matrix(shape.head_dim, device)
         reason = step.refusal(query, buffers.keys, buffers.values)
-        made: Any = None if reason else scratch.CpuWorkspace(shape, rotation=rotation)
+        made: Any = reason or scratch.CpuWorkspace(shape, rotation=rotation)
     else:
-        from .kernels.decode import DecodeWorkspace  # imported where it runs: triton may not be installed
-        from .kernels.decode_shape import refusal
-
-        reason = refusal(shape, dtype)
-        # Exact in 16 bits: the rotation's entries are integers below 256.
-        own = None if rotation is None else rotation.to(dtype)
-        made = None if reason else DecodeWorkspace(shape, device, rotation=own)
-    if reason is not None:
-        workspaces.warn(f"decode steps of this layer run on PyTorch, not on the kernels: {reason}")
+        made = _triton_workspace(shape, dtype, device)
+    if isinstance(made, str):
+        workspaces.warn(f"decode steps of this layer run on PyTorch, not on the kernels: {made}")
         return None
     workspace = workspaces.buffers[place] = made
     if len(workspaces.buffers) > MOST_WORKSPACES:
         del workspaces.buffers[next(iter(workspaces.buffers))]
     return workspace
+
+
+def _triton_workspace(shape: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return a `DecodeWorkspace`, or why the kernels do not support the shape."""
+    from .kernels.decode import DecodeWorkspace  # imported where it runs: triton may not be installed
+    from .kernels.decode_shape import refusal
+
+    # Exact in 16 bits: the rotation's entries are integers below 256.
+    rotation = None if shape.sketch is None else rotation_matrix(shape.head_dim, device).to(dtype)
+    return refusal(shape, dtype) or DecodeWorkspace(shape, device, rotation=rotation)
+
+
+def slab_workspace(
+    shape: tuple[int, ...], sizes: tuple[int, int, int], split: BudgetSplit, keys: Tensor, workspaces: Workspaces
+) -> Any:
+    """Return the workspace for steps of up to B rows of a slab, or why the kernels do not support them.
+
+    `shape` is B, Hkv, slots, D; `sizes` are H, Dv, pages; slots, pages and the split are the largest of a row.
+    """
+    (heads, value_dim, pages), place = sizes, (shape, sizes, split, keys.dtype, keys.device)
+    if place not in workspaces.slabs:
+        largest = replace(_shape_of(heads, shape[1], shape, value_dim, split), pages=pages)
+        workspaces.slabs[place] = _triton_workspace(largest, keys.dtype, keys.device)
+    return workspaces.slabs[place]
 
 
 def workspace_of_buffers(query: Tensor, buffers: DecodeBuffers, split: BudgetSplit, scratch: list[Tensor]) -> Any:

@@ -9,32 +9,25 @@ Letters: H query heads, Hkv KV heads, D head dim, n tokens of a step.
 import dataclasses
 import functools
 import importlib
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.forward_context import get_forward_context
-from vllm.logger import init_logger
-from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
+from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from ..config import RocketKVConfig
 from ..core.params import AttentionParams
-from ..dispatch import Workspaces
-from .blocks import BlockOrder, found_order, plain_order, read_packed
-from .metadata import Closing, RequestTable, StepPlan
-from .metrics import MISSED_EVERY, metrics
+from .blocks import BlockOrder, found_order, plain_order
+from .builder import EngineFacts, RocketKVBuilder, RocketKVMetadata
 from .refusals import by_layer, refuse
-from .settings import VllmSettings, settings_of
-from .slab import LayerShape, LayerSlab, decode_row
+from .settings import settings_of
+from .sizes import LayerShape
+from .slab import LayerSlab, decode_row
 from .spec import RocketKVSpec
-from .steps import flat_tokens, prompts_of, step_rows
-
-logger = init_logger(__name__)
 
 # Without settings, these names stand for vLLM's own classes. With settings, the backends of MLA are refused.
 _PARENTS = {
@@ -47,39 +40,6 @@ _PARENTS = {
 
 
 _LOWER = "lower max_sequences (or vLLM's --max-num-seqs), decode_capacity or token_budget"
-
-
-@dataclass
-class RocketKVMetadata:
-    """Metadata of a step for all layers of a group.
-
-    Attributes:
-        plan: what the step does with each request.
-        prompts: the parent's metadata of the prompts' chunks, or None if there are none.
-        tokens: the chunks' tokens among the batch's flat tokens: a slice, or [n] integers.
-        num_actual_tokens: tokens of the step.
-        workspaces: shared by the layers.
-    """
-
-    plan: StepPlan
-    prompts: Any
-    tokens: slice | Tensor
-    num_actual_tokens: int
-    workspaces: Workspaces
-
-
-class EngineFacts(NamedTuple):
-    """Facts of an engine that its backend depends on.
-
-    Attributes:
-        settings: the plugin's settings.
-        rows: rows of the slab.
-        max_model_len: most tokens of a request.
-    """
-
-    settings: VllmSettings
-    rows: int
-    max_model_len: int
 
 
 def __getattr__(name: str) -> Any:
@@ -201,12 +161,29 @@ class RocketKVImpl:
                 output[tokens] = read
         for first, last, prompt in attn_metadata.plan.chunks:
             prompt.remember(name, query[first:last], self.config.window_size)
+        if attn_metadata.keeps_queries and self.slab is not None:
+            self.slab.newest[tokens].copy_(query[tokens])
+        if attn_metadata.decodes is not None and self._decode(query, key, value, output, attn_metadata):
+            return output
         params = self.params
         for token, sequence in attn_metadata.plan.decodes:
             step = slice(token, token + 1)
             store, shared = sequence.stores[name], attn_metadata.workspaces
             output[step] = decode_row(store, self.config, query[step], key[step], value[step], params, shared)
         return output
+
+    def _decode(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, metadata: RocketKVMetadata) -> bool:
+        """Run all decode steps at once; return whether the kernels support it, or else do nothing."""
+        if metadata.decodes is None or self.slab is None:
+            return False
+        rows, tokens = metadata.decodes
+        out = output[tokens]  # a view of a slice, or else a copy
+        new = query[tokens], key[tokens], value[tokens]
+        if not self.slab.decode(rows, self.config, *new, out, self.params, metadata.workspaces):
+            return False
+        if not isinstance(tokens, slice):
+            output[tokens] = out
+        return True
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -219,7 +196,8 @@ class RocketKVImpl:
             parent.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         elif own.prompts is not None:
             tokens = own.tokens
-            parent.do_kv_cache_update(layer, key[tokens], value[tokens], kv_cache, slot_mapping[tokens])
+            slots = slot_mapping[tokens] if own.slots is None else own.slots
+            parent.do_kv_cache_update(layer, key[tokens], value[tokens], kv_cache, slots)
 
     def order(self, layer: Any, block_size: int) -> BlockOrder:
         """Return the order of keys and values in the layer's blocks."""
@@ -248,101 +226,3 @@ def _take_from_space(cache: Any, size: int) -> None:
 def _has_window(window: Any) -> bool:
     """Whether a backend's `sliding_window` is one: None, -1 and (-1, -1) stand for none."""
     return window not in (None, -1, (-1, -1))
-
-
-def _check_full_attention(vllm_config: Any) -> None:
-    """Refuse a model without full attention.
-
-    Raises:
-        ValueError: no layer of the model is compressed.
-    """
-    layers = vllm_config.compilation_config.static_forward_context.values()
-    if not any(getattr(getattr(layer, "impl", None), "slab", None) for layer in layers):
-        raise ValueError("rocketkv does not support models without full attention: serve the model without rocketkv")
-
-
-class RocketKVBuilder:
-    """Builds the metadata of a step, and ends the prompts that have been read; the base of `backend_class`."""
-
-    facts: EngineFacts
-
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-        parent: Any = super()
-        parent.__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.layers = {name: vllm_config.compilation_config.static_forward_context[name] for name in layer_names}
-        self.compresses = isinstance(kv_cache_spec, RocketKVSpec)
-        slabs = [layer.impl.slab for layer in self.layers.values() if getattr(layer.impl, "slab", None)]
-        if not self.compresses:
-            _check_full_attention(vllm_config)
-            return
-        total = sum(slab.nbytes for slab in slabs)
-        logger.info("rocketkv: a slab of %.2f GiB for %d sequences", total / 2**30, self.facts.rows)
-        metrics().slab_bytes.inc(total)
-        self.steps = 0
-        self.block_size = kv_cache_spec.block_size
-        configs = by_layer(vllm_config, self.facts.settings)
-        for name, layer in self.layers.items():
-            layer.impl.config = configs[extract_layer_index(name)]
-        self.table, self.workspaces = RequestTable(self.facts.rows), Workspaces()
-        self.orders: dict[str, BlockOrder] = {}
-
-    @classmethod
-    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        """Return NEVER: a step's plan is made on the host, so attention runs outside of CUDA graphs."""
-        return AttentionCGSupport.NEVER
-
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
-        """Return the metadata of a step; before it, run stage 1 on the prompts whose first decode step it is."""
-        parent: Any = super()
-        common = common_attn_metadata
-        if not self.compresses:
-            return parent.build(common_prefix_len, common, fast_build)
-        rows = step_rows(common, self.block_size, self.facts.max_model_len)
-        plan = self.table.plan(rows)
-        for closing in plan.closings:
-            self._close(closing, common.block_table_tensor)
-        self.steps += 1
-        if self.steps % MISSED_EVERY == 0:
-            self._sample(plan)
-        prompts = [row for row in rows if row.prefilling]
-        tokens: slice | Tensor = slice(0, common.num_actual_tokens)
-        metadata = None
-        if len(prompts) == common.num_reqs:
-            metadata = parent.build(common_prefix_len, common, fast_build)
-        elif prompts:
-            tokens = flat_tokens(prompts, common.query_start_loc.device)
-            metadata = parent.build(common_prefix_len, prompts_of(common, prompts, tokens), fast_build)
-        return RocketKVMetadata(plan, metadata, tokens, common.num_actual_tokens, self.workspaces)
-
-    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
-        """Return the parent's metadata: nothing is captured, but vLLM may warm up with made-up requests."""
-        parent: Any = super()
-        return parent.build(0, common_attn_metadata)
-
-    def _sample(self, plan: StepPlan) -> None:
-        """Report the missed mass of the last steps of the sequences that go on decoding."""
-        stores = [store for _, sequence in plan.decodes for store in sequence.stores.values()]
-        missed = [found for store in stores if (found := store.decoding.buffers.missed) is not None]
-        mean = torch.stack(missed).nanmean() if missed else torch.tensor(torch.nan)
-        if not mean.isnan():
-            metrics().missed_mass.set(float(mean))
-
-    def _close(self, closing: Closing, block_table: Tensor) -> None:
-        """Run stage 1 on a prompt in all layers, out of its blocks."""
-        count = -(-closing.tokens // self.block_size)
-        blocks, window = block_table[closing.place, :count], self.facts.settings.config.window_size
-        for name, layer in self.layers.items():
-            impl, queries = layer.impl, closing.prompt.queries.pop(name, None)
-            if queries is None or queries.shape[2] < min(window, closing.tokens):
-                raise RuntimeError(
-                    f"rocketkv: the queries of the last {window} tokens of a prompt of {closing.tokens} are missing"
-                )
-            if name not in self.orders:
-                self.orders[name] = impl.order(layer, self.block_size)
-            keys, values = read_packed(layer.kv_cache, blocks, closing.tokens, self.orders[name])
-            closing.sequence.stores[name] = impl.slab.close(
-                closing.sequence.row, impl.config, keys, values, queries, impl.params, self.workspaces
-            )
-        stored = [store.stored for store in closing.sequence.stores.values()]
-        metrics().prompt_tokens.inc(closing.tokens)
-        metrics().kept_tokens.inc(sum(stored) / len(stored))

@@ -68,11 +68,13 @@ class DecodingSequence:
     Attributes:
         row: row of the slab.
         seen: tokens of the sequence so far.
+        room: tokens that the row has room for.
         stores: its store in each layer, by name.
     """
 
     row: int
     seen: int
+    room: int = 0
     stores: dict[str, KVStore] = field(default_factory=dict)
 
 

@@ -30,6 +30,8 @@ def step_rows(common: Any, block_size: int, max_model_len: int) -> list[StepRow]
             continue
         if common.req_idx is not None:
             prefilling = bool(common.is_prefilling[place])
+            if start == 0 and not prefilling:  # made up, to warm up or to capture a graph
+                continue
             rows.append(StepRow(place, start, stop, first, int(common.req_idx[place]), None, prefilling, None, 0))
             continue
         table = common.block_table_tensor[place]

@@ -5,7 +5,7 @@ Letters: B batch, H query heads, Hkv KV heads, D head dim, P page size, t token 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from rocketkv.kernels.decode_shape import TILE_PAGES, DecodeShape, SketchRule
 from rocketkv.kernels.dense_decode import DenseWorkspace, dense_decode
 from rocketkv.kernels.evict import compact, pool_scores, select_top, window_scores
 from rocketkv.kernels.prefill import prefill_attention
+from rocketkv.kernels.rows import RULE_FIELDS
 from rocketkv.kernels.value_aware import value_aware
 from rocketkv.kernels.value_sums import subtract_last
 
@@ -46,6 +47,16 @@ class Configuration:
     alone: bool = False
 
 
+class Rows(NamedTuple):
+    """The rows of a step on a slab; see `kernels/operands.py`."""
+
+    rows: Tensor
+    rules: Tensor
+    row_tokens: int
+    row_slots: int
+    row_lines: int
+
+
 def meta(*sizes: int, dtype: torch.dtype) -> Tensor:
     """Return a tensor without memory."""
     return torch.empty(sizes, dtype=dtype, device=META)
@@ -67,6 +78,7 @@ def decode(
     softcap: float | None = None,
     sinks: bool = False,
     sketch_bits: int | None = None,
+    slab: bool = False,
 ) -> Callable[[int, str], Tensor]:
     """Return a function that launches a decode step.
 
@@ -86,6 +98,7 @@ def decode(
         sinks: whether the model has learned sinks.
         sketch_bits: bits a channel of the sketch, which has a residual with a bias, or None where pages are scored or
             nothing is.
+        slab: whether the step runs on rows of a slab.
     """
 
     def launch(programs: int, architecture: str) -> Tensor:
@@ -95,6 +108,7 @@ def decode(
             batch=batch, heads=query_heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=head_dim, capacity=capacity,
             page_size=page_size, channels=channels, top_k=top_k, token_budget=token_budget, sinks=ends,
             sketch=rule, residual=rule is not None, by_largest=rule is not None,
+            pages=-(-capacity // page_size) if slab else None,
         )  # fmt: skip
         rows = head_dim if page_size == 1 else 2 * head_dim
         index: tuple[Tensor, ...] = ()
@@ -126,7 +140,11 @@ def decode(
                 shape, META, programs, rotation=meta(head_dim, head_dim, dtype=dtype), architecture=architecture
             ),
             AttentionParams(head_dim**-0.5, softcap, meta(query_heads, dtype=dtype) if sinks else None),
-        )
+            slab=None if not slab else Rows(
+                meta(batch, dtype=torch.int32), meta(batch, RULE_FIELDS, dtype=torch.int32), 3 * kv_heads * capacity,
+                kv_heads * capacity, kv_heads * shape.tiles * rows,
+            ),
+        )  # fmt: skip
 
     return launch
 
@@ -331,7 +349,7 @@ THREE_BITS: dict[str, Any] = {"capacity": 16384, "token_budget": 1024, "sketch_b
 CONFIGURATIONS = {
     "llama-3.1-8b-32k": Configuration(decode(BF16, **LLAMA_32K), BOTH, main=True),
     "llama-3.1-8b-128k": Configuration(decode(BF16, **LLAMA_128K), BOTH, main=True),
-    "qwen3-8b-8k-batch-8": Configuration(decode(BF16, **QWEN_8K, batch=8), BOTH, main=True),
+    "qwen3-8b-8k-rows": Configuration(decode(BF16, **QWEN_8K, batch=8, slab=True), BOTH, main=True),
     # Nothing evicted: more pages than one program holds.
     "llama-3.1-8b-128k-mt": Configuration(decode(BF16, **{**LLAMA_128K, "capacity": 131200}), TREE, main=True),
     "llama-3.1-8b-128k-sketch": Configuration(decode(BF16, **PLUS_128K), TREE, main=True),
@@ -348,7 +366,9 @@ CONFIGURATIONS = {
     ),
     "llama-3.1-8b-32k-sketch": Configuration(decode(BF16, **PLUS_32K), SKETCHED, main=True),
     "gemma-2-9b-sketch-8k": Configuration(decode(BF16, **PLUS_8K, **GEMMA), SKETCHED[:1]),
-    "smollm2-135m-fp32-sketch": Configuration(decode(FP32, **THREE_BITS, **SMOLLM), (*SKETCHED[:1], *TREE)),
+    "smollm2-135m-fp32-sketch-rows": Configuration(
+        decode(FP32, **THREE_BITS, **SMOLLM, slab=True), (*SKETCHED[:1], *TREE)
+    ),
     "llama-3.1-8b-prompt-128k": Configuration(evict(BF16, tokens=131072, kept=6343, page_size=3), main=True),
     "smollm2-135m-prompt-8k": Configuration(
         evict(FP16, tokens=8192, kept=3614, page_size=2, index_dtype=E5M2, batch=8, padded=True, **SMOLLM),

@@ -12,11 +12,14 @@ import pytest
 import torch
 
 from rocketkv.budget import BudgetSplit, rocketkv_plus_split, rocketkv_split
+from rocketkv.config import RocketKVConfig
 from rocketkv.core.params import AttentionParams
-from rocketkv.dispatch import decode_step
+from rocketkv.dispatch import Workspaces, decode_step
 from rocketkv.state.compress import close_prompt
 from rocketkv.state.store import KVStore
 from rocketkv.static_step import static_step
+from rocketkv.vllm.sizes import LayerShape
+from rocketkv.vllm.slab import LayerSlab
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
@@ -115,3 +118,22 @@ def test_a_step_of_a_large_layer_launches_as_many_that_overlap(
     assert [name for name, _ in launched] == [first_of(method), *later]
     overlaps = ["launch_pdl" in options for _, options in launched]
     assert overlaps == [False, *(architecture == "sm_90" for _ in later)]
+
+
+@pytest.mark.parametrize("method", ["rocketkv", "rocketkv+"])
+def test_a_step_of_rows_of_a_slab_launches_as_many_for_any_number_of_rows(
+    method: str, launched: list[tuple[str, dict[str, Any]]]
+) -> None:
+    config = RocketKVConfig(method=method, token_budget=64, window_size=8, decode_capacity=16, backend="triton")
+    shape = LayerShape(heads=1, kv_heads=1, head_dim=D, value_dim=D, dtype=torch.float32)
+    slab = LayerSlab([config], shape, rows=9, max_prompt=512, device=DEVICE)
+    params, workspaces = AttentionParams(D**-0.5), Workspaces()
+    for count in (1, 2, 9, 2):
+        rows = torch.arange(count, dtype=torch.int32, device=DEVICE)
+        new, out = torch.randn(count, 1, D, device=DEVICE), torch.empty(count, 1, D, device=DEVICE)
+        launched.clear()
+        space = workspaces.slabs.copy()
+        with torch.inference_mode(), Tracker([new, out, rows]) as tracker:
+            assert slab.decode(rows, config, new, new, new, out, params, workspaces)
+        assert [name for name, _ in launched] == [first_of(method), *TWO]
+        assert len(space) < len(workspaces.slabs) or not set(tracker.operations) - VIEWS  # nothing but launches

@@ -18,7 +18,8 @@ from rocketkv.dispatch import Workspaces
 from rocketkv.vllm.blocks import plain_order, read_packed
 from rocketkv.vllm.metadata import RequestTable
 from rocketkv.vllm.settings import parse
-from rocketkv.vllm.slab import LayerShape, LayerSlab, decode_row
+from rocketkv.vllm.sizes import LayerShape
+from rocketkv.vllm.slab import LayerSlab, decode_row
 from rocketkv.vllm.steps import flat_tokens, prompts_of, step_rows
 
 BLOCK, HEADS, KV_HEADS, DIM, LONGEST = 16, 4, 2, 32, 256
