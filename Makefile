@@ -12,11 +12,11 @@ OLDEST_TRITON := 3.2.0
 TRITON_OVERLAY := .overlay/triton-$(OLDEST_TRITON)
 OVERLAYS := $(OVERLAY)/.done
 OLDEST := $(CURDIR)/$(OVERLAY)
-OLDEST_TESTS := integration
+OLDEST_TESTS := oldest
 ifeq ($(shell uname -sm),Linux x86_64)  # Triton 3.2 has no package for others
 OVERLAYS += $(TRITON_OVERLAY)/.done
 OLDEST := $(OLDEST):$(CURDIR)/$(TRITON_OVERLAY)
-OLDEST_TESTS := integration or oldest_triton
+OLDEST_TESTS := oldest or oldest_triton
 endif
 WHEEL_CHECK := build/wheel-check
 # vLLM takes other versions of torch and transformers than the newest.

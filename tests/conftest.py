@@ -56,6 +56,9 @@ LONGEST = [
     "eval/test_ruler.py",
 ]
 
+# What differs between models differs between versions of transformers too.
+ALL_ON_OLDEST = {"test_models.py", "test_patch.py", "test_errors.py", "test_hybrids.py", "test_rope.py"}
+
 # Tests that name no backend are of the reference.
 os.environ.setdefault("ROCKETKV_BACKEND", "torch")
 
@@ -139,7 +142,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what the oldest Triton runs, and put the longest files first, so that none is left alone at the end.
 
     It runs the first case of each of the kernels' tests, and a sixth of the others, drawn by their names: what an old
-    Triton lacks shows in many cases. It compiles for one device, the one whose instructions were the newest to it.
+    Triton lacks shows in many cases. It compiles for one device, the one whose instructions were the newest to it. The
+    oldest transformers runs all tests of `ALL_ON_OLDEST`, and of others that touch it the first cases and a third.
     """
     met: set[Any] = set()
     for item in items:
@@ -148,6 +152,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         met.add(function)
         if item.path.parent.name == "studies":
             item.add_marker("studies")
+        drawn = first or item.path.name in ALL_ON_OLDEST or zlib.crc32(item.name.encode()) % 3 == 0
+        if drawn and item.get_closest_marker("integration") is not None:
+            item.add_marker("oldest")
         if item.path.parent.name != "kernels":
             continue
         target = item.callspec.params.get("target") if hasattr(item, "callspec") else None
