@@ -10,11 +10,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import jinja2
-from markupsafe import Markup
-
 from .arms import ADAPTER, FULL, MODES, length_text
-from .bundle import packed_plotly, script_hash
+from .bundle import render
 from .examples import fewer, size_of
 from .failures import MOST
 from .gather import Report
@@ -53,16 +50,8 @@ def _page(report: Report, *, cut: bool = False, large: bool = False) -> str:
         }
         plots += [{"id": name, **plot.data} for part in figures.values() for name, plot in part]
         sections.append((section, figures, report.examples[place]))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    plotly, plotly_hash = packed_plotly()
-    script = (FOLDER / "page.js").read_text(encoding="utf-8")
-    return environment.get_template("page.html.j2").render(
+    return render(
+        FOLDER,
         report=report,
         sections=sections,
         plots=plots,
@@ -70,10 +59,6 @@ def _page(report: Report, *, cut: bool = False, large: bool = False) -> str:
         several=len({section.model for section in report.sections}) > 1,
         cut=cut,
         large=large,
-        plotly=plotly,
-        style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        hashes=[plotly_hash, script_hash(script)],
         FULL=FULL,
         ADAPTER=ADAPTER,
         MODES=MODES,

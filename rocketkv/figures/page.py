@@ -12,12 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
-from markupsafe import Markup
 from torch import Tensor
 
-from ..eval.report.bundle import packed_plotly, script_hash
+from ..eval.report.bundle import render
 from ..state.trace import Trace, TracedStep
 from .levels import kept_rows, read_rows, share_levels, weight_levels
 from .lines import missed
@@ -62,26 +60,14 @@ def write_page(
             "step": step(trace, worst, tokens, row=row),
             "missed": missed(trace, tokens, row=row),
         }
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    plotly, plotly_hash = packed_plotly()
-    script = (FOLDER / "page.js").read_text(encoding="utf-8")
-    text = environment.get_template("page.html.j2").render(
+    text = render(
+        FOLDER,
         facts=facts,
         figures=figures,
         text={"tokens": list(tokens), "views": list(_views(positions, steps, tokens, row))},
         steps=steps,
         worst_token=None if worst is None else _token(tokens, steps[worst].position),
         alphas=[f"{0.75 * alpha(level):.2f}" for level in range(1, LEVELS + 1)],
-        plotly=plotly,
-        style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        hashes=[plotly_hash, script_hash(script)],
     )
     Path(path).write_text(text, encoding="utf-8")
 
