@@ -7,9 +7,13 @@ the entry point `vllm.logits_processors`, under either model runner. It changes 
 from typing import Any
 
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as Runner1Processor
-from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as Runner2Processor
 
 from .settings import KEY, settings_of
+
+try:
+    from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as Runner2Processor
+except ImportError:  # a vLLM older than the supported ones: its engines would not start if this module failed to load
+    Runner2Processor = object
 
 
 class RequestCheck(Runner1Processor, Runner2Processor):
