@@ -25,7 +25,7 @@ class Params(Protocol):
 
 
 class SlabRows(Protocol):
-    """Which rows of a slab a step runs on, and what differs from row to row; see `rows.py`.
+    """The rows of a slab that a step runs on, with the rules of each row; see `rows.py`.
 
     The `Buffers` of such a step have R rows, and tensors without dimensions of slots. Keys, values and page bounds are
     the same memory, keys as wide as values. The clock is [R].

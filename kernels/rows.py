@@ -1,10 +1,10 @@
 """Steps of any rows of a slab, each with a capacity, page size, number of channels and k of its own.
 
 A *slab* is buffers with more rows than a step has. `rows` names the row that each row of the batch reads and writes, or
-a negative number for none; `rules` has what differs from row to row. A row's positions, codes and scales lie from the
-row's first slot on, its KV heads one after another, each with as many slots as its capacity. Its keys, values and index
-share memory, so that a row with a large index has fewer tokens: keys come first, values after them, and the tiles of
-the index end where the row ends.
+a negative number for none. `rules` has the capacity, page size, channels and k of each row. A row's positions, codes
+and scales lie from the row's first slot on, its KV heads one after another, each with as many slots as its capacity.
+Its keys, values and index share memory, so that a row with a large index has fewer tokens: keys come first, values
+after them, and the tiles of the index end where the row ends.
 
 Without `rows`, row i of the batch is row i of the buffers, and the kernels are compiled as if there were no slabs.
 

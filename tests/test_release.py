@@ -1,4 +1,4 @@
-"""What a release is made of: its metadata agree, and the forms and workflows of the repository are as they promise."""
+"""The parts of a release: metadata that agree, and the forms and workflows of the repository."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from .store import KVStore
 
 
 class Report(Protocol):
-    """What a trace needs of a `StepReport`, whose module imports this one."""
+    """The part of a `StepReport` that a trace reads; the report's module imports this one."""
 
     position: int
 

@@ -1,4 +1,4 @@
-"""The metadata of a step, and what happens between steps: prompts end, and full rows make room.
+"""The metadata of a step, and the work between steps: stage 1 of ended prompts, and re-eviction in full rows.
 
 Letters: H query heads, D head dim, n tokens of a step, B rows that decode.
 """

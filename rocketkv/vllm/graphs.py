@@ -1,9 +1,8 @@
 """Full CUDA graphs of decode steps: tensors at constant addresses, by which a graph learns what a step does.
 
-A graph of n tokens runs, in each layer, the parent backend on all tokens, then the step of the slab on all tokens. A
-token that decodes is none to the parent: its key is written nowhere, and the one token that it attends to is any token,
-since its output is overwritten. A prompt's token, or one that pads the batch, has no row, so the step of the slab
-neither reads nor writes anything for it.
+In each layer, a graph of n tokens runs the parent backend on all tokens, then the slab's decode step on all tokens. For
+a decoding token, the parent writes no key and attends to one arbitrary token; the slab's step overwrites that output. A
+prompt's token, or a token that pads the batch, has no row, so the slab's step reads and writes nothing for it.
 
 vLLM runs such graphs where every request of a step has one token. That may be a prompt's, if the rest of the prompt was
 read before. Its query is one of those that rank the prompt, so graphs copy all queries to `LayerSlab.newest`, out of
@@ -19,7 +18,7 @@ from torch import Tensor
 
 
 class GraphBuffers:
-    """What graphs read of a step.
+    """The tensors that graphs read, written before each step.
 
     Attributes:
         rows: [n] int32, the row of the slab in which each token decodes, or -1 for none.

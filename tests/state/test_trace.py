@@ -1,4 +1,4 @@
-"""What a trace says: the tokens kept and read, by the step's own output, and what the step missed."""
+"""A trace against the step itself: the tokens kept and read, by the step's own output, and the missed mass."""
 
 from __future__ import annotations
 
