@@ -105,7 +105,7 @@ class Turns:
 NAMES = {"rocketkv": "rocket", "rocketkv-mt": "rocket_mt"}
 # Chunks, and whether a prompt's end is known, are the layer's concern: kernels see neither, nor transformers. They meet
 # each method and each budget once; both layers and three budgets are in the test of one turn by the kernels.
-BY_KERNELS = [("rocketkv", 128, "unknown", 3), ("rocketkv-mt", 64, "known", 1)]
+BY_KERNELS = [("rocketkv", 128, "unknown", 1), ("rocketkv-mt", 64, "known", 1)]
 TWO_TURNS = [
     *(
         pytest.param("torch", *case, marks=pytest.mark.integration)
