@@ -35,7 +35,7 @@ class Workspaces:
 
     Attributes:
         buffers: a `DecodeWorkspace` or `CpuWorkspace` for each device, dtype, shape of heads and budget of a layer.
-        slabs: a `DecodeWorkspace` for each shape of slab steps; none is dropped, as CUDA graphs have their addresses.
+        slabs: likewise for each shape of slab steps; none is dropped, as CUDA graphs have their addresses.
         warned: messages already given.
     """
 
@@ -284,7 +284,7 @@ def run_kernels(
     if workspace.backend == "cpu":
         from .kernels.cpu.step import decode_step_cpu  # imported where it runs: numba may not be installed
 
-        return decode_step_cpu(query, key, value, buffers, workspace, params, out)
+        return decode_step_cpu(query, key, value, buffers, workspace, params, out, slab=slab)
     from .kernels.decode import decode_step_triton  # imported where it runs: triton may not be installed
 
     with _current(query.device):
@@ -336,12 +336,7 @@ def workspace_of(
     if workspace is not None and workspace.shape == shape:
         return workspace
     if backend == "cpu":
-        from .kernels.cpu import step  # imported where it runs: numba may not be installed
-        from .kernels.cpu import workspace as scratch
-
-        rotation = None if shape.sketch is None else rotation_matrix(shape.head_dim, device)
-        reason = step.refusal(query, buffers.keys, buffers.values)
-        made: Any = reason or scratch.CpuWorkspace(shape, rotation=rotation)
+        made = _cpu_workspace(shape, query.dtype, buffers.keys.dtype, buffers.values.dtype)
     else:
         made = _triton_workspace(shape, dtype, device)
     if isinstance(made, str):
@@ -351,6 +346,15 @@ def workspace_of(
     if len(workspaces.buffers) > MOST_WORKSPACES:
         del workspaces.buffers[next(iter(workspaces.buffers))]
     return workspace
+
+
+def _cpu_workspace(shape: Any, *dtypes: torch.dtype) -> Any:
+    """Return a `CpuWorkspace`, or why the CPU step does not support these dtypes of queries, keys and values."""
+    from .kernels.cpu import step  # imported where it runs: numba may not be installed
+    from .kernels.cpu.workspace import CpuWorkspace
+
+    rotation = None if shape.sketch is None else rotation_matrix(shape.head_dim, torch.device("cpu"))
+    return step.refusal(*dtypes) or CpuWorkspace(shape, rotation=rotation)
 
 
 def _triton_workspace(shape: Any, dtype: torch.dtype, device: torch.device) -> Any:
@@ -364,16 +368,25 @@ def _triton_workspace(shape: Any, dtype: torch.dtype, device: torch.device) -> A
 
 
 def slab_workspace(
-    shape: tuple[int, ...], sizes: tuple[int, int, int], split: BudgetSplit, keys: Tensor, workspaces: Workspaces
+    backend: str,
+    shape: tuple[int, ...],
+    sizes: tuple[int, int, int],
+    split: BudgetSplit,
+    keys: Tensor,
+    workspaces: Workspaces,
 ) -> Any:
-    """Return the workspace for steps of up to B rows of a slab, or why the kernels do not support them.
+    """Return a backend's workspace for steps of up to B rows of a slab, or why it does not support them.
 
-    `shape` is B, Hkv, slots, D; `sizes` are H, Dv, pages; slots, pages and the split are the largest of a row.
+    `shape` is B, Hkv, slots, D; `sizes` are H, Dv, pages; slots, pages and the split are the largest of a row. Queries
+    and values have the keys' dtype.
     """
-    (heads, value_dim, pages), place = sizes, (shape, sizes, split, keys.dtype, keys.device)
+    (heads, value_dim, pages), place = sizes, (backend, shape, sizes, split, keys.dtype, keys.device)
     if place not in workspaces.slabs:
         largest = replace(_shape_of(heads, shape[1], shape, value_dim, split), pages=pages)
-        workspaces.slabs[place] = _triton_workspace(largest, keys.dtype, keys.device)
+        if backend == "cpu":
+            workspaces.slabs[place] = _cpu_workspace(largest, *[keys.dtype] * 3)
+        else:
+            workspaces.slabs[place] = _triton_workspace(largest, keys.dtype, keys.device)
     return workspaces.slabs[place]
 
 

@@ -173,7 +173,7 @@ class RocketKVImpl:
         return output
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, metadata: RocketKVMetadata) -> bool:
-        """Run all decode steps at once; return whether the kernels support it, or else do nothing."""
+        """Run all decode steps at once; return whether the backend supports it, or else do nothing."""
         if metadata.decodes is None or self.slab is None:
             return False
         rows, tokens = metadata.decodes
