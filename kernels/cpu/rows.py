@@ -50,8 +50,8 @@ def _moved(address, distance):
 @exact
 def _take_tensors(step, ints, place, row, size):
     """Write the addresses of a row's tensors: inputs and outputs of the batch at its place, all others of the slab."""
-    kv_heads, group, head_dim, value_dim = step[SIZE.kv_heads], step[SIZE.group], step[SIZE.head_dim], step[SIZE.value_dim]
-    heads, capacity, page_size = kv_heads * group, ints[SIZE.capacity], ints[SIZE.page_size]
+    kv_heads, head_dim, value_dim = step[SIZE.kv_heads], step[SIZE.head_dim], step[SIZE.value_dim]
+    heads, capacity, page_size = kv_heads * step[SIZE.group], ints[SIZE.capacity], ints[SIZE.page_size]
     ints[AT.lines] = kv_heads
     ints[AT.query] = step[AT.query] + size * place * step[AT.query_stride]
     ints[AT.key] = step[AT.key] + size * place * step[AT.key_stride]

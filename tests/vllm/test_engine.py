@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 import tiny
 import vllm_case
 from rocketkv.vllm.backend import _take_from_space
+from rocketkv.vllm.builder import _check_full_attention
 
 
 def test_without_settings_nothing_changes(models: Path) -> None:
@@ -33,6 +35,47 @@ def test_without_settings_nothing_changes(models: Path) -> None:
         assert [type(group.kv_cache_spec) for group in config.kv_cache_groups] == [FullAttentionSpec]
         assert engine.engine.vllm_config.cache_config.kv_cache_memory_bytes == 2**30
         assert engine.generate([ids[0].tolist()], 12)[0] == tiny.greedy(model, ids, 12)[0][0].tolist()
+
+
+WITHOUT_PLUGIN = """
+import importlib.metadata as metadata, json, sys
+found = metadata.entry_points
+others = lambda points: metadata.EntryPoints(point for point in points if point.name != "rocketkv")
+metadata.entry_points = lambda **of: others(found(**of)) if of else found()
+from vllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], skip_tokenizer_init=True, **json.loads(sys.argv[2]))
+ids = json.loads(sys.argv[3])
+params = SamplingParams(temperature=1, seed=3, max_tokens=12, ignore_eos=True, detokenize=False)
+tokens = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)[0].outputs[0].token_ids
+config = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+assert not [name for name in sys.modules if name.startswith("rocketkv")]
+print(json.dumps([list(tokens), config.num_blocks, [tensor.size for tensor in config.kv_cache_tensors]]))
+"""
+
+
+def test_without_settings_an_engine_is_one_without_the_plugin(models: Path) -> None:
+    """Tokens, sampled ones too, and the memory for caches are those of a process that does not find the plugin."""
+    folder, ids = vllm_case.saved("llama", models), tiny.prompt(200, seed=5)[0].tolist()
+    arguments = {**vllm_case.ARGUMENTS, "num_gpu_blocks_override": None}
+    command = [sys.executable, "-P", "-c", WITHOUT_PLUGIN, str(folder), json.dumps(arguments), json.dumps(ids)]
+    environment = {**os.environ, **vllm_case.environment()}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    with vllm_case.serve(folder, None, num_gpu_blocks_override=None) as engine:
+        config = engine.scheduler.kv_cache_config
+        tokens = engine.generate([ids], 12, temperature=1, seed=3)[0]
+        sizes = [tensor.size for tensor in config.kv_cache_tensors]
+    assert json.loads(done.stdout.splitlines()[-1]) == [tokens, config.num_blocks, sizes]
+
+
+def test_models_without_full_attention_are_refused() -> None:
+    windowed = SimpleNamespace(impl=SimpleNamespace(slab=None))
+    layers = {"model.layers.0.attn": windowed, "model.layers.1.mixer": SimpleNamespace()}
+    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
+    with pytest.raises(ValueError, match="does not support models without full attention"):
+        _check_full_attention(config)
+    windowed.impl.slab = object()
+    _check_full_attention(config)
 
 
 def test_the_slab_is_part_of_the_space_for_caches(models: Path) -> None:

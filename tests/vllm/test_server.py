@@ -19,6 +19,8 @@ import vllm_server
 from rocketkv.hf.loading import load_smollm2
 
 METHOD = {**vllm_case.SETTINGS, "method": "rocketkv+"}
+# The tests' own process stays without Numba; see test_engine.py.
+SERVED = {**METHOD, "backend": "cpu"}
 
 
 def prompt(length: int) -> list[int]:
@@ -42,15 +44,15 @@ def model(folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[vllm_server.Server]:
     log = tmp_path_factory.mktemp("server") / "log"
-    with vllm_server.serve(folder, METHOD, "--max-num-batched-tokens", "128", log=log) as server:
+    with vllm_server.serve(folder, SERVED, "--max-num-batched-tokens", "128", log=log) as server:
         yield server
 
 
 def idle(server: vllm_server.Server) -> bool:
-    """Wait until no request runs or waits, and no block is in use."""
-    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    """Wait until no request runs or waits, and no block or row of the slab is in use."""
+    names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "rocketkv:sequences")
     for _ in range(100):
-        if not any(server.metric(f"vllm:{name}") for name in names):
+        if not any(map(server.metric, names)):
             return True
         time.sleep(0.2)
     return False
