@@ -81,12 +81,15 @@ class CpuWorkspace:
         if self._packed[0] == place:
             return self._packed[1:]
         shape, sketch = self.shape, self.shape.sketch
-        counters, *scratch = self.places()
+        counters, scores, chosen, rest, records = self.places()
         widths = () if sketch is None else sketch.widths
         sizes = Sizes(
-            counters,
-            counters + 8 * (SPARE_COUNTERS + 2 * shape.lines),
-            *scratch,
+            counters=counters,
+            lines_done=counters + 8 * (SPARE_COUNTERS + 2 * shape.lines),
+            scores=scores,
+            chosen=chosen,
+            rest=rest,
+            records=records,
             local=self.local.data_ptr(),
             local_bytes=self.local_bytes,
             rotation=self.rotation.data_ptr(),
