@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -37,35 +38,41 @@ def test_without_settings_nothing_changes(models: Path) -> None:
         assert engine.generate([ids[0].tolist()], 12)[0] == tiny.greedy(model, ids, 12)[0][0].tolist()
 
 
-WITHOUT_PLUGIN = """
+ENGINE = """
 import importlib.metadata as metadata, json, sys
 found = metadata.entry_points
 others = lambda points: metadata.EntryPoints(point for point in points if point.name != "rocketkv")
-metadata.entry_points = lambda **of: others(found(**of)) if of else found()
+if sys.argv[1] == "without":
+    metadata.entry_points = lambda **of: others(found(**of)) if of else found()
 from vllm import LLM, SamplingParams
-llm = LLM(sys.argv[1], skip_tokenizer_init=True, **json.loads(sys.argv[2]))
-ids = json.loads(sys.argv[3])
+llm = LLM(sys.argv[2], skip_tokenizer_init=True, **json.loads(sys.argv[3]))
 params = SamplingParams(temperature=1, seed=3, max_tokens=12, ignore_eos=True, detokenize=False)
-tokens = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)[0].outputs[0].token_ids
+tokens = llm.generate([{"prompt_token_ids": json.loads(sys.argv[4])}], params, use_tqdm=False)[0].outputs[0].token_ids
 config = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
-assert not [name for name in sys.modules if name.startswith("rocketkv")]
 print(json.dumps([list(tokens), config.num_blocks, [tensor.size for tensor in config.kv_cache_tensors]]))
+print(json.dumps([name.removeprefix("rocketkv") for name in sys.modules if name.startswith("rocketkv")]))
 """
 
 
 def test_without_settings_an_engine_is_one_without_the_plugin(models: Path) -> None:
-    """Tokens, sampled ones too, and the memory for caches are those of a process that does not find the plugin."""
+    """Of processes that find the plugin, and that do not: sampled tokens and the memory for caches are the same."""
     folder, ids = vllm_case.saved("llama", models), tiny.prompt(200, seed=5)[0].tolist()
     arguments = {**vllm_case.ARGUMENTS, "num_gpu_blocks_override": None}
-    command = [sys.executable, "-P", "-c", WITHOUT_PLUGIN, str(folder), json.dumps(arguments), json.dumps(ids)]
     environment = {**os.environ, **vllm_case.environment()}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    with vllm_case.serve(folder, None, num_gpu_blocks_override=None) as engine:
-        config = engine.scheduler.kv_cache_config
-        tokens = engine.generate([ids], 12, temperature=1, seed=3)[0]
-        sizes = [tensor.size for tensor in config.kv_cache_tensors]
-    assert json.loads(done.stdout.splitlines()[-1]) == [tokens, config.num_blocks, sizes]
+    running = []
+    for kind in ("with", "without"):
+        command = [sys.executable, "-P", "-c", ENGINE, kind, str(folder), json.dumps(arguments), json.dumps(ids)]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        running.append(subprocess.Popen(command, env=environment, text=True, **pipes))
+    printed = []
+    for process in running:
+        out, errors = process.communicate()
+        assert process.returncode == 0, errors[-4000:]
+        printed.append([json.loads(line) for line in out.splitlines()[-2:]])
+    assert printed[0][0] == printed[1][0]
+    light = {"", *("._version", ".budget", ".config", ".vllm")}
+    assert set(printed[0][1]) == light | {f".vllm.{name}" for name in ("choice", "plugin", "requests", "settings")}
+    assert not printed[1][1]
 
 
 def test_models_without_full_attention_are_refused() -> None:
