@@ -335,10 +335,7 @@ def workspace_of(
     workspace = workspaces.buffers.get(place)
     if workspace is not None and workspace.shape == shape:
         return workspace
-    if backend == "cpu":
-        made = _cpu_workspace(shape, query.dtype, buffers.keys.dtype, buffers.values.dtype)
-    else:
-        made = _triton_workspace(shape, dtype, device)
+    made = _new_workspace(backend, shape, (query.dtype, dtype, buffers.values.dtype), device)
     if isinstance(made, str):
         workspaces.warn(f"decode steps of this layer run on PyTorch, not on the kernels: {made}")
         return None
@@ -348,45 +345,34 @@ def workspace_of(
     return workspace
 
 
-def _cpu_workspace(shape: Any, *dtypes: torch.dtype) -> Any:
-    """Return a `CpuWorkspace`, or why the CPU step does not support these dtypes of queries, keys and values."""
-    from .kernels.cpu import step  # imported where it runs: numba may not be installed
-    from .kernels.cpu.workspace import CpuWorkspace
+def _new_workspace(backend: str, shape: Any, dtypes: tuple[torch.dtype, ...], device: torch.device) -> Any:
+    """Return a backend's workspace for such queries, keys and values, or why it does not support them."""
+    rotation = None if shape.sketch is None else rotation_matrix(shape.head_dim, device)
+    if backend == "cpu":
+        from .kernels.cpu import step  # imported where it runs: numba may not be installed
+        from .kernels.cpu.workspace import CpuWorkspace
 
-    rotation = None if shape.sketch is None else rotation_matrix(shape.head_dim, torch.device("cpu"))
-    return step.refusal(*dtypes) or CpuWorkspace(shape, rotation=rotation)
-
-
-def _triton_workspace(shape: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return a `DecodeWorkspace`, or why the kernels do not support the shape."""
+        return step.refusal(*dtypes) or CpuWorkspace(shape, rotation=rotation)
     from .kernels.decode import DecodeWorkspace  # imported where it runs: triton may not be installed
     from .kernels.decode_shape import refusal
 
-    # Exact in 16 bits: the rotation's entries are integers below 256.
-    rotation = None if shape.sketch is None else rotation_matrix(shape.head_dim, device).to(dtype)
-    return refusal(shape, dtype) or DecodeWorkspace(shape, device, rotation=rotation)
+    if rotation is not None:
+        rotation = rotation.to(dtypes[1])  # exact in 16 bits: the entries are integers below 256
+    return refusal(shape, dtypes[1]) or DecodeWorkspace(shape, device, rotation=rotation)
 
 
 def slab_workspace(
-    backend: str,
-    shape: tuple[int, ...],
-    sizes: tuple[int, int, int],
-    split: BudgetSplit,
-    keys: Tensor,
-    workspaces: Workspaces,
+    name: str, shape: tuple[int, ...], sizes: tuple[int, ...], split: BudgetSplit, keys: Tensor, workspaces: Workspaces
 ) -> Any:
     """Return a backend's workspace for steps of up to B rows of a slab, or why it does not support them.
 
     `shape` is B, Hkv, slots, D; `sizes` are H, Dv, pages; slots, pages and the split are the largest of a row. Queries
     and values have the keys' dtype.
     """
-    (heads, value_dim, pages), place = sizes, (backend, shape, sizes, split, keys.dtype, keys.device)
+    (heads, value_dim, pages), place = sizes, (name, shape, sizes, split, keys.dtype, keys.device)
     if place not in workspaces.slabs:
         largest = replace(_shape_of(heads, shape[1], shape, value_dim, split), pages=pages)
-        if backend == "cpu":
-            workspaces.slabs[place] = _cpu_workspace(largest, *[keys.dtype] * 3)
-        else:
-            workspaces.slabs[place] = _triton_workspace(largest, keys.dtype, keys.device)
+        workspaces.slabs[place] = _new_workspace(name, largest, (keys.dtype,) * 3, keys.device)
     return workspaces.slabs[place]
 
 
