@@ -7,6 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+RULE_FIELDS = 4  # numbers of a row in `SlabRows.rules`: capacity, page size, channels, k
+
 
 class Params(Protocol):
     """The parameters of a model's attention: they turn products of queries and keys into weights."""

@@ -14,7 +14,7 @@ Letters: B batch, Hkv KV heads, P page size, k tokens read.
 import triton
 import triton.language as tl
 
-RULE_FIELDS = 4  # numbers of a row in `rules`: capacity, page size, channels, k
+from .operands import RULE_FIELDS
 
 _FIELDS = tl.constexpr(RULE_FIELDS)
 

@@ -35,7 +35,7 @@ class Workspaces:
 
     Attributes:
         buffers: a `DecodeWorkspace` or `CpuWorkspace` for each device, dtype, shape of heads and budget of a layer.
-        slabs: a `DecodeWorkspace` for each shape of slab steps; none is dropped, as CUDA graphs have their addresses.
+        slabs: likewise for each shape of slab steps; none is dropped, as CUDA graphs have their addresses.
         warned: messages already given.
     """
 
@@ -284,7 +284,7 @@ def run_kernels(
     if workspace.backend == "cpu":
         from .kernels.cpu.step import decode_step_cpu  # imported where it runs: numba may not be installed
 
-        return decode_step_cpu(query, key, value, buffers, workspace, params, out)
+        return decode_step_cpu(query, key, value, buffers, workspace, params, out, slab=slab)
     from .kernels.decode import decode_step_triton  # imported where it runs: triton may not be installed
 
     with _current(query.device):
@@ -335,15 +335,7 @@ def workspace_of(
     workspace = workspaces.buffers.get(place)
     if workspace is not None and workspace.shape == shape:
         return workspace
-    if backend == "cpu":
-        from .kernels.cpu import step  # imported where it runs: numba may not be installed
-        from .kernels.cpu import workspace as scratch
-
-        rotation = None if shape.sketch is None else rotation_matrix(shape.head_dim, device)
-        reason = step.refusal(query, buffers.keys, buffers.values)
-        made: Any = reason or scratch.CpuWorkspace(shape, rotation=rotation)
-    else:
-        made = _triton_workspace(shape, dtype, device)
+    made = _new_workspace(backend, shape, (query.dtype, dtype, buffers.values.dtype), device)
     if isinstance(made, str):
         workspaces.warn(f"decode steps of this layer run on PyTorch, not on the kernels: {made}")
         return None
@@ -353,27 +345,34 @@ def workspace_of(
     return workspace
 
 
-def _triton_workspace(shape: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return a `DecodeWorkspace`, or why the kernels do not support the shape."""
+def _new_workspace(backend: str, shape: Any, dtypes: tuple[torch.dtype, ...], device: torch.device) -> Any:
+    """Return a backend's workspace for such queries, keys and values, or why it does not support them."""
+    rotation = None if shape.sketch is None else rotation_matrix(shape.head_dim, device)
+    if backend == "cpu":
+        from .kernels.cpu import step  # imported where it runs: numba may not be installed
+        from .kernels.cpu.workspace import CpuWorkspace
+
+        return step.refusal(*dtypes) or CpuWorkspace(shape, rotation=rotation)
     from .kernels.decode import DecodeWorkspace  # imported where it runs: triton may not be installed
     from .kernels.decode_shape import refusal
 
-    # Exact in 16 bits: the rotation's entries are integers below 256.
-    rotation = None if shape.sketch is None else rotation_matrix(shape.head_dim, device).to(dtype)
-    return refusal(shape, dtype) or DecodeWorkspace(shape, device, rotation=rotation)
+    if rotation is not None:
+        rotation = rotation.to(dtypes[1])  # exact in 16 bits: the entries are integers below 256
+    return refusal(shape, dtypes[1]) or DecodeWorkspace(shape, device, rotation=rotation)
 
 
 def slab_workspace(
-    shape: tuple[int, ...], sizes: tuple[int, int, int], split: BudgetSplit, keys: Tensor, workspaces: Workspaces
+    name: str, shape: tuple[int, ...], sizes: tuple[int, ...], split: BudgetSplit, keys: Tensor, workspaces: Workspaces
 ) -> Any:
-    """Return the workspace for steps of up to B rows of a slab, or why the kernels do not support them.
+    """Return a backend's workspace for steps of up to B rows of a slab, or why it does not support them.
 
-    `shape` is B, Hkv, slots, D; `sizes` are H, Dv, pages; slots, pages and the split are the largest of a row.
+    `shape` is B, Hkv, slots, D; `sizes` are H, Dv, pages; slots, pages and the split are the largest of a row. Queries
+    and values have the keys' dtype.
     """
-    (heads, value_dim, pages), place = sizes, (shape, sizes, split, keys.dtype, keys.device)
+    (heads, value_dim, pages), place = sizes, (name, shape, sizes, split, keys.dtype, keys.device)
     if place not in workspaces.slabs:
         largest = replace(_shape_of(heads, shape[1], shape, value_dim, split), pages=pages)
-        workspaces.slabs[place] = _triton_workspace(largest, keys.dtype, keys.device)
+        workspaces.slabs[place] = _new_workspace(name, largest, (keys.dtype,) * 3, keys.device)
     return workspaces.slabs[place]
 
 

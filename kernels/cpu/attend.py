@@ -9,9 +9,8 @@ import numpy as np
 
 from .append import read_queries
 from .lowlevel import array, bytes_of, exact, exp, fast, keep_apart, load, prefetch, put, store, widen
-from .operands import AT, PART, REAL, SIZE
+from .operands import AT, PART, REAL, REST, SIZE
 from .pages import capped, fill
-from .select import REST
 
 _ZERO = np.float32(0)
 

@@ -2,6 +2,8 @@
 
 The first appends and scores; whoever finishes a line's last task selects for it. The second attends to parts of the
 tokens; whoever finishes a line's last part combines them. What is computed depends on no task's thread or order.
+
+Each thread has operands of its own, which those of a row replace where the lines belong to rows of a slab.
 """
 
 from typing import Any
@@ -12,20 +14,37 @@ from numba import carray, cfunc, types
 from .append import append_token, close_page, remember_queries
 from .attend import attend_part, attended, combine
 from .lowlevel import LANES, add_and_fetch, array, bytes_of, exact, load, named_apart, put, widen
-from .operands import AT, INTEGERS, PART, REALS, SIZE, SPARE_COUNTERS
+from .operands import AT, INTEGERS, OWN_BYTES, PART, REALS, SIZE, SPARE_COUNTERS
 from .pages import score_pages
+from .rows import line_of
 from .select import select
 from .sketch import encode_key, score_sketch
 
 SIGNATURE = types.void(types.CPointer(types.int64))
-TASK, THREAD, LINES_DONE = 0, 1, 2  # counters
+TASK, THREAD = 0, 1  # counters
 _ROUNDER = 1.5 * 2.0**20  # of `rocketkv.core.residual`
 
 
 @exact
-def begin(ints):
-    """Return the calling thread's own scratch memory."""
-    return ints[SIZE.local] + add_and_fetch(ints[SIZE.counters] + 8 * THREAD, 1) * ints[SIZE.local_bytes]
+def begin(step):
+    """Return the calling thread's own copy of the step's integers, and its scratch memory."""
+    own = step[SIZE.local] + add_and_fetch(step[SIZE.counters] + 8 * THREAD, 1) * step[SIZE.local_bytes]
+    ints = array(own, INTEGERS, np.int64)
+    for i in range(INTEGERS):
+        ints[i] = step[i]
+    return ints, own + OWN_BYTES
+
+
+@exact
+def next_task(step):
+    """Take the next task."""
+    return add_and_fetch(step[SIZE.counters] + 8 * TASK, 1)
+
+
+@exact
+def arrive(step, number, entry):
+    """Count a task of a line in an entry; returns how many came before."""
+    return add_and_fetch(step[SIZE.counters] + 8 * (SPARE_COUNTERS + 2 * number + entry), 1)
 
 
 @exact
@@ -38,7 +57,7 @@ def scored_tiles(ints, stored):
 
 @exact
 def finish_line(ints, line, before, stored, dtype):
-    """Raise the line's count and its sum of values; the last line raises the clock."""
+    """Raise the line's count and its sum of values; the last line of the step, or of its row, raises the clock."""
     put(ints[AT.seq_lens] + 4 * line, np.int32(stored), np.int32)
     if ints[SIZE.residual] and stored > before:
         size, value_dim = bytes_of(dtype), ints[SIZE.value_dim]
@@ -47,7 +66,7 @@ def finish_line(ints, line, before, stored, dtype):
         total = array(ints[AT.value_sum] + 8 * line * value_dim, value_dim, np.float64)
         for c in range(value_dim):
             total[c] += (np.float64(widen(value[c])) + _ROUNDER) - _ROUNDER
-    if add_and_fetch(ints[SIZE.counters] + 8 * LINES_DONE, 1) == ints[SIZE.lines] - 1:
+    if add_and_fetch(ints[SIZE.lines_done], 1) == ints[AT.lines] - 1:
         put(ints[AT.clock], np.int32(load(ints[AT.clock], np.int32) + 1), np.int32)
 
 
@@ -59,14 +78,17 @@ def append_and_score(fingerprint: str, dtype: Any, index_dtype: Any, sketched: b
 
     def first(block):
         known = fingerprint  # noqa: F841  # part of the closure
-        ints = carray(block, (INTEGERS,))
-        reals = array(ints.ctypes.data + 8 * INTEGERS, REALS, np.float64)
-        local, splits = begin(ints), ints[SIZE.splits]
+        step = carray(block, (INTEGERS,))
+        reals = array(step.ctypes.data + 8 * INTEGERS, REALS, np.float64)
+        (ints, local), splits = begin(step), step[SIZE.splits]
         while True:
-            task = add_and_fetch(ints[SIZE.counters] + 8 * TASK, 1)
-            if task >= ints[SIZE.lines] * splits:
+            task = next_task(step)
+            if task >= step[AT.lines] * splits:
                 break
-            line, split = task // splits, task % splits
+            number, split = task // splits, task % splits
+            line = line_of(step, ints, number, dtype)
+            if line < 0:
+                continue
             before = np.int64(load(ints[AT.seq_lens] + 4 * line, np.int32))
             stored = min(before + 1, ints[SIZE.capacity])
             tiles = scored_tiles(ints, stored)
@@ -85,8 +107,7 @@ def append_and_score(fingerprint: str, dtype: Any, index_dtype: Any, sketched: b
                     score_sketch(ints, reals, line, stored, start, stop, local, dtype)
                 else:
                     score_pages(ints, reals, line, stored, start, stop, local, dtype, index_dtype)
-            arrived = add_and_fetch(ints[SIZE.counters] + 8 * (SPARE_COUNTERS + 2 * line), 1)
-            if arrived == splits - 1:
+            if arrive(step, number, 0) == splits - 1:
                 if tiles:
                     select(ints, reals, line, stored, local)
                 finish_line(ints, line, before, stored, dtype)
@@ -100,21 +121,24 @@ def attend_and_combine(fingerprint: str, dtype: Any, cache: bool) -> Any:
 
     def second(block):
         known = fingerprint  # noqa: F841  # part of the closure
-        ints = carray(block, (INTEGERS,))
-        reals = array(ints.ctypes.data + 8 * INTEGERS, REALS, np.float64)
-        local, most = begin(ints), ints[SIZE.parts]
+        step = carray(block, (INTEGERS,))
+        reals = array(step.ctypes.data + 8 * INTEGERS, REALS, np.float64)
+        (ints, local), most = begin(step), step[SIZE.parts]
         while True:
-            task = add_and_fetch(ints[SIZE.counters] + 8 * TASK, 1)
-            if task >= ints[SIZE.lines] * most:
+            task = next_task(step)
+            if task >= step[AT.lines] * most:
                 break
-            line, part = task // most, task % most
+            number, part = task // most, task % most
+            line = line_of(step, ints, number, dtype)
+            if line < 0:
+                continue
             stored = np.int64(load(ints[AT.seq_lens] + 4 * line, np.int32))
             count = attended(ints, stored)
             parts = -(-count // PART)
             if part >= parts:
                 continue
             attend_part(ints, reals, line, stored, count, part, local, dtype)
-            if add_and_fetch(ints[SIZE.counters] + 8 * (SPARE_COUNTERS + 2 * line + 1), 1) == parts - 1:
+            if arrive(step, number, 1) == parts - 1:
                 combine(ints, line, stored, count, parts, local, dtype)
 
     named = named_apart(second, dtype, fingerprint[:16])

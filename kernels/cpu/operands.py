@@ -10,7 +10,8 @@ from typing import NamedTuple
 class Sizes(NamedTuple):
     """The integers that belong to a workspace: addresses of its scratch memory, sizes and settings."""
 
-    counters: int  # int64: next task, threads that came, lines that are done; two for each line
+    counters: int  # int64: next task, threads that came; two for each line
+    lines_done: int  # int64: lines that are done, of the step or of each row of a slab
     scores: int  # float32 [lines, G, padded units], then e^(score - peak)
     chosen: int  # int32 [lines, k]
     rest: int  # float64 [lines, G, 3]: largest score; sums over chosen and other tokens of e^(score - largest)
@@ -18,7 +19,6 @@ class Sizes(NamedTuple):
     local: int  # what each thread has for itself
     local_bytes: int
     rotation: int  # float32 [D, D]
-    lines: int
     kv_heads: int  # M
     queries: int  # n
     group: int
@@ -35,15 +35,19 @@ class Sizes(NamedTuple):
     by_largest: int
     residual: int
     bits: int
+    code_bytes: int  # of a token's sketch
     grid: int
     splits: int  # tasks of a line that score
     parts: int  # tasks of a line that attend, at most
 
 
 class Tensors(NamedTuple):
-    """The integers that belong to a layer's step: strides in elements, and addresses, 0 where there is no tensor."""
+    """The integers that belong to a layer's step: strides in elements, and addresses, 0 where there is no tensor.
 
-    code_bytes: int
+    The last six are of a step of any rows of a slab, and 0 without one; `SlabRows` explains them.
+    """
+
+    lines: int
     ring_size: int
     query_stride: int  # from one row of the batch to the next
     key_stride: int
@@ -66,6 +70,12 @@ class Tensors(NamedTuple):
     ring: int
     clock: int
     learned_sinks: int  # [M G]
+    rows: int
+    rules: int
+    row_tokens: int
+    row_slots: int
+    row_lines: int
+    line_bytes: int  # bytes of 128 page bounds
 
 
 class Reals(NamedTuple):
@@ -85,5 +95,7 @@ REAL = Reals(*range(len(Reals._fields)))
 INTEGERS = len(SIZE) + len(AT)
 REALS = len(REAL)
 
-SPARE_COUNTERS = 3  # before those of the lines
+SPARE_COUNTERS = 2  # before those of the lines
+REST = 3  # numbers that a line remembers of a head's scores
+OWN_BYTES = -(-8 * INTEGERS // 64) * 64  # of a thread's copy of the integers, before its scratch memory
 PART = 64  # tokens that one task attends to: the sums depend on it, so it does not change with the number of threads

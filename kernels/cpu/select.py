@@ -8,12 +8,11 @@ import math
 import numpy as np
 
 from .lowlevel import LANES, array, exact, exp, fast, float_of, keep_apart, load
-from .operands import AT, SIZE
+from .operands import AT, REST, SIZE
 from .pages import fill
 
 _ZERO, _ONE, _NAN_RANK, _NO_UNIT, _LEAST = (np.float32(x) for x in (0, 1, -1, -2, -np.inf))
 _INFINITE = np.int64(0x7F800000)  # bits of infinity
-REST = 3  # numbers that a line remembers of a head's scores
 
 
 @exact

@@ -76,7 +76,7 @@ def encode_key(ints, reals, line, stored, local, dtype):
         levels[c] = np.uint8(level + half)
     scale = square * np.float32(reals[REAL.norm]) / max(product, _HALF) * largest
     put(ints[AT.scales] + 2 * slot, to_bfloat16(scale), np.uint16)
-    codes = array(ints[AT.units] + slot * ints[AT.code_bytes], ints[AT.code_bytes], np.uint8)
+    codes = array(ints[AT.units] + slot * ints[SIZE.code_bytes], ints[SIZE.code_bytes], np.uint8)
     byte = 0
     for plane in range(2 if bits == 3 else 1):
         shift, width = _plane(bits, plane)
@@ -196,7 +196,7 @@ _add_1, _add_2, _add_4 = _adder(1), _adder(2), _adder(4)
 def score_sketch(ints, reals, line, stored, first, last, local, dtype):
     """Write the scores of a line's tiles of 128 tokens from `first` to `last`; minus infinity behind the last token."""
     group, head_dim, bits = ints[SIZE.group], ints[SIZE.head_dim], ints[SIZE.bits]
-    padded, code_bytes, buffer = ints[SIZE.tiles] * LANES, ints[AT.code_bytes], line // ints[SIZE.queries]
+    padded, code_bytes, buffer = ints[SIZE.tiles] * LANES, ints[SIZE.code_bytes], line // ints[SIZE.queries]
     heads = -(-group // HEADS) * HEADS
     most = (code_bytes + 6) * 8 * heads  # weights, at least
     queries, end = array(local, group * head_dim, np.float32), local + 4 * group * head_dim

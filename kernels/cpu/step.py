@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..decode_shape import DTYPES, DecodeShape
-from ..operands import Buffers, Params
+from ..decode_shape import DTYPES, TILE_PAGES, DecodeShape
+from ..operands import Buffers, Params, SlabRows
 from .compiled import first_entry, second_entry
 from .operands import SPARE_COUNTERS, Tensors
 from .threads import run
@@ -20,12 +20,12 @@ from .workspace import CpuWorkspace
 _STEP = struct.Struct(f"={len(Tensors._fields)}q2d")
 
 
-def refusal(query: Tensor, keys: Tensor, values: Tensor) -> str | None:
-    """Return why the compiled step cannot run with such tensors, or None if it can."""
-    if keys.dtype not in DTYPES or values.dtype != keys.dtype or query.dtype != keys.dtype:
+def refusal(query: torch.dtype, keys: torch.dtype, values: torch.dtype) -> str | None:
+    """Return why the compiled step cannot run with such dtypes, or None if it can."""
+    if keys not in DTYPES or values != keys or query != keys:
         return (
-            f"queries are {query.dtype}, keys {keys.dtype} and values {values.dtype}; the CPU step takes float32, "
-            "bfloat16 and float16, one dtype for all"
+            f"queries are {query}, keys {keys} and values {values}; the CPU step takes float32, bfloat16 and float16, "
+            "one dtype for all"
         )
     return None
 
@@ -50,6 +50,14 @@ def _entries(buffers: Buffers, shape: DecodeShape) -> tuple[Any, Any]:
     return first_entry(dtype, index_dtype, sketched), second_entry(dtype)
 
 
+def _rows(slab: SlabRows | None, index: Tensor | None, shape: DecodeShape) -> tuple[int, ...]:
+    """Return the operands of a step of rows of a slab."""
+    if slab is None:
+        return (0,) * 6
+    line = 0 if index is None or shape.sketch is not None else TILE_PAGES * index.itemsize
+    return slab.rows.data_ptr(), slab.rules.data_ptr(), slab.row_tokens, slab.row_slots, slab.row_lines, line
+
+
 def decode_step_cpu(
     query: Tensor,
     key: Tensor,
@@ -58,6 +66,8 @@ def decode_step_cpu(
     workspace: CpuWorkspace,
     params: Params,
     out: Tensor | None = None,
+    *,
+    slab: SlabRows | None = None,
 ) -> Tensor:
     """Append one token to every row and attend to the tokens that stage 2 selects.
 
@@ -69,6 +79,7 @@ def decode_step_cpu(
         workspace: made for these shapes.
         params: the model's attention parameters.
         out: [B, H, Dv] to write to, or None for a new one.
+        slab: rows of a slab to run on, or None for all rows of the buffers. For a negative row nothing is written.
 
     Returns:
         [B, H, Dv] in the query's dtype.
@@ -83,13 +94,13 @@ def decode_step_cpu(
     key = _side_by_side(key.to(dtype), shape.head_dim)
     value = _side_by_side(value.to(dtype), shape.value_dim)
     if out is None:
-        out = query.new_empty(shape.batch, shape.heads, shape.value_dim)
+        out = query.new_empty(query.shape[0], shape.heads, shape.value_dim)
     codes, scales, mean, balance = (*(buffers.index_tensors if shape.scored else ()), None, None, None, None)[:4]
     bias = None if buffers.residual_bias is None else buffers.residual_bias.contiguous()
     sinks, ring = None if params.sinks is None else params.sinks.float(), buffers.query_ring
     sizes, constants = workspace.operands()
     step = _STEP.pack(
-        0 if codes is None or shape.sketch is None else codes.shape[3],
+        query.shape[0] * shape.kv_heads,
         0 if ring is None else ring.shape[2],
         query.stride(0),
         key.stride(0),
@@ -112,6 +123,7 @@ def decode_step_cpu(
         _address(ring),
         buffers.clock.data_ptr(),
         _address(sinks),
+        *_rows(slab, codes, shape),
         params.scaling,
         params.softcap or 0.0,
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..decode_shape import TILE_PAGES, DecodeShape
-from .operands import PART, SPARE_COUNTERS, Sizes
+from .operands import OWN_BYTES, PART, REST, SPARE_COUNTERS, Sizes
 from .threads import thread_count
 
 _HEADS = 4  # heads of a sketch that are scored at once
@@ -47,9 +47,9 @@ class CpuWorkspace:
         units = shape.tiles * TILE_PAGES if shape.scored else 0
         chosen = (shape.top_k or 0) if shape.scored else 0
         record = 2 * group + (group + 1) * shape.value_dim
-        rest = lines * group * 3 if shape.scored else 0
+        rest = lines * group * REST if shape.scored else 0
         sizes = (
-            8 * (SPARE_COUNTERS + 2 * lines), 4 * lines * group * units, 4 * lines * chosen, 8 * rest,
+            8 * (SPARE_COUNTERS + 2 * lines + shape.batch), 4 * lines * group * units, 4 * lines * chosen, 8 * rest,
             4 * lines * _parts(shape) * record,
         )  # fmt: skip
         self.counter_bytes = sizes[0]
@@ -81,12 +81,18 @@ class CpuWorkspace:
         if self._packed[0] == place:
             return self._packed[1:]
         shape, sketch = self.shape, self.shape.sketch
+        counters, scores, chosen, rest, records = self.places()
+        widths = () if sketch is None else sketch.widths
         sizes = Sizes(
-            *self.places(),
+            counters=counters,
+            lines_done=counters + 8 * (SPARE_COUNTERS + 2 * shape.lines),
+            scores=scores,
+            chosen=chosen,
+            rest=rest,
+            records=records,
             local=self.local.data_ptr(),
             local_bytes=self.local_bytes,
             rotation=self.rotation.data_ptr(),
-            lines=shape.lines,
             kv_heads=shape.kv_heads,
             queries=shape.queries,
             group=shape.group,
@@ -103,6 +109,7 @@ class CpuWorkspace:
             by_largest=shape.by_largest,
             residual=shape.residual and shape.scored,
             bits=0 if sketch is None else sketch.bits,
+            code_bytes=sum(-(-shape.head_dim * width // 8) for width in widths),
             grid=0 if sketch is None else sketch.grid,
             splits=self.splits,
             parts=_parts(shape),
@@ -113,7 +120,10 @@ class CpuWorkspace:
 
     @property
     def chosen(self) -> Tensor:
-        """The tokens that the last step chose, [lines, k] int32, ascending; arbitrary where it attended to all."""
+        """The tokens that the last step chose, [lines, k] int32, ascending; arbitrary where it attended to all.
+
+        Of a step of rows of a slab, each row's lines lie one after another with its own k.
+        """
         start, size = self.places()[2] - self.shared.data_ptr(), self._sizes[2]
         return self.shared[start : start + size].view(torch.int32).view(self.shape.lines, -1)
 
@@ -126,7 +136,7 @@ class CpuWorkspace:
         pages = 2 * group * head_dim + 3 * head_dim + 4 * TILE_PAGES
         sketch = (group + 1) * head_dim + (words + 2 + TILE_PAGES) * heads + 3 * TILE_PAGES
         attend = group * head_dim + (group + 3) * PART
-        return _padded(4 * max(pages, sketch, attend, 2 * units + TILE_PAGES, 2 * shape.value_dim))
+        return OWN_BYTES + _padded(4 * max(pages, sketch, attend, 2 * units + TILE_PAGES, 2 * shape.value_dim))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every buffer by name."""

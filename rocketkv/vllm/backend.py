@@ -1,19 +1,17 @@
 """The attention backend: prompts by the parent backend, decode steps by the slab.
 
-`backend_class` makes a subclass of one of vLLM's backends for the settings of an engine; this module's attributes `CPU`
-and `GPU` are what vLLM resolves, while a model is built. Without settings, they are vLLM's own classes.
+`backend_class` makes a subclass of one of vLLM's backends for the settings of an engine; `choice` returns it to vLLM.
 
 Letters: H query heads, Hkv KV heads, D head dim, n tokens of a step.
 """
 
 import dataclasses
 import functools
-import importlib
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
+from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
@@ -24,37 +22,23 @@ from ..core.params import AttentionParams
 from .blocks import BlockOrder, found_order, plain_order
 from .builder import EngineFacts, RocketKVBuilder, RocketKVMetadata
 from .refusals import by_layer, refuse
-from .settings import settings_of
+from .settings import VllmSettings, settings_of
 from .sizes import LayerShape
 from .slab import LayerSlab, decode_row
 from .spec import RocketKVSpec
 
-# Without settings, these names stand for vLLM's own classes. With settings, the backends of MLA are refused.
-_PARENTS = {
-    "CPU": "cpu_attn.CPUAttentionBackend",
-    "CPU_MLA": "mla.cpu_mla.CPUMLABackend",
-    "AMX_MLA": "mla.amx_mla.AMXMLABackend",
-    "FLASH": "flash_attn.FlashAttentionBackend",
-    "TRITON": "triton_attn.TritonAttentionBackend",
-}
-
-
 _LOWER = "lower max_sequences (or vLLM's --max-num-seqs), decode_capacity or token_budget"
 
 
-def __getattr__(name: str) -> Any:
-    """Return the backend class that a name stands for under the current vLLM config."""
-    if name not in _PARENTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, parent = _PARENTS[name].rsplit(".", 1)
-    parent_class = getattr(importlib.import_module(f"vllm.v1.attention.backends.{module}"), parent)
-    vllm_config = get_current_vllm_config_or_none()
-    settings = None if vllm_config is None else settings_of(vllm_config)
-    if vllm_config is None or settings is None:
-        return parent_class
+def backend_for(parent: Any, vllm_config: Any, settings: VllmSettings) -> Any:
+    """Return the subclass of one of vLLM's backends for an engine.
+
+    Raises:
+        ValueError: the plugin cannot serve the engine.
+    """
     refuse(vllm_config, settings)
     rows = settings.rows(vllm_config.scheduler_config.max_num_seqs)
-    return backend_class(parent_class, EngineFacts(settings, rows, vllm_config.model_config.max_model_len))
+    return backend_class(parent, EngineFacts(settings, rows, vllm_config.model_config.max_model_len))
 
 
 @functools.cache  # vLLM compares backend classes
@@ -173,7 +157,7 @@ class RocketKVImpl:
         return output
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, metadata: RocketKVMetadata) -> bool:
-        """Run all decode steps at once; return whether the kernels support it, or else do nothing."""
+        """Run all decode steps at once; return whether the backend supports it, or else do nothing."""
         if metadata.decodes is None or self.slab is None:
             return False
         rows, tokens = metadata.decodes

@@ -28,7 +28,7 @@ logger = init_logger(__name__)
 
 
 class DecodeRows(NamedTuple):
-    """The tokens that the kernels decode in one step.
+    """The tokens that the kernels, or the CPU step, decode in one step.
 
     Attributes:
         rows: [B] int32, their rows of the slab, -1 for none.
@@ -49,7 +49,7 @@ class RocketKVMetadata:
         tokens: the chunks' tokens among the batch's flat tokens: a slice, or [n] integers.
         num_actual_tokens: tokens of the step.
         workspaces: shared by the layers.
-        decodes: the tokens that decode, for the kernels; None if there are none, or on another backend.
+        decodes: the tokens that decode; None if there are none, or on PyTorch, where each row has a step.
         slots: slots to write the chunks' keys and values to, or None for vLLM's.
         keeps_queries: whether queries are copied to `LayerSlab.newest`; see `graphs`.
     """
@@ -113,7 +113,7 @@ class RocketKVBuilder:
             layer.impl.config = configs[extract_layer_index(name)]
         self.table, self.workspaces = RequestTable(self.facts.rows), Workspaces()
         self.orders: dict[str, BlockOrder] = {}
-        self.on_kernels = backend_name(device, self.facts.settings.config.backend) == "triton"
+        self.by_rows = backend_name(device, self.facts.settings.config.backend) != "torch"
         self.graph = GraphBuffers(vllm_config.scheduler_config.max_num_seqs, device)
         self.captured = False
         self.pending: list[tuple[int, OpenPrompt]] = []  # prompts' tokens of the last step, whose queries were copied
@@ -171,7 +171,7 @@ class RocketKVBuilder:
         return RocketKVMetadata(plan, metadata, tokens, count, self.workspaces, decodes)
 
     def _decode_rows(self, plan: StepPlan, rows: list[StepRow]) -> DecodeRows | None:
-        if not self.on_kernels or not plan.decodes:
+        if not self.by_rows or not plan.decodes:
             return None
         own = self.graph.set_rows(enumerate(sequence.row for _, sequence in plan.decodes), len(plan.decodes))
         return DecodeRows(own, flat_tokens(rows, own.device))

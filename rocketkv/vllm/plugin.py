@@ -2,7 +2,7 @@
 
 
 def register() -> None:
-    """Register spec and backends with vLLM; may be called again. Without settings they are vLLM's own.
+    """Register backends with vLLM; may be called again. Without settings they are vLLM's own.
 
     On a CPU, vLLM has one backend, and the plugin's takes its place. On a GPU, choose it by
     `--attention-backend CUSTOM`.
@@ -16,4 +16,4 @@ def register() -> None:
     else:
         own = {backends.CUSTOM: "FLASH" if current_platform.is_cuda() else "TRITON"}
     for backend, name in own.items():
-        register_backend(backend, f"{__package__}.backend.{name}")
+        register_backend(backend, f"{__package__}.choice.{name}")

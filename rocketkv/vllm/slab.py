@@ -4,8 +4,8 @@ A row is the static store of one sequence (`rocketkv.state`): stage 1 fills it w
 steps read and write it. A store's tensors are views of its row in each tensor of the slab (`sizes`). Keys, values and
 page bounds share a tensor: keys begin a row, values follow, and bounds end it.
 
-The kernels decode any rows in one step (`kernels/rows.py`). What they need of a row lies on the device: its tokens and
-its clock, which they raise themselves, and its rule, which is written when its prompt ends.
+The kernels and the CPU step decode any rows in one step (`kernels/rows.py`). What they need of a row lies on the
+device: its tokens and its clock, which they raise themselves, and its rule, which is written when its prompt ends.
 
 Letters: B rows of a step, R rows of the slab, H query heads, Hkv KV heads, D head dim, Dv value dim, S tokens of the
 prompt, W observation window, P page size, k tokens read.
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backend import backend_name
 from ..config import RocketKVConfig
 from ..core.decode import DecodeBuffers
 from ..core.index import index_of
@@ -164,7 +165,7 @@ class LayerSlab:
         params: AttentionParams,
         workspaces: Workspaces,
     ) -> bool:
-        """Append one token to each of some rows, and attend to the tokens that stage 2 selects, by the kernels.
+        """Append one token to each of some rows, and attend to the tokens that stage 2 selects, in one step.
 
         The launches do not depend on the number of rows, nor on anything that the host knows of them, so they can be
         captured in a CUDA graph.
@@ -180,7 +181,7 @@ class LayerSlab:
             workspaces: shared by the layers.
 
         Returns:
-            Whether the kernels support the layer; if not, nothing is done.
+            Whether the kernels, or the CPU step, support the layer; if not, nothing is done.
         """
         space = self.workspace(config, query.shape[0], workspaces)
         if space is None:
@@ -190,14 +191,16 @@ class LayerSlab:
         return True
 
     def workspace(self, config: RocketKVConfig, batch: int, workspaces: Workspaces) -> Any:
-        """Return the kernels' workspace for steps of so many rows, or warn and return None if they support none."""
+        """Return the backend's workspace for steps of so many rows, or warn and return None if it supports none."""
         sizes, shape = row_sizes(config, self.shape, self.max_prompt), self.shape
         if sizes.split is None:
             workspaces.warn("decode steps of this layer run row by row: splits of this method differ in kind")
             return None
         most = 1 << (batch - 1).bit_length()  # one for all numbers of rows up to a power of two
         stored = most, shape.kv_heads, sizes.slots, shape.head_dim
-        found = slab_workspace(stored, (shape.heads, shape.value_dim, sizes.pages), sizes.split, self.keys, workspaces)
+        most_of = shape.heads, shape.value_dim, sizes.pages
+        backend = backend_name(self.keys.device, config.backend)
+        found = slab_workspace(backend, stored, most_of, sizes.split, self.keys, workspaces)
         if isinstance(found, str):
             workspaces.warn(f"decode steps of this layer run row by row on PyTorch, not on the kernels: {found}")
             return None

@@ -19,8 +19,8 @@ from rocketkv.kernels.decode import DecodeWorkspace, decode_step_triton
 from rocketkv.kernels.decode_shape import TILE_PAGES, DecodeShape, SketchRule
 from rocketkv.kernels.dense_decode import DenseWorkspace, dense_decode
 from rocketkv.kernels.evict import compact, pool_scores, select_top, window_scores
+from rocketkv.kernels.operands import RULE_FIELDS
 from rocketkv.kernels.prefill import prefill_attention
-from rocketkv.kernels.rows import RULE_FIELDS
 from rocketkv.kernels.value_aware import value_aware
 from rocketkv.kernels.value_sums import subtract_last
 

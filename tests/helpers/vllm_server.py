@@ -71,9 +71,10 @@ class Server:
                 break
         return events
 
-    def metric(self, name: str) -> float:
-        """Return the sum of a metric over its labels."""
-        lines = [line for line in self.get("/metrics").splitlines() if line.split("{")[0].split(" ")[0] == name]
+    def metric(self, name: str, label: str = "") -> float:
+        """Return the sum of a metric over its labels, or over those with this one."""
+        found = [line for line in self.get("/metrics").splitlines() if line.split("{")[0].split(" ")[0] == name]
+        lines = [line for line in found if label in line]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
     def children(self) -> dict[int, str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 import tiny
 import vllm_case
 from rocketkv.vllm.backend import _take_from_space
+from rocketkv.vllm.builder import _check_full_attention
 
 
 def test_without_settings_nothing_changes(models: Path) -> None:
@@ -33,6 +36,53 @@ def test_without_settings_nothing_changes(models: Path) -> None:
         assert [type(group.kv_cache_spec) for group in config.kv_cache_groups] == [FullAttentionSpec]
         assert engine.engine.vllm_config.cache_config.kv_cache_memory_bytes == 2**30
         assert engine.generate([ids[0].tolist()], 12)[0] == tiny.greedy(model, ids, 12)[0][0].tolist()
+
+
+ENGINE = """
+import importlib.metadata as metadata, json, sys
+found = metadata.entry_points
+others = lambda points: metadata.EntryPoints(point for point in points if point.name != "rocketkv")
+if sys.argv[1] == "without":
+    metadata.entry_points = lambda **of: others(found(**of)) if of else found()
+from vllm import LLM, SamplingParams
+llm = LLM(sys.argv[2], skip_tokenizer_init=True, **json.loads(sys.argv[3]))
+params = SamplingParams(temperature=1, seed=3, max_tokens=12, ignore_eos=True, detokenize=False)
+tokens = llm.generate([{"prompt_token_ids": json.loads(sys.argv[4])}], params, use_tqdm=False)[0].outputs[0].token_ids
+config = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+print(json.dumps([list(tokens), config.num_blocks, [tensor.size for tensor in config.kv_cache_tensors]]))
+print(json.dumps([name.removeprefix("rocketkv") for name in sys.modules if name.startswith("rocketkv")]))
+"""
+
+
+def test_without_settings_an_engine_is_one_without_the_plugin(models: Path) -> None:
+    """Of processes that find the plugin, and that do not: sampled tokens and the memory for caches are the same."""
+    folder, ids = vllm_case.saved("llama", models), tiny.prompt(200, seed=5)[0].tolist()
+    arguments = {**vllm_case.ARGUMENTS, "num_gpu_blocks_override": None}
+    environment = {**os.environ, **vllm_case.environment()}
+    running = []
+    for kind in ("with", "without"):
+        command = [sys.executable, "-P", "-c", ENGINE, kind, str(folder), json.dumps(arguments), json.dumps(ids)]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        running.append(subprocess.Popen(command, env=environment, text=True, **pipes))
+    printed = []
+    for process in running:
+        out, errors = process.communicate()
+        assert process.returncode == 0, errors[-4000:]
+        printed.append([json.loads(line) for line in out.splitlines()[-2:]])
+    assert printed[0][0] == printed[1][0]
+    light = {"", *("._version", ".budget", ".config", ".vllm")}
+    assert set(printed[0][1]) == light | {f".vllm.{name}" for name in ("choice", "plugin", "requests", "settings")}
+    assert not printed[1][1]
+
+
+def test_models_without_full_attention_are_refused() -> None:
+    windowed = SimpleNamespace(impl=SimpleNamespace(slab=None))
+    layers = {"model.layers.0.attn": windowed, "model.layers.1.mixer": SimpleNamespace()}
+    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
+    with pytest.raises(ValueError, match="does not support models without full attention"):
+        _check_full_attention(config)
+    windowed.impl.slab = object()
+    _check_full_attention(config)
 
 
 def test_the_slab_is_part_of_the_space_for_caches(models: Path) -> None:

@@ -16,8 +16,11 @@ POOL = 98  # blocks: the longest prompt has 97, and vLLM keeps one
 ARGUMENTS = {"max_model_len": LENGTH + 100, "max_num_seqs": REQUESTS, "max_num_batched_tokens": 4096}
 
 
-def most_decoding(engine: vllm_case.Engine) -> int:
-    """Serve all requests, and return how many decoded in one step at most."""
+def most_decoding(engine: vllm_case.Engine, *, compressed: bool) -> int:
+    """Serve all requests, and return how many decoded in one step at most.
+
+    Compressed requests hold no block of their prompt after their first decode step.
+    """
     for i in range(REQUESTS):
         engine.add(f"r{i}", tiny.prompt(LENGTH, seed=i)[0].tolist(), NEW_TOKENS)
     tokens: dict[str, list[int]] = {}
@@ -26,6 +29,9 @@ def most_decoding(engine: vllm_case.Engine) -> int:
         engine.step(tokens)
         running = engine.scheduler.running
         most = max(most, sum(r.num_output_tokens > 0 and r.num_computed_tokens >= LENGTH for r in running))
+        if compressed:
+            held = engine.prompt_blocks()
+            assert not any(held[r.request_id] for r in running if r.num_output_tokens > 1)
     assert all(len(found) == NEW_TOKENS for found in tokens.values())
     return most
 
@@ -37,10 +43,10 @@ def test_more_requests_decode_at_the_same_time(method: str, least: float, models
         layers = engine.layers.values()
         slab = sum(layer.impl.slab.nbytes for layer in layers)
         pool = sum(layer.kv_cache.nbytes for layer in layers)
-        compressed = most_decoding(engine)
+        compressed = most_decoding(engine, compressed=True)
     blocks = POOL + slab * POOL // pool
     with vllm_case.serve(folder, None, num_gpu_blocks_override=blocks, **ARGUMENTS) as engine:
-        dense = most_decoding(engine)
+        dense = most_decoding(engine, compressed=False)
     assert compressed >= least * dense, (
         f"{compressed} at the same time, dense {dense} in {blocks} blocks of {BLOCK} tokens"
     )

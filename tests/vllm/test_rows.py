@@ -1,6 +1,12 @@
-"""A step of several rows of a slab is, for each, the step of that row alone; without vLLM, in Triton's interpreter."""
+"""A step of several rows of a slab is, for each, the step of that row alone; without vLLM.
+
+On the CPU step, and on the kernels in Triton's interpreter.
+"""
 
 from __future__ import annotations
+
+import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +19,6 @@ from rocketkv.dispatch import Workspaces
 from rocketkv.state.store import KVStore
 from rocketkv.vllm.sizes import LayerShape
 from rocketkv.vllm.slab import LayerSlab, decode_row
-
-pytest.importorskip("triton", reason="Triton has no package for this platform")
-
-from rocketkv.kernels import decode, select_plan
 
 SHAPE = LayerShape(heads=4, kv_heads=2, head_dim=16, value_dim=16, dtype=torch.float32)
 PARAMS = AttentionParams(0.25, None, None)
@@ -38,19 +40,22 @@ def config(method: str, backend: str = "triton") -> RocketKVConfig:
     )
 
 
-def tokens(batch: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def tokens(batch: int, count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values [B, heads, count, D]."""
-    return tuple(torch.randn(batch, heads, count, 16) for heads in (4, 2, 2))  # type: ignore[return-value]
+    return tuple(torch.randn(batch, heads, count, 16).to(dtype) for heads in (4, 2, 2))  # type: ignore[return-value]
 
 
-def filled(method: str, lengths: list[int]) -> tuple[LayerSlab, list[KVStore]]:
+def filled(
+    method: str, lengths: list[int], dtype: torch.dtype = torch.float32, index_dtype: str = "keys"
+) -> tuple[LayerSlab, list[KVStore]]:
     """Return a slab with prompts of these lengths in its rows, and their stores."""
     torch.manual_seed(0)
-    own = config(method, "torch")  # stage 1 on the kernels is tested elsewhere
-    slab = LayerSlab([own], SHAPE, rows=len(lengths), max_prompt=LONGEST, device=torch.device("cpu"))
+    own = replace(config(method, "torch"), index_dtype=index_dtype)  # stage 1 on the kernels is tested elsewhere
+    shape = replace(SHAPE, dtype=dtype)
+    slab = LayerSlab([own], shape, rows=len(lengths), max_prompt=LONGEST, device=torch.device("cpu"))
     stores = []
     for row, length in enumerate(lengths):
-        query, key, value = tokens(1, length)
+        query, key, value = tokens(1, length, dtype)
         stores.append(slab.close(row, own, key, value, query[:, :, -8:], PARAMS, Workspaces()))
     return slab, stores
 
@@ -59,6 +64,9 @@ def filled(method: str, lengths: list[int]) -> tuple[LayerSlab, list[KVStore]]:
 def test_a_step_of_rows_is_the_step_of_each_row(
     method: str, choice: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("triton", reason="Triton has no package for this platform")
+    from rocketkv.kernels import decode, select_plan
+
     if choice is not None:
         monkeypatch.setattr(decode, "REGISTER_PAGES", 0)
         monkeypatch.setattr(select_plan, "SELECT_BLOCKS", choice)
@@ -97,3 +105,41 @@ def test_a_step_of_rows_is_the_step_of_each_row(
     assert slab.clock.tolist() == [length + steps * (row in order) for row, length in enumerate(lengths)]
     for name, tensor in kept.items():
         assert torch.equal(slab.memory[name][2].view(torch.uint8), tensor), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", LENGTHS)
+def test_the_cpu_step_of_rows_has_the_bits_of_each_row_alone(method: str, dtype: torch.dtype) -> None:
+    pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+    lengths, paged = LENGTHS[method], method == "rocketkv"
+    index_dtype = "float8_e5m2" if paged and dtype == torch.bfloat16 else "keys"
+    own = replace(config(method, "cpu"), index_dtype=index_dtype)
+    before, order = torch.get_num_threads(), [*range(len(lengths)), -1]
+    order.remove(2)  # this row stays as it is
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        slab, stores = filled(method, lengths, dtype, index_dtype)
+        _, alone = filled(method, lengths, dtype, index_dtype)
+        kept = {name: tensor[2].view(torch.uint8).clone() for name, tensor in slab.memory.items()}
+        shared, shuffled = Workspaces(), random.Random(threads)
+        for _ in range(3):  # pages end in some of the rows
+            shuffled.shuffle(order)
+            rows = torch.tensor(order, dtype=torch.int32)
+            query, key, value = (tensor[:, :, 0] for tensor in tokens(len(order), 1, dtype))
+            out = torch.full_like(query, 7.0)
+            assert slab.decode(rows, own, query, key, value, out, PARAMS, shared)
+            for place, row in enumerate(order):
+                if row < 0:
+                    assert bool((out[place] == 7).all())
+                    continue
+                one = slice(place, place + 1)
+                expected = decode_row(alone[row], own, query[one], key[one], value[one], PARAMS, Workspaces())
+                assert torch.equal(out[one], expected)
+                for name, tensor in alone[row].tensors().items():
+                    found = stores[row].tensors()[name]
+                    assert torch.equal(found.double().nan_to_num(-1), tensor.double().nan_to_num(-1)), name
+        torch.set_num_threads(before)
+        assert shared.warned == set()
+        assert slab.clock.tolist() == [length + 3 * (row in order) for row, length in enumerate(lengths)]
+        for name, tensor in kept.items():
+            assert torch.equal(slab.memory[name][2].view(torch.uint8), tensor), name

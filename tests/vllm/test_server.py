@@ -1,4 +1,4 @@
-"""The OpenAI server on loopback: its tokens, tensor parallel, clients that leave, workers that die."""
+"""The OpenAI server on loopback: its tokens, data and tensor parallel, clients that leave, workers that die."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ import vllm_server
 from rocketkv.hf.loading import load_smollm2
 
 METHOD = {**vllm_case.SETTINGS, "method": "rocketkv+"}
+# The tests' own process stays without Numba; see test_engine.py.
+SERVED = {**METHOD, "backend": "cpu"}
 
 
 def prompt(length: int) -> list[int]:
@@ -41,16 +43,18 @@ def model(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[vllm_server.Server]:
+    """Return a server of two engines, each with blocks and rows of its own."""
+    arguments = "--max-num-batched-tokens", "128", "--data-parallel-size", "2"
     log = tmp_path_factory.mktemp("server") / "log"
-    with vllm_server.serve(folder, METHOD, "--max-num-batched-tokens", "128", log=log) as server:
+    with vllm_server.serve(folder, SERVED, *arguments, log=log) as server:
         yield server
 
 
 def idle(server: vllm_server.Server) -> bool:
-    """Wait until no request runs or waits, and no block is in use."""
-    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    """Wait until no request runs or waits, and no block or row of the slab is in use."""
+    names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "rocketkv:sequences")
     for _ in range(100):
-        if not any(server.metric(f"vllm:{name}") for name in names):
+        if not any(map(server.metric, names)):
             return True
         time.sleep(0.2)
     return False
@@ -89,10 +93,11 @@ def test_a_thousand_short_requests_leak_nothing(server: vllm_server.Server, mode
     assert idle(server)
     kinds = [(20, 3), (70, 1), (90, 4), (130, 2)]
     expected = [vllm_case.reference(model, prompt(length), count, METHOD) for length, count in kinds]
-    with ThreadPoolExecutor(16) as clients:
+    with ThreadPoolExecutor(24) as clients:  # more than there are rows
         found = list(clients.map(lambda i: server.complete(prompt(kinds[i % 4][0]), kinds[i % 4][1]), range(1000)))
     assert all(tokens == expected[i % 4] for i, tokens in enumerate(found))
     assert idle(server)
+    assert all(server.metric("vllm:request_success_total", f'engine="{i}"') > 100 for i in range(2))
 
 
 def test_tensor_parallel_and_a_worker_that_is_killed(folder: Path, model: Any, tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ def test_a_row_holds_any_prompt_and_decodes_as_a_store(method: str) -> None:
         store.extend(key, value)
         store.prompt.queries = own_queries
         close_prompt_by(store, own, own.split_for(length, 16), PARAMS)
+        for tensor in (*slab.memory.values(), slab.rules, slab.clock):
+            tensor[1:2].view(torch.uint8).fill_(255)  # NaN: of another prompt, or after vLLM's sleep mode
         row = slab.close(1, own, key, value, own_queries, PARAMS, Workspaces())
         for step in range(25):  # more than decode_capacity: generated tokens are re-evicted
             if row.capacity == row.stored:
