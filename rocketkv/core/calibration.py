@@ -23,7 +23,7 @@ from .params import AttentionParams
 from .residual import overestimate
 from .scratch import block_bytes
 from .token_index import TokenIndex
-from .topk import full_precision, scalar, select
+from .topk import full_precision, gather_tokens, scalar, select
 
 # Pseudo-count of the ridge prior at f = 1, in observation windows. Stage 1 has ranked by these queries, so they need
 # the residual less than later ones do (docs/beyond.md).
@@ -85,6 +85,14 @@ def fitted_bias(
     return factor.log().flatten(1)  # a tensor of its own, without the storage of `fits`
 
 
+def _first_late(positions: Tensor, first_query: int) -> int:
+    """Return a slot before which every query sees every token; 0 on a GPU, which the host would have to wait for."""
+    if positions.device.type != "cpu":
+        return 0
+    seen = (positions <= first_query).all(0)
+    return int(seen.logical_not().byte().argmax()) if not seen.all() else positions.shape[1]
+
+
 class _Attention(NamedTuple):
     """Attention of queries to the tokens that they see, of which a step attends to some and leaves out the rest.
 
@@ -132,6 +140,7 @@ def _terms(
     queries = queries.to(torch.float32, memory_format=torch.contiguous_format)
     scaled, group = queries * params.scaling, queries.shape[2]
     positions = positions.masked_fill(positions < 0, seen)  # free slots come after every query
+    late = _first_late(positions, seen - window)
     last = torch.arange(seen - window, seen, device=keys.device)[:, None]
     sinks = params.sinks
     if sinks is not None:
@@ -148,7 +157,7 @@ def _terms(
         parts = []
         for start in range(0, window, query_count):
             part = slice(start, start + query_count)
-            unseen = positions[own, None] > last[part]
+            unseen = positions[own, None, late:] > last[part]
             own_params = params._replace(sinks=None if sinks is None else sinks[own, part])
             asked = queries[own, part].flatten(1, 2)
             estimates = index.score(asked, tensors, own_keys[:, None], params, stored=stored, lengths=None)
@@ -182,17 +191,19 @@ def _attention(
         query: [p, n, G, D] float32, times the scaling.
         keys: [p, N, D] float32.
         values: [p, N, Dv] float32.
-        unseen: [p, n, N] bool, True at free slots and at tokens after the query.
+        unseen: [p, n, m] bool, of the last m slots: True at free ones and at tokens after the query. All queries see
+            the tokens in the other slots.
         estimates: [p, n * G, N] float32, estimates of the logits; overwritten.
         params: the model's attention parameters, with sinks [p, n, G].
         split: the tokens that a step may read.
     """
     pairs, count, group, _ = query.shape
-    stored = keys.shape[1]
+    stored, late = keys.shape[1], keys.shape[1] - unseen.shape[2]
     hidden = unseen[:, :, None]
-    estimates = estimates.view(pairs, count, group, stored).masked_fill_(hidden, -torch.inf)
+    estimates = estimates.view(pairs, count, group, stored)
+    estimates[..., late:].masked_fill_(hidden, -torch.inf)
     # The selection treats each query as a separate row of a batch, with one KV head.
-    places, _ = select(
+    places, weights = select(
         estimates.flatten(0, 1),
         min(split.top_k or stored, stored),
         stored=stored,
@@ -205,27 +216,41 @@ def _attention(
         ordered=False,
     )
     places = places.view(pairs, count, -1).long()
-    rest = unseen.logical_not().scatter_(2, places, False)
-    places = places[:, :, None].expand(-1, -1, group, -1)
-    chosen_estimate = estimates.gather(3, places).logsumexp(-1)
-    rest_estimate = estimates.scatter_(3, places, -torch.inf).logsumexp(-1)
+    by_head = places[:, :, None].expand(-1, -1, group, -1)
+    weights = weights.view_as(estimates)
+    # Weights are relative to the largest one, the weight of the largest estimate.
+    largest, peak = weights.amax(-1), estimates.amax(-1)
+    rest_estimate = weights.scatter_(3, by_head, 0).sum(-1).div_(largest).log_().add_(peak)
     logits = torch.bmm(query.flatten(1, 2), keys.transpose(1, 2))
     if params.softcap is not None:
         logits = logits.div_(params.softcap).tanh_().mul_(params.softcap)
-    logits = logits.view_as(estimates).masked_fill_(hidden, -torch.inf)
-    total = None if params.sinks is None else logits.logsumexp(-1)
-    out = torch.bmm(logits.softmax(-1).flatten(1, 2), values)
-    logits.masked_fill_(rest[:, :, None], -torch.inf)
-    chosen, chosen_out = logits.logsumexp(-1), torch.bmm(logits.softmax(-1).flatten(1, 2), values)
+    logits = logits.view_as(estimates)
+    logits[..., late:].masked_fill_(hidden, -torch.inf)
+    chosen_logits = logits.gather(3, by_head)
+    peak = logits.amax(-1, keepdim=True)
+    mass = logits.sub_(peak).exp_().sum(-1)
+    out = torch.bmm(logits.flatten(1, 2), values).view(pairs, count, group, -1).div_(mass[..., None])
+    # The chosen tokens' attention, and their sum.
+    ignored = places >= late
+    if stored > late:
+        ignored &= unseen.gather(2, (places - late).clamp_(min=0))
+    kept = ignored.logical_not_().to(values.dtype)[:, :, None]
+    summed = torch.cat((chosen_logits.softmax(-1), kept), 2)
+    own_values = gather_tokens(places.view(pairs, 1, -1), values[:, None])[0]
+    chosen_out, chosen_sum = torch.bmm(summed.flatten(0, 1), own_values.view(pairs * count, -1, values.shape[2])).view(
+        pairs, count, group + 1, -1
+    ).split((group, 1), 2)
+    seen = unseen.logical_not().to(values.dtype)
+    seen_sum = torch.baddbmm(values[:, :late].sum(1, keepdim=True), seen, values[:, late:])
     return _Attention(
-        total=total,
-        chosen=chosen,
-        chosen_estimate=chosen_estimate,
+        total=None if params.sinks is None else peak[..., 0] + mass.log(),
+        chosen=chosen_logits.logsumexp(-1),
+        chosen_estimate=estimates.gather(3, by_head).logsumexp(-1),
         rest_estimate=rest_estimate,
-        out=out.view(pairs, count, group, -1),
-        chosen_out=chosen_out.view(pairs, count, group, -1),
-        rest_sum=torch.bmm(rest.float(), values)[:, :, None],
-        rest_count=rest.sum(-1)[..., None, None],
+        out=out,
+        chosen_out=chosen_out,
+        rest_sum=seen_sum[:, :, None] - chosen_sum,
+        rest_count=(seen.sum(-1) + late - kept[:, :, 0].sum(-1))[..., None, None],
     )
 
 
