@@ -62,7 +62,17 @@ def eviction_ops(keys: Tensor, *, backend: str = "auto", workspaces: Workspaces 
         ValueError: the backend cannot run on the device.
     """
     workspaces = workspaces or Workspaces()
-    if backend_name(keys.device, backend) != "triton":
+    name = backend_name(keys.device, backend)
+    if name == "cpu":
+        from .kernels.cpu import prompt_end  # imported where it runs: numba may not be installed
+
+        if prompt_end.refusal(keys) is not None:  # decode steps warn
+            return TORCH_OPS
+        write = functools.partial(prompt_end.write_sketch, encoding)
+        return TORCH_OPS._replace(
+            value_aware=prompt_end.value_aware, write_sketch=write, weigh_chosen=prompt_end.weigh_chosen
+        )
+    if name != "triton":
         if keys.is_cuda and automatic(backend):
             reason = no_triton("cuda")
             workspaces.warn(f"RocketKV runs on PyTorch, several times slower than its kernels: {reason}")

@@ -12,6 +12,7 @@ increases a head's error over that without a residual, the head's factor is `LEA
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, Dv of values, N stored tokens, W window.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,89 @@ NEGLIGIBLE = 1e-6
 LEAST, MOST = 1e-4, 1.6
 
 
+class Weighed(NamedTuple):
+    """What `weigh_chosen` returns, all float32; masses are log-sum-exps of logits.
+
+    Attributes:
+        weights: [p, n, G, N], weights of attention to all tokens; may be the memory of the logits.
+        total: [p, n, G], mass of all tokens, or None without sinks.
+        chosen: [p, n, G], mass of the chosen tokens.
+        chosen_estimate: [p, n, G], estimated mass of these tokens.
+        rest_estimate: [p, n, G], estimated mass of the rest.
+        chosen_out: [p, n, G, Dv], output of attention to the chosen tokens.
+        chosen_sum: [p, n, Dv], the sum of their values.
+        chosen_count: [p, n], their number.
+    """
+
+    weights: Tensor
+    total: Tensor | None
+    chosen: Tensor
+    chosen_estimate: Tensor
+    rest_estimate: Tensor
+    chosen_out: Tensor
+    chosen_sum: Tensor
+    chosen_count: Tensor
+
+
+def weigh_chosen(
+    estimates: Tensor,
+    logits: Tensor,
+    values: Tensor,
+    k: int,
+    *,
+    sinks: Tensor | None = None,
+    protected: int = 0,
+    by_largest: bool = False,
+) -> Weighed:
+    """Choose tokens as n steps would, and attend to them.
+
+    Args:
+        estimates: [p, n, G, N] float32, estimated logits of p rows and KV heads, minus infinity at unseen tokens;
+            overwritten.
+        logits: [p, n, G, N] float32, the exact ones; overwritten.
+        values: [p, N, Dv] float32.
+        k: tokens to choose, at most N.
+        sinks: [p, n, G] float32, learned sinks, or None.
+        protected: number of first tokens that are chosen before all others.
+        by_largest: whether the largest weight over the group's heads ranks a token, not the average.
+    """
+    pairs, count, group, stored = estimates.shape
+    # The selection treats each query as a separate row of a batch, with one KV head.
+    places, weights = select(
+        estimates.flatten(0, 1),
+        k,
+        stored=stored,
+        lengths=None,
+        kv_heads=1,
+        unit_size=1,
+        sinks=None if sinks is None else sinks.flatten(0, 1),
+        protected=protected,
+        by_largest=by_largest,
+        ordered=False,
+    )
+    places = places.view(pairs, count, k).long()
+    by_head = places[:, :, None].expand(-1, -1, group, -1)
+    # Weights are relative to the largest one, the weight of the largest estimate.
+    weights = weights.view_as(estimates)
+    largest = weights.amax(-1)
+    rest_estimate = weights.scatter_(3, by_head, 0).sum(-1).div_(largest).log_().add_(estimates.amax(-1))
+    chosen_logits = logits.gather(3, by_head)
+    seen = chosen_logits[:, :, :1] != -torch.inf  # fewer than k tokens may be seen
+    shares = torch.cat((chosen_logits.softmax(-1), seen), 2).flatten(0, 1)
+    own_values = gather_tokens(places.view(pairs, 1, -1), values[:, None])[0].view(pairs * count, k, -1)
+    summed = torch.bmm(shares, own_values).view(pairs, count, group + 1, -1)
+    return Weighed(
+        weights=logits.softmax(-1),
+        total=None if sinks is None else logits.logsumexp(-1),
+        chosen=chosen_logits.logsumexp(-1),
+        chosen_estimate=estimates.gather(3, by_head).logsumexp(-1),
+        rest_estimate=rest_estimate,
+        chosen_out=summed[:, :, :group],
+        chosen_sum=summed[:, :, group],
+        chosen_count=seen[:, :, 0].sum(-1),
+    )
+
+
 def fitted_bias(
     query: Tensor,
     buffers: DecodeBuffers,
@@ -46,6 +130,7 @@ def fitted_bias(
     stored: int,
     seen: int,
     valid: Tensor | None = None,
+    weigh: Callable[..., Weighed] | None = None,
 ) -> Tensor:
     """Return log f of each query head, the `bias` of `residual_attend`.
 
@@ -60,6 +145,7 @@ def fitted_bias(
         stored: N, tokens of the longest row.
         seen: tokens of the sequence.
         valid: [B, W] bool, False at queries of padding, which do not count; or None without padding.
+        weigh: a backend's `weigh_chosen`, or None for this module's.
 
     Returns:
         [B, H] float32; log of `LEAST` in heads that fail the cross-validation, 0 in rows whose steps attend to all
@@ -69,7 +155,7 @@ def fitted_bias(
     if split.top_k is None or stored <= split.token_budget:
         return query.new_zeros(batch, heads, dtype=torch.float32)
     with full_precision(query.device):
-        terms = _terms(query, buffers, index, params, split, stored, seen)
+        terms = _terms(query, buffers, index, params, split, stored, seen, weigh or weigh_chosen)
     terms = terms.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).view(2, batch, -1, *terms.shape[2:])
     if valid is not None:
         terms.masked_fill_(~valid[:, None, :, None], 0)
@@ -128,6 +214,7 @@ def _terms(
     split: BudgetSplit,
     stored: int,
     seen: int,
+    weigh: Callable[..., Weighed],
 ) -> Tensor:
     """Return the terms of the least-squares fit, [2, B * Hkv, W, G]; not finite for queries that see no token.
 
@@ -161,7 +248,8 @@ def _terms(
             own_params = params._replace(sinks=None if sinks is None else sinks[own, part])
             asked = queries[own, part].flatten(1, 2)
             estimates = index.score(asked, tensors, own_keys[:, None], params, stored=stored, lengths=None)
-            parts.append(_attention(scaled[own, part], own_keys, own_values, unseen, estimates, own_params, split))
+            own_queries = scaled[own, part]
+            parts.append(_attention(own_queries, own_keys, own_values, unseen, estimates, own_params, split, weigh))
         blocks.append(_joined(parts, 1))
     found = _joined(blocks, 0)
     return _error_terms(found, sinks)
@@ -184,6 +272,7 @@ def _attention(
     estimates: Tensor,
     params: AttentionParams,
     split: BudgetSplit,
+    weigh: Callable[..., Weighed],
 ) -> _Attention:
     """Attend with n queries of p rows and KV heads.
 
@@ -196,61 +285,40 @@ def _attention(
         estimates: [p, n * G, N] float32, estimates of the logits; overwritten.
         params: the model's attention parameters, with sinks [p, n, G].
         split: the tokens that a step may read.
+        weigh: `weigh_chosen`, or a backend's.
     """
     pairs, count, group, _ = query.shape
     stored, late = keys.shape[1], keys.shape[1] - unseen.shape[2]
-    hidden = unseen[:, :, None]
     estimates = estimates.view(pairs, count, group, stored)
-    estimates[..., late:].masked_fill_(hidden, -torch.inf)
-    # The selection treats each query as a separate row of a batch, with one KV head.
-    places, weights = select(
-        estimates.flatten(0, 1),
-        min(split.top_k or stored, stored),
-        stored=stored,
-        lengths=None,
-        kv_heads=1,
-        unit_size=1,
-        sinks=None if params.sinks is None else params.sinks.flatten(0, 1),
-        protected=split.protected,
-        by_largest=split.by_largest,
-        ordered=False,
-    )
-    places = places.view(pairs, count, -1).long()
-    by_head = places[:, :, None].expand(-1, -1, group, -1)
-    weights = weights.view_as(estimates)
-    # Weights are relative to the largest one, the weight of the largest estimate.
-    largest, peak = weights.amax(-1), estimates.amax(-1)
-    rest_estimate = weights.scatter_(3, by_head, 0).sum(-1).div_(largest).log_().add_(peak)
-    logits = torch.bmm(query.flatten(1, 2), keys.transpose(1, 2))
+    logits = torch.bmm(query.flatten(1, 2), keys.transpose(1, 2)).view_as(estimates)
     if params.softcap is not None:
         logits = logits.div_(params.softcap).tanh_().mul_(params.softcap)
-    logits = logits.view_as(estimates)
-    logits[..., late:].masked_fill_(hidden, -torch.inf)
-    chosen_logits = logits.gather(3, by_head)
-    peak = logits.amax(-1, keepdim=True)
-    mass = logits.sub_(peak).exp_().sum(-1)
-    out = torch.bmm(logits.flatten(1, 2), values).view(pairs, count, group, -1).div_(mass[..., None])
-    # The chosen tokens' attention, and their sum.
-    ignored = places >= late
-    if stored > late:
-        ignored &= unseen.gather(2, (places - late).clamp_(min=0))
-    kept = ignored.logical_not_().to(values.dtype)[:, :, None]
-    summed = torch.cat((chosen_logits.softmax(-1), kept), 2)
-    own_values = gather_tokens(places.view(pairs, 1, -1), values[:, None])[0]
-    chosen_out, chosen_sum = torch.bmm(summed.flatten(0, 1), own_values.view(pairs * count, -1, values.shape[2])).view(
-        pairs, count, group + 1, -1
-    ).split((group, 1), 2)
+    for scores in (estimates, logits):
+        scores[..., late:].masked_fill_(unseen[:, :, None], -torch.inf)
+    found = weigh(
+        estimates,
+        logits,
+        values,
+        min(split.top_k or stored, stored),
+        sinks=params.sinks,
+        protected=split.protected,
+        by_largest=split.by_largest,
+    )
     seen = unseen.logical_not().to(values.dtype)
-    seen_sum = torch.baddbmm(values[:, :late].sum(1, keepdim=True), seen, values[:, late:])
+    rest_sum = torch.bmm(seen, values[:, late:]).sub_(found.chosen_sum)
+    rest_count = seen.sum(-1).sub_(found.chosen_count)
+    if late:
+        rest_sum.add_(values[:, :late].sum(1, keepdim=True))
+        rest_count.add_(late)
     return _Attention(
-        total=None if params.sinks is None else peak[..., 0] + mass.log(),
-        chosen=chosen_logits.logsumexp(-1),
-        chosen_estimate=estimates.gather(3, by_head).logsumexp(-1),
-        rest_estimate=rest_estimate,
-        out=out,
-        chosen_out=chosen_out,
-        rest_sum=seen_sum[:, :, None] - chosen_sum,
-        rest_count=(seen.sum(-1) + late - kept[:, :, 0].sum(-1))[..., None, None],
+        total=found.total,
+        chosen=found.chosen,
+        chosen_estimate=found.chosen_estimate,
+        rest_estimate=found.rest_estimate,
+        out=torch.bmm(found.weights.flatten(1, 2), values).view(pairs, count, group, -1),
+        chosen_out=found.chosen_out,
+        rest_sum=rest_sum[:, :, None],
+        rest_count=rest_count[..., None, None],
     )
 
 

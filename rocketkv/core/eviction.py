@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .calibration import Weighed, weigh_chosen
 from .compact import compact
 from .params import AttentionParams
 from .scratch import block_length
@@ -21,6 +22,9 @@ from .topk import full_precision, select_top
 
 # Largest logits of one KV head that are kept whole on a CPU, in bytes.
 MOST_LOGITS = 16 * 2**20
+
+# Numbers of float32 in some cache lines: a length of rows that are read and written fast.
+LINE = 64
 
 
 @torch.no_grad()  # a model's learned sinks are parameters
@@ -104,8 +108,8 @@ def _scores_by_head(rows: Tensor, key: Tensor, params: AttentionParams, window: 
     """
     batch, kv_heads, count, _ = rows.shape
     size = key.shape[2]
-    # Blocks stay in a core's cache from the product to the exponentials; all heads use the same memory.
-    length = max(window, block_length(key.device, 4 * count))
+    # Blocks stay in a core's cache from the product to the exponentials; rows begin with cache lines.
+    length = max(1, block_length(key.device, 4 * count) // LINE) * LINE
     scratch = [rows.new_empty(count * min(length, size - start)) for start in range(0, size, length)]
     sinks = None if params.sinks is None else params.sinks.float().view(kv_heads, -1).repeat_interleave(window, 1)
     total = rows.new_zeros(batch, kv_heads, size - window)
@@ -268,6 +272,7 @@ class EvictionOps(NamedTuple):
     compact: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]]
     value_aware: Callable[[Tensor, Tensor], Tensor] = value_aware
     write_sketch: Callable[..., None] = write_tokens
+    weigh_chosen: Callable[..., Weighed] = weigh_chosen
 
 
 TORCH_OPS = EvictionOps(window_scores, pool_scores, select_top, compact)
