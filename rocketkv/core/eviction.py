@@ -112,6 +112,7 @@ def _scores_by_head(rows: Tensor, key: Tensor, params: AttentionParams, window: 
     length = max(1, block_length(key.device, 4 * count) // LINE) * LINE
     scratch = [rows.new_empty(count * min(length, size - start)) for start in range(0, size, length)]
     sinks = None if params.sinks is None else params.sinks.float().view(kv_heads, -1).repeat_interleave(window, 1)
+    later = torch.full((window, window), -torch.inf).triu_(1).repeat(count // window, 1)
     total = rows.new_zeros(batch, kv_heads, size - window)
     for row in range(batch):
         for head in range(kv_heads):
@@ -120,7 +121,7 @@ def _scores_by_head(rows: Tensor, key: Tensor, params: AttentionParams, window: 
             own = None if real is None or real[first:].all() else real[first:]
             own_sinks = None if sinks is None else sinks[head]
             keys = key[row, head, first:]
-            total[row, head, first:] = _head_scores(rows[row, head], keys, params, window, own_sinks, own, scratch)
+            total[row, head, first:] = _head_scores(rows[row, head], keys, params, later, own_sinks, own, scratch)
     return total
 
 
@@ -128,7 +129,7 @@ def _head_scores(
     rows: Tensor,
     key: Tensor,
     params: AttentionParams,
-    window: int,
+    later: Tensor,
     sinks: Tensor | None,
     valid: Tensor | None,
     scratch: Sequence[Tensor],
@@ -139,42 +140,40 @@ def _head_scores(
         rows: [G W, D] float32, the window's scaled queries.
         key: [n, D].
         params: the model's attention parameters.
-        window: W.
+        later: [G W, W] float32, minus infinity at tokens of the window that come after a query, else 0.
         sinks: [G W] float32, each query's learned sink, or None.
         valid: [n] bool, or None.
         scratch: memory of each block's logits, overwritten.
     """
     count, size = rows.shape[0], key.shape[0]
-    block = scratch[0].numel() // count
-    query = torch.arange(size - window, size).repeat(count // window)[:, None]
-    weights, peaks, masses = [], [], []
-    for start, memory in zip(range(0, size, block), scratch, strict=False):
+    window, block = later.shape[1], scratch[0].numel() // count
+    starts = range(0, size, block)
+    peaks, masses = rows.new_empty(2, len(starts), count)
+    weights = []
+    for number, start in enumerate(starts):
         stop = min(start + block, size)
-        logits = memory[: count * (stop - start)].view(count, -1)
+        logits = scratch[number][: count * (stop - start)].view(count, -1)
         torch.mm(rows, key[start:stop].float().t(), out=logits)
         if params.softcap is not None:
             torch.tanh_(logits.div_(params.softcap)).mul_(params.softcap)
-        late = max(start, size - window)  # from here on, tokens may come after a query
-        if late < stop:
-            logits[:, late - start :].masked_fill_(torch.arange(late, stop) > query, -torch.inf)
+        if stop > size - window:
+            late = max(start, size - window)
+            logits[:, late - start :].add_(later[:, late - size + window : stop - size + window])
         if valid is not None:
             logits.masked_fill_(~valid[start:stop], -torch.inf)
-        peak = logits.amax(-1)
-        # A row of only padding has no finite peak; zero keeps its exponentials at zero.
-        weights.append(logits.sub_(torch.where(peak == -torch.inf, 0.0, peak)[:, None]).exp_())
-        peaks.append(peak)
-        masses.append(logits.sum(-1))
-    every = torch.stack(peaks)
-    peak = every.amax(0) if sinks is None else torch.maximum(every.amax(0), sinks)
-    anchor = torch.where(peak == -torch.inf, 0.0, peak)
-    factors = torch.where(every == anchor, 1.0, torch.exp(every - anchor))  # of infinite peaks too
-    mass = (torch.stack(masses) * factors).sum(0)
+        # Where a query sees no token, a finite peak keeps its exponentials at zero.
+        peak = torch.amax(logits, -1, out=peaks[number]).clamp_(min=torch.finfo(torch.float32).min)
+        weights.append(logits.sub_(peak[:, None]).exp_())
+        torch.sum(logits, -1, out=masses[number])
+    peak = peaks.amax(0) if sinks is None else torch.maximum(peaks.amax(0), sinks)
+    factors = peaks.sub_(peak).exp_().nan_to_num_(nan=1.0)  # infinity minus infinity is NaN
+    mass = masses.mul_(factors).sum(0)
     if sinks is not None:
-        mass = mass + torch.exp(sinks - anchor)
-    weight = torch.where(mass > 0, 1.0 / mass, 0.0)
+        mass += torch.exp(sinks - peak)
+    factors.mul_(mass.reciprocal_().nan_to_num_(nan=0.0, posinf=0.0))  # 0 where a query sees no token
     if valid is not None:
-        weight = weight * valid[-window:].repeat(count // window)
-    summed = [torch.mm(each[None], part) for part, each in zip(weights, factors * weight, strict=True)]
+        factors.mul_(valid[-window:].repeat(count // window))
+    summed = [torch.mm(each[None], part) for part, each in zip(weights, factors, strict=True)]
     return torch.cat(summed, 1)[0, : size - window]
 
 
