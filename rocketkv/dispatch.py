@@ -62,16 +62,10 @@ def eviction_ops(keys: Tensor, *, backend: str = "auto", workspaces: Workspaces 
         ValueError: the backend cannot run on the device.
     """
     workspaces = workspaces or Workspaces()
-    name = backend_name(keys.device, backend)
-    if name == "cpu":
-        from .kernels.cpu import prompt_end  # imported where it runs: numba may not be installed
+    if (name := backend_name(keys.device, backend)) == "cpu":
+        from .kernels.cpu.prompt_end import operations  # imported where it runs: numba may not be installed
 
-        if prompt_end.refusal(keys) is not None:  # decode steps warn
-            return TORCH_OPS
-        write = functools.partial(prompt_end.write_sketch, encoding)
-        return TORCH_OPS._replace(
-            value_aware=prompt_end.value_aware, write_sketch=write, weigh_chosen=prompt_end.weigh_chosen
-        )
+        return TORCH_OPS._replace(**operations(keys, encoding))
     if name != "triton":
         if keys.is_cuda and automatic(backend):
             reason = no_triton("cuda")
@@ -103,9 +97,7 @@ def eviction_ops(keys: Tensor, *, backend: str = "auto", workspaces: Workspaces 
 
 
 def value_subtraction(values: Tensor, backend: str = "auto") -> Callable[..., None]:
-    """Return what keeps the sum of values when tokens are cropped: `residual.subtract_last`, or the kernel.
-
-    The kernel reads nothing back.
+    """Return what keeps the sum of values at a crop: `residual.subtract_last`, or the kernel, which reads nothing back.
 
     Args:
         values: [B, Hkv, capacity, Dv], the layer's.

@@ -4,9 +4,10 @@ Letters: B batch, Hkv KV heads, D head dim, Dv value dim, S tokens, W observatio
 """
 
 import ctypes
+import functools
 import struct
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,15 +19,6 @@ from .threads import run, thread_count
 from .weigh import NUMBERS, WeighOperands
 
 _LINE = 64  # bytes of a cache line
-
-
-class SketchTensors(NamedTuple):
-    """The tensors of a sketch: see `rocketkv.core.sketch.Sketch`."""
-
-    codes: Tensor
-    scales: Tensor
-    mean: Tensor
-    balance: Tensor
 
 
 class Weighed(NamedTuple):
@@ -42,11 +34,26 @@ class Weighed(NamedTuple):
     chosen_count: Tensor
 
 
-def refusal(keys: Tensor) -> str | None:
-    """Return why the compiled code cannot read such keys and values, or None if it can."""
+class SketchTensors(NamedTuple):
+    """The tensors of a sketch: see `rocketkv.core.sketch.Sketch`."""
+
+    codes: Tensor
+    scales: Tensor
+    mean: Tensor
+    balance: Tensor
+
+
+def operations(keys: Tensor, encoding: Callable[[int, int], tuple[int, float, float]]) -> dict[str, Callable[..., Any]]:
+    """Return the operations for such keys and values by their names; none for dtypes that decode steps refuse.
+
+    Args:
+        keys: any keys of the layer.
+        encoding: see `write_sketch`.
+    """
     if keys.dtype not in ELEMENTS or keys.dtype.itemsize == 1:
-        return f"keys are {keys.dtype}; the compiled code reads float32, bfloat16 and float16"
-    return None
+        return {}
+    write = functools.partial(write_sketch, encoding)
+    return {"value_aware": value_aware, "write_sketch": write, "weigh_chosen": weigh_chosen}
 
 
 def _side_by_side(tokens: Tensor) -> Tensor:
@@ -194,7 +201,7 @@ def weigh_chosen(
         local=local.data_ptr(),
         local_bytes=local_bytes,
         queries=pairs * count,
-        count=count,
+        window=count,
         group=group,
         stored=stored,
         value_dim=dim,
@@ -211,5 +218,6 @@ def weigh_chosen(
     )
     block = _block(operands)
     run(weigh_entry(), ctypes.addressof(block), threads)
-    total, *masses = numbers.unbind(-1)
-    return Weighed(logits, None if sinks is None else total, *masses, sums[:, :, :group], sums[:, :, group], counts)
+    total, chosen, estimate, rest = numbers.unbind(-1)
+    summed = sums[:, :, :group], sums[:, :, group]
+    return Weighed(logits, None if sinks is None else total, chosen, estimate, rest, *summed, counts)

@@ -27,7 +27,7 @@ class WeighOperands(NamedTuple):
     local: int  # of each thread: float32 [G + 3, padded N], [128], [2, k], int32 [k]
     local_bytes: int
     queries: int  # p n
-    count: int  # n
+    window: int  # n
     group: int
     stored: int
     value_dim: int
@@ -107,7 +107,7 @@ def _weigh(weights, peak):
 def _attend(ints, query, local, tiles, lanes, chosen, weights, ones):
     """Attend to the chosen tokens with each head of a query, and replace all its logits by weights."""
     stored, group, dim, k = ints[_W.stored], ints[_W.group], ints[_W.value_dim], ints[_W.top_k]
-    values = ints[_W.values] + 4 * (query // ints[_W.count]) * stored * dim
+    values = ints[_W.values] + 4 * (query // ints[_W.window]) * stored * dim
     sums = ints[_W.sums] + 4 * query * (group + 1) * dim
     fill(array(sums, (group + 1) * dim, np.float32), 0, (group + 1) * dim, _ZERO)
     numbers = array(ints[_W.numbers] + 4 * NUMBERS * query * group, NUMBERS * group, np.float32)

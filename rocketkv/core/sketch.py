@@ -105,16 +105,6 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return packed[0] if len(packed) == 1 else torch.cat(packed, -1)
 
 
-@functools.cache
-@torch.inference_mode(False)
-def _byte_places(head_dim: int, bits: int, device: torch.device) -> Tensor:
-    """Return the matrix that packs codes of one plane, [C, D] float32: each code's place value in its byte."""
-    channel = torch.arange(head_dim)
-    matrix = torch.zeros(code_bytes(head_dim, bits), head_dim)
-    matrix[channel % len(matrix), channel] = 2.0 ** (bits * (channel // len(matrix)))
-    return matrix.to(device)
-
-
 def odd_part(head_dim: int) -> int:
     """Return the largest odd factor of D: 1 for a power of two."""
     return head_dim // (head_dim & -head_dim)
@@ -185,19 +175,12 @@ def encode(keys: Tensor, mean: Tensor, balance: Tensor, rotation: Tensor, bits: 
     with full_precision(keys.device):
         rotated = functional.linear(whole, rotation)
         square = torch.linalg.vecdot(whole, whole).unsqueeze(-1)
-    # Levels count from the middle, a border of two. The largest entry is `top`: only zero vectors have a square under
-    # 1.
+    # Levels count from the middle, a border of two. Only zero vectors have a square under 1: the largest is `top`.
     step = square.clamp_min(1).sqrt_().mul_(scalar(spacing))
     level = (rotated / step).floor_().clamp_(-half, half - 1).add_(scalar(0.5))
     product = rotated.mul_(level).sum(-1, keepdim=True)
     scale = square.mul_(scalar(norm / top)).div_(product.clamp_min_(0.5)).mul_(largest)
-    codes = level.add_(scalar(half - 0.5))
-    if bits == 3:
-        packed = pack(codes.to(torch.uint8), bits)
-    else:  # sums of codes times powers of two, up to 255: exact in any precision
-        with full_precision(keys.device):
-            packed = functional.linear(codes, _byte_places(keys.shape[-1], bits, keys.device)).to(torch.uint8)
-    return packed, scale.squeeze(-1).to(torch.bfloat16)
+    return pack(level.add_(scalar(half - 0.5)).to(torch.uint8), bits), scale.squeeze(-1).to(torch.bfloat16)
 
 
 def build_sketch(
@@ -306,7 +289,6 @@ def score_sketch(query: Tensor, sketch: Sketch, bits: int, params: AttentionPara
             # Digits keep their place values within the byte; the weights divide by them.
             digits = (bytes_first.narrow(1, first, size).unsqueeze(1) & masks).float().flatten(1, 2)
             own = weight.narrow(-1, column, digits.shape[1])
-            # The first product is of one column, the others are written in place.
             product = torch.baddbmm(product, own, digits) if column == 0 else product.baddbmm_(own, digits)
             column += digits.shape[1]
         blocks.append(torch.addcmul(shift, product, scales.narrow(2, start, count).float()))

@@ -59,21 +59,21 @@ def gather_tokens(positions: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         found = gather_tokens(positions.reshape(len(positions), kv_heads, -1), *tensors)
         return tuple([tensor.view(*positions.shape, tensor.shape[3]) for tensor in found])
     batch, rows = len(positions), None
-    found = []
+    gathered = []
     for tensor in tensors:
         if tensor.shape[2] == size and tensor.is_contiguous():
             if rows is None:
                 rows = positions + multiples(batch * kv_heads, size, positions.device).view(batch, kv_heads, 1)
-            found.append(F.embedding(rows, tensor.view(-1, tensor.shape[3])))
+            gathered.append(F.embedding(rows, tensor.view(-1, tensor.shape[3])))
         elif tensor.shape[2] == size and tensor.transpose(1, 2).is_contiguous():  # as models compute keys
             head = multiples(kv_heads, 1, positions.device).view(kv_heads, 1)
             row = multiples(batch, size, positions.device).view(batch, 1, 1)
             tokens = tensor.transpose(1, 2).view(-1, tensor.shape[3])
-            found.append(F.embedding((positions + row) * kv_heads + head, tokens))
+            gathered.append(F.embedding((positions + row) * kv_heads + head, tokens))
         else:
             index = positions.long()[..., None]
-            found.append(tensor.gather(2, index.expand(-1, -1, -1, tensor.shape[3])))
-    return tuple(found)
+            gathered.append(tensor.gather(2, index.expand(-1, -1, -1, tensor.shape[3])))
+    return tuple(gathered)
 
 
 def select_top(scores: Tensor, n: int) -> Tensor:
