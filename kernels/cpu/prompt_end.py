@@ -30,8 +30,8 @@ class Weighed(NamedTuple):
     chosen_estimate: Tensor
     rest_estimate: Tensor
     chosen_out: Tensor
-    chosen_sum: Tensor
-    chosen_count: Tensor
+    rest_sum: Tensor
+    rest_count: Tensor
 
 
 class SketchTensors(NamedTuple):
@@ -219,5 +219,6 @@ def weigh_chosen(
     block = _block(operands)
     run(weigh_entry(), ctypes.addressof(block), threads)
     total, chosen, estimate, rest = numbers.unbind(-1)
-    summed = sums[:, :, :group], sums[:, :, group]
-    return Weighed(logits, None if sinks is None else total, chosen, estimate, rest, *summed, counts)
+    seen = (estimates[:, :, 0] != -torch.inf).float()
+    others = torch.bmm(seen, values).sub_(sums[:, :, group]), seen.sum(-1).sub_(counts)
+    return Weighed(logits, None if sinks is None else total, chosen, estimate, rest, sums[:, :, :group], *others)

@@ -24,7 +24,7 @@ from .params import AttentionParams
 from .residual import overestimate
 from .scratch import block_bytes
 from .token_index import TokenIndex
-from .topk import full_precision, gather_tokens, scalar, select
+from .topk import full_precision, scalar, select
 
 # Pseudo-count of the ridge prior at f = 1, in observation windows. Stage 1 has ranked by these queries, so they need
 # the residual less than later ones do (docs/beyond.md).
@@ -47,8 +47,8 @@ class Weighed(NamedTuple):
         chosen_estimate: [p, n, G], estimated mass of these tokens.
         rest_estimate: [p, n, G], estimated mass of the rest.
         chosen_out: [p, n, G, Dv], output of attention to the chosen tokens.
-        chosen_sum: [p, n, Dv], the sum of their values.
-        chosen_count: [p, n], their number.
+        rest_sum: [p, n, Dv], the sum of the values of the rest.
+        rest_count: [p, n], number of tokens of the rest.
     """
 
     weights: Tensor
@@ -57,8 +57,8 @@ class Weighed(NamedTuple):
     chosen_estimate: Tensor
     rest_estimate: Tensor
     chosen_out: Tensor
-    chosen_sum: Tensor
-    chosen_count: Tensor
+    rest_sum: Tensor
+    rest_count: Tensor
 
 
 def weigh_chosen(
@@ -74,8 +74,7 @@ def weigh_chosen(
     """Choose tokens as n steps would, and attend to them.
 
     Args:
-        estimates: [p, n, G, N] float32, estimated logits of p rows and KV heads, minus infinity at unseen tokens;
-            overwritten.
+        estimates: [p, n, G, N] float32, estimated logits of p rows and KV heads, minus infinity at unseen tokens.
         logits: [p, n, G, N] float32, the exact ones; overwritten.
         values: [p, N, Dv] float32.
         k: tokens to choose, at most N.
@@ -85,7 +84,7 @@ def weigh_chosen(
     """
     pairs, count, group, stored = estimates.shape
     # The selection treats each query as a separate row of a batch, with one KV head.
-    places, weights = select(
+    places, _ = select(
         estimates.flatten(0, 1),
         k,
         stored=stored,
@@ -99,24 +98,20 @@ def weigh_chosen(
     )
     places = places.view(pairs, count, k).long()
     by_head = places[:, :, None].expand(-1, -1, group, -1)
-    # Weights are relative to the largest one, the weight of the largest estimate.
-    weights = weights.view_as(estimates)
-    largest = weights.amax(-1)
-    rest_estimate = weights.scatter_(3, by_head, 0).sum(-1).div_(largest).log_().add_(estimates.amax(-1))
-    chosen_logits = logits.gather(3, by_head)
-    seen = chosen_logits[:, :, :1] != -torch.inf  # fewer than k tokens may be seen
-    shares = torch.cat((chosen_logits.softmax(-1), seen), 2).flatten(0, 1)
-    own_values = gather_tokens(places.view(pairs, 1, -1), values[:, None])[0].view(pairs * count, k, -1)
-    summed = torch.bmm(shares, own_values).view(pairs, count, group + 1, -1)
+    chosen_estimate = estimates.gather(3, by_head).logsumexp(-1)
+    rest_estimate = estimates.scatter(3, by_head, -torch.inf).logsumexp(-1)
+    rest = (logits[:, :, 0] != -torch.inf).scatter_(2, places, False)
+    weights, total = logits.softmax(-1), None if sinks is None else logits.logsumexp(-1)
+    logits.masked_fill_(rest[:, :, None], -torch.inf)
     return Weighed(
-        weights=logits.softmax(-1),
-        total=None if sinks is None else logits.logsumexp(-1),
-        chosen=chosen_logits.logsumexp(-1),
-        chosen_estimate=estimates.gather(3, by_head).logsumexp(-1),
+        weights=weights,
+        total=total,
+        chosen=logits.logsumexp(-1),
+        chosen_estimate=chosen_estimate,
         rest_estimate=rest_estimate,
-        chosen_out=summed[:, :, :group],
-        chosen_sum=summed[:, :, group],
-        chosen_count=seen[:, :, 0].sum(-1),
+        chosen_out=torch.bmm(logits.softmax(-1).flatten(1, 2), values).view(pairs, count, group, -1),
+        rest_sum=torch.bmm(rest.float(), values),
+        rest_count=rest.sum(-1),
     )
 
 
@@ -304,12 +299,6 @@ def _attention(
         protected=split.protected,
         by_largest=split.by_largest,
     )
-    seen = unseen.logical_not().to(values.dtype)
-    rest_sum = torch.bmm(seen, values[:, late:]).sub_(found.chosen_sum)
-    rest_count = seen.sum(-1).sub_(found.chosen_count)
-    if late:
-        rest_sum.add_(values[:, :late].sum(1, keepdim=True))
-        rest_count.add_(late)
     return _Attention(
         total=found.total,
         chosen=found.chosen,
@@ -317,8 +306,8 @@ def _attention(
         rest_estimate=found.rest_estimate,
         out=torch.bmm(found.weights.flatten(1, 2), values).view(pairs, count, group, -1),
         chosen_out=found.chosen_out,
-        rest_sum=rest_sum[:, :, None],
-        rest_count=rest_count[..., None, None],
+        rest_sum=found.rest_sum[:, :, None],
+        rest_count=found.rest_count[..., None, None],
     )
 
 
