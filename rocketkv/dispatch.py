@@ -62,7 +62,11 @@ def eviction_ops(keys: Tensor, *, backend: str = "auto", workspaces: Workspaces 
         ValueError: the backend cannot run on the device.
     """
     workspaces = workspaces or Workspaces()
-    if backend_name(keys.device, backend) != "triton":
+    if (name := backend_name(keys.device, backend)) == "cpu":
+        from .kernels.cpu.prompt_end import operations  # imported where it runs: numba may not be installed
+
+        return TORCH_OPS._replace(**operations(keys, encoding))
+    if name != "triton":
         if keys.is_cuda and automatic(backend):
             reason = no_triton("cuda")
             workspaces.warn(f"RocketKV runs on PyTorch, several times slower than its kernels: {reason}")
@@ -93,9 +97,7 @@ def eviction_ops(keys: Tensor, *, backend: str = "auto", workspaces: Workspaces 
 
 
 def value_subtraction(values: Tensor, backend: str = "auto") -> Callable[..., None]:
-    """Return what keeps the sum of values when tokens are cropped: `residual.subtract_last`, or the kernel.
-
-    The kernel reads nothing back.
+    """Return what keeps the sum of values at a crop: `residual.subtract_last`, or the kernel, which reads nothing back.
 
     Args:
         values: [B, Hkv, capacity, Dv], the layer's.

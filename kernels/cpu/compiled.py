@@ -6,13 +6,15 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import torch
 
 from .entry import append_and_score, attend_and_combine
+from .prompt import measure_values, sum_weighted, write_sketch
+from .weigh import weigh_chosen
 
 # Elements of keys and bounds as compiled code reads them; see `lowlevel.widen`.
 ELEMENTS = {
@@ -66,3 +68,23 @@ def first_entry(dtype: torch.dtype, index_dtype: torch.dtype | None, sketched: b
 def second_entry(dtype: torch.dtype) -> Any:
     """Return the entry that attends and combines, for keys and values of this dtype."""
     return _compiled(attend_and_combine, ELEMENTS[dtype])
+
+
+class PromptEntries(NamedTuple):
+    """The entries of a prompt's end for keys or values of one dtype."""
+
+    write_sketch: Any
+    sum_weighted: Any
+    measure_values: Any
+
+
+@functools.cache
+def prompt_entries(dtype: torch.dtype) -> PromptEntries:
+    """Return the entries of a prompt's end for keys and values of this dtype."""
+    return PromptEntries(*(_compiled(make, ELEMENTS[dtype]) for make in (write_sketch, sum_weighted, measure_values)))
+
+
+@functools.cache
+def weigh_entry() -> Any:
+    """Return the entry of the calibration, whose numbers are float32."""
+    return _compiled(weigh_chosen)

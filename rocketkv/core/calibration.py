@@ -12,6 +12,7 @@ increases a head's error over that without a residual, the head's factor is `LEA
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, Dv of values, N stored tokens, W window.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,84 @@ NEGLIGIBLE = 1e-6
 LEAST, MOST = 1e-4, 1.6
 
 
+class Weighed(NamedTuple):
+    """What `weigh_chosen` returns, all float32; masses are log-sum-exps of logits.
+
+    Attributes:
+        weights: [p, n, G, N], weights of attention to all tokens; may be the memory of the logits.
+        total: [p, n, G], mass of all tokens, or None without sinks.
+        chosen: [p, n, G], mass of the chosen tokens.
+        chosen_estimate: [p, n, G], estimated mass of these tokens.
+        rest_estimate: [p, n, G], estimated mass of the rest.
+        chosen_out: [p, n, G, Dv], output of attention to the chosen tokens.
+        rest_sum: [p, n, Dv], the sum of the values of the rest.
+        rest_count: [p, n], number of tokens of the rest.
+    """
+
+    weights: Tensor
+    total: Tensor | None
+    chosen: Tensor
+    chosen_estimate: Tensor
+    rest_estimate: Tensor
+    chosen_out: Tensor
+    rest_sum: Tensor
+    rest_count: Tensor
+
+
+def weigh_chosen(
+    estimates: Tensor,
+    logits: Tensor,
+    values: Tensor,
+    k: int,
+    *,
+    sinks: Tensor | None = None,
+    protected: int = 0,
+    by_largest: bool = False,
+) -> Weighed:
+    """Choose tokens as n steps would, and attend to them.
+
+    Args:
+        estimates: [p, n, G, N] float32, estimated logits of p rows and KV heads, minus infinity at unseen tokens.
+        logits: [p, n, G, N] float32, the exact ones; overwritten.
+        values: [p, N, Dv] float32.
+        k: tokens to choose, at most N.
+        sinks: [p, n, G] float32, learned sinks, or None.
+        protected: number of first tokens that are chosen before all others.
+        by_largest: whether the largest weight over the group's heads ranks a token, not the average.
+    """
+    pairs, count, group, stored = estimates.shape
+    # The selection treats each query as a separate row of a batch, with one KV head.
+    places, _ = select(
+        estimates.flatten(0, 1),
+        k,
+        stored=stored,
+        lengths=None,
+        kv_heads=1,
+        unit_size=1,
+        sinks=None if sinks is None else sinks.flatten(0, 1),
+        protected=protected,
+        by_largest=by_largest,
+        ordered=False,
+    )
+    places = places.view(pairs, count, k).long()
+    by_head = places[:, :, None].expand(-1, -1, group, -1)
+    chosen_estimate = estimates.gather(3, by_head).logsumexp(-1)
+    rest_estimate = estimates.scatter(3, by_head, -torch.inf).logsumexp(-1)
+    rest = (logits[:, :, 0] != -torch.inf).scatter_(2, places, False)
+    weights, total = logits.softmax(-1), None if sinks is None else logits.logsumexp(-1)
+    logits.masked_fill_(rest[:, :, None], -torch.inf)
+    return Weighed(
+        weights=weights,
+        total=total,
+        chosen=logits.logsumexp(-1),
+        chosen_estimate=chosen_estimate,
+        rest_estimate=rest_estimate,
+        chosen_out=torch.bmm(logits.softmax(-1).flatten(1, 2), values).view(pairs, count, group, -1),
+        rest_sum=torch.bmm(rest.float(), values),
+        rest_count=rest.sum(-1),
+    )
+
+
 def fitted_bias(
     query: Tensor,
     buffers: DecodeBuffers,
@@ -46,6 +125,7 @@ def fitted_bias(
     stored: int,
     seen: int,
     valid: Tensor | None = None,
+    weigh: Callable[..., Weighed] | None = None,
 ) -> Tensor:
     """Return log f of each query head, the `bias` of `residual_attend`.
 
@@ -60,6 +140,7 @@ def fitted_bias(
         stored: N, tokens of the longest row.
         seen: tokens of the sequence.
         valid: [B, W] bool, False at queries of padding, which do not count; or None without padding.
+        weigh: a backend's `weigh_chosen`, or None for this module's.
 
     Returns:
         [B, H] float32; log of `LEAST` in heads that fail the cross-validation, 0 in rows whose steps attend to all
@@ -69,7 +150,7 @@ def fitted_bias(
     if split.top_k is None or stored <= split.token_budget:
         return query.new_zeros(batch, heads, dtype=torch.float32)
     with full_precision(query.device):
-        terms = _terms(query, buffers, index, params, split, stored, seen)
+        terms = _terms(query, buffers, index, params, split, stored, seen, weigh or weigh_chosen)
     terms = terms.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).view(2, batch, -1, *terms.shape[2:])
     if valid is not None:
         terms.masked_fill_(~valid[:, None, :, None], 0)
@@ -83,6 +164,14 @@ def fitted_bias(
     factor = fits[2].masked_fill_(added > NEGLIGIBLE, LEAST)
     factor.masked_fill_((buffers.seq_lens <= split.token_budget)[..., None], 1.0)
     return factor.log().flatten(1)  # a tensor of its own, without the storage of `fits`
+
+
+def _first_late(positions: Tensor, first_query: int) -> int:
+    """Return a slot before which every query sees every token; 0 on a GPU, which the host would have to wait for."""
+    if positions.device.type != "cpu":
+        return 0
+    seen = (positions <= first_query).all(0)
+    return int(seen.logical_not().byte().argmax()) if not seen.all() else positions.shape[1]
 
 
 class _Attention(NamedTuple):
@@ -120,6 +209,7 @@ def _terms(
     split: BudgetSplit,
     stored: int,
     seen: int,
+    weigh: Callable[..., Weighed],
 ) -> Tensor:
     """Return the terms of the least-squares fit, [2, B * Hkv, W, G]; not finite for queries that see no token.
 
@@ -132,6 +222,7 @@ def _terms(
     queries = queries.to(torch.float32, memory_format=torch.contiguous_format)
     scaled, group = queries * params.scaling, queries.shape[2]
     positions = positions.masked_fill(positions < 0, seen)  # free slots come after every query
+    late = _first_late(positions, seen - window)
     last = torch.arange(seen - window, seen, device=keys.device)[:, None]
     sinks = params.sinks
     if sinks is not None:
@@ -148,11 +239,12 @@ def _terms(
         parts = []
         for start in range(0, window, query_count):
             part = slice(start, start + query_count)
-            unseen = positions[own, None] > last[part]
+            unseen = positions[own, None, late:] > last[part]
             own_params = params._replace(sinks=None if sinks is None else sinks[own, part])
             asked = queries[own, part].flatten(1, 2)
             estimates = index.score(asked, tensors, own_keys[:, None], params, stored=stored, lengths=None)
-            parts.append(_attention(scaled[own, part], own_keys, own_values, unseen, estimates, own_params, split))
+            own_queries = scaled[own, part]
+            parts.append(_attention(own_queries, own_keys, own_values, unseen, estimates, own_params, split, weigh))
         blocks.append(_joined(parts, 1))
     found = _joined(blocks, 0)
     return _error_terms(found, sinks)
@@ -175,6 +267,7 @@ def _attention(
     estimates: Tensor,
     params: AttentionParams,
     split: BudgetSplit,
+    weigh: Callable[..., Weighed],
 ) -> _Attention:
     """Attend with n queries of p rows and KV heads.
 
@@ -182,50 +275,39 @@ def _attention(
         query: [p, n, G, D] float32, times the scaling.
         keys: [p, N, D] float32.
         values: [p, N, Dv] float32.
-        unseen: [p, n, N] bool, True at free slots and at tokens after the query.
+        unseen: [p, n, m] bool, of the last m slots: True at free ones and at tokens after the query. All queries see
+            the tokens in the other slots.
         estimates: [p, n * G, N] float32, estimates of the logits; overwritten.
         params: the model's attention parameters, with sinks [p, n, G].
         split: the tokens that a step may read.
+        weigh: `weigh_chosen`, or a backend's.
     """
     pairs, count, group, _ = query.shape
-    stored = keys.shape[1]
-    hidden = unseen[:, :, None]
-    estimates = estimates.view(pairs, count, group, stored).masked_fill_(hidden, -torch.inf)
-    # The selection treats each query as a separate row of a batch, with one KV head.
-    places, _ = select(
-        estimates.flatten(0, 1),
-        min(split.top_k or stored, stored),
-        stored=stored,
-        lengths=None,
-        kv_heads=1,
-        unit_size=1,
-        sinks=None if params.sinks is None else params.sinks.flatten(0, 1),
-        protected=split.protected,
-        by_largest=split.by_largest,
-        ordered=False,
-    )
-    places = places.view(pairs, count, -1).long()
-    rest = unseen.logical_not().scatter_(2, places, False)
-    places = places[:, :, None].expand(-1, -1, group, -1)
-    chosen_estimate = estimates.gather(3, places).logsumexp(-1)
-    rest_estimate = estimates.scatter_(3, places, -torch.inf).logsumexp(-1)
-    logits = torch.bmm(query.flatten(1, 2), keys.transpose(1, 2))
+    stored, late = keys.shape[1], keys.shape[1] - unseen.shape[2]
+    estimates = estimates.view(pairs, count, group, stored)
+    logits = torch.bmm(query.flatten(1, 2), keys.transpose(1, 2)).view_as(estimates)
     if params.softcap is not None:
         logits = logits.div_(params.softcap).tanh_().mul_(params.softcap)
-    logits = logits.view_as(estimates).masked_fill_(hidden, -torch.inf)
-    total = None if params.sinks is None else logits.logsumexp(-1)
-    out = torch.bmm(logits.softmax(-1).flatten(1, 2), values)
-    logits.masked_fill_(rest[:, :, None], -torch.inf)
-    chosen, chosen_out = logits.logsumexp(-1), torch.bmm(logits.softmax(-1).flatten(1, 2), values)
+    for scores in (estimates, logits):
+        scores[..., late:].masked_fill_(unseen[:, :, None], -torch.inf)
+    found = weigh(
+        estimates,
+        logits,
+        values,
+        min(split.top_k or stored, stored),
+        sinks=params.sinks,
+        protected=split.protected,
+        by_largest=split.by_largest,
+    )
     return _Attention(
-        total=total,
-        chosen=chosen,
-        chosen_estimate=chosen_estimate,
-        rest_estimate=rest_estimate,
-        out=out.view(pairs, count, group, -1),
-        chosen_out=chosen_out.view(pairs, count, group, -1),
-        rest_sum=torch.bmm(rest.float(), values)[:, :, None],
-        rest_count=rest.sum(-1)[..., None, None],
+        total=found.total,
+        chosen=found.chosen,
+        chosen_estimate=found.chosen_estimate,
+        rest_estimate=found.rest_estimate,
+        out=torch.bmm(found.weights.flatten(1, 2), values).view(pairs, count, group, -1),
+        chosen_out=found.chosen_out,
+        rest_sum=found.rest_sum[:, :, None],
+        rest_count=found.rest_count[..., None, None],
     )
 
 

@@ -62,9 +62,9 @@ def compact(
         lengths = chosen.sum(-1, dtype=torch.int32)
         keys, values = gather_tokens(slots, keys, values)
     # Slots without a token are zero, not garbage: a masked weight of zero times NaN would be NaN.
-    new_keys = keys.new_zeros(*rows, capacity, keys.shape[3])
-    new_values = values.new_zeros(*rows, capacity, values.shape[3])
-    new_keys[:, :, :count] = keys
-    new_values[:, :, :count] = values
+    new_keys, new_values = (tokens.new_empty(*rows, capacity, tokens.shape[3]) for tokens in (keys, values))
+    for buffer, tokens in ((new_keys, keys), (new_values, values)):
+        buffer[:, :, :count] = tokens
+        buffer[:, :, count:] = 0
     index = None if page_size is None else build_pages(new_keys, count, page_size, index_dtype)
     return new_keys, new_values, new_positions, lengths, index

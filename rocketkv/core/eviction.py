@@ -6,13 +6,14 @@ kernel and one selection per KV head.
 Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, S tokens, W window queries.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .calibration import Weighed, weigh_chosen
 from .compact import compact
 from .params import AttentionParams
 from .scratch import block_length
@@ -22,7 +23,11 @@ from .topk import full_precision, select_top
 # Largest logits of one KV head that are kept whole on a CPU, in bytes.
 MOST_LOGITS = 16 * 2**20
 
+# Numbers of float32 in some cache lines: a length of rows that are read and written fast.
+LINE = 64
 
+
+@torch.no_grad()  # a model's learned sinks are parameters
 def window_scores(
     query: Tensor,
     key: Tensor,
@@ -33,7 +38,8 @@ def window_scores(
     """Sum the attention weights of the observation window's queries on every earlier token, per KV head.
 
     The sum is over the W queries and the heads of a group. Softmax attention in float32, causal inside the window. On a
-    CPU the keys are read once, KV head by KV head, where the logits of one are few enough; else twice, block by block.
+    CPU the keys are read once, row by row and KV head by KV head, where the logits of one are few enough; else twice,
+    block by block.
 
     Args:
         query: [B, H, W, D], the queries of the last W tokens (the observation window).
@@ -48,9 +54,8 @@ def window_scores(
     kv_heads, size = key.shape[1], key.shape[2]
     group = heads // kv_heads
     rows = query.float().reshape(batch, kv_heads, group * window, head_dim) * params.scaling
-    if key.device.type == "cpu" and 4 * batch * group * window * size <= MOST_LOGITS:
-        each = [_head_scores(rows[:, i], key[:, i], params, i, group, valid) for i in range(kv_heads)]
-        return torch.stack(each, 1)
+    if key.device.type == "cpu" and 4 * group * window * size <= MOST_LOGITS:
+        return _scores_by_head(rows, key, params, window, valid)
     block = max(window, block_length(key.device, 4 * batch * heads * window))
 
     def logits(start: int, stop: int) -> Tensor:
@@ -91,41 +96,85 @@ def window_scores(
     return total
 
 
-def _head_scores(
-    rows: Tensor, key: Tensor, params: AttentionParams, number: int, group: int, valid: Tensor | None
-) -> Tensor:
-    """Return the scores of one KV head, [B, S - W] float32; see `window_scores`.
+def _scores_by_head(rows: Tensor, key: Tensor, params: AttentionParams, window: int, valid: Tensor | None) -> Tensor:
+    """Return the scores of `window_scores`, one row and KV head at a time.
 
     Args:
-        rows: [B, G W, D] float32, the window's scaled queries.
-        key: [B, S, D].
+        rows: [B, Hkv, G W, D] float32, the window's scaled queries.
+        key: [B, Hkv, S, D].
         params: the model's attention parameters.
-        number: of the KV head.
-        group: G.
+        window: W.
         valid: [B, 1 or Hkv, S] bool, or None.
     """
-    size, window = key.shape[1], rows.shape[1] // group
-    logits = torch.bmm(rows, key.float().transpose(1, 2))
-    if params.softcap is not None:
-        torch.tanh_(logits.div_(params.softcap)).mul_(params.softcap)
-    own = torch.arange(window, device=key.device).repeat(group)
-    logits[:, :, size - window :].masked_fill_(own[:window] > own[:, None], -torch.inf)
-    real = None if valid is None else valid[:, min(number, valid.shape[1] - 1)]
-    if real is not None:
-        logits.masked_fill_(~real[:, None], -torch.inf)
-    peak, sinks = logits.amax(-1), None
-    if params.sinks is not None:
-        sinks = params.sinks.float().view(-1, group)[number].repeat_interleave(window)
-        peak = torch.maximum(peak, sinks)
-    anchor = torch.where(peak == -torch.inf, 0.0, peak)  # as in blocks
-    weights = logits.sub_(anchor[..., None]).exp_()
-    mass = weights.sum(-1)
+    batch, kv_heads, count, _ = rows.shape
+    size = key.shape[2]
+    # Blocks stay in a core's cache from the product to the exponentials; rows begin with cache lines.
+    length = max(1, block_length(key.device, 4 * count) // LINE) * LINE
+    scratch = [rows.new_empty(count * min(length, size - start)) for start in range(0, size, length)]
+    sinks = None if params.sinks is None else params.sinks.float().view(kv_heads, -1).repeat_interleave(window, 1)
+    later = torch.full((window, window), -torch.inf).triu_(1).repeat(count // window, 1)
+    total = rows.new_zeros(batch, kv_heads, size - window)
+    for row in range(batch):
+        for head in range(kv_heads):
+            real = None if valid is None else valid[row, min(head, valid.shape[1] - 1)]
+            first = 0 if real is None else min(int(real.byte().argmax()), size - window)  # a padded row as if alone
+            own = None if real is None or real[first:].all() else real[first:]
+            own_sinks = None if sinks is None else sinks[head]
+            keys = key[row, head, first:]
+            total[row, head, first:] = _head_scores(rows[row, head], keys, params, later, own_sinks, own, scratch)
+    return total
+
+
+def _head_scores(
+    rows: Tensor,
+    key: Tensor,
+    params: AttentionParams,
+    later: Tensor,
+    sinks: Tensor | None,
+    valid: Tensor | None,
+    scratch: Sequence[Tensor],
+) -> Tensor:
+    """Return the scores of one row and KV head, [n - W] float32.
+
+    Args:
+        rows: [G W, D] float32, the window's scaled queries.
+        key: [n, D].
+        params: the model's attention parameters.
+        later: [G W, W] float32, minus infinity at tokens of the window that come after a query, else 0.
+        sinks: [G W] float32, each query's learned sink, or None.
+        valid: [n] bool, or None.
+        scratch: memory of each block's logits, overwritten.
+    """
+    count, size = rows.shape[0], key.shape[0]
+    window, block = later.shape[1], scratch[0].numel() // count
+    starts = range(0, size, block)
+    peaks, masses = rows.new_empty(2, len(starts), count)
+    weights = []
+    for number, start in enumerate(starts):
+        stop = min(start + block, size)
+        logits = scratch[number][: count * (stop - start)].view(count, -1)
+        torch.mm(rows, key[start:stop].float().t(), out=logits)
+        if params.softcap is not None:
+            torch.tanh_(logits.div_(params.softcap)).mul_(params.softcap)
+        if stop > size - window:
+            late = max(start, size - window)
+            logits[:, late - start :].add_(later[:, late - size + window : stop - size + window])
+        if valid is not None:
+            logits.masked_fill_(~valid[start:stop], -torch.inf)
+        # Where a query sees no token, a finite peak keeps its exponentials at zero.
+        peak = torch.amax(logits, -1, out=peaks[number]).clamp_(min=torch.finfo(torch.float32).min)
+        weights.append(logits.sub_(peak[:, None]).exp_())
+        torch.sum(logits, -1, out=masses[number])
+    peak = peaks.amax(0) if sinks is None else torch.maximum(peaks.amax(0), sinks)
+    factors = peaks.sub_(peak).exp_().nan_to_num_(nan=1.0)  # infinity minus infinity is NaN
+    mass = masses.mul_(factors).sum(0)
     if sinks is not None:
-        mass = mass + torch.exp(sinks - anchor)
-    weight = torch.where(mass > 0, 1.0 / mass, 0.0)
-    if real is not None:
-        weight = weight * real[:, -window:].repeat(1, group)
-    return torch.bmm(weight[:, None], weights)[:, 0, : size - window]
+        mass += torch.exp(sinks - peak)
+    factors.mul_(mass.reciprocal_().nan_to_num_(nan=0.0, posinf=0.0))  # 0 where a query sees no token
+    if valid is not None:
+        factors.mul_(valid[-window:].repeat(count // window))
+    summed = [torch.mm(each[None], part) for part, each in zip(weights, factors, strict=True)]
+    return torch.cat(summed, 1)[0, : size - window]
 
 
 def pool_reach(kernel_size: int, offset: int) -> tuple[int, int]:
@@ -167,19 +216,22 @@ def value_aware(scores: Tensor, value: Tensor) -> Tensor:
     value = value.float() if value.dtype == torch.float64 else value  # differences from the mean are float32
     block = block_length(value.device, 4 * rows * value_dim)
     blocks = [slice(start, min(start + block, size)) for start in range(0, max(size, 1), block)]
-    # Values at padding are arbitrary.
     unscored = (scores == 0)[..., None]
+    # Values at padding are arbitrary. A CPU looks whether there is any, a GPU would wait for the answer.
+    masked = value.device.type != "cpu" or bool(unscored.any())
     out = value.new_zeros(rows, 1, value_dim, dtype=torch.float32)
     changed = torch.empty_like(scores)
     with full_precision(value.device):
         for part in blocks:
-            scored = value[:, :, part].masked_fill(unscored[:, :, part], 0).float()
-            out.baddbmm_(scores[:, :, part].flatten(0, 1)[:, None], scored.flatten(0, 1))
+            own = value[:, :, part].masked_fill(unscored[:, :, part], 0) if masked else value[:, :, part]
+            out.baddbmm_(scores[:, :, part].flatten(0, 1)[:, None], own.float().flatten(0, 1))
         total = scores.sum(-1).clamp_(min=torch.finfo(torch.float32).tiny)
         mean = out.view(batch, kv_heads, 1, value_dim) / total[..., None, None]
         for part in blocks:
-            torch.linalg.vector_norm(value[:, :, part] - mean, dim=-1, out=changed[:, :, part])
-        return changed.masked_fill_(unscored[..., 0], 0).mul_(scores)
+            torch.linalg.vector_norm(value[:, :, part].float() - mean, dim=-1, out=changed[:, :, part])
+        if masked:
+            changed.masked_fill_(unscored[..., 0], 0)
+        return changed.mul_(scores)
 
 
 def pool_scores(
@@ -219,6 +271,7 @@ class EvictionOps(NamedTuple):
     compact: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]]
     value_aware: Callable[[Tensor, Tensor], Tensor] = value_aware
     write_sketch: Callable[..., None] = write_tokens
+    weigh_chosen: Callable[..., Weighed] = weigh_chosen
 
 
 TORCH_OPS = EvictionOps(window_scores, pool_scores, select_top, compact)

@@ -4,7 +4,7 @@ import torch
 
 # A core's cache holds a block of the CPU. A GPU takes longer to read a block of its own than to launch an operator on
 # it, so larger blocks would save no time.
-CPU_BYTES = 4 * 2**20
+CPU_BYTES = 2**20
 GPU_BYTES = 64 * 2**20
 
 

@@ -168,20 +168,19 @@ def encode(keys: Tensor, mean: Tensor, balance: Tensor, rotation: Tensor, bits: 
     """
     half = 2 ** (bits - 1)
     top, norm, spacing = encoding(keys.shape[-1], bits)
-    difference = (keys.float() - mean.unsqueeze(2)).mul_(balance.unsqueeze(2))
+    difference = (keys.float() - mean.unsqueeze(2)).mul_(balance.float().unsqueeze(2))
     largest = difference.abs().amax(-1, keepdim=True)
     # NaN if the key is not finite, or equals the mean: 0 / 0.
-    whole = (difference / largest).mul_(scalar(top)).round_().nan_to_num_(nan=0.0)
+    whole = difference.div_(largest).mul_(scalar(top)).round_().nan_to_num_(nan=0.0)
     with full_precision(keys.device):
         rotated = functional.linear(whole, rotation)
         square = torch.linalg.vecdot(whole, whole).unsqueeze(-1)
-    # Levels count from the middle, a border of two. The largest entry is `top`: only zero vectors have a square under
-    # 1.
+    # Levels count from the middle, a border of two. Only zero vectors have a square under 1: the largest is `top`.
     step = square.clamp_min(1).sqrt_().mul_(scalar(spacing))
-    level = (rotated / step).floor_().clamp_(-half, half - 1)
-    product = rotated.mul_(level + scalar(0.5)).sum(-1, keepdim=True)
+    level = (rotated / step).floor_().clamp_(-half, half - 1).add_(scalar(0.5))
+    product = rotated.mul_(level).sum(-1, keepdim=True)
     scale = square.mul_(scalar(norm / top)).div_(product.clamp_min_(0.5)).mul_(largest)
-    return pack(level.add_(scalar(half)).to(torch.uint8), bits), scale.squeeze(-1).to(torch.bfloat16)
+    return pack(level.add_(scalar(half - 0.5)).to(torch.uint8), bits), scale.squeeze(-1).to(torch.bfloat16)
 
 
 def build_sketch(
@@ -289,7 +288,8 @@ def score_sketch(query: Tensor, sketch: Sketch, bits: int, params: AttentionPara
         for first, size, masks in _digits(head_dim, bits, query.device):
             # Digits keep their place values within the byte; the weights divide by them.
             digits = (bytes_first.narrow(1, first, size).unsqueeze(1) & masks).float().flatten(1, 2)
-            product = torch.baddbmm(product, weight.narrow(-1, column, digits.shape[1]), digits)
+            own = weight.narrow(-1, column, digits.shape[1])
+            product = torch.baddbmm(product, own, digits) if column == 0 else product.baddbmm_(own, digits)
             column += digits.shape[1]
         blocks.append(torch.addcmul(shift, product, scales.narrow(2, start, count).float()))
     logits = (blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)).view(batch, heads, stored)

@@ -58,13 +58,22 @@ def gather_tokens(positions: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     if positions.shape[1] != kv_heads:
         found = gather_tokens(positions.reshape(len(positions), kv_heads, -1), *tensors)
         return tuple([tensor.view(*positions.shape, tensor.shape[3]) for tensor in found])
+    batch, rows = len(positions), None
+    gathered = []
     for tensor in tensors:
-        if not tensor.is_contiguous() or tensor.shape[2] != size:
+        if tensor.shape[2] == size and tensor.is_contiguous():
+            if rows is None:
+                rows = positions + multiples(batch * kv_heads, size, positions.device).view(batch, kv_heads, 1)
+            gathered.append(F.embedding(rows, tensor.view(-1, tensor.shape[3])))
+        elif tensor.shape[2] == size and tensor.transpose(1, 2).is_contiguous():  # as models compute keys
+            head = multiples(kv_heads, 1, positions.device).view(kv_heads, 1)
+            row = multiples(batch, size, positions.device).view(batch, 1, 1)
+            tokens = tensor.transpose(1, 2).view(-1, tensor.shape[3])
+            gathered.append(F.embedding((positions + row) * kv_heads + head, tokens))
+        else:
             index = positions.long()[..., None]
-            return tuple(tensor.gather(2, index.expand(-1, -1, -1, tensor.shape[3])) for tensor in tensors)
-    batch = len(positions)
-    rows = positions + multiples(batch * kv_heads, size, positions.device).view(batch, kv_heads, 1)
-    return tuple([F.embedding(rows, tensor.view(-1, tensor.shape[3])) for tensor in tensors])
+            gathered.append(tensor.gather(2, index.expand(-1, -1, -1, tensor.shape[3])))
+    return tuple(gathered)
 
 
 def select_top(scores: Tensor, n: int) -> Tensor:
@@ -91,7 +100,7 @@ def select_top(scores: Tensor, n: int) -> Tensor:
     scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if size <= SORTED_SIZE:
         return scores.sort(dim=-1, descending=True, stable=True).indices[..., :n].sort(dim=-1).values
-    threshold = scores.topk(n, dim=-1).values[..., -1:]
+    threshold = scores.kthvalue(size - n + 1, dim=-1, keepdim=True).values
     above = (scores > threshold).cumsum(-1)
     tied = (scores == threshold).cumsum(-1)
     taken = above + torch.minimum(tied, n - above[..., -1:])

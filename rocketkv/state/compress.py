@@ -237,7 +237,7 @@ def _derive(
         buffers = buffers._replace(value_sum=sum_values(buffers.values, lens.longest, lengths), missed=missed)
     if split.calibrated and index is not None:
         counts = {"stored": lens.longest, "seen": lens.seen}
-        bias = fitted_bias(queries, buffers, index, params, split=split, valid=window, **counts)
+        bias = fitted_bias(queries, buffers, index, params, split=split, valid=window, weigh=ops.weigh_chosen, **counts)
         buffers = buffers._replace(residual_bias=bias)
     decoding.buffers = buffers
 
