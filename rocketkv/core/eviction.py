@@ -216,22 +216,19 @@ def value_aware(scores: Tensor, value: Tensor) -> Tensor:
     value = value.float() if value.dtype == torch.float64 else value  # differences from the mean are float32
     block = block_length(value.device, 4 * rows * value_dim)
     blocks = [slice(start, min(start + block, size)) for start in range(0, max(size, 1), block)]
+    # Values at padding are arbitrary.
     unscored = (scores == 0)[..., None]
-    # Values at padding are arbitrary. A CPU looks whether there is any, a GPU would wait for the answer.
-    masked = value.device.type != "cpu" or bool(unscored.any())
     out = value.new_zeros(rows, 1, value_dim, dtype=torch.float32)
     changed = torch.empty_like(scores)
     with full_precision(value.device):
         for part in blocks:
-            own = value[:, :, part].masked_fill(unscored[:, :, part], 0) if masked else value[:, :, part]
-            out.baddbmm_(scores[:, :, part].flatten(0, 1)[:, None], own.float().flatten(0, 1))
+            scored = value[:, :, part].masked_fill(unscored[:, :, part], 0).float()
+            out.baddbmm_(scores[:, :, part].flatten(0, 1)[:, None], scored.flatten(0, 1))
         total = scores.sum(-1).clamp_(min=torch.finfo(torch.float32).tiny)
         mean = out.view(batch, kv_heads, 1, value_dim) / total[..., None, None]
         for part in blocks:
             torch.linalg.vector_norm(value[:, :, part].float() - mean, dim=-1, out=changed[:, :, part])
-        if masked:
-            changed.masked_fill_(unscored[..., 0], 0)
-        return changed.mul_(scores)
+        return changed.masked_fill_(unscored[..., 0], 0).mul_(scores)
 
 
 def pool_scores(
