@@ -44,13 +44,13 @@ def summary(evidence: Evidence) -> str:
     arms = SUMMARY[1:]
     speed = [f"{stock / steps[arm.partition(':')[0]]['median']:.1f} times as fast" for arm in arms]
     rows = [
-        row("keys, values and index, of 8K tokens", "1", [f"{costs[arm]['stored']:.2f}" for arm in arms]),
-        row("bytes read by a decode step", "1", [f"{costs[arm]['read']:.3f}" for arm in arms]),
-        row("decode step after 8K tokens, CPU", f"{stock:.0f} ms", speed),
+        row("bytes stored after 8K tokens: keys, values, index", "1", [f"{costs[arm]['stored']:.2f}" for arm in arms]),
+        row("bytes read by a decode step there", "1", [f"{costs[arm]['read']:.3f}" for arm in arms]),
+        row("decode step there, float32 on a CPU", f"{stock:.0f} ms", speed),
     ]
     for task, name in TASK_TITLES.items():
         part = evidence[task]["lengths"][str(SHORT)]
-        rows.append(row(f"{name}s found, of {part['prompts']}", *_full_and(part, arms)))
+        rows.append(row(f"{name}, right of {part['prompts']}, 4K tokens", *_full_and(part, arms)))
     rows.append(row("KL to the full cache, 4K tokens, nats", "0", [f"{mean[arm]:.3f}" for arm in arms]))
     return table([f"{title(evidence)}", *map(arm_title, SUMMARY)], rows)
 
@@ -77,7 +77,7 @@ def section(evidence: Evidence) -> str:
         f"{kl} *Stored*, *read*: shares of a full cache's bytes.",
         divergence(evidence),
         "### Memory and time by prompt length",
-        "Peaks beside the weights and bytes of the cache in MiB, for one prompt and 32 tokens.",
+        "Peaks above what the process held before, and bytes of the cache, in MiB; one prompt and 32 tokens.",
         memory(evidence),
     ]
     if "decode" in evidence:
