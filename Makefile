@@ -102,7 +102,7 @@ wheel: $(VENV)/.demo
 	@ls -l dist
 
 evidence: $(VENV)/.dev
-	$(BIN)/python tools/evidence.py
+	$(BIN)/python tools/evidence
 
 kernels-report: $(VENV)/.dev
 	$(BIN)/python tools/aot

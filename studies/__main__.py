@@ -80,7 +80,7 @@ def run(name: str, study: Any, args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    model, tokenizer = load_model(settings.model)
+    model, tokenizer = load_model(settings.model, settings.dtype, settings.device)
     result = {
         "settings": asdict(settings),
         "machine": {**machine(), "transformers": transformers.__version__, "rocketkv": __version__},

@@ -203,6 +203,7 @@ def study(
     numbers = layer_numbers(model)
     alone = [tuple(other for other in numbers if other != number) for number in numbers] if settings.by_layer else [()]
     journal, cells = journal_of(folder), []
+    of_study = [VERSION, __version__, *settings.weights, settings.prompt, settings.decode_capacity]
     asked = [(skipped, t, name) for skipped in alone for t in settings.budgets for name in settings.arms]
     with Progress("beginning", total=len(windows) * len(asked)) as progress:
         for window in windows:
@@ -211,7 +212,14 @@ def study(
             expected: list[Tensor] = []
             for skipped, budget, name in asked:
                 progress.say(f"{window.id}: {name} at {budget}")
-                of_run = [VERSION, __version__, settings.model, settings.prompt, settings.decode_capacity, window.ids]
+                of_run = [
+                    VERSION,
+                    __version__,
+                    *settings.weights,
+                    settings.prompt,
+                    settings.decode_capacity,
+                    window.ids,
+                ]
                 key = digest([*of_run, name, budget, skipped])
                 if journal.get(key) is None:
                     if shared is None:
@@ -226,8 +234,7 @@ def study(
     if settings.errors:
         arms = [arm_of(name, budget, settings, head_dim, ()) for budget in settings.budgets for name in settings.arms]
         for window in windows:
-            of_run = [VERSION, __version__, settings.model, settings.prompt, settings.decode_capacity, window.ids]
-            key = digest([*of_run, settings.arms, settings.budgets, "errors"])
+            key = digest([*of_study, window.ids, settings.arms, settings.budgets, "errors"])
             if journal.get(key) is None:
                 journal.put(key, attention_errors(model, arms, window, settings.prompt))
             errors[window.id] = journal.get(key)

@@ -81,7 +81,7 @@ def study(
         for number in range(settings.documents):
             seed = settings.seed + number
             made = fitted(tokenizer, seed, settings.facts, settings.tokens)
-            key = digest([VERSION, __version__, settings.model, settings.arms, made.text])
+            key = digest([VERSION, __version__, *settings.weights, settings.arms, made.text])
             if journal.get(key) is None:
                 prompts = [prompt_of(tokenizer, made.text, fact) for fact in made.facts]
                 answers = [_answer(tokenizer, fact) for fact in made.facts]

@@ -250,7 +250,7 @@ def study(
             for method in methods:
                 progress.say(method.name)
                 settings_of = [method.name, method.token_budget, None if method.name == FULL else fields]
-                key = digest([VERSION, __version__, settings.model, *settings_of, talks])
+                key = digest([VERSION, __version__, *settings.weights, *settings_of, talks])
                 if journal.get(key) is None:
                     shared = read_prompt(model, [talk[0].given for talk in talks]) if shared is None else shared
                     journal.put(key, scores(model, method, shared, talks))

@@ -18,7 +18,14 @@ class StudySettings:
     """Options of every study."""
 
     model: str = option(SMOLLM2, "a hub name, a local folder, or smollm2")
+    dtype: str = option("auto", "of the weights; auto: float32 on a CPU", choices=("auto", "float32", "bfloat16"))
+    device: str = option("cpu", "cpu, cuda, cuda:1")
     seed: int = option(0, "of the texts")
+
+    @property
+    def weights(self) -> tuple[str, str]:
+        """Model and dtype, for the keys of a journal."""
+        return self.model, self.dtype
 
 
 def journal_of(folder: Path) -> Journal:

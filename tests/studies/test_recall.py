@@ -72,12 +72,12 @@ def test_a_study_asks_each_arm_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     asked.clear()
     result = study(model, Words(), settings, tmp_path)  # type: ignore[arg-type]
     assert asked == ["streaming"]
-    assert {arm: len(answers) for arm, answers in result["right"]["400"].items()} == {"full": 2, "streaming:64": 2}
+    assert {arm: len(answers) for arm, answers in result["scores"]["400"].items()} == {"full": 2, "streaming:64": 2}
 
 
 def test_the_table() -> None:
-    right = {"4096": {"full": [True] * 4, "a:1": [True, False] * 2}, "8192": {"full": [True], "a:1": [False]}}
-    lines = markdown({"right": right})
-    assert lines.splitlines()[0] == "| | 4096 tokens | 8192 tokens |"
-    assert lines.splitlines()[2] == "| `full` | 4/4 (0.51-1.00) | 1/1 (0.21-1.00) |"
-    assert lines.splitlines()[3].startswith("| `a:1` | 2/4 (0.15-0.85) | 0/1")
+    scores = {"4096": {"full": [1.0] * 4, "a:1": [1.0, 0.0] * 2}, "8192": {"full": [1.0], "a:1": [0.0]}}
+    lines = markdown({"scores": scores}).splitlines()
+    assert lines[0] == "| | 4096 tokens | 8192 tokens |"
+    assert lines[2] == "| `full` | 100.0 of 4 (51-100) | 100.0 of 1 (21-100) |"
+    assert lines[3].startswith("| `a:1` | 50.0 of 4 (15-85) | 0.0 of 1")

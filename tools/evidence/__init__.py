@@ -1,0 +1,1 @@
+"""Figures, tables and pictures of the README and of docs/evidence.md."""

@@ -1,0 +1,133 @@
+"""`make evidence`, or `python tools/evidence --model FOLDER`: measure the figures of README.md and docs/evidence.md.
+
+Needles, divergence, bytes, memory and time, with intervals. The figures of a model go to docs/evidence/MODEL.json, and
+tables and pictures are made from these files. An interrupted run resumes; finished parts run again only where the code
+has changed or with `--fresh`. `--render` measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+# Python puts the program's folder first on the path: its package takes the place.
+_ROOT = Path(__file__).resolve().parents[2]
+sys.path[:1] = [str(_ROOT / "tools")]
+
+from evidence.measure import (  # noqa: E402
+    LONG,
+    MEMORY_ARMS,
+    MEMORY_LENGTHS,
+    SHORT,
+    TASKS,
+    Setting,
+    described,
+    measure_bytes,
+    measure_divergence,
+    measure_memory,
+    measure_needles,
+)
+from evidence.picture import draw  # noqa: E402
+from evidence.tables import section, summary, with_part  # noqa: E402
+from rocketkv.eval.bench.cpu import bench_attention  # noqa: E402
+from rocketkv.eval.bench.decode import bench_decode  # noqa: E402
+from rocketkv.eval.journal import Journal  # noqa: E402
+from rocketkv.eval.records import write_atomically  # noqa: E402
+from rocketkv.hf.loading import SMOLLM2  # noqa: E402
+
+FIGURES, PAGE, README = _ROOT / "docs" / "evidence", _ROOT / "docs" / "evidence.md", _ROOT / "README.md"
+PROMPTS = {SHORT: 100, LONG: 30}
+
+
+def revision() -> str:
+    """Return a hash of the measured code: the trees of library, harness and studies, uncommitted changes included."""
+    paths = ["rocketkv", "kernels", "eval", "studies"]
+    trees = subprocess.run(["git", "ls-files", "-s", *paths], cwd=_ROOT, capture_output=True, text=True, check=True)
+    changes = subprocess.run(["git", "diff", "HEAD", *paths], cwd=_ROOT, capture_output=True, text=True, check=True)
+    return hashlib.sha256((trees.stdout + changes.stdout).encode()).hexdigest()[:16]
+
+
+def measure(setting: Setting, folder: Path) -> dict[str, Any]:
+    """Return all figures of a model; what a journal in the folder has is not measured again."""
+    journal = Journal(folder / "journal.jsonl")
+
+    def memory(arm: str, tokens: int) -> Any:
+        return journal.result(f"memory {arm} {tokens}", partial(measure_memory, setting, arm, tokens))
+
+    evidence = {
+        **described(setting),
+        **{task: measure_needles(folder, setting, task) for task in TASKS},
+        "divergence": measure_divergence(folder, setting),
+        "bytes": {
+            str(tokens): journal.result(f"bytes {tokens}", partial(measure_bytes, setting, tokens))
+            for tokens in (SHORT, LONG)
+        },
+        "memory": {str(tokens): {arm: memory(arm, tokens) for arm in MEMORY_ARMS} for tokens in MEMORY_LENGTHS},
+    }
+    if setting.device != "cpu":
+        return evidence
+    name = None if setting.model == SMOLLM2 else setting.model
+    return {
+        **evidence,
+        "decode": {
+            dtype: journal.result(
+                f"decode {dtype}", partial(bench_decode, name, context=None, token_budget=256, dtype=dtype)
+            )
+            for dtype in ("float32", "bfloat16")
+        },
+        "attention": journal.result("attention", partial(bench_attention, context=32768, token_budget=1024)),
+    }
+
+
+def render() -> None:
+    """Write tables and pictures from the files of all models."""
+    models = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FIGURES.glob("*.json"))}
+    first = models.pop(SMOLLM2)
+    sections = []
+    for name, evidence in {SMOLLM2: first, **models}.items():
+        draw(evidence, FIGURES / f"{name}.svg")
+        head, _, rest = section(evidence).partition("\n\n")
+        sections.append(f"{head}\n\n![KL and needles against bytes stored](evidence/{name}.svg)\n\n{rest}")
+    for path, part, text in ((README, "summary", summary(first)), (PAGE, "models", "\n\n".join(sections))):
+        path.write_text(with_part(path.read_text(encoding="utf-8"), part, text), encoding="utf-8")
+
+
+def main() -> int:
+    """Measure the missing parts and write the figures; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python tools/evidence", description=(__doc__ or "").split("\n", maxsplit=1)[0]
+    )
+    parser.add_argument("--model", default=SMOLLM2, help="a hub name or a folder (default smollm2)")
+    parser.add_argument("--dtype", default="bfloat16", help="of the weights, but for divergence on a CPU")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default cpu)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    for tokens, count in PROMPTS.items():
+        parser.add_argument(
+            f"--prompts-{tokens}", type=int, default=count, metavar="N", help=f"of that length (default {count})"
+        )
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    parser.add_argument("--render", action="store_true", help="write tables and pictures from what was measured")
+    args = parser.parse_args()
+    if not args.render:
+        prompts = {tokens: getattr(args, f"prompts_{tokens}") for tokens in PROMPTS}
+        setting = Setting(model=args.model, dtype=args.dtype, device=args.device, threads=args.threads, prompts=prompts)
+        name = Path(args.model).name
+        folder = _ROOT / ".evidence" / revision() / name
+        if args.fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        evidence = {"revision": revision(), **measure(setting, folder)}
+        write_atomically(FIGURES / f"{name}.json", json.dumps(evidence, indent=1) + "\n")
+    render()
+    sys.stdout.write(f"written: {FIGURES}, {PAGE}, {README}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

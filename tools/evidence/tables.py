@@ -1,0 +1,167 @@
+"""Figures as Markdown tables, between markers of README.md and docs/evidence.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .measure import ARMS, BUDGETS, FULL, LONG, MEMORY_ARMS, METHODS, SHORT, TASKS
+
+TITLES = {"smollm2": "SmolLM2-135M-Instruct", "gemma270m": "Gemma-3-270M"}
+TASK_TITLES = {"needle": "needle", "niah_multikey_1": "RULER multi-key"}
+SUMMARY = (FULL, "rocketkv+:256", "rocketkv:256")
+MIB = 2**20
+
+Evidence = dict[str, Any]
+
+
+def title(evidence: Evidence) -> str:
+    """Return the name of the measured model."""
+    name: str = evidence["setting"]["model"]
+    return TITLES.get(name, name)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|--" * len(head) + "|", *lines[1:]])
+
+
+def arm_title(arm: str) -> str:
+    """Return an arm's name for a table."""
+    return "full cache" if arm == FULL else f"`{arm.replace(':', '` at ')}"
+
+
+def summary(evidence: Evidence) -> str:
+    """Return the README's table: memory, bytes read, speed and quality of some arms."""
+    costs, mean = evidence["bytes"][str(LONG)]["arms"], evidence["divergence"]["mean"]
+    steps = evidence["decode"]["float32"]["milliseconds"]
+    stock = steps["stock"]["median"]
+
+    def row(label: str, full: str, shown: Sequence[str]) -> list[str]:
+        return [label, full, *shown]
+
+    arms = SUMMARY[1:]
+    speed = [f"{stock / steps[arm.partition(':')[0]]['median']:.1f} times as fast" for arm in arms]
+    rows = [
+        row("bytes stored after 8K tokens: keys, values, index", "1", [f"{costs[arm]['stored']:.2f}" for arm in arms]),
+        row("bytes read by a decode step there", "1", [f"{costs[arm]['read']:.3f}" for arm in arms]),
+        row("decode step there, float32 on a CPU", f"{stock:.0f} ms", speed),
+    ]
+    for task, name in TASK_TITLES.items():
+        part = evidence[task]["lengths"][str(SHORT)]
+        rows.append(row(f"{name}, right of {part['prompts']}, 4K tokens", *_full_and(part, arms)))
+    rows.append(row("KL to the full cache, 4K tokens, nats", "0", [f"{mean[arm]:.3f}" for arm in arms]))
+    return table([f"{title(evidence)}", *map(arm_title, SUMMARY)], rows)
+
+
+def _full_and(part: dict[str, Any], arms: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the score of the full cache, and those of other arms."""
+    return f"{part['score'][FULL]:.0f}", [f"{part['score'][arm]:.0f}" for arm in arms]
+
+
+def section(evidence: Evidence) -> str:
+    """Return a section of docs/evidence.md: all tables of a model."""
+    setting, host = evidence["setting"], evidence["machine"]
+    where = host.get("gpu", f"{host['processor']}, {setting['threads']} threads")
+    versions = f"torch {host['torch']}, transformers {host['transformers']}"
+    steps = evidence["divergence"]["steps"]
+    kl = f"KL to the full cache's next token in nats, mean over six texts of {SHORT:,} tokens and {steps} steps each."
+    parts = [
+        f"## {title(evidence)}",
+        f"{where}, {versions}; needles and memory in {setting['dtype']}, seed {evidence['needle']['seed']}.",
+        "### Needles",
+        "Percent of the prompts with the right answer, 95 % interval in brackets.",
+        *(needles(evidence, task) for task in TASKS),
+        "### Divergence and bytes",
+        f"{kl} *Stored*, *read*: shares of a full cache's bytes.",
+        divergence(evidence),
+        "### Memory and time by prompt length",
+        "Peaks above what the process held before, and bytes of the cache, in MiB; one prompt and 32 tokens.",
+        memory(evidence),
+    ]
+    if "decode" in evidence:
+        parts.append("### Decode steps on the CPU")
+        parts += ["Medians of alternating rounds, least and most in brackets.", speed(evidence)]
+    return "\n\n".join(parts)
+
+
+def needles(evidence: Evidence, task: str) -> str:
+    """Return the table of a needle task."""
+    lengths = evidence[task]["lengths"]
+    rows = []
+    for arm in ARMS[task]:
+        shown = []
+        for part in lengths.values():
+            low, high = part["interval"][arm]
+            shown.append(f"{part['score'][arm]:.0f} ({low:.0f}-{high:.0f})")
+        rows.append([arm_title(arm), *shown])
+    heads = [f"{TASKS[task][int(near)]:,} tokens, {part['prompts']} prompts" for near, part in lengths.items()]
+    return table([TASK_TITLES[task], *heads], rows)
+
+
+def divergence(evidence: Evidence) -> str:
+    """Return the table of KL and bytes by method and budget."""
+    mean, by_length = evidence["divergence"]["mean"], evidence["bytes"]
+    rows = []
+    for budget in BUDGETS:
+        for method in METHODS:
+            arm = f"{method}:{budget}"
+            shown = [f"{mean[arm]:.3f}"]
+            for tokens in (SHORT, LONG):
+                cost = by_length[str(tokens)]["arms"][arm]
+                shown += [f"{cost['stored']:.2f}", f"{cost['read']:.3f}"]
+            rows.append([arm_title(arm), *shown])
+    return table(["", "KL", *(f"{what}, {tokens:,}" for tokens in (SHORT, LONG) for what in ("stored", "read"))], rows)
+
+
+def memory(evidence: Evidence) -> str:
+    """Return the table of memory and time by prompt length."""
+    rows = []
+    for tokens, arms in evidence["memory"].items():
+        for arm in MEMORY_ARMS:
+            found = arms[arm]
+            peaks = [found["added_prefill_bytes"], found["added_decode_bytes"], found["prefill_kv_bytes"]]
+            rows.append(
+                [
+                    f"{int(tokens):,}",
+                    arm_title(arm),
+                    *("-" if peak is None else f"{peak / MIB:.0f}" for peak in peaks),
+                    f"{found['first_token_seconds']:.2f}",
+                    f"{1000 * found['step_seconds']:.0f}",
+                ]
+            )
+    head = ["prompt", "", "peak, prompt", "peak, decoding", "cache after the prompt", "first token, s", "step, ms"]
+    return table(head, rows)
+
+
+def speed(evidence: Evidence) -> str:
+    """Return the table of decode steps and of one attention layer."""
+    rows = []
+    for dtype, part in evidence["decode"].items():
+        label = f"model, {part['context']:,} tokens, t = {part['token_budget']}, {dtype}"
+        rows += [[label, *_timed(name, times)] for name, times in part["milliseconds"].items()]
+    part = evidence["attention"]
+    label = f"one layer, {part['context']:,} tokens, t = {part['token_budget']}, {part['dtype']}"
+    rows += [[label, *_timed(name, times)] for name, times in part["milliseconds"].items()]
+    return table(["", "", "milliseconds"], rows)
+
+
+def _timed(name: str, times: dict[str, float]) -> tuple[str, str]:
+    digits = 2 if times["median"] < 10 else 0
+    return name, f"{times['median']:.{digits}f} ({times['min']:.{digits}f}-{times['max']:.{digits}f})"
+
+
+def with_part(text: str, name: str, part: str) -> str:
+    """Return a document with a part between its markers `<!-- evidence: name -->` and `<!-- end -->`.
+
+    Raises:
+        ValueError: the document has no such markers.
+    """
+    before, marker, rest = text.partition(f"<!-- evidence: {name} -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    if not end:
+        raise ValueError(
+            f"the document has no markers '<!-- evidence: {name} -->' and '<!-- end -->' on lines of their own"
+        )
+    return f"{before}{marker}{part}\n{end}{after}"
