@@ -23,7 +23,7 @@ def test_tables_are_the_measured_ones() -> None:
     assert set(FIGURES) >= {"smollm2"}
     for name, evidence in FIGURES.items():
         head, _, rest = section(evidence).partition("\n\n")
-        assert f"{head}\n\n![KL and needles against bytes stored](evidence/{name}.svg)\n\n{rest}" in PAGE
+        assert f"{head}\n\n![KL and bytes stored against the budget](evidence/{name}.svg)\n\n{rest}" in PAGE
 
 
 def test_missing_markers_are_an_error() -> None:

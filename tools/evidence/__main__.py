@@ -94,7 +94,7 @@ def render() -> None:
     for name, evidence in {SMOLLM2: first, **models}.items():
         draw(evidence, FIGURES / f"{name}.svg")
         head, _, rest = section(evidence).partition("\n\n")
-        sections.append(f"{head}\n\n![KL and needles against bytes stored](evidence/{name}.svg)\n\n{rest}")
+        sections.append(f"{head}\n\n![KL and bytes stored against the budget](evidence/{name}.svg)\n\n{rest}")
     for path, part, text in ((README, "summary", summary(first)), (PAGE, "models", "\n\n".join(sections))):
         path.write_text(with_part(path.read_text(encoding="utf-8"), part, text), encoding="utf-8")
 
