@@ -22,7 +22,7 @@ from rocketkv.eval.methods import FULL, Method, find_method
 from rocketkv.eval.prefill import ReadPrompt, read_prompt, start
 from rocketkv.eval.progress import Progress
 from rocketkv.eval.records import digest
-from rocketkv.eval.tasks.base import TOY, Preparation, find_tasks
+from rocketkv.eval.tasks.base import TOY, Preparation, Turn, find_tasks
 from rocketkv.eval.tasks.needle import found, needle_grid
 from rocketkv.hf.prompts import encode, render
 
@@ -83,10 +83,14 @@ def questions(tokenizer: PreTrainedTokenizerBase, settings: Settings, length: in
     prepared = Preparation(
         tokenizer=tokenizer, length=length, count=settings.prompts, seed=settings.seed, data_dir=folder
     )
+
+    def score(turn: Turn, text: str) -> float:
+        return task.score(text, turn) / 100
+
     for sample in task.samples(prepared):
         (turn,) = sample.turns
         ids, _ = encode(tokenizer, render(tokenizer, sample.context, turn.question, turn.answer_prefix))
-        yield Question(ids=ids, score=lambda text, turn=turn: task.score(text, turn) / 100)
+        yield Question(ids=ids, score=partial(score, turn))
 
 
 def answer(

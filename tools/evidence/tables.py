@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .measure import ARMS, BUDGETS, FULL, LONG, MEMORY_ARMS, METHODS, SHORT, TASKS
+from rocketkv.eval.methods import FULL
+
+from .measure import ARMS, BUDGETS, LONG, MEMORY_ARMS, METHODS, SHORT, TASKS
 
 TITLES = {"smollm2": "SmolLM2-135M-Instruct", "gemma270m": "Gemma-3-270M"}
 TASK_TITLES = {"needle": "one number in prose", "niah_multikey_1": "RULER multi-key, generated haystack"}
