@@ -86,7 +86,7 @@ class Words:
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(loading, "load_model", lambda name: (build(), Words()))
+    monkeypatch.setattr(loading, "load_model", lambda *asked: (build(), Words()))
     output = tmp_path / "found"
     arguments = ["telemetry", "--context", "300", "--steps", "3", "--watched", "16", "-o", str(output)]
     assert main([*arguments, "--budgets", "40", "64"]) == 0
