@@ -52,9 +52,9 @@ def summary(evidence: Evidence) -> str:
         return [f"{steps['stock'] / step:.1f}, {steps['dense preallocated'] / step:.1f}" for step in own]
 
     rows = [
-        row("bytes stored, after 4K and after 8K tokens", "1, 1", both("stored")),
-        row("bytes read by a decode step, likewise", "1, 1", both("read")),
-        row("times as fast a step as stock, as preallocated dense; 8K, float32", "", faster("float32")),
+        row("share of a full cache stored, after 4K and 8K tokens", "1, 1", both("stored")),
+        row("share of it read by a decode step", "1, 1", both("read")),
+        row("steps times as fast as stock, as preallocated dense; 8K, float32", "", faster("float32")),
         row("the same in bfloat16", "", faster("bfloat16")),
     ]
     for task, name in TASK_TITLES.items():
