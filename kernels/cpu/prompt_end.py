@@ -1,4 +1,4 @@
-"""What of a prompt's end runs in compiled code on a CPU, in PyTorch's threads.
+"""Operations at a prompt's end in compiled code on a CPU, in PyTorch's threads.
 
 Letters: B batch, Hkv KV heads, D head dim, Dv value dim, S tokens, W observation window, n tokens, C code bytes.
 """
@@ -22,7 +22,7 @@ _LINE = 64  # bytes of a cache line
 
 
 class Weighed(NamedTuple):
-    """What `weigh_chosen` returns: see `rocketkv.core.calibration.Weighed`."""
+    """The result of `weigh_chosen`: see `rocketkv.core.calibration.Weighed`."""
 
     weights: Tensor
     total: Tensor | None

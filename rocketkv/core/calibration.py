@@ -38,7 +38,7 @@ LEAST, MOST = 1e-4, 1.6
 
 
 class Weighed(NamedTuple):
-    """What `weigh_chosen` returns, all float32; masses are log-sum-exps of logits.
+    """The result of `weigh_chosen`, all float32; masses are log-sum-exps of logits.
 
     Attributes:
         weights: [p, n, G, N], weights of attention to all tokens; may be the memory of the logits.
@@ -125,7 +125,7 @@ def fitted_bias(
     stored: int,
     seen: int,
     valid: Tensor | None = None,
-    weigh: Callable[..., Weighed] | None = None,
+    weigh: Callable[..., Weighed] = weigh_chosen,
 ) -> Tensor:
     """Return log f of each query head, the `bias` of `residual_attend`.
 
@@ -140,7 +140,7 @@ def fitted_bias(
         stored: N, tokens of the longest row.
         seen: tokens of the sequence.
         valid: [B, W] bool, False at queries of padding, which do not count; or None without padding.
-        weigh: a backend's `weigh_chosen`, or None for this module's.
+        weigh: this module's `weigh_chosen`, or a backend's.
 
     Returns:
         [B, H] float32; log of `LEAST` in heads that fail the cross-validation, 0 in rows whose steps attend to all
@@ -150,7 +150,7 @@ def fitted_bias(
     if split.top_k is None or stored <= split.token_budget:
         return query.new_zeros(batch, heads, dtype=torch.float32)
     with full_precision(query.device):
-        terms = _terms(query, buffers, index, params, split, stored, seen, weigh or weigh_chosen)
+        terms = _terms(query, buffers, index, params, split, stored, seen, weigh)
     terms = terms.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).view(2, batch, -1, *terms.shape[2:])
     if valid is not None:
         terms.masked_fill_(~valid[:, None, :, None], 0)

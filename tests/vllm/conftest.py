@@ -19,7 +19,7 @@ if importlib.util.find_spec("vllm") is None:
 else:
 
     def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-        """Run last what imports Numba: vLLM 0.32 starts no engine in a process that has.
+        """Run the tests that import Numba last: vLLM 0.32 starts no engine in a process that has.
 
         It asks every attribute of every module for its `__dict__`, which llvmlite's library answers with a function.
         """

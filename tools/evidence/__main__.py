@@ -55,7 +55,7 @@ def revision() -> str:
 
 
 def measure(setting: Setting, folder: Path) -> dict[str, Any]:
-    """Return all figures of a model; what a journal in the folder has is not measured again."""
+    """Return all figures of a model; parts that the folder's journal has are not measured again."""
     journal = Journal(folder / "journal.jsonl")
 
     def memory(arm: str, tokens: int) -> Any:
@@ -113,7 +113,7 @@ def main() -> int:
             f"--prompts-{tokens}", type=int, default=count, metavar="N", help=f"of that length (default {count})"
         )
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
-    parser.add_argument("--render", action="store_true", help="write tables and pictures from what was measured")
+    parser.add_argument("--render", action="store_true", help="write tables and pictures from the files of figures")
     args = parser.parse_args()
     if not args.render:
         prompts = {tokens: getattr(args, f"prompts_{tokens}") for tokens in PROMPTS}

@@ -39,7 +39,7 @@ MEMORY_LENGTHS, MEMORY_ARMS = (1024, 2048, 4096, 8064), (FULL, "rocketkv+:256")
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is measured, and how.
+    """Settings of a measurement.
 
     Attributes:
         model: a hub name, a folder or `smollm2`.
