@@ -1,6 +1,6 @@
 """The operands of a line: those of the step or, of a step of any rows of a slab, those of its row alone.
 
-What a slab is, `kernels/rows.py` says. A row's own operands are those of a step of one row, so that the parts of a step
+`kernels/rows.py` describes a slab. A row's own operands are those of a step of one row, so that the parts of a step
 know nothing of slabs, and a row gets the bits that it gets alone.
 
 Letters: D head dim, Dv value dim, G query heads of a line, P page size, r channels, k tokens read.
