@@ -44,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             _add_gpu_options(command)
     parsers["decode"].add_argument("--model", help="hub name or local folder (default: SmolLM2-135M-Instruct)")
     parsers["decode"].add_argument("--dtype", choices=DTYPES, default="float32", help="(default %(default)s)")
+    parsers["decode"].add_argument(
+        "--int8", action="store_true", help="add rocketkv over weights of 8 bits, compiled (needs torchao)"
+    )
+    parsers["decode"].add_argument(
+        "--prompts", type=positive, default=1, metavar="N", help="needles that each arm looks for (default 1)"
+    )
     parsers["kernels"].add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default %(default)s)")
     tune = parsers["tune"]
     tune.add_argument("--head-dims", type=positive, nargs="+", default=HEAD_DIMS, metavar="D", help="(default 64 128)")
@@ -52,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_cpu_options(parser: argparse.ArgumentParser, *, context: int | None) -> None:
-    default = "8192 less the steps" if context is None else "%(default)s"
+    default = "8192 less the decoded tokens" if context is None else "%(default)s"
     parser.add_argument(
         "--context", type=positive, default=context, metavar="TOKENS", help=f"prompt length (default {default})"
     )

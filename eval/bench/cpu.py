@@ -245,12 +245,12 @@ def result_of(
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [f"{'':20} {'ms a step':>10} {'min-max':>17} {'rocketkv is faster':>20}"]
+    lines = [f"{'':24} {'ms a step':>10} {'min-max':>17} {'rocketkv is faster':>20}"]
     for name, times in result["milliseconds"].items():
         ratio = result["speedup_over"].get(name)
         faster = f"{ratio['median']:.2f}x ({ratio['min']:.2f}-{ratio['max']:.2f})" if ratio else ""
         spread = f"{times['min']:.2f}-{times['max']:.2f}"
-        lines.append(f"{name:20} {times['median']:10.2f} {spread:>17} {faster:>20}")
+        lines.append(f"{name:24} {times['median']:10.2f} {spread:>17} {faster:>20}")
     host = result["machine"]
     lines.append(
         f"{result['rounds']} rounds of {result['steps']} steps; {host['processor']}, {host['threads']} threads"

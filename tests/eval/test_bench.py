@@ -1,11 +1,16 @@
 """The benchmarks check before they time, and report what they timed."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+import eval_case
 from rocketkv.cli.main import main
 from rocketkv.eval.bench import cpu as bench
+from rocketkv.eval.bench import decode
 
 
 def test_attention_reports_every_arm() -> None:
@@ -72,3 +77,27 @@ def test_options_that_would_be_ignored_are_refused(given: str, said: str, capsys
     with pytest.raises(SystemExit, match="2"):
         main(["bench", *given.split()])
     assert said in capsys.readouterr().err
+
+
+def test_decode_counts_the_needles_of_every_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, asked = str(eval_case.save(tmp_path)), []
+
+    def every_second(answer: str, completion: str) -> bool:
+        asked.append(answer)
+        return len(asked) % 2 == 0
+
+    monkeypatch.setattr(decode, "found", every_second)
+    result = decode.bench_decode(folder, context=400, token_budget=64, rounds=1, steps=2, prompts=4)
+    arms = ["rocketkv", "rocketkv+", "stock", "dense preallocated"]
+    assert result["needles"] == 4
+    assert result["needles_found"] == dict.fromkeys(arms, 2)
+    # Every arm had the same four prompts.
+    assert len(set(asked[:4])) == 4
+    assert asked == asked[:4] * len(arms)
+    assert set(result["milliseconds"]) == {*arms, "stock, 16 tokens"} == set(result["first_token_seconds"])
+
+
+def test_weights_of_8_bits_need_torchao(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(ImportError, match="pip install torchao"):
+        decode.bench_decode(str(eval_case.save(tmp_path)), context=400, token_budget=64, int8=True)
