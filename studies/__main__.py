@@ -15,6 +15,7 @@ from typing import Any
 
 STUDIES = {
     "divergence": (".divergence", "KL to the full cache by text, budget and method, after one shared prefill"),
+    "error_bound": (".error_bound", "max_error: measured errors beside the bound, dense layers, bytes at equal KL"),
     "long_output": (".long_output", "re-eviction of generated tokens: KL by decode capacity, and step times"),
     "question_first": (
         ".question_first",
