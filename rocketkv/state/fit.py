@@ -9,6 +9,7 @@ Letters: B batch, H query heads, Hkv KV heads, G = H/Hkv, D head dim, Dv of valu
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -76,9 +77,13 @@ def prompt_split(
     head_dim = store.prompt.keys.shape[3]
     if config.max_error is None:
         return config.split_for(prompt_tokens, head_dim), None
+
+    def split_of(budget: int) -> BudgetSplit:
+        return within_full_bytes(config.split_of(budget, prompt_tokens, head_dim), store, config.decode_reserve)
+
     fitted = fitted_budget(
         store,
-        lambda budget: config.split_of(budget, prompt_tokens, head_dim),
+        split_of,
         params,
         max_error=config.max_error,
         least=METHODS[config.method].least_budget(config.window_size, config.decode_reserve),
@@ -88,7 +93,7 @@ def prompt_split(
         ops=ops,
     )
     if fitted.token_budget is not None:
-        return config.split_of(fitted.token_budget, prompt_tokens, head_dim), fitted.expected_error
+        return split_of(fitted.token_budget), fitted.expected_error
     if fitted.tried:
         warn(
             f"RocketKV: no budget up to {fitted.tried[-1]} tokens is expected to be within "
@@ -128,7 +133,7 @@ def fitted_budget(
 
     Returns:
         The budget; all tokens if the prompt is too short to compress, if no budget up to half of it is within the
-        bound, or if the kept tokens and their index would take as many bytes.
+        bound, or if the kept tokens and their index would take more bytes.
     """
     queries, stored = store.prompt.queries, store.lens.longest
     tried = []
@@ -153,13 +158,43 @@ def fitted_budget(
     return fitted
 
 
+def within_full_bytes(split: BudgetSplit, store: KVStore, decode_reserve: int) -> BudgetSplit:
+    """Return a split whose stage 1 keeps so few tokens that their bytes, with the index, are at most those of all.
+
+    An index that ranks nearly all tokens would take more bytes than the tokens that stage 1 evicts. A split without
+    stage 1 stays as it is.
+
+    Args:
+        split: of the layer.
+        store: the layer's store, with an open prompt.
+        decode_reserve: slots beyond the kept tokens.
+    """
+    kept, stored, queries = split.kept_tokens, store.lens.longest, store.prompt.queries
+    if kept is None or queries is None:
+        return split
+    full = (stored + decode_reserve) * _token_bytes(store)
+    slots = range(stored + decode_reserve + 1)
+    most = bisect_right(slots, full, key=lambda count: _bytes_of(split, store, count)) - 1
+    return replace(split, kept_tokens=min(kept, max(queries.shape[2], most - decode_reserve)))
+
+
 def _saves(store: KVStore, split: BudgetSplit) -> bool:
-    """Whether the kept tokens and their index take fewer bytes than all tokens."""
-    keys, values, stored = store.prompt.keys, store.prompt.values, store.lens.longest
-    kept, index = min(split.kept_tokens or stored, stored), index_of(split)
-    token_bytes = (keys.shape[3] + values.shape[3]) * keys.itemsize
-    index_bytes = 0 if index is None else index.row_bytes(kept, keys.shape[3], keys.itemsize)
-    return kept * token_bytes + index_bytes < stored * token_bytes
+    """Whether the kept tokens and their index take no more bytes than all tokens."""
+    stored = store.lens.longest
+    return _bytes_of(split, store, min(split.kept_tokens or stored, stored)) <= stored * _token_bytes(store)
+
+
+def _token_bytes(store: KVStore) -> int:
+    """Return the bytes of a token's key and value per row and KV head."""
+    keys, values = store.prompt.keys, store.prompt.values
+    return (keys.shape[3] + values.shape[3]) * keys.itemsize
+
+
+def _bytes_of(split: BudgetSplit, store: KVStore, count: int) -> int:
+    """Return the bytes of some tokens, and of a split's index of them, per row and KV head."""
+    keys, index = store.prompt.keys, index_of(split)
+    index_bytes = 0 if index is None else index.row_bytes(count, keys.shape[3], keys.itemsize)
+    return count * _token_bytes(store) + index_bytes
 
 
 def _whole_rows(store: KVStore) -> KVStore | None:

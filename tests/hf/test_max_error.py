@@ -39,6 +39,17 @@ def test_each_layer_has_a_budget_and_says_what_it_expects() -> None:
     assert loose.to_dict()["layers"][0]["expected_error"] == loose.layers[0].expected_error
 
 
+def test_a_layer_that_must_rank_nearly_all_tokens_is_sparse_within_the_full_caches_bytes() -> None:
+    stats = read(build(), 0.3).stats()
+    assert any(layer.token_budget is not None for layer in stats.layers)
+    for layer in stats.layers:
+        if layer.token_budget is not None:
+            room = 1 + SMALL["decode_reserve"] / LENGTH
+            residual = 512  # at most: sums of values, and factors
+            assert layer.key_bytes + layer.value_bytes + layer.index_bytes <= room * layer.full_bytes + residual
+            assert layer.step_bytes < layer.dense_step_bytes
+
+
 def test_where_nothing_is_within_the_bound_all_is_kept_with_one_warning() -> None:
     model = build()
     with pytest.warns(

@@ -88,6 +88,34 @@ def test_a_budget_that_saves_no_byte_keeps_all() -> None:
     assert found.token_budget is None
 
 
+@pytest.mark.parametrize("method", ["rocketkv", "rocketkv+"])
+@pytest.mark.parametrize("reserve", [0, 20, 5000])
+def test_an_index_of_nearly_all_tokens_takes_no_more_bytes_than_all(method: str, reserve: int) -> None:
+    """A split whose index ranks every token keeps as many as have the same bytes with it, and the window's."""
+    store = opened(0.5)
+    token = 2 * D * 4
+    split = METHODS[method].split(SIZE, 300, D, reserve)
+    found = fit.within_full_bytes(split, store, reserve)
+    assert split.kept_tokens is not None
+    assert found.kept_tokens is not None
+    assert WINDOW <= found.kept_tokens <= split.kept_tokens
+    assert found == replace(split, kept_tokens=found.kept_tokens)
+    index = fit.index_of(split)
+    assert index is not None
+
+    def taken(kept: int) -> int:
+        return (kept + reserve) * token + index.row_bytes(kept + reserve, D, 4)
+
+    if found.kept_tokens < split.kept_tokens:
+        assert taken(found.kept_tokens) <= (SIZE + reserve) * token or found.kept_tokens == WINDOW
+        assert taken(found.kept_tokens + 1) > (SIZE + reserve) * token
+    elif found.kept_tokens > WINDOW:
+        assert taken(found.kept_tokens) <= (SIZE + reserve) * token
+    small = METHODS[method].split(SIZE, 60, D, reserve)
+    if reserve <= 20:
+        assert fit.within_full_bytes(small, store, reserve) == small
+
+
 @pytest.mark.parametrize("missing", [SIZE - 60, SIZE - 10])
 def test_a_shorter_row_changes_nothing(missing: int) -> None:
     """A row that is read whole has no error, and one without all of the last tokens is not tried."""
