@@ -37,7 +37,7 @@ from .settings import StudySettings, journal_of, option
 from .texts import KINDS, file_texts, made_texts
 
 VERSION = 1
-METHOD = "rocketkv+"
+METHOD, BOUND = "rocketkv+", "max_error"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def layer_errors(
 
 def arms_of(settings: Settings) -> dict[str, RocketKVConfig]:
     """Return the settings of the second part's arms by name."""
-    bounded = {f"max_error={bound}": RocketKVConfig(method=METHOD, max_error=bound) for bound in settings.bounds}
+    bounded = {f"{BOUND}={bound}": RocketKVConfig(method=METHOD, max_error=bound) for bound in settings.bounds}
     fixed = {f"t = {budget}": RocketKVConfig(method=METHOD, token_budget=budget) for budget in settings.budgets}
     return bounded | fixed
 
@@ -137,7 +137,10 @@ def study(
 def kl_of_arms(
     model: PreTrainedModel, window: Window, prompt: int, arms: dict[str, RocketKVConfig]
 ) -> list[dict[str, Any]]:
-    """Return each arm's mean KL over the steps, in nats, and the bytes that it stores after the prompt."""
+    """Return each arm's mean KL over the steps, in nats, and the bytes that it stores and reads after the prompt.
+
+    Bytes are shares of the full cache's, in the layers that can be compressed.
+    """
     shared, continuation = read_prompt(model, [window.ids[:prompt]]), window.ids[prompt:]
     expected = list(step_logprobs(model, Full(), shared, continuation))
     cells = []
@@ -145,12 +148,15 @@ def kl_of_arms(
         method = Compressed(config)
         with method.attached(model):
             stats = cache_stats(start(model, method, shared).cache)
+        layers = [layer for layer in stats.layers if layer.compressed]
         kl = fmean(divergences(expected, step_logprobs(model, method, shared, continuation)))
-        cells.append({"arm": name, "kl": kl, "stored": stats.total("total_bytes") / stats.total("full_bytes")})
+        stored = sum(layer.total_bytes for layer in layers) / sum(layer.full_bytes for layer in layers)
+        read = sum(layer.step_bytes for layer in layers) / sum(layer.dense_step_bytes for layer in layers)
+        cells.append({"arm": name, "kl": kl, "stored": stored, "read": read})
     return cells
 
 
-def stored_at(kl: float, fixed: Sequence[tuple[float, float]]) -> float | None:
+def bytes_at(kl: float, fixed: Sequence[tuple[float, float]]) -> float | None:
     """Return the bytes at a KL, between (KL, bytes) of fixed budgets by the logarithms; None outside of them."""
     points = sorted(fixed)
     for (low, more), (high, less) in itertools.pairwise(points):
@@ -192,11 +198,16 @@ def markdown(result: dict[str, Any]) -> str:
     by_arm: dict[str, list[dict[str, Any]]] = {}
     for cell in result["divergence"]:
         by_arm.setdefault(cell["arm"], []).append(cell)
-    means = {arm: (fmean(c["kl"] for c in cells), fmean(c["stored"] for c in cells)) for arm, cells in by_arm.items()}
-    fixed = [point for arm, point in means.items() if not arm.startswith("max_error")]
-    lines += ["", "| | KL | bytes stored | of a fixed budget's at that KL |", "|--|--|--|--|"]
-    for arm, (kl, stored) in means.items():
-        equal = stored_at(kl, fixed) if arm.startswith("max_error") else None
-        share = f"{stored / equal:.2f}" if equal else ""
-        lines.append(f"| `{arm}` | {kl:.4f} | {stored:.3f} | {share} |")
+    means = {
+        arm: {name: fmean(cell[name] for cell in cells) for name in ("kl", "stored", "read")}
+        for arm, cells in by_arm.items()
+    }
+    lines += ["", "| | KL | bytes stored | of a fixed budget's at that KL | bytes read | likewise |", "|--" * 6 + "|"]
+    for arm, mean in means.items():
+        cells = [f"`{arm}`", f"{mean['kl']:.4f}"]
+        for name in ("stored", "read"):
+            fixed = [(other["kl"], other[name]) for each, other in means.items() if not each.startswith(BOUND)]
+            equal = bytes_at(mean["kl"], fixed) if arm.startswith(BOUND) else None
+            cells += [f"{mean[name]:.3f}", f"{mean[name] / equal:.2f}" if equal else ""]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -32,11 +32,12 @@ from .store import KVStore
 # interpolated linearly over the logarithm of the budget.
 SMALLEST, FACTOR = 64, 4
 
-# One-sided confidence, as a quantile of the normal distribution.
-QUANTILE = 1.645  # 95 %
-
 # Number of independent steps in half a window, since neighbouring tokens have similar errors (docs/beyond.md).
 INDEPENDENT = 4
+
+# One-sided confidence of 95 %: the quantile of Student's t with INDEPENDENT - 1 degrees of freedom, since the standard
+# deviation is that of the same few steps.
+QUANTILE = 2.353
 
 # Chosen budgets are multiples of this.
 GRAIN = 8

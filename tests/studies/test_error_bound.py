@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import eval_case
-from studies.error_bound import Settings, markdown, stored_at, study
+from studies.error_bound import Settings, bytes_at, markdown, study
 from tiny import build
 
 
@@ -37,6 +37,7 @@ def test_a_study_counts_windows_and_layers(model: str, tmp_path: Path) -> None:
     assert list(by_arm) == ["max_error=1e-09", "max_error=0.99", "t = 72", "t = 96"]
     assert by_arm["max_error=1e-09"]["kl"] < 1e-9 < by_arm["t = 72"]["kl"]
     assert by_arm["t = 72"]["stored"] < by_arm["t = 96"]["stored"]
+    assert by_arm["t = 72"]["read"] < by_arm["t = 96"]["read"] < by_arm["max_error=1e-09"]["read"] == 1
     # A second run reads the journal.
     assert study(made, tokenizer, settings, tmp_path) == json.loads(json.dumps(result))
     table = markdown({"settings": asdict(settings), **result})
@@ -46,8 +47,8 @@ def test_a_study_counts_windows_and_layers(model: str, tmp_path: Path) -> None:
 
 def test_bytes_at_a_kl_between_budgets() -> None:
     fixed = [(0.4, 0.1), (0.1, 0.2), (0.025, 0.8)]
-    assert stored_at(0.1, fixed) == pytest.approx(0.2)
-    assert stored_at(0.2, fixed) == pytest.approx((0.1 * 0.2) ** 0.5)
-    assert stored_at(0.05, fixed) == pytest.approx((0.2 * 0.8) ** 0.5)
-    assert stored_at(0.5, fixed) is None
-    assert stored_at(0.01, fixed) is None
+    assert bytes_at(0.1, fixed) == pytest.approx(0.2)
+    assert bytes_at(0.2, fixed) == pytest.approx((0.1 * 0.2) ** 0.5)
+    assert bytes_at(0.05, fixed) == pytest.approx((0.2 * 0.8) ** 0.5)
+    assert bytes_at(0.5, fixed) is None
+    assert bytes_at(0.01, fixed) is None
