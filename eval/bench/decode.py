@@ -4,7 +4,9 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -15,8 +17,8 @@ from transformers import PreTrainedModel
 from ...config import RocketKVConfig
 from ...hf.cache import cache_stats
 from ...hf.loading import gguf_file, load_model
+from ...hf.patch import patch
 from ..generate import DecodeLoop
-from ..measures.arms import CompiledMethod
 from ..measures.latency import check_within_budget
 from ..methods import Compressed, Full, Method
 from ..prefill import Prefills, after_prompt
@@ -87,10 +89,8 @@ def bench_decode(
     short = list(methods)[-1]
     models, precisions = dict.fromkeys(methods, model), dict.fromkeys(methods, dtype)
     if int8:
-        static = RocketKVConfig(token_budget=token_budget, decode_capacity=room)
-        # CUDA graphs, the default of a compiled step, are of no use here.
-        methods[INT8] = CompiledMethod(baseline=Compressed(static), options={"mode": "default"})
         models[INT8], precisions[INT8] = _int8_model(model_name, dtype), f"weights int8, activations {dtype}"
+        methods[INT8] = _compiled(models[INT8], replace(settings, decode_capacity=room))
     needles = needle_grid(tokenizer, tokens=length, count=prompts, seed=SEED)
     ids: list[list[int]] = [tokenizer(needle.text)["input_ids"] for needle in needles]
     loops: dict[str, DecodeLoop] = {}
@@ -136,6 +136,23 @@ def bench_decode(
         result["needles_found"][name] = sum(found(needle.answer, text) for needle, text in pairs)
     result["precision"] = precisions
     return result
+
+
+@dataclass(frozen=True)
+class _Compiled(Compressed):
+    """A method on a model that stays patched, because attaching it anew would compile its forward anew."""
+
+    forward: Callable[..., Any]
+
+    @contextmanager
+    def attached(self, model: PreTrainedModel) -> Iterator[None]:
+        """Leave the model as it is."""
+        yield
+
+
+def _compiled(model: PreTrainedModel, config: RocketKVConfig) -> _Compiled:
+    """Patch a model for good, and compile its steps without CUDA graphs, which are of no use on a CPU."""
+    return _Compiled(config, patch(model, config).compile_step(mode="default"))
 
 
 def _answer(
