@@ -38,9 +38,9 @@ class RocketKVConfig:
         max_error: lets every layer set its own budget at the end of each prompt, in place of `token_budget`: the least
             whose attention outputs are expected to have at most this mean relative error, estimated with 95 %
             confidence on the observation window. A layer keeps all tokens, with a warning, if no budget up to half of
-            the prompt is within it; also, without one, after prompts under 128 tokens, turns under 4 tokens, and where
-            a budget would save no bytes. Tokens that earlier turns evicted are in no estimate. `CacheStats` has the
-            budgets and the expected errors. None: `token_budget`.
+            the prompt is within it; also, without one, after prompts under 128 tokens and turns under 4 tokens. Tokens
+            that earlier turns evicted are in no estimate. `CacheStats` has the budgets and the expected errors. None:
+            `token_budget`.
         protect: tokens that stage 1 never evicts and every step attends to, in addition to the budget. `system`: the
             conversation's system message, found by the chat template of the tokenizer given to `patch`. Or ranges
             (start, stop), counted from each row's first token. None: none.
@@ -202,6 +202,11 @@ class RocketKVConfig:
         if not split.ranked:
             raise ValueError(
                 f"max_error={bound} is for methods that rank tokens by attention; {self.method!r} does not"
+            )
+        if split.kept_tokens is None:
+            raise ValueError(
+                f"max_error={bound} is for methods that evict tokens; {self.method!r} keeps them all. Use one that "
+                "evicts, such as 'rocketkv+', or token_budget"
             )
         for name, value in (("split", self.split), ("layer_budgets", self.layer_budgets)):
             if value:

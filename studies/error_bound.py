@@ -158,7 +158,7 @@ def kl_of_arms(
 
 def bytes_at(kl: float, fixed: Sequence[tuple[float, float]]) -> float | None:
     """Return the bytes at a KL, between (KL, bytes) of fixed budgets by the logarithms; None outside of them."""
-    points = sorted(fixed)
+    points = sorted(point for point in fixed if point[0] > 0)  # a budget that keeps all has none
     for (low, more), (high, less) in itertools.pairwise(points):
         if low <= kl <= high:
             part = math.log(kl / low) / math.log(high / low) if high > low else 0.0
@@ -202,7 +202,9 @@ def markdown(result: dict[str, Any]) -> str:
         arm: {name: fmean(cell[name] for cell in cells) for name in ("kl", "stored", "read")}
         for arm, cells in by_arm.items()
     }
-    lines += ["", "| | KL | bytes stored | of a fixed budget's at that KL | bytes read | likewise |", "|--" * 6 + "|"]
+    count = len(result["divergence"]) // max(1, len(means))
+    columns = "bytes stored | times a fixed budget's at that KL | bytes read | times a fixed budget's at that KL"
+    lines += ["", f"| KL of {count} windows | mean | {columns} |", "|--" * 6 + "|"]
     for arm, mean in means.items():
         cells = [f"`{arm}`", f"{mean['kl']:.4f}"]
         for name in ("stored", "read"):

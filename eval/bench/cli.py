@@ -5,9 +5,9 @@ Results are checked before anything is timed.
 `attention` times one layer's decode step against that of `rocketkv+` and PyTorch's attention over the full cache, with
 the query heads as they are (`enable_gqa`) and with the heads of a group as rows, which is the strongest dense form on a
 CPU, and a copy of the bytes that it reads. `decode` times whole decode steps of a model against `rocketkv+`, the stock
-model, whose cache copies itself each step, dense attention over a preallocated cache (method `full`) and, where it is
-installed, OpenVINO. `kernels` and `model` do the same on a GPU, where
-`tune` tries launch configurations of the kernels.
+model, whose cache copies itself each step, dense attention over a preallocated cache (method `full`), `rocketkv` over
+weights of 8 bits where asked for and, where it is installed, OpenVINO. `kernels` and `model` do the same on a GPU,
+where `tune` tries launch configurations of the kernels.
 """
 
 import argparse

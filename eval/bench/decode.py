@@ -72,7 +72,8 @@ def bench_decode(
         prompts: with a needle each; every arm answers all of them, and the times are those after the first.
 
     Raises:
-        WrongResultError: within its budget a method does not give the stock model's logits; nothing is timed then.
+        WrongResultError: within its budget a method does not give the stock model's logits, in float32; nothing is
+            timed then.
         ImportError: weights of 8 bits are asked for, and torchao is not installed.
     """
     room = (rounds + 1) * steps + ANSWER_TOKENS
@@ -127,7 +128,7 @@ def bench_decode(
     loops.clear()  # their memory is needed for other prompts
     del answers[short], methods[short]
     answers |= {name: [rival.written] for name, rival in rivals.items()}
-    _answer(ids[1:], methods, models, rivals, answers)
+    _answer_rest(ids[1:], methods, models, rivals, answers)
     result["needles"] = prompts
     result["needles_found"] = {}
     for name, given in answers.items():
@@ -155,7 +156,7 @@ def _compiled(model: PreTrainedModel, config: RocketKVConfig) -> _Compiled:
     return _Compiled(config, patch(model, config).compile_step(mode="default"))
 
 
-def _answer(
+def _answer_rest(
     prompts: list[list[int]],
     methods: dict[str, Method],
     models: dict[str, PreTrainedModel],
@@ -167,7 +168,9 @@ def _answer(
     with Progress("needles", total=len(prompts)) as progress:
         for prompt in prompts:
             for name, method in methods.items():
+                # The prefill's own patch of a model that stays patched leaves that one's settings as they were.
                 with after_prompt(models[name], method, prompt, prefills[id(models[name])]) as loop:
+                    loop.forward = getattr(method, "forward", None)
                     answers[name].append(list(loop.greedy(ANSWER_TOKENS)))
             for name, rival in rivals.items():
                 rival.step_seconds(prompt, ANSWER_TOKENS)

@@ -26,6 +26,7 @@ from ..core.pages import index_dtype_of
 from ..core.params import AttentionParams
 from ..core.verify import verify_step_torch
 from .compress import close_prompt
+from .protection import protected_count
 from .store import KVStore
 
 # Trial budgets: the smallest, and each next one larger by a factor. Between two of them, the logarithm of the error is
@@ -79,8 +80,11 @@ def prompt_split(
     if config.max_error is None:
         return config.split_for(prompt_tokens, head_dim), None
 
+    index_dtype = index_dtype_of(config.index_dtype)
+
     def split_of(budget: int) -> BudgetSplit:
-        return within_full_bytes(config.split_of(budget, prompt_tokens, head_dim), store, config.decode_reserve)
+        split = config.split_of(budget, prompt_tokens, head_dim)
+        return within_full_bytes(split, store, config.decode_reserve, index_dtype)
 
     fitted = fitted_budget(
         store,
@@ -90,7 +94,7 @@ def prompt_split(
         least=METHODS[config.method].least_budget(config.window_size, config.decode_reserve),
         kernel_size=config.stage_1_kernel_size,
         decode_reserve=config.decode_reserve,
-        index_dtype=index_dtype_of(config.index_dtype),
+        index_dtype=index_dtype,
         ops=ops,
     )
     if fitted.token_budget is not None:
@@ -154,35 +158,46 @@ def fitted_budget(
     common = (params, exact, kernel_size, decode_reserve, index_dtype, ops)
     bounds = torch.stack([_error_bound(store, split_of(budget), *common) for budget in tried])
     fitted = _least_within(tried, bounds.tolist(), max_error)
-    if fitted.token_budget is not None and not _saves(store, split_of(fitted.token_budget)):
+    if fitted.token_budget is not None and not _fits(store, split_of(fitted.token_budget), index_dtype):
         return FittedBudget(None, 0.0)
     return fitted
 
 
-def within_full_bytes(split: BudgetSplit, store: KVStore, decode_reserve: int) -> BudgetSplit:
-    """Return a split whose stage 1 keeps so few tokens that their bytes, with the index, are at most those of all.
+def within_full_bytes(
+    split: BudgetSplit, store: KVStore, decode_reserve: int, index_dtype: torch.dtype | None = None
+) -> BudgetSplit:
+    """Return a split that keeps so few tokens that an index of them takes no more bytes than it lets stage 1 save.
 
-    An index that ranks nearly all tokens would take more bytes than the tokens that stage 1 evicts. A split without
-    stage 1 stays as it is.
+    Keys, values and index of the kept tokens, and of room for `decode_reserve` more, then have at most the bytes of the
+    keys and values of all tokens with the same room. At least the observation window and protected tokens are kept. A
+    split without stage 1 stays as it is.
 
     Args:
         split: of the layer.
         store: the layer's store, with an open prompt.
         decode_reserve: slots beyond the kept tokens.
+        index_dtype: dtype of page bounds, or None for the dtype of the keys.
     """
     kept, stored, queries = split.kept_tokens, store.lens.longest, store.prompt.queries
     if kept is None or queries is None:
         return split
     full = (stored + decode_reserve) * _token_bytes(store)
     slots = range(stored + decode_reserve + 1)
-    most = bisect_right(slots, full, key=lambda count: _bytes_of(split, store, count)) - 1
-    return replace(split, kept_tokens=min(kept, max(queries.shape[2], most - decode_reserve)))
+    most = bisect_right(slots, full, key=lambda count: _bytes_of(split, store, count, index_dtype)) - 1
+    most -= decode_reserve + _protected(store)
+    return replace(split, kept_tokens=min(kept, max(queries.shape[2], most)))
 
 
-def _saves(store: KVStore, split: BudgetSplit) -> bool:
+def _fits(store: KVStore, split: BudgetSplit, index_dtype: torch.dtype | None) -> bool:
     """Whether the kept tokens and their index take no more bytes than all tokens."""
     stored = store.lens.longest
-    return _bytes_of(split, store, min(split.kept_tokens or stored, stored)) <= stored * _token_bytes(store)
+    kept = stored if split.kept_tokens is None else min(split.kept_tokens + _protected(store), stored)
+    return _bytes_of(split, store, kept, index_dtype) <= stored * _token_bytes(store)
+
+
+def _protected(store: KVStore) -> int:
+    """Return the protected tokens of the row that has most of them."""
+    return 0 if store.marks is None else protected_count(store.marks, store.lens.seen)
 
 
 def _token_bytes(store: KVStore) -> int:
@@ -191,10 +206,11 @@ def _token_bytes(store: KVStore) -> int:
     return (keys.shape[3] + values.shape[3]) * keys.itemsize
 
 
-def _bytes_of(split: BudgetSplit, store: KVStore, count: int) -> int:
+def _bytes_of(split: BudgetSplit, store: KVStore, count: int, index_dtype: torch.dtype | None) -> int:
     """Return the bytes of some tokens, and of a split's index of them, per row and KV head."""
     keys, index = store.prompt.keys, index_of(split)
-    index_bytes = 0 if index is None else index.row_bytes(count, keys.shape[3], keys.itemsize)
+    itemsize = (index_dtype or keys.dtype).itemsize
+    index_bytes = 0 if index is None else index.row_bytes(count, keys.shape[3], itemsize)
     return count * _token_bytes(store) + index_bytes
 
 

@@ -45,6 +45,13 @@ def protected_slots(marks: Sequence[RowMarks], positions: Tensor) -> Tensor:
     return _ends_up_to(ends, positions) % 2 == 1
 
 
+def protected_count(marks: Sequence[RowMarks], seen: int) -> int:
+    """Return how many of a row's first `seen` tokens are protected, in the row with the most."""
+    return max(
+        sum(max(0, min(stop, seen) - min(start, seen)) for start, stop in _disjoint(mark.protected)) for mark in marks
+    )
+
+
 def _disjoint(ranges: Ranges) -> list[tuple[int, int]]:
     """Return the same tokens in ascending ranges that do not touch."""
     found: list[tuple[int, int]] = []

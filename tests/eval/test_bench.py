@@ -2,15 +2,21 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import eval_case
 from rocketkv.cli.main import main
+from rocketkv.config import RocketKVConfig
 from rocketkv.eval.bench import cpu as bench
 from rocketkv.eval.bench import decode
+from rocketkv.eval.tasks.needle import needle_grid
+from rocketkv.hf.loading import load_model
+from rocketkv.hf.patch import patch
 
 
 def test_attention_reports_every_arm() -> None:
@@ -80,21 +86,35 @@ def test_options_that_would_be_ignored_are_refused(given: str, said: str, capsys
 
 
 def test_decode_counts_the_needles_of_every_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, asked = str(eval_case.save(tmp_path)), []
+    folder = str(eval_case.save(tmp_path))
+    completions: dict[str, list[str]] = {}
 
-    def every_second(answer: str, completion: str) -> bool:
-        asked.append(answer)
-        return len(asked) % 2 == 0
+    def is_second(answer: str, completion: str) -> bool:
+        """Whether it is the second needle, asked of the first arm."""
+        completions.setdefault(answer, []).append(completion)
+        return len(completions) == 2
 
-    monkeypatch.setattr(decode, "found", every_second)
-    result = decode.bench_decode(folder, context=400, token_budget=64, rounds=1, steps=2, prompts=4)
-    arms = ["rocketkv", "rocketkv+", "stock", "dense preallocated"]
-    assert result["needles"] == 4
-    assert result["needles_found"] == dict.fromkeys(arms, 2)
-    # Every arm had the same four prompts.
-    assert len(set(asked[:4])) == 4
-    assert asked == asked[:4] * len(arms)
+    def eager(model: PreTrainedModel, config: RocketKVConfig) -> Any:
+        return decode._Compiled(config, patch(model, config).compile_step(backend="eager"))
+
+    monkeypatch.setattr(decode, "found", is_second)
+    monkeypatch.setattr(decode, "_int8_model", lambda name, dtype: load_model(name, dtype)[0])
+    monkeypatch.setattr(decode, "_compiled", eager)
+    result = decode.bench_decode(folder, context=400, token_budget=128, rounds=1, steps=2, prompts=3, int8=True)
+    arms = ["rocketkv", "rocketkv+", "stock", "dense preallocated", decode.INT8]
+    assert result["needles"] == len(completions) == 3
+    assert result["needles_found"] == dict.fromkeys(arms, 0) | {"rocketkv": 1}
     assert set(result["milliseconds"]) == {*arms, "stock, 16 tokens"} == set(result["first_token_seconds"])
+    # Every prompt's needle was looked for in the stock model's own answer to it, also in a preallocated cache, and the
+    # compiled step gives the answers of the eager one.
+    model, tokenizer = load_model(folder, "float32")
+    for needle in needle_grid(tokenizer, tokens=400, count=3, seed=decode.SEED):
+        ids = tokenizer(needle.text, return_tensors="pt")["input_ids"]
+        whole = model.generate(ids, max_new_tokens=decode.ANSWER_TOKENS, do_sample=False, eos_token_id=None)
+        answer = tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+        ours, _, stock, preallocated, compiled = completions[needle.answer]
+        assert stock == preallocated == answer
+        assert compiled == ours
 
 
 def test_weights_of_8_bits_need_torchao(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

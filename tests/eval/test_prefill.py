@@ -26,10 +26,10 @@ from tiny import NEVER, SKETCH_SPLIT, SMALL
 
 WORDS = tokenizer()
 SETTINGS: dict[str, Any] = {"window_size": 8, "decode_reserve": 8, "kernel_size": 7}
-# All methods of the library, and settings that change what happens at a prompt's end.
-# Of prompts this short, random attention leaves nothing to evict.
+# Of prompts this short, random attention leaves nothing to evict in some layers.
 pytestmark = pytest.mark.filterwarnings("ignore:RocketKV. no budget up to:UserWarning")
 
+# All methods of the library, and settings that change what happens at a prompt's end.
 ARMS: dict[str, Method] = {
     "stock": Full(),
     **{
@@ -112,6 +112,7 @@ def test_every_method_answers_and_stores_what_it_does_alone(
         assert found == wanted, name
         assert len(rows) == len(logits) == 6 * turns
         assert all(map(torch.equal, rows, logits)), name
+    assert expected["max-error"][0]["step_bytes"] < expected["full"][0]["step_bytes"]  # some layers are compressed
     assert reads.count(0) == 1  # by the arm whose window is wider than the queries that are kept
     assert len({str(wanted) for wanted, _ in expected.values()}) > len(ARMS) // 2
 

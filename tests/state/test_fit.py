@@ -83,7 +83,7 @@ def test_a_short_prompt_keeps_all() -> None:
     assert fitted(store, 0.5) == (None, 0.0, ())
 
 
-def test_a_budget_that_saves_no_byte_keeps_all() -> None:
+def test_a_budget_whose_index_takes_more_bytes_than_it_saves_keeps_all() -> None:
     found = fitted(opened(0.05), 0.9999, "exact-topk")  # it stores every token, and an index
     assert found.token_budget is None
 
@@ -114,6 +114,17 @@ def test_an_index_of_nearly_all_tokens_takes_no_more_bytes_than_all(method: str,
     small = METHODS[method].split(SIZE, 60, D, reserve)
     if reserve <= 20:
         assert fit.within_full_bytes(small, store, reserve) == small
+
+
+def test_protected_tokens_and_small_page_bounds_are_counted() -> None:
+    store, split = opened(0.5), METHODS["rocketkv"].split(SIZE, 300, D, 20)
+    kept = fit.within_full_bytes(split, store, 20).kept_tokens
+    less = fit.within_full_bytes(split, store, 20, torch.float8_e5m2).kept_tokens
+    assert kept is not None
+    assert less is not None
+    assert kept < less < SIZE
+    store.marks = (RowMarks(protected=((3, 20), (10, 30), (SIZE - 5, SIZE + 5))),)  # 27 and the last five
+    assert fit.within_full_bytes(split, store, 20).kept_tokens == kept - 32
 
 
 @pytest.mark.parametrize("missing", [SIZE - 60, SIZE - 10])
@@ -166,6 +177,7 @@ def test_trial_steps_attend_to_protected_tokens(monkeypatch: pytest.MonkeyPatch)
         ({"max_error": 0.1, "decode_capacity": 64}, "max_error=0.1 is for caches that grow"),
         ({"max_error": 0.1, "layer_budgets": {0: 64}}, "leave out layer_budgets"),
         ({"max_error": 0.1, "method": "streaming"}, "'streaming' does not"),
+        ({"max_error": 0.1, "method": "quest"}, "'quest' keeps them all"),
     ],
 )
 def test_settings_that_contradict_it(fields: dict[str, Any], message: str) -> None:
