@@ -70,6 +70,7 @@ def run(code: str, names: dict[str, Any], place: str, line: int) -> None:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if "```python" in page.read_text("utf-8")], ids=lambda p: p.stem
 )
+@pytest.mark.filterwarnings("ignore:RocketKV. no budget up to:UserWarning")  # random weights attend to all tokens
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = namespace()
