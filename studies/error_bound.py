@@ -2,8 +2,8 @@
 
 A window is a prompt and the steps after it, from some place of a text; it is within a bound if the relative error of
 attention outputs, mean over steps, KV heads and layers, is. In the first part each layer gets the full model's own
-queries, keys and values, as in the estimate. In the second the model decodes with each bound and with fixed budgets. The
-bytes of a fixed budget at a bound's KL are interpolated between those budgets.
+queries, keys and values, as in the estimate. In the second the model decodes with each bound and with fixed budgets.
+The bytes of a fixed budget at a bound's KL are interpolated between those budgets.
 """
 
 from __future__ import annotations
