@@ -44,8 +44,8 @@ def rocketkv_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: LazyMask | Tensor | None,
+    dropout: float = 0.0,  # the sixth, as in transformers' own functions: wrappers of them pass it by position
     scaling: float | None = None,
-    dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     sliding_window: int | None = None,
@@ -59,8 +59,8 @@ def rocketkv_attention(
         key: [B, Hkv, S, D], as the cache's `update` returned it.
         value: [B, Hkv, S, Dv].
         attention_mask: the mask from `rocketkv_mask`, or the caller's 4D mask.
-        scaling: factor of the logits; None for 1/sqrt(D).
         dropout: probability of dropping a weight, in training.
+        scaling: factor of the logits; None for 1/sqrt(D).
         softcap: c of `c * tanh(logit / c)`, or None.
         s_aux: [H], learned sinks, or None.
         sliding_window: tokens that this layer sees, or None for all.

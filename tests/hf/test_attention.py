@@ -168,6 +168,22 @@ def test_no_mask_of_all_queries_and_keys(family: str, monkeypatch: pytest.Monkey
     close(logits / largest_logit, expected / largest_logit)
 
 
+def test_wrappers_pass_the_dropout_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    # kvpress, when it is imported, wraps all functions that are registered, ours too, in one of this signature.
+    def wrapper(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, dropout: float, **kwargs: Any
+    ) -> Any:
+        return rocketkv_attention(module, query, key, value, attention_mask, dropout, **kwargs)
+
+    model = build()
+    with rocketkv.patch(model, **SMALL):
+        expected = greedy(model, ROWS[0])
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "rocketkv", wrapper)
+        found = greedy(model, ROWS[0])
+    assert found[0].equal(expected[0])
+    assert found[1].equal(expected[1])
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_no_mask_at_all_is_causal(softcap: float | None) -> None:
     module = build().model.layers[0].self_attn
