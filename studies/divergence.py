@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -31,7 +31,7 @@ from rocketkv.budget import rocketkv_plus_split
 from rocketkv.config import RocketKVConfig
 from rocketkv.core.params import AttentionParams
 from rocketkv.eval.measures.kl import Window, following
-from rocketkv.eval.methods import Compressed, Full, Method
+from rocketkv.eval.methods import KVPRESS, Compressed, Full, Method, find_method
 from rocketkv.eval.oracle.run import LayerTensors, each_layer, feed, layer_numbers
 from rocketkv.eval.prefill import ReadPrompt, read_prompt, start
 from rocketkv.eval.progress import Progress
@@ -68,7 +68,8 @@ class Settings(StudySettings):
     budgets: tuple[int, ...] = option((64, 128, 256, 512), "in tokens")
     arms: tuple[str, ...] = option(
         ("rocketkv", "rocketkv+", "stored-topk"),
-        f"METHOD, or rocketkv+ with :{NO_RESIDUAL}, :{UNCALIBRATED}, :{', :'.join(VARIANTS)}, several joined by ,",
+        f"METHOD, {KVPRESS}PRESS, or rocketkv+ with "
+        f":{', :'.join((NO_RESIDUAL, UNCALIBRATED, *VARIANTS))}, several joined by ,",
     )
     baseline: str = option("rocketkv", "the arm that others are compared with")
     decode_capacity: int = option(0, "of the caches, for re-eviction of generated tokens; 0: caches grow")
@@ -84,7 +85,7 @@ class Arm:
     token_budget: int | None
     method: Method
     replaced: tuple[str, ...] = ()
-    dense_prefill: ClassVar[bool] = True
+    dense_prefill: bool = True
 
     @contextmanager
     def in_form(self) -> Iterator[None]:
@@ -111,8 +112,13 @@ def arm_of(name: str, budget: int, settings: Settings, head_dim: int, layers: Se
     """Return an arm by name, which compresses all layers but `layers`.
 
     Raises:
-        ValueError: there is no such method or form.
+        ValueError: there is no such method or form, or a press was to leave a layer or to evict generated tokens.
+        ImportError: kvpress is not installed.
     """
+    if name.startswith(KVPRESS):
+        if layers or settings.decode_capacity:
+            raise ValueError(f"{name} compresses all layers, once; leave out --by-layer and --decode-capacity")
+        return Arm(name, budget, find_method(name, budget), dense_prefill=False)
     method, _, forms = name.partition(":")
     parts = forms.split(",") if forms else []
     unknown = sorted(set(parts) - {*VARIANTS, UNCALIBRATED, NO_RESIDUAL})

@@ -2,7 +2,8 @@
 
 Needles, divergence, bytes, memory and time, with intervals. The figures of a model go to docs/evidence/MODEL.json, and
 tables and pictures are made from these files. An interrupted run resumes; finished parts run again only where the code
-has changed or with `--fresh`. `--render` measures nothing.
+has changed or with `--fresh`. `--render` measures nothing. `--kvpress-python` adds a pruner of kvpress, which does not
+take every transformers.
 """
 
 from __future__ import annotations
@@ -17,24 +18,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Python puts the program's folder first on the path: its package takes the place.
+# Python puts the program's folder first on the path: its package and the studies take the place.
 _ROOT = Path(__file__).resolve().parents[2]
-sys.path[:1] = [str(_ROOT / "tools")]
+sys.path[:1] = [str(_ROOT / "tools"), str(_ROOT)]
 
 from evidence.measure import (  # noqa: E402
     LONG,
     MEMORY_ARMS,
     MEMORY_LENGTHS,
+    METHODS,
+    PRESS,
     SHORT,
     TASKS,
     Setting,
     described,
+    divergence,
+    divergence_study,
     measure_bytes,
-    measure_divergence,
     measure_memory,
-    measure_needles,
+    needle_study,
+    needles,
 )
 from evidence.picture import draw  # noqa: E402
+from evidence.studies import run_studies  # noqa: E402
 from evidence.tables import section, summary, with_part  # noqa: E402
 from rocketkv.eval.bench.cpu import bench_attention  # noqa: E402
 from rocketkv.eval.bench.decode import bench_decode  # noqa: E402
@@ -54,8 +60,21 @@ def revision() -> str:
     return hashlib.sha256((trees.stdout + changes.stdout).encode()).hexdigest()[:16]
 
 
-def measure(setting: Setting, folder: Path) -> dict[str, Any]:
-    """Return all figures of a model; parts that the folder's journal has are not measured again."""
+def measure(setting: Setting, folder: Path, kvpress_python: str | None) -> dict[str, Any]:
+    """Return all figures of a model; parts that the folder's journals have are not measured again.
+
+    On a CPU studies run side by side; what is timed runs after them, alone.
+    """
+    asked = {task: {near: needle_study(folder, setting, task, near) for near in TASKS[task]} for task in TASKS}
+    diverging = [divergence_study(folder, setting, METHODS)]
+    if kvpress_python is not None:
+        diverging.append(divergence_study(folder, setting, (PRESS,), kvpress_python))
+    studies = [*(study for by_length in asked.values() for study in by_length.values()), *diverging]
+    run_studies(studies, setting.threads if setting.device == "cpu" else 1)
+    scores = {
+        task: needles(setting, task, {near: study.result for near, study in by_length.items()})
+        for task, by_length in asked.items()
+    }
     journal = Journal(folder / "journal.jsonl")
 
     def memory(arm: str, tokens: int) -> Any:
@@ -63,8 +82,8 @@ def measure(setting: Setting, folder: Path) -> dict[str, Any]:
 
     evidence = {
         **described(setting),
-        **{task: measure_needles(folder, setting, task) for task in TASKS},
-        "divergence": measure_divergence(folder, setting),
+        **scores,
+        "divergence": divergence([study.result for study in diverging]),
         "bytes": {
             str(tokens): journal.result(f"bytes {tokens}", partial(measure_bytes, setting, tokens))
             for tokens in (SHORT, LONG)
@@ -112,6 +131,9 @@ def main() -> int:
         parser.add_argument(
             f"--prompts-{tokens}", type=int, default=count, metavar="N", help=f"of that length (default {count})"
         )
+    parser.add_argument(
+        "--kvpress-python", metavar="PATH", help="Python with rocketkv[eval,demo] and kvpress installed"
+    )
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
     parser.add_argument("--render", action="store_true", help="write tables and pictures from the files of figures")
     args = parser.parse_args()
@@ -122,7 +144,7 @@ def main() -> int:
         folder = _ROOT / ".evidence" / revision() / name
         if args.fresh:
             shutil.rmtree(folder, ignore_errors=True)
-        evidence = {"revision": revision(), **measure(setting, folder)}
+        evidence = {"revision": revision(), **measure(setting, folder, args.kvpress_python)}
         write_atomically(FIGURES / f"{name}.json", json.dumps(evidence, indent=1) + "\n")
     render()
     sys.stdout.write(f"written: {FIGURES}, {PAGE}, {README}\n")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -23,8 +19,10 @@ from rocketkv.eval.prefill import read_prompt, start
 from rocketkv.eval.tasks.needle import needle_prompt
 from rocketkv.hf.cache import cache_stats
 from rocketkv.hf.loading import load_model
+from studies.texts import KINDS
 
-ROOT = Path(__file__).resolve().parents[2]
+from .studies import Study
+
 SEED = 1
 # Prompts of 4096 and of 8064 tokens, which with the answer fit SmolLM2's context. RULER counts the answer's room.
 SHORT, LONG = 4096, 8064
@@ -34,6 +32,7 @@ ARMS = {
     "niah_multikey_1": (FULL, "rocketkv+:128", "rocketkv+:256", "rocketkv:128", "rocketkv:256", "rocketkv:512"),
 }
 METHODS, BUDGETS = ("rocketkv+", "rocketkv", "snapkv"), (64, 128, 256, 512)
+PRESS = "kvpress:ExpectedAttentionPress"  # keeps as many tokens of a prompt as the budget has, and reads them all
 MEMORY_LENGTHS, MEMORY_ARMS = (1024, 2048, 4096, 8064), (FULL, "rocketkv+:256")
 
 
@@ -45,7 +44,7 @@ class Setting:
         model: a hub name, a folder or `smollm2`.
         dtype: of the weights for needles, memory and time; divergence is measured in float32 on a CPU.
         device: of the weights.
-        threads: of PyTorch on a CPU.
+        threads: of PyTorch on a CPU; the studies run side by side there, with one each.
         prompts: of each length of a needle task, by the first length of `TASKS`.
     """
 
@@ -57,7 +56,7 @@ class Setting:
 
     def options(self, dtype: str) -> list[str]:
         """Return the options of a study."""
-        named = {"model": self.model, "dtype": dtype, "device": self.device, "seed": SEED, "threads": self.threads}
+        named = {"model": self.model, "dtype": dtype, "device": self.device, "seed": SEED, "threads": 1}
         return [word for name, value in named.items() for word in (f"--{name}", str(value))]
 
 
@@ -67,28 +66,24 @@ def config_of(arm: str) -> RocketKVConfig:
     return RocketKVConfig(method=method, token_budget=int(budget))
 
 
-def run_study(name: str, folder: Path, *options: str) -> dict[str, Any]:
-    """Run a study as a program, which resumes in its folder, and return its result.
-
-    Raises:
-        CalledProcessError: it failed; it has said why.
-    """
-    # `-m` finds the studies in the root only without the safe path.
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
-    command = [sys.executable, "-m", "studies", name, *options, "-o", str(folder)]
-    subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, check=True)
-    result: dict[str, Any] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    return result
+def needle_study(folder: Path, setting: Setting, task: str, near: int) -> Study:
+    """Return the study in which every arm answers the same prompts of a needle task at one length of `TASKS`."""
+    tokens, prompts = TASKS[task][near], setting.prompts[near]
+    asked = ["--task", task, "--tokens", str(tokens), "--prompts", str(prompts), "--arms", *ARMS[task]]
+    return Study(
+        name="recall",
+        folder=folder / f"{task}-{tokens}",
+        options=(*setting.options(setting.dtype), *asked),
+        results=prompts * len(ARMS[task]),
+    )
 
 
-def measure_needles(folder: Path, setting: Setting, task: str) -> dict[str, Any]:
-    """Let every arm answer the same prompts of each length; return scores in percent with their 95 % intervals."""
+def needles(setting: Setting, task: str, results: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Return scores in percent with their 95 % intervals from the results of a task's studies by length."""
     lengths = {}
-    for near, tokens in TASKS[task].items():
-        asked = ["--task", task, "--tokens", str(tokens), "--prompts", str(setting.prompts[near]), "--arms"]
-        options = [*setting.options(setting.dtype), *asked, *ARMS[task]]
-        result = run_study("recall", folder / f"{task}-{tokens}", *options)
-        percents = {arm: [100 * score for score in given] for arm, given in result["scores"][str(tokens)].items()}
+    for near, result in results.items():
+        scores = result["scores"][str(TASKS[task][near])]
+        percents = {arm: [100 * score for score in given] for arm, given in scores.items()}
         lengths[str(near)] = {
             "prompts": setting.prompts[near],
             "score": {arm: fmean(percent) for arm, percent in percents.items()},
@@ -98,17 +93,41 @@ def measure_needles(folder: Path, setting: Setting, task: str) -> dict[str, Any]
     return {"seed": SEED, "dtype": setting.dtype, "lengths": lengths}
 
 
-def measure_divergence(folder: Path, setting: Setting) -> dict[str, Any]:
-    """Measure the mean KL of every method and budget over six kinds of text, after prompts of 4096 tokens."""
+def divergence_study(folder: Path, setting: Setting, methods: tuple[str, ...], python: str | None = None) -> Study:
+    """Return the study of every method and budget over six kinds of text, after prompts of 4096 tokens.
+
+    Args:
+        folder: of all studies.
+        setting: of the measurement.
+        methods: methods of the library, or a press.
+        python: the interpreter, where it is not this one.
+    """
     budgets = [str(budget) for budget in BUDGETS]
-    options = [*setting.options("auto"), "--prompt", str(SHORT), "--budgets", *budgets, "--arms", *METHODS]
-    result = run_study("divergence", folder / "divergence", *options)
+    asked = ["--prompt", str(SHORT), "--budgets", *budgets, "--arms", *methods, "--baseline", methods[0]]
+    return Study(
+        name="divergence",
+        folder=folder / ("divergence" if python is None else "divergence-press"),
+        options=(*setting.options("auto"), *asked),
+        results=len(KINDS) * len(BUDGETS) * len(methods),
+        python=python,
+    )
+
+
+def divergence(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean KL of every method and budget, over texts and by text, from the results of the studies.
+
+    Raises:
+        ValueError: the studies had other tokens, as by another tokenizer.
+    """
+    if any(result["texts"] != results[0]["texts"] for result in results):
+        raise ValueError("the studies of divergence must read the same tokens; those of the other environment differ")
     found: dict[str, dict[str, float]] = {}
-    for cell in result["cells"]:
-        found.setdefault(f"{cell['arm']}:{cell['budget']}", {})[cell["text"]] = fmean(cell["kl"])
+    for result in results:
+        for cell in result["cells"]:
+            found.setdefault(f"{cell['arm']}:{cell['budget']}", {})[cell["text"]] = fmean(cell["kl"])
     return {
         "prompt": SHORT,
-        "steps": result["settings"]["steps"],
+        "steps": results[0]["settings"]["steps"],
         "mean": {arm: fmean(by_text.values()) for arm, by_text in found.items()},
         "by_text": found,
     }
@@ -133,6 +152,11 @@ def measure_bytes(setting: Setting, tokens: int) -> dict[str, Any]:
             "read": stats.total("step_bytes") / stats.total("dense_step_bytes"),
         }
     return {"tokens": prompt.tokens, "arms": found}
+
+
+def press_costs(tokens: int) -> dict[str, dict[str, float]]:
+    """Return the shares of a full cache's bytes that a press stores and reads after a prompt: those of its tokens."""
+    return {f"{PRESS}:{budget}": {"stored": budget / tokens, "read": budget / tokens} for budget in BUDGETS}
 
 
 def measure_memory(setting: Setting, arm: str, tokens: int) -> dict[str, Any]:

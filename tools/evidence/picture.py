@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .measure import BUDGETS, METHODS, SHORT
+from .measure import BUDGETS, METHODS, PRESS, SHORT, press_costs
 from .tables import title
 
-COLORS = {"rocketkv+": "#c2410c", "rocketkv": "#1d4ed8", "snapkv": "#6b7280"}
+COLORS = {"rocketkv+": "#c2410c", "rocketkv": "#1d4ed8", "snapkv": "#6b7280", PRESS: "#15803d"}
 
 
 def draw(evidence: dict[str, Any], path: Path) -> None:
@@ -19,9 +19,11 @@ def draw(evidence: dict[str, Any], path: Path) -> None:
     mpl.rcParams.update({"svg.hashsalt": "rocketkv", "font.family": "sans-serif", "font.size": 10})
     figure = Figure(figsize=(9, 3.6), layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2)
-    mean, costs = evidence["divergence"]["mean"], evidence["bytes"][str(SHORT)]["arms"]
-    for method in METHODS:
+    mean, costs = evidence["divergence"]["mean"], {**evidence["bytes"][str(SHORT)]["arms"], **press_costs(SHORT)}
+    for method in (*METHODS, PRESS):
         arms = [f"{method}:{budget}" for budget in BUDGETS]
+        if not set(arms) <= set(mean):  # a press is measured only where kvpress is at hand
+            continue
         left.plot(BUDGETS, [mean[arm] for arm in arms], "o-", color=COLORS[method], label=method)
         right.plot(BUDGETS, [costs[arm]["stored"] for arm in arms], "o-", color=COLORS[method], label=method)
     left.set(yscale="log", title=f"KL to the full cache, nats, after {SHORT:,} tokens: less is better")

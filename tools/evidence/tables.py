@@ -7,7 +7,7 @@ from typing import Any
 
 from rocketkv.eval.methods import FULL
 
-from .measure import ARMS, BUDGETS, LONG, MEMORY_ARMS, METHODS, SHORT, TASKS
+from .measure import ARMS, BUDGETS, LONG, MEMORY_ARMS, METHODS, PRESS, SHORT, TASKS, press_costs
 
 TITLES = {"smollm2": "SmolLM2-135M-Instruct", "gemma270m": "Gemma-3-270M"}
 TASK_TITLES = {"needle": "one number in prose", "niah_multikey_1": "RULER multi-key, generated haystack"}
@@ -31,7 +31,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def arm_title(arm: str) -> str:
     """Return an arm's name for a table."""
-    return "full cache" if arm == FULL else f"`{arm.replace(':', '` at ')}"
+    method, _, budget = arm.rpartition(":")
+    return "full cache" if arm == FULL else f"`{method}` at {budget}"
 
 
 def summary(evidence: Evidence) -> str:
@@ -114,11 +115,13 @@ def divergence(evidence: Evidence) -> str:
     mean, by_length = evidence["divergence"]["mean"], evidence["bytes"]
     rows = []
     for budget in BUDGETS:
-        for method in METHODS:
+        for method in (*METHODS, PRESS):
             arm = f"{method}:{budget}"
+            if arm not in mean:
+                continue
             shown = [f"{mean[arm]:.3f}"]
             for tokens in (SHORT, LONG):
-                cost = by_length[str(tokens)]["arms"][arm]
+                cost = {**by_length[str(tokens)]["arms"], **press_costs(tokens)}[arm]
                 shown += [f"{cost['stored']:.2f}", f"{cost['read']:.3f}"]
             rows.append([arm_title(arm), *shown])
     return table(["", "KL", *(f"{what}, {tokens:,}" for tokens in (SHORT, LONG) for what in ("stored", "read"))], rows)

@@ -1,0 +1,55 @@
+"""Studies that run side by side: all results are there, and a failure stops the rest and says why."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tools.evidence.studies import Study, run_studies
+
+# In place of an interpreter: keeps a journal, and waits for the folder `other`, if it is asked to.
+PROGRAM = """
+import json, sys, time
+from pathlib import Path
+folder, wish = Path(sys.argv[-1]), sys.argv[sys.argv.index("--wish") + 1]
+if wish == "fail":
+    sys.exit("no such model")
+(folder / "journal.jsonl").write_text('["a", 1]\\n')
+if wish == "forever":
+    time.sleep(600)
+while wish == "other" and not (folder.parent / "second" / "journal.jsonl").exists():
+    time.sleep(0.05)
+(folder / "made.json").write_text(json.dumps({"wish": wish}))
+"""
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> str:
+    """A program that stands for an interpreter."""
+    path = tmp_path / "python"
+    path.write_text(f"#!{sys.executable}\n{PROGRAM}")
+    path.chmod(0o755)
+    return str(path)
+
+
+def study(tmp_path: Path, python: str, folder: str, wish: str) -> Study:
+    return Study(name="made", folder=tmp_path / folder, options=("--wish", wish), results=1, python=python)
+
+
+def test_studies_run_side_by_side(tmp_path: Path, python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.evidence.studies._SECONDS", 0.05)
+    studies = [study(tmp_path, python, "first", "other"), study(tmp_path, python, "second", "none")]
+    run_studies(studies, 2)  # the first ends only when the second runs
+    assert [done.result for done in studies] == [{"wish": "other"}, {"wish": "none"}]
+    assert [done.finished for done in studies] == [1, 1]
+
+
+def test_a_failure_stops_the_others_and_is_said(tmp_path: Path, python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.evidence.studies._SECONDS", 0.05)
+    wishes = {"first": "forever", "second": "fail", "third": "none"}
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"study second failed.*\n.*no such model"):
+        run_studies([study(tmp_path, python, *item) for item in wishes.items()], 2)
+    assert time.monotonic() - begun < 300  # the first would have gone on for 600 seconds
+    assert not (tmp_path / "third").exists()
