@@ -1,4 +1,4 @@
-"""Studies that run side by side: all results are there, and a failure stops the rest and says why."""
+"""Studies that run side by side: all results are there, and a failure stops the rest and says why. Equal memory."""
 
 import sys
 import time
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.evidence.equal_memory import budgets_of, equal_memory, stored_bytes
+from tools.evidence.measure import PRESS, SHORT, divergence
 from tools.evidence.studies import Study, run_studies
 
 # In place of an interpreter: keeps a journal, and waits for the folder `other`, if it is asked to.
@@ -53,3 +55,33 @@ def test_a_failure_stops_the_others_and_is_said(tmp_path: Path, python: str, mon
         run_studies([study(tmp_path, python, *item) for item in wishes.items()], 2)
     assert time.monotonic() - begun < 300  # the first would have gone on for 600 seconds
     assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("method", ["rocketkv", "rocketkv+", "snapkv", PRESS])
+def test_a_budget_is_the_largest_within_its_share(method: str, head_dim: int) -> None:
+    budgets = budgets_of(method, head_dim)
+    assert set(budgets) == {2, 4, 8} or (method, head_dim) == ("rocketkv+", 256)
+    for share, budget in budgets.items():
+        full = SHORT * head_dim * 4
+        if method == PRESS:
+            assert budget == SHORT // share
+            continue
+        assert stored_bytes(method, budget, head_dim) <= full // share < stored_bytes(method, budget + 4, head_dim)
+
+
+def test_means_are_of_the_texts() -> None:
+    cells = [{"arm": "snapkv", "budget": t, "text": text, "kl": [0.0, t / 1024]} for t in (512, 1024) for text in "ab"]
+    made = {"cells": [*cells, {**cells[0], "text": "c", "kl": [3.0]}], "texts": ["a"], "settings": {"steps": 2}}
+    assert divergence([made])["mean"] == {"snapkv:512": (0.25 + 0.25 + 3.0) / 3, "snapkv:1024": 0.5}
+    with pytest.raises(ValueError, match="must read the same tokens"):
+        divergence([made, {**made, "texts": ["b"]}])
+    halves = {"cells": [*cells, {**cells[0], "budget": 2048, "kl": [0.125]}]}
+    found = equal_memory({"snapkv": halves}, 64)
+    assert found == {
+        "snapkv": {
+            "2": {"budget": 2048, "kl": 0.125},
+            "4": {"budget": 1024, "kl": 0.5},
+            "8": {"budget": 512, "kl": 0.25},
+        }
+    }

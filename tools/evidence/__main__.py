@@ -22,7 +22,9 @@ from typing import Any
 _ROOT = Path(__file__).resolve().parents[2]
 sys.path[:1] = [str(_ROOT / "tools"), str(_ROOT)]
 
+from evidence.equal_memory import equal_memory, equal_memory_studies  # noqa: E402
 from evidence.measure import (  # noqa: E402
+    BUDGETS,
     LONG,
     MEMORY_ARMS,
     MEMORY_LENGTHS,
@@ -34,6 +36,7 @@ from evidence.measure import (  # noqa: E402
     described,
     divergence,
     divergence_study,
+    head_dim_of,
     measure_bytes,
     measure_memory,
     needle_study,
@@ -66,11 +69,13 @@ def measure(setting: Setting, folder: Path, kvpress_python: str | None) -> dict[
     On a CPU studies run side by side; what is timed runs after them, alone.
     """
     asked = {task: {near: needle_study(folder, setting, task, near) for near in TASKS[task]} for task in TASKS}
-    diverging = [divergence_study(folder, setting, METHODS)]
+    diverging = [divergence_study(folder / "divergence", setting, METHODS, BUDGETS)]
     if kvpress_python is not None:
-        diverging.append(divergence_study(folder, setting, (PRESS,), kvpress_python))
-    studies = [*(study for by_length in asked.values() for study in by_length.values()), *diverging]
-    run_studies(studies, setting.threads if setting.device == "cpu" else 1)
+        diverging.append(divergence_study(folder / "divergence-press", setting, (PRESS,), BUDGETS, kvpress_python))
+    head_dim = head_dim_of(setting)
+    at_equal_memory = equal_memory_studies(folder, setting, head_dim, kvpress_python)
+    studies = [study for by_length in asked.values() for study in by_length.values()]
+    run_studies([*studies, *diverging, *at_equal_memory.values()], setting.threads if setting.device == "cpu" else 1)
     scores = {
         task: needles(setting, task, {near: study.result for near, study in by_length.items()})
         for task, by_length in asked.items()
@@ -84,6 +89,7 @@ def measure(setting: Setting, folder: Path, kvpress_python: str | None) -> dict[
         **described(setting),
         **scores,
         "divergence": divergence([study.result for study in diverging]),
+        "equal_memory": equal_memory({method: study.result for method, study in at_equal_memory.items()}, head_dim),
         "bytes": {
             str(tokens): journal.result(f"bytes {tokens}", partial(measure_bytes, setting, tokens))
             for tokens in (SHORT, LONG)

@@ -19,6 +19,7 @@ from rocketkv.eval.prefill import read_prompt, start
 from rocketkv.eval.tasks.needle import needle_prompt
 from rocketkv.hf.cache import cache_stats
 from rocketkv.hf.loading import load_model
+from rocketkv.hf.models import find_decoder
 from studies.texts import KINDS
 
 from .studies import Study
@@ -93,22 +94,24 @@ def needles(setting: Setting, task: str, results: dict[int, dict[str, Any]]) -> 
     return {"seed": SEED, "dtype": setting.dtype, "lengths": lengths}
 
 
-def divergence_study(folder: Path, setting: Setting, methods: tuple[str, ...], python: str | None = None) -> Study:
-    """Return the study of every method and budget over six kinds of text, after prompts of 4096 tokens.
+def divergence_study(
+    folder: Path, setting: Setting, methods: tuple[str, ...], budgets: tuple[int, ...], python: str | None = None
+) -> Study:
+    """Return the study of methods and budgets over six kinds of text, after prompts of 4096 tokens.
 
     Args:
-        folder: of all studies.
+        folder: of this study.
         setting: of the measurement.
         methods: methods of the library, or a press.
+        budgets: of each method.
         python: the interpreter, where it is not this one.
     """
-    budgets = [str(budget) for budget in BUDGETS]
-    asked = ["--prompt", str(SHORT), "--budgets", *budgets, "--arms", *methods, "--baseline", methods[0]]
+    asked = ["--prompt", str(SHORT), "--budgets", *map(str, budgets), "--arms", *methods, "--baseline", methods[0]]
     return Study(
         name="divergence",
-        folder=folder / ("divergence" if python is None else "divergence-press"),
+        folder=folder,
         options=(*setting.options("auto"), *asked),
-        results=len(KINDS) * len(BUDGETS) * len(methods),
+        results=len(KINDS) * len(budgets) * len(methods),
         python=python,
     )
 
@@ -131,6 +134,12 @@ def divergence(results: list[dict[str, Any]]) -> dict[str, Any]:
         "mean": {arm: fmean(by_text.values()) for arm, by_text in found.items()},
         "by_text": found,
     }
+
+
+def head_dim_of(setting: Setting) -> int:
+    """Return the head dim of the model's keys."""
+    config: Any = find_decoder(load_model(setting.model, setting.dtype, setting.device)[0])[0].config
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def measure_bytes(setting: Setting, tokens: int) -> dict[str, Any]:

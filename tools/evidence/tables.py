@@ -7,12 +7,16 @@ from typing import Any
 
 from rocketkv.eval.methods import FULL
 
+from .equal_memory import SHARES
 from .measure import ARMS, BUDGETS, LONG, MEMORY_ARMS, METHODS, PRESS, SHORT, TASKS, press_costs
 
 TITLES = {"smollm2": "SmolLM2-135M-Instruct", "gemma270m": "Gemma-3-270M"}
 TASK_TITLES = {"needle": "one number in prose", "niah_multikey_1": "RULER multi-key, generated haystack"}
 SUMMARY = (FULL, "rocketkv+:256", "rocketkv:256")
 MIB = 2**20
+_EQUAL_MEMORY = f"""Each method at its largest budget t whose keys, values and index, after {SHORT:,} tokens and without
+room for more, take at most that share of a full cache in 16 bits. Of these a step of the first two reads the bytes of t
+tokens; the others read all that they store."""
 
 Evidence = dict[str, Any]
 
@@ -86,6 +90,9 @@ def section(evidence: Evidence) -> str:
         "### Divergence and bytes",
         f"{kl} *Stored*, *read*: shares of a full cache's bytes.",
         divergence(evidence),
+        "### Divergence at equal bytes stored",
+        _EQUAL_MEMORY,
+        equal_memory(evidence),
         "### Memory and time by prompt length",
         "Peaks above what the process held before, and bytes of the cache, in MiB; one prompt and 32 tokens.",
         memory(evidence),
@@ -125,6 +132,15 @@ def divergence(evidence: Evidence) -> str:
                 shown += [f"{cost['stored']:.2f}", f"{cost['read']:.3f}"]
             rows.append([arm_title(arm), *shown])
     return table(["", "KL", *(f"{what}, {tokens:,}" for tokens in (SHORT, LONG) for what in ("stored", "read"))], rows)
+
+
+def equal_memory(evidence: Evidence) -> str:
+    """Return the table of KL at equal bytes stored."""
+    rows = []
+    for method, by_share in evidence["equal_memory"].items():
+        cells = [by_share.get(str(share)) for share in SHARES]
+        rows.append([f"`{method}`", *(f"{cell['kl']:.3f} ({cell['budget']})" if cell else "-" for cell in cells)])
+    return table(["KL (t)", *(f"1/{share} of a full cache" for share in SHARES)], rows)
 
 
 def memory(evidence: Evidence) -> str:
