@@ -9,7 +9,7 @@ import pytest
 from rocketkv import METHODS
 from rocketkv.cli.main import COMMANDS
 from tools.evidence.picture import draw
-from tools.evidence.tables import section, summary, with_part
+from tools.evidence.tables import by_model, section, summary, with_part
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,6 +20,8 @@ EVIDENCE = FIGURES["smollm2"]
 
 def test_tables_are_the_measured_ones() -> None:
     assert with_part(README, "summary", summary(EVIDENCE)) == README
+    others = [evidence for name, evidence in sorted(FIGURES.items()) if name != "smollm2"]
+    assert with_part(README, "by model", by_model([EVIDENCE, *others])) == README
     assert set(FIGURES) >= {"smollm2"}
     for name, evidence in FIGURES.items():
         head, _, rest = section(evidence).partition("\n\n")

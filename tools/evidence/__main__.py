@@ -44,7 +44,7 @@ from evidence.measure import (  # noqa: E402
 )
 from evidence.picture import draw  # noqa: E402
 from evidence.studies import run_studies  # noqa: E402
-from evidence.tables import section, summary, with_part  # noqa: E402
+from evidence.tables import by_model, section, summary, with_part  # noqa: E402
 from rocketkv.eval.bench.cpu import bench_attention  # noqa: E402
 from rocketkv.eval.bench.decode import bench_decode  # noqa: E402
 from rocketkv.eval.journal import Journal  # noqa: E402
@@ -120,7 +120,12 @@ def render() -> None:
         draw(evidence, FIGURES / f"{name}.svg")
         head, _, rest = section(evidence).partition("\n\n")
         sections.append(f"{head}\n\n![KL and bytes stored against the budget](evidence/{name}.svg)\n\n{rest}")
-    for path, part, text in ((README, "summary", summary(first)), (PAGE, "models", "\n\n".join(sections))):
+    parts = (
+        (README, "summary", summary(first)),
+        (README, "by model", by_model([first, *models.values()])),
+        (PAGE, "models", "\n\n".join(sections)),
+    )
+    for path, part, text in parts:
         path.write_text(with_part(path.read_text(encoding="utf-8"), part, text), encoding="utf-8")
 
 

@@ -69,6 +69,17 @@ def summary(evidence: Evidence) -> str:
     return table([f"{title(evidence)}", *map(arm_title, SUMMARY)], rows)
 
 
+def by_model(models: Sequence[Evidence]) -> str:
+    """Return the README's table of KL at equal bytes read, by budget and model."""
+    methods = ("rocketkv", "rocketkv+")
+    heads = [f"{title(evidence)}: `{methods[0]}`" for evidence in models]
+    rows = []
+    for budget in BUDGETS:
+        found = [evidence["divergence"]["mean"][f"{name}:{budget}"] for evidence in models for name in methods]
+        rows.append([str(budget), *(f"{kl:.3f}" for kl in found)])
+    return table(["budget", *(head for first in heads for head in (first, f"`{methods[1]}`"))], rows)
+
+
 def _full_and(part: dict[str, Any], arms: Sequence[str]) -> tuple[str, list[str]]:
     """Return the score of the full cache, and those of other arms."""
     return f"{part['score'][FULL]:.0f}", [f"{part['score'][arm]:.0f}" for arm in arms]
