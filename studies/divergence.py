@@ -112,12 +112,12 @@ def arm_of(name: str, budget: int, settings: Settings, head_dim: int, layers: Se
     """Return an arm by name, which compresses all layers but `layers`.
 
     Raises:
-        ValueError: there is no such method or form, or a press was to leave a layer or to evict generated tokens.
+        ValueError: there is no such method or form, or options of the library's methods were asked of a press.
         ImportError: kvpress is not installed.
     """
     if name.startswith(KVPRESS):
-        if layers or settings.decode_capacity:
-            raise ValueError(f"{name} compresses all layers, once; leave out --by-layer and --decode-capacity")
+        if layers or settings.decode_capacity or settings.errors:
+            raise ValueError(f"{name} is not of the library: leave out --by-layer, --decode-capacity and --errors")
         return Arm(name, budget, find_method(name, budget), dense_prefill=False)
     method, _, forms = name.partition(":")
     parts = forms.split(",") if forms else []

@@ -44,7 +44,7 @@ def rocketkv_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: LazyMask | Tensor | None,
-    dropout: float = 0.0,  # the sixth, as in transformers' own functions: wrappers of them pass it by position
+    dropout: float = 0.0,  # the sixth, as in `sdpa_attention_forward`: wrappers pass it by position
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,

@@ -50,8 +50,8 @@ def test_forms_replace_what_they_say_and_give_it_back() -> None:
     for wrong in ("rocketkv:unbalanced", "rocketkv+:loud"):
         with pytest.raises(ValueError, match="names a form that there is not"):
             arm_of(wrong, 64, Settings(), 16, ())
-    for settings, layers in ((Settings(), (0,)), (Settings(decode_capacity=64), ())):
-        with pytest.raises(ValueError, match="compresses all layers, once"):
+    for settings, layers in ((Settings(), (0,)), (Settings(decode_capacity=64), ()), (Settings(errors=True), ())):
+        with pytest.raises(ValueError, match="is not of the library: leave out"):
             arm_of("kvpress:KnormPress", 64, settings, 16, layers)
 
 

@@ -2,8 +2,8 @@
 
 Needles, divergence, bytes, memory and time, with intervals. The figures of a model go to docs/evidence/MODEL.json, and
 tables and pictures are made from these files. An interrupted run resumes; finished parts run again only where the code
-has changed or with `--fresh`. `--render` measures nothing. `--kvpress-python` adds a pruner of kvpress, which does not
-take every transformers.
+has changed or with `--fresh`. `--render` measures nothing. `--kvpress-python` adds a press of kvpress, run by a Python
+whose transformers kvpress supports.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import argparse
 import hashlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Python puts the program's folder first on the path: its package and the studies take the place.
+# Python puts the program's folder first on the path: its package takes the place.
 _ROOT = Path(__file__).resolve().parents[2]
-sys.path[:1] = [str(_ROOT / "tools"), str(_ROOT)]
+sys.path[:1] = [str(_ROOT / "tools")]
 
 from evidence.equal_memory import equal_memory, equal_memory_studies  # noqa: E402
 from evidence.measure import (  # noqa: E402
@@ -33,6 +34,7 @@ from evidence.measure import (  # noqa: E402
     SHORT,
     TASKS,
     Setting,
+    decoder_config,
     described,
     divergence,
     divergence_study,
@@ -43,7 +45,7 @@ from evidence.measure import (  # noqa: E402
     needles,
 )
 from evidence.picture import draw  # noqa: E402
-from evidence.studies import run_studies  # noqa: E402
+from evidence.studies import press_versions, run_studies  # noqa: E402
 from evidence.tables import by_model, section, summary, with_part  # noqa: E402
 from rocketkv.eval.bench.cpu import bench_attention  # noqa: E402
 from rocketkv.eval.bench.decode import bench_decode  # noqa: E402
@@ -72,7 +74,11 @@ def measure(setting: Setting, folder: Path, kvpress_python: str | None) -> dict[
     diverging = [divergence_study(folder / "divergence", setting, METHODS, BUDGETS)]
     if kvpress_python is not None:
         diverging.append(divergence_study(folder / "divergence-press", setting, (PRESS,), BUDGETS, kvpress_python))
-    head_dim = head_dim_of(setting)
+    config = decoder_config(setting.model)
+    if kvpress_python is not None and set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
+        raise ValueError(f"a press prunes sliding-window layers too, which {setting.model} has: no --kvpress-python")
+    versions = None if kvpress_python is None else press_versions(kvpress_python)
+    head_dim = head_dim_of(config)
     at_equal_memory = equal_memory_studies(folder, setting, head_dim, kvpress_python)
     studies = [study for by_length in asked.values() for study in by_length.values()]
     run_studies([*studies, *diverging, *at_equal_memory.values()], setting.threads if setting.device == "cpu" else 1)
@@ -87,6 +93,7 @@ def measure(setting: Setting, folder: Path, kvpress_python: str | None) -> dict[
 
     evidence = {
         **described(setting),
+        **({} if versions is None else {"press": versions}),
         **scores,
         "divergence": divergence([study.result for study in diverging]),
         "equal_memory": equal_memory({method: study.result for method, study in at_equal_memory.items()}, head_dim),
@@ -137,7 +144,7 @@ def main() -> int:
     parser.add_argument("--model", default=SMOLLM2, help="a hub name or a folder (default smollm2)")
     parser.add_argument("--dtype", default="bfloat16", help="of the weights, but for divergence on a CPU")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default cpu)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads, and studies at a time (default 2)")
     for tokens, count in PROMPTS.items():
         parser.add_argument(
             f"--prompts-{tokens}", type=int, default=count, metavar="N", help=f"of that length (default {count})"
@@ -148,6 +155,10 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
     parser.add_argument("--render", action="store_true", help="write tables and pictures from the files of figures")
     args = parser.parse_args()
+    if args.threads < 1:
+        parser.error(f"--threads must be at least 1, got {args.threads}")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(1))  # so that the studies are stopped, too
     if not args.render:
         prompts = {tokens: getattr(args, f"prompts_{tokens}") for tokens in PROMPTS}
         setting = Setting(model=args.model, dtype=args.dtype, device=args.device, threads=args.threads, prompts=prompts)
@@ -155,7 +166,11 @@ def main() -> int:
         folder = _ROOT / ".evidence" / revision() / name
         if args.fresh:
             shutil.rmtree(folder, ignore_errors=True)
-        evidence = {"revision": revision(), **measure(setting, folder, args.kvpress_python)}
+        try:
+            evidence = {"revision": revision(), **measure(setting, folder, args.kvpress_python)}
+        except (ValueError, RuntimeError, OSError) as error:
+            sys.stderr.write(f"{parser.prog}: error: {error}\n")
+            return 1
         write_atomically(FIGURES / f"{name}.json", json.dumps(evidence, indent=1) + "\n")
     render()
     sys.stdout.write(f"written: {FIGURES}, {PAGE}, {README}\n")

@@ -18,9 +18,8 @@ from rocketkv.eval.methods import FULL, Compressed
 from rocketkv.eval.prefill import read_prompt, start
 from rocketkv.eval.tasks.needle import needle_prompt
 from rocketkv.hf.cache import cache_stats
-from rocketkv.hf.loading import load_model
-from rocketkv.hf.models import find_decoder
-from studies.texts import KINDS
+from rocketkv.hf.loading import SMOLLM2, load_model
+from rocketkv.hf.plan import load_config
 
 from .studies import Study
 
@@ -33,6 +32,7 @@ ARMS = {
     "niah_multikey_1": (FULL, "rocketkv+:128", "rocketkv+:256", "rocketkv:128", "rocketkv:256", "rocketkv:512"),
 }
 METHODS, BUDGETS = ("rocketkv+", "rocketkv", "snapkv"), (64, 128, 256, 512)
+TEXTS = ("prose", "manual", "code", "dialogue", "lists", "facts")
 PRESS = "kvpress:ExpectedAttentionPress"  # keeps as many tokens of a prompt as the budget has, and reads them all
 MEMORY_LENGTHS, MEMORY_ARMS = (1024, 2048, 4096, 8064), (FULL, "rocketkv+:256")
 
@@ -45,7 +45,7 @@ class Setting:
         model: a hub name, a folder or `smollm2`.
         dtype: of the weights for needles, memory and time; divergence is measured in float32 on a CPU.
         device: of the weights.
-        threads: of PyTorch on a CPU; the studies run side by side there, with one each.
+        threads: of PyTorch in what is timed; on a CPU also the number of studies at a time, which get one thread each.
         prompts: of each length of a needle task, by the first length of `TASKS`.
     """
 
@@ -106,12 +106,12 @@ def divergence_study(
         budgets: of each method.
         python: the interpreter, where it is not this one.
     """
-    asked = ["--prompt", str(SHORT), "--budgets", *map(str, budgets), "--arms", *methods, "--baseline", methods[0]]
+    asked = ["--prompt", str(SHORT), "--budgets", *map(str, budgets), "--arms", *methods, "--kinds", *TEXTS]
     return Study(
         name="divergence",
         folder=folder,
         options=(*setting.options("auto"), *asked),
-        results=len(KINDS) * len(budgets) * len(methods),
+        results=len(TEXTS) * len(budgets) * len(methods),
         python=python,
     )
 
@@ -123,7 +123,7 @@ def divergence(results: list[dict[str, Any]]) -> dict[str, Any]:
         ValueError: the studies had other tokens, as by another tokenizer.
     """
     if any(result["texts"] != results[0]["texts"] for result in results):
-        raise ValueError("the studies of divergence must read the same tokens; those of the other environment differ")
+        raise ValueError("the studies of divergence must read the same tokens; those of --kvpress-python differ")
     found: dict[str, dict[str, float]] = {}
     for result in results:
         for cell in result["cells"]:
@@ -136,9 +136,13 @@ def divergence(results: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def head_dim_of(setting: Setting) -> int:
-    """Return the head dim of the model's keys."""
-    config: Any = find_decoder(load_model(setting.model, setting.dtype, setting.device)[0])[0].config
+def decoder_config(model: str) -> Any:
+    """Return the configuration of a model's decoder."""
+    return load_model(model)[0].config if model == SMOLLM2 else load_config(model).get_text_config()
+
+
+def head_dim_of(config: Any) -> int:
+    """Return the head dim of the keys from the configuration of a decoder."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
@@ -161,11 +165,6 @@ def measure_bytes(setting: Setting, tokens: int) -> dict[str, Any]:
             "read": stats.total("step_bytes") / stats.total("dense_step_bytes"),
         }
     return {"tokens": prompt.tokens, "arms": found}
-
-
-def press_costs(tokens: int) -> dict[str, dict[str, float]]:
-    """Return the shares of a full cache's bytes that a press stores and reads after a prompt: those of its tokens."""
-    return {f"{PRESS}:{budget}": {"stored": budget / tokens, "read": budget / tokens} for budget in BUDGETS}
 
 
 def measure_memory(setting: Setting, arm: str, tokens: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .measure import BUDGETS, METHODS, PRESS, SHORT, press_costs
+from .measure import BUDGETS, METHODS, PRESS, SHORT
 from .tables import title
 
 COLORS = {"rocketkv+": "#c2410c", "rocketkv": "#1d4ed8", "snapkv": "#6b7280", PRESS: "#15803d"}
@@ -19,13 +19,12 @@ def draw(evidence: dict[str, Any], path: Path) -> None:
     mpl.rcParams.update({"svg.hashsalt": "rocketkv", "font.family": "sans-serif", "font.size": 10})
     figure = Figure(figsize=(9, 3.6), layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2)
-    mean, costs = evidence["divergence"]["mean"], {**evidence["bytes"][str(SHORT)]["arms"], **press_costs(SHORT)}
+    mean, costs = evidence["divergence"]["mean"], evidence["bytes"][str(SHORT)]["arms"]
     for method in (*METHODS, PRESS):
         arms = [f"{method}:{budget}" for budget in BUDGETS]
-        if not set(arms) <= set(mean):  # a press is measured only where kvpress is at hand
-            continue
-        left.plot(BUDGETS, [mean[arm] for arm in arms], "o-", color=COLORS[method], label=method)
-        right.plot(BUDGETS, [costs[arm]["stored"] for arm in arms], "o-", color=COLORS[method], label=method)
+        for axes, values in ((left, mean), (right, {arm: cost["stored"] for arm, cost in costs.items()})):
+            if set(arms) <= set(values):  # a press is measured only where kvpress is installed, and its bytes are not
+                axes.plot(BUDGETS, [values[arm] for arm in arms], "o-", color=COLORS[method], label=method)
     left.set(yscale="log", title=f"KL to the full cache, nats, after {SHORT:,} tokens: less is better")
     left.legend(frameon=False)
     right.axhline(1, color="#111827", linewidth=1, linestyle="--")

@@ -8,15 +8,16 @@ from typing import Any
 from rocketkv.eval.methods import FULL
 
 from .equal_memory import SHARES
-from .measure import ARMS, BUDGETS, LONG, MEMORY_ARMS, METHODS, PRESS, SHORT, TASKS, press_costs
+from .measure import ARMS, BUDGETS, LONG, MEMORY_ARMS, METHODS, PRESS, SHORT, TASKS
 
 TITLES = {"smollm2": "SmolLM2-135M-Instruct", "gemma270m": "Gemma-3-270M"}
 TASK_TITLES = {"needle": "one number in prose", "niah_multikey_1": "RULER multi-key, generated haystack"}
 SUMMARY = (FULL, "rocketkv+:256", "rocketkv:256")
 MIB = 2**20
-_EQUAL_MEMORY = f"""Each method at its largest budget t whose keys, values and index, after {SHORT:,} tokens and without
-room for more, take at most that share of a full cache in 16 bits. Of these a step of the first two reads the bytes of t
-tokens; the others read all that they store."""
+_EQUAL_MEMORY = f"""Each method at the largest budget t with which a compressed layer stores at most this share of a
+full layer, in 16 bits, after {SHORT:,} tokens; "-": no budget does. Spare capacity for generated tokens is not counted,
+unlike in the table above. A decode step of `rocketkv` and `rocketkv+` reads the bytes of t tokens, the others read all
+that they store."""
 
 Evidence = dict[str, Any]
 
@@ -91,7 +92,12 @@ def section(evidence: Evidence) -> str:
     where = host.get("gpu", f"{host['processor']}, {setting['threads']} threads")
     versions = f"torch {host['torch']}, transformers {host['transformers']}"
     steps = evidence["divergence"]["steps"]
+    press = evidence.get("press")
+    of_press = f" `{PRESS}`: kvpress {press['kvpress']} with transformers {press['transformers']}." if press else ""
     kl = f"KL to the full cache's next token in nats, mean over six texts of {SHORT:,} tokens and {steps} steps each."
+    at_equal_memory = []
+    if "equal_memory" in evidence:
+        at_equal_memory = ["### Divergence at equal bytes stored", _EQUAL_MEMORY, equal_memory(evidence)]
     parts = [
         f"## {title(evidence)}",
         f"{where}, {versions}; needles and memory in {setting['dtype']}, seed {evidence['needle']['seed']}.",
@@ -99,11 +105,9 @@ def section(evidence: Evidence) -> str:
         "Percent of the prompts with the right answer, 95 % interval in brackets.",
         *(needles(evidence, task) for task in TASKS),
         "### Divergence and bytes",
-        f"{kl} *Stored*, *read*: shares of a full cache's bytes.",
+        f"{kl} *Stored*, *read*: shares of a full cache's bytes.{of_press}",
         divergence(evidence),
-        "### Divergence at equal bytes stored",
-        _EQUAL_MEMORY,
-        equal_memory(evidence),
+        *at_equal_memory,
         "### Memory and time by prompt length",
         "Peaks above what the process held before, and bytes of the cache, in MiB; one prompt and 32 tokens.",
         memory(evidence),
@@ -139,8 +143,8 @@ def divergence(evidence: Evidence) -> str:
                 continue
             shown = [f"{mean[arm]:.3f}"]
             for tokens in (SHORT, LONG):
-                cost = {**by_length[str(tokens)]["arms"], **press_costs(tokens)}[arm]
-                shown += [f"{cost['stored']:.2f}", f"{cost['read']:.3f}"]
+                cost = by_length[str(tokens)]["arms"].get(arm)
+                shown += [f"{cost['stored']:.2f}", f"{cost['read']:.3f}"] if cost else ["-", "-"]
             rows.append([arm_title(arm), *shown])
     return table(["", "KL", *(f"{what}, {tokens:,}" for tokens in (SHORT, LONG) for what in ("stored", "read"))], rows)
 
