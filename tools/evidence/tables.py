@@ -14,6 +14,7 @@ TITLES = {"smollm2": "SmolLM2-135M-Instruct", "gemma270m": "Gemma-3-270M"}
 TASK_TITLES = {"needle": "one number in prose", "niah_multikey_1": "RULER multi-key, generated haystack"}
 SUMMARY = (FULL, "rocketkv+:256", "rocketkv:256")
 MIB = 2**20
+PEAKS = ("added_prefill_bytes", "added_decode_bytes")
 _EQUAL_MEMORY = f"""Each method at the largest budget t with which a compressed layer stores at most this share of a
 full layer, in 16 bits, after {SHORT:,} tokens; "-": no budget does. Spare capacity for generated tokens is not counted,
 unlike in the table above. A decode step of `rocketkv` and `rocketkv+` reads the bytes of t tokens, the others read all
@@ -57,28 +58,43 @@ def summary(evidence: Evidence) -> str:
         own = [steps[arm.partition(":")[0]] for arm in arms]
         return [f"{steps['stock'] / step:.1f}, {steps['dense preallocated'] / step:.1f}" for step in own]
 
+    peaks = {arm: evidence["memory"][str(LONG)].get(arm) for arm in SUMMARY}
+    shown = [", ".join(_mib(peaks[arm][name]) for name in PEAKS) if peaks[arm] else "-" for arm in SUMMARY]
     rows = [
         row("share of a full cache stored, after 4K and 8K tokens", "1, 1", both("stored")),
         row("share of it read by a decode step", "1, 1", both("read")),
-        row("steps times as fast as stock, as preallocated dense; 8K, float32", "", faster("float32")),
-        row("the same in bfloat16", "", faster("bfloat16")),
+        row("peak memory above the weights: prompt of 8K, decoding after it; MiB", shown[0], shown[1:]),
+        row(
+            "decode steps: times as fast as stock, and as a preallocated dense cache; 8K, float32",
+            "1",
+            faster("float32"),
+        ),
+        row("the same in bfloat16", "1", faster("bfloat16")),
     ]
     for task, name in TASK_TITLES.items():
         part = evidence[task]["lengths"][str(SHORT)]
-        rows.append(row(f"{name}, right of {part['prompts']}; 4K", *_full_and(part, arms)))
+        rows.append(row(f"{name}: right answers of {part['prompts']}; 4K", *_full_and(part, arms)))
     rows.append(row("KL to the full cache, in nats; 4K", "0", [f"{mean[arm]:.3f}" for arm in arms]))
     return table([f"{title(evidence)}", *map(arm_title, SUMMARY)], rows)
 
 
 def by_model(models: Sequence[Evidence]) -> str:
-    """Return the README's table of KL at equal bytes read, by budget and model."""
+    """Return the README's table of KL at equal bytes read, by budget and model, and the shares stored."""
     methods = ("rocketkv", "rocketkv+")
     heads = [f"{title(evidence)}: `{methods[0]}`" for evidence in models]
     rows = []
     for budget in BUDGETS:
-        found = [evidence["divergence"]["mean"][f"{name}:{budget}"] for evidence in models for name in methods]
-        rows.append([str(budget), *(f"{kl:.3f}" for kl in found)])
+        cells = []
+        for evidence in models:
+            for arm in (f"{name}:{budget}" for name in methods):
+                stored = evidence["bytes"][str(SHORT)]["arms"][arm]["stored"]
+                cells.append(f"{evidence['divergence']['mean'][arm]:.3f} ({stored:.2f})")
+        rows.append([str(budget), *cells])
     return table(["budget", *(head for first in heads for head in (first, f"`{methods[1]}`"))], rows)
+
+
+def _mib(count: int | None) -> str:
+    return "-" if count is None else f"{count / MIB:.0f}"
 
 
 def _full_and(part: dict[str, Any], arms: Sequence[str]) -> tuple[str, list[str]]:
@@ -164,12 +180,12 @@ def memory(evidence: Evidence) -> str:
     for tokens, arms in evidence["memory"].items():
         for arm in MEMORY_ARMS:
             found = arms[arm]
-            peaks = [found["added_prefill_bytes"], found["added_decode_bytes"], found["prefill_kv_bytes"]]
+            peaks = [found[name] for name in (*PEAKS, "prefill_kv_bytes")]
             rows.append(
                 [
                     f"{int(tokens):,}",
                     arm_title(arm),
-                    *("-" if peak is None else f"{peak / MIB:.0f}" for peak in peaks),
+                    *map(_mib, peaks),
                     f"{found['first_token_seconds']:.2f}",
                     f"{1000 * found['step_seconds']:.0f}",
                 ]
