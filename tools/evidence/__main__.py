@@ -58,10 +58,14 @@ PROMPTS = {SHORT: 100, LONG: 30}
 
 
 def revision() -> str:
-    """Return a hash of the measured code: the trees of library, harness and studies, uncommitted changes included."""
-    paths = ["rocketkv", "kernels", "eval", "studies"]
-    trees = subprocess.run(["git", "ls-files", "-s", *paths], cwd=_ROOT, capture_output=True, text=True, check=True)
-    changes = subprocess.run(["git", "diff", "HEAD", *paths], cwd=_ROOT, capture_output=True, text=True, check=True)
+    """Return a hash of the measured code: the modules of library, harness and studies, uncommitted changes included."""
+    paths = [f"{folder}/*.py" for folder in ("rocketkv", "kernels", "eval", "studies")]
+    trees = subprocess.run(
+        ["git", "ls-files", "-s", "--", *paths], cwd=_ROOT, capture_output=True, text=True, check=True
+    )
+    changes = subprocess.run(
+        ["git", "diff", "HEAD", "--", *paths], cwd=_ROOT, capture_output=True, text=True, check=True
+    )
     return hashlib.sha256((trees.stdout + changes.stdout).encode()).hexdigest()[:16]
 
 
