@@ -11,6 +11,7 @@ import torch
 
 import eval_case
 from rocketkv.core import residual, sketch
+from rocketkv.eval.methods import Compressed
 from studies import divergence
 from studies.divergence import Settings, arm_of, holm, markdown, study, worse
 from studies.texts import KINDS, made_texts
@@ -40,8 +41,9 @@ def test_holms_correction() -> None:
 def test_forms_replace_what_they_say_and_give_it_back() -> None:
     own = residual.overestimate, sketch.channel_balance
     arm = arm_of("rocketkv+:unbalanced,sketch-mass,no-residual", 64, Settings(prompt=512), 16, (0,))
-    assert arm.method.config.split is not None  # type: ignore[attr-defined]
-    assert not arm.method.config.split.residual  # type: ignore[attr-defined]
+    assert isinstance(arm.method, Compressed)
+    assert arm.method.config.split is not None
+    assert not arm.method.config.split.residual
     with arm.in_form():
         high, low = torch.tensor(3.0), torch.tensor(1.0)
         assert residual.overestimate(high, low) == -2

@@ -1,4 +1,4 @@
-"""Studies that run side by side: all results are there, and a failure stops the rest and says why. Equal memory."""
+"""Studies that run side by side, what happens when one fails, and the figures made of their results."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ from tools.evidence.equal_memory import budgets_of, equal_memory, stored_bytes
 from tools.evidence.measure import PRESS, SHORT, divergence
 from tools.evidence.studies import Study, run_studies
 
-# In place of an interpreter: keeps a journal, and waits for the folder `other`, if it is asked to.
+# Stands for an interpreter that runs a study: fails, runs for ten minutes, or waits until the second study has begun.
 PROGRAM = """
 import json, sys, time
 from pathlib import Path

@@ -120,7 +120,7 @@ def divergence(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the mean KL of every method and budget, over texts and by text, from the results of the studies.
 
     Raises:
-        ValueError: the studies had other tokens, as by another tokenizer.
+        ValueError: the studies read different tokens, as with another tokenizer.
     """
     if any(result["texts"] != results[0]["texts"] for result in results):
         raise ValueError("the studies of divergence must read the same tokens; those of --kvpress-python differ")
@@ -191,7 +191,7 @@ def measure_memory(setting: Setting, arm: str, tokens: int) -> dict[str, Any]:
 
 
 def described(setting: Setting) -> dict[str, Any]:
-    """Return the settings as JSON has them, with the versions of what ran."""
+    """Return the settings for JSON, with machine and versions."""
     import transformers
 
     from rocketkv._version import __version__
