@@ -61,30 +61,32 @@ def causal_attention(
         dropout: probability of dropping a weight.
 
     Returns:
-        [B, n, H, Dv] in the query's dtype. A query that sees no key returns zeros.
+        [B, n, H, Dv] in the query's dtype. A query that sees no key returns zeros; what padding returns has no meaning.
     """
     length, size = query.shape[2], key.shape[2]
     if window is not None and window >= size:
         window = None
-    if valid is not None and starts is None:
-        starts = _compacted_starts(valid, length) if window is None else None
-        if starts is None:
+    # Each row's first token and first query.
+    firsts = None if starts is None else [(start, max(0, start - (size - length))) for start in starts]
+    if valid is not None and firsts is None:
+        firsts = _compacted_firsts(valid, length) if window is None else None
+        if firsts is None:
             return _among_padding(query, key, value, params, valid, window, dropout)
         order = valid.byte().argsort(dim=-1, stable=True)[..., None]  # padding first, then the tokens in their order
         key, value = (part.gather(2, order.expand_as(part)) for part in (key, value))
-    if starts is None or not any(starts):
+    if firsts is None or not any(start for start, _ in firsts):
         return _attend(query, key, value, params, window, dropout)
     out = query.new_zeros(query.shape[0], length, query.shape[1], value.shape[-1])
-    for i, start in enumerate(starts):
-        row, first = slice(i, i + 1), max(0, start - (size - length))
+    for i, (start, first) in enumerate(firsts):
+        row = slice(i, i + 1)
         if first < length:
             tokens = query[row, :, first:], key[row, :, start:], value[row, :, start:]
             out[row, first:] = _attend(*tokens, params, window, dropout)
     return out
 
 
-def _compacted_starts(valid: Tensor, length: int) -> list[int] | None:
-    """Return where rows start once their tokens are moved to the end, in their order.
+def _compacted_firsts(valid: Tensor, length: int) -> list[tuple[int, int]] | None:
+    """Return the first token and the first query of rows whose tokens are moved to the end, in their order.
 
     None if that moves queries, or if KV heads store different numbers of tokens.
     """
@@ -93,7 +95,8 @@ def _compacted_starts(valid: Tensor, length: int) -> list[int] | None:
     counts = valid.sum(-1)
     if moved or (counts != counts[:, :1]).any():
         return None
-    return (valid.shape[2] - counts[:, 0]).tolist()
+    missing = torch.stack((valid.shape[2] - counts[:, 0], length - queries[:, 0].sum(-1)), 1)
+    return [(start, first) for start, first in missing.tolist()]
 
 
 def _among_padding(
