@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import rocketkv
+from close import assert_as_precise
 from pairs import pairs
 from rocketkv.hf.layer import rocketkv_layers
 from tiny import FAMILIES, LARGE, SMALL, TRANSFORMERS, WINDOW, build, greedy, hand_written, left_padded, prompt
@@ -41,7 +42,10 @@ def test_within_the_budget_the_stock_model(family: str, padded: bool, chunk: int
         stored = [layer.tokens_stored for layer in handle.stats().layers if layer.compressed]
     assert stored == [101 + 11] * len(stored) != []
     assert tokens.equal(expected)
-    close(logits, expected_logits)
+    if (logits - expected_logits).abs().max() > 1e-5:  # on some processors: is it less exact than the stock model?
+        exact_tokens, exact_logits, _ = greedy(build(family).double(), inputs, prefill_chunk_size=chunk)
+        assert exact_tokens.equal(expected)
+        assert_as_precise(logits, expected_logits, exact_logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
