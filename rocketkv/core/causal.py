@@ -61,7 +61,7 @@ def causal_attention(
         dropout: probability of dropping a weight.
 
     Returns:
-        [B, n, H, Dv] in the query's dtype. A query that sees no key returns zeros; what padding returns has no meaning.
+        [B, n, H, Dv] in the query's dtype. A query that sees no key returns zeros. Outputs of padding have no meaning.
     """
     length, size = query.shape[2], key.shape[2]
     if window is not None and window >= size:
