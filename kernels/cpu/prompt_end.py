@@ -24,8 +24,6 @@ _LINE = 64  # bytes of a cache line
 class Weighed(NamedTuple):
     """The result of `weigh_chosen`: see `rocketkv.core.calibration.Weighed`."""
 
-    weights: Tensor
-    total: Tensor | None
     chosen: Tensor
     chosen_estimate: Tensor
     rest_estimate: Tensor
@@ -178,7 +176,7 @@ def weigh_chosen(
 
     Args:
         estimates: [p, n, G, N] float32, estimated logits of p rows and KV heads, minus infinity at unseen tokens.
-        logits: [p, n, G, N] float32, the exact ones; overwritten with weights.
+        logits: [p, n, G, N] float32, the exact ones.
         values: [p, N, Dv] float32.
         k: tokens to choose, at most N.
         sinks: [p, n, G] float32, learned sinks, or None.
@@ -218,7 +216,7 @@ def weigh_chosen(
     )
     block = _block(operands)
     run(weigh_entry(), ctypes.addressof(block), threads)
-    total, chosen, estimate, rest = numbers.unbind(-1)
+    chosen, estimate, rest = numbers.unbind(-1)
     seen = (estimates[:, :, 0] != -torch.inf).float()
     others = torch.bmm(seen, values).sub_(sums[:, :, group]), seen.sum(-1).sub_(counts)
-    return Weighed(logits, None if sinks is None else total, chosen, estimate, rest, sums[:, :, :group], *others)
+    return Weighed(chosen, estimate, rest, sums[:, :, :group], *others)

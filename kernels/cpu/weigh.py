@@ -15,7 +15,7 @@ from .pages import fill
 from .select import exponentials, least_chosen, list_tokens, masses, rank
 
 SIGNATURE = types.void(types.CPointer(types.int64))
-NUMBERS = 4  # of a query and head: masses of all and of the chosen tokens, their estimate, and the rest's
+NUMBERS = 3  # of a query and head: mass of the chosen tokens, its estimate, and that of the rest
 _ZERO, _ONE, _LEAST, _INFINITE = (np.float32(x) for x in (0, 1, -np.inf, np.inf))
 _NAN_RANK, _NO_UNIT = np.float32(-1), np.float32(-2)
 
@@ -47,18 +47,18 @@ _W = WeighOperands(*range(len(WeighOperands._fields)))
 
 
 @exact
-def _copy(start, to, count, factor):
-    """Copy `count` numbers between addresses, times a factor."""
+def _copy(start, to, count):
+    """Copy `count` numbers between addresses."""
     keep_apart()
     source, target = array(start, count, np.float32), array(to, count, np.float32)
     for i in range(count):
-        target[i] = source[i] * factor
+        target[i] = source[i]
 
 
 @exact
 def _padded_exponentials(start, to, stored, tiles, lanes):
     """Write e^(score - peak) of scores at an address, in whole tiles; returns the peak and the sum."""
-    _copy(start, to, stored, _ONE)
+    _copy(start, to, stored)
     fill(array(to, tiles * LANES, np.float32), stored, tiles * LANES, _LEAST)
     return exponentials(to, tiles, lanes)
 
@@ -76,7 +76,7 @@ def _choose(ints, query, local, tiles, lanes, chosen):
         if ints[_W.sinks]:
             total += np.float32(math.exp(load(ints[_W.sinks] + 4 * (query * group + g), np.float32) - peak))
         rank(local, own, tiles, _ONE / total, g == 0, ints[_W.by_largest] != 0)
-        numbers[NUMBERS * g + 2] = peak
+        numbers[NUMBERS * g + 1] = peak
     for t in range(stored):
         if shared[t] != shared[t]:
             shared[t] = _NAN_RANK
@@ -87,9 +87,9 @@ def _choose(ints, query, local, tiles, lanes, chosen):
     list_tokens(shared, number, stored, 1, 1, least, k, chosen)
     for g in range(group):
         own, others = masses(array(scores + g * step, tiles * LANES, np.float32), number, stored, _ONE, _ONE)
-        peak = numbers[NUMBERS * g + 2]
-        numbers[NUMBERS * g + 2] = peak + np.float32(math.log(own))
-        numbers[NUMBERS * g + 3] = peak + np.float32(math.log(others))
+        peak = numbers[NUMBERS * g + 1]
+        numbers[NUMBERS * g + 1] = peak + np.float32(math.log(own))
+        numbers[NUMBERS * g + 2] = peak + np.float32(math.log(others))
 
 
 @fast
@@ -104,17 +104,15 @@ def _weigh(weights, peak):
 
 
 @exact
-def _attend(ints, query, local, tiles, lanes, chosen, weights, ones):
-    """Attend to the chosen tokens with each head of a query, and replace all its logits by weights."""
+def _attend(ints, query, chosen, weights, ones):
+    """Attend to the chosen tokens with each head of a query."""
     stored, group, dim, k = ints[_W.stored], ints[_W.group], ints[_W.value_dim], ints[_W.top_k]
     values = ints[_W.values] + 4 * (query // ints[_W.window]) * stored * dim
     sums = ints[_W.sums] + 4 * query * (group + 1) * dim
     fill(array(sums, (group + 1) * dim, np.float32), 0, (group + 1) * dim, _ZERO)
     numbers = array(ints[_W.numbers] + 4 * NUMBERS * query * group, NUMBERS * group, np.float32)
-    padded = local + 8 * tiles * LANES
     for g in range(group):
-        place = ints[_W.logits] + 4 * (query * group + g) * stored
-        logits = array(place, stored, np.float32)
+        logits = array(ints[_W.logits] + 4 * (query * group + g) * stored, stored, np.float32)
         peak = _LEAST
         for j in range(k):
             weights[j] = logits[chosen[j]]
@@ -122,13 +120,10 @@ def _attend(ints, query, local, tiles, lanes, chosen, weights, ones):
             if weights[j] > peak or weights[j] != weights[j]:
                 peak = weights[j]
         total = _weigh(weights, peak)
-        numbers[NUMBERS * g + 1] = peak + np.float32(math.log(total))
+        numbers[NUMBERS * g] = peak + np.float32(math.log(total))
         for j in range(k):
             weights[j] /= total
         add_values(array(sums + 4 * g * dim, dim, np.float32), values, chosen, weights, k, dim, np.float32)
-        peak, total = _padded_exponentials(place, padded, stored, tiles, lanes)
-        numbers[NUMBERS * g] = peak + np.float32(math.log(total))
-        _copy(padded, place, stored, _ONE / total)
     add_values(array(sums + 4 * group * dim, dim, np.float32), values, chosen, ones, k, dim, np.float32)
     seen = _ZERO
     for j in range(k):
@@ -153,6 +148,6 @@ def weigh_chosen(fingerprint: str, cache: bool) -> Any:
             if query >= ints[_W.queries]:
                 break
             _choose(ints, query, local, tiles, lanes, chosen)
-            _attend(ints, query, local, tiles, lanes, chosen, weights, ones)
+            _attend(ints, query, chosen, weights, ones)
 
     return cfunc(SIGNATURE, cache=cache, error_model="numpy")(named_apart(weigh, fingerprint[:16]))

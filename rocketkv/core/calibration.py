@@ -4,7 +4,8 @@ Beyond the paper. The residual adds the mean value of the tokens that a step doe
 estimated weights. The estimates are noisy, and the plain mean differs from the weighted mean. So in some heads a
 smaller weight, or none, comes closer to exact attention. The fit treats each query of the window as a decode step and
 multiplies the residual's weight by a factor f. The softmax total hardly depends on f; if it is taken as constant, the
-output is linear in f, and the least-squares f has a closed form.
+output is linear in f, and the least-squares f has a closed form. The error is that to attention to the whole prompt: so
+the residual also stands for the tokens that stage 1 evicts, as far as their mean value is like that of the others.
 
 The fit is cross-validated: f is fitted on every other query and evaluated on the rest, and the reverse. If this
 increases a head's error over that without a residual, the head's factor is `LEAST`.
@@ -29,16 +30,14 @@ from .topk import full_precision, select
 # Keeps f near 1 where the squared relative errors of all queries sum to less than this; far above rounding errors.
 NEGLIGIBLE = 1e-6
 
-# Bounds of f. A larger f would make up for tokens that stage 1 evicted, which no step can estimate.
-LEAST, MOST = 1e-4, 1.6
+# Bounds of f.
+LEAST, MOST = 1e-4, 3.0
 
 
 class Weighed(NamedTuple):
     """The result of `weigh_chosen`, all float32; masses are log-sum-exps of logits.
 
     Attributes:
-        weights: [p, n, G, N], weights of attention to all tokens; may be the memory of the logits.
-        total: [p, n, G], mass of all tokens, or None without sinks.
         chosen: [p, n, G], mass of the chosen tokens.
         chosen_estimate: [p, n, G], estimated mass of these tokens.
         rest_estimate: [p, n, G], estimated mass of the rest.
@@ -47,8 +46,6 @@ class Weighed(NamedTuple):
         rest_count: [p, n], number of tokens of the rest.
     """
 
-    weights: Tensor
-    total: Tensor | None
     chosen: Tensor
     chosen_estimate: Tensor
     rest_estimate: Tensor
@@ -97,11 +94,8 @@ def weigh_chosen(
     chosen_estimate = estimates.gather(3, by_head).logsumexp(-1)
     rest_estimate = estimates.scatter(3, by_head, -torch.inf).logsumexp(-1)
     rest = (logits[:, :, 0] != -torch.inf).scatter_(2, places, False)
-    weights, total = logits.softmax(-1), None if sinks is None else logits.logsumexp(-1)
     logits.masked_fill_(rest[:, :, None], -torch.inf)
     return Weighed(
-        weights=weights,
-        total=total,
         chosen=logits.logsumexp(-1),
         chosen_estimate=chosen_estimate,
         rest_estimate=rest_estimate,
@@ -113,6 +107,7 @@ def weigh_chosen(
 
 def fitted_bias(
     query: Tensor,
+    exact: Tensor,
     buffers: DecodeBuffers,
     index: TokenIndex,
     params: AttentionParams,
@@ -125,10 +120,11 @@ def fitted_bias(
 ) -> Tensor:
     """Return log f of each query head, the `bias` of `residual_attend`.
 
-    Errors are measured against exact attention to all stored tokens. No host sync.
+    No host sync.
 
     Args:
         query: [B, H, W, D], the queries of the prompt's last W tokens (the observation window).
+        exact: [B, W, H, Dv], the outputs of their causal attention to all tokens that the prompt had before stage 1.
         buffers: the prompt's compacted tokens and their index.
         index: the sketch index of the keys.
         params: the model's attention parameters.
@@ -146,7 +142,7 @@ def fitted_bias(
     if split.top_k is None or stored <= split.token_budget:
         return query.new_zeros(batch, heads, dtype=torch.float32)
     with full_precision(query.device):
-        terms = _terms(query, buffers, index, params, split, stored, seen, weigh)
+        terms = _terms(query, exact, buffers, index, params, split, stored, seen, weigh)
     terms = terms.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).view(2, batch, -1, *terms.shape[2:])
     if valid is not None:
         terms.masked_fill_(~valid[:, None, :, None], 0)
@@ -169,35 +165,9 @@ def _first_late(positions: Tensor, first_query: int) -> int:
     return int(seen.logical_not().byte().argmax()) if not seen.all() else positions.shape[1]
 
 
-class _Attention(NamedTuple):
-    """Attention of queries to the tokens that they see, of which a step attends to some and leaves out the rest.
-
-    The dimensions are rows times KV heads, queries, G and Dv, where the sum and the number of the rest have 1 for G.
-    Masses are log-sum-exps of logits.
-
-    Attributes:
-        total: mass of all seen tokens, or None without sinks.
-        chosen: mass of the tokens that a step attends to.
-        chosen_estimate: estimated mass of these tokens.
-        rest_estimate: estimated mass of the rest.
-        out: output of attention to all seen tokens.
-        chosen_out: output of attention to the tokens that a step attends to.
-        rest_sum: sum of the values of the rest.
-        rest_count: number of tokens of the rest.
-    """
-
-    total: Tensor | None
-    chosen: Tensor
-    chosen_estimate: Tensor
-    rest_estimate: Tensor
-    out: Tensor
-    chosen_out: Tensor
-    rest_sum: Tensor
-    rest_count: Tensor
-
-
 def _terms(
     query: Tensor,
+    exact: Tensor,
     buffers: DecodeBuffers,
     index: TokenIndex,
     params: AttentionParams,
@@ -239,22 +209,18 @@ def _terms(
             asked = queries[own, part].flatten(1, 2)
             estimates = index.score(asked, tensors, own_keys[:, None], params, stored=stored, lengths=None)
             own_queries = scaled[own, part]
-            parts.append(_attention(own_queries, own_keys, own_values, unseen, estimates, own_params, split, weigh))
+            parts.append(_weighed(own_queries, own_keys, own_values, unseen, estimates, own_params, split, weigh))
         blocks.append(_joined(parts, 1))
-    found = _joined(blocks, 0)
-    return _error_terms(found, sinks)
+    out = exact.view(batch, window, -1, group, exact.shape[-1]).transpose(1, 2).flatten(0, 1).float()
+    return _error_terms(_joined(blocks, 0), out, sinks)
 
 
-def _joined(parts: list[_Attention], dim: int) -> _Attention:
-    """Concatenate the tensors of some records."""
-    if len(parts) == 1:
-        return parts[0]
-    totals = [part.total for part in parts if part.total is not None]
-    others = [torch.cat(tensors, dim) for tensors in zip(*(part[1:] for part in parts), strict=True)]
-    return _Attention(torch.cat(totals, dim) if totals else None, *others)
+def _joined(parts: list[Weighed], dim: int) -> Weighed:
+    """Concatenate the tensors of some results."""
+    return parts[0] if len(parts) == 1 else Weighed(*(torch.cat(tensors, dim) for tensors in zip(*parts, strict=True)))
 
 
-def _attention(
+def _weighed(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -263,8 +229,8 @@ def _attention(
     params: AttentionParams,
     split: BudgetSplit,
     weigh: Callable[..., Weighed],
-) -> _Attention:
-    """Attend with n queries of p rows and KV heads.
+) -> Weighed:
+    """Choose tokens as n steps of p rows and KV heads would, and attend to them.
 
     Args:
         query: [p, n, G, D] float32, times the scaling.
@@ -285,7 +251,7 @@ def _attention(
         logits = logits.div_(params.softcap).tanh_().mul_(params.softcap)
     for scores in (estimates, logits):
         scores[..., late:].masked_fill_(unseen[:, :, None], -torch.inf)
-    found = weigh(
+    return weigh(
         estimates,
         logits,
         values,
@@ -294,29 +260,17 @@ def _attention(
         protected=split.protected,
         by_largest=split.by_largest,
     )
-    return _Attention(
-        total=found.total,
-        chosen=found.chosen,
-        chosen_estimate=found.chosen_estimate,
-        rest_estimate=found.rest_estimate,
-        out=torch.bmm(found.weights.flatten(1, 2), values).view(pairs, count, group, -1),
-        chosen_out=found.chosen_out,
-        rest_sum=found.rest_sum[:, :, None],
-        rest_count=found.rest_count[..., None, None],
-    )
 
 
-def _error_terms(found: _Attention, sinks: Tensor | None) -> Tensor:
-    """Return the terms of `_terms` for all queries; sinks [rows, W, G]."""
-    out, rest = found.out, found.rest_estimate - overestimate(found.chosen, found.chosen_estimate)
+def _error_terms(found: Weighed, out: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return the terms of `_terms` for all queries: `out` [rows, W, G, Dv] are exact outputs, `sinks` [rows, W, G]."""
+    rest = found.rest_estimate - overestimate(found.chosen, found.chosen_estimate)
     # Shares of the softmax total: chosen tokens, residual, learned sink. The sink has no value.
-    if sinks is None or found.total is None:
-        share = torch.stack((found.chosen, rest), -1).softmax(-1)
-        fixed = (out - found.chosen_out).mul_(share[..., :1])
-    else:
-        share = torch.stack((found.chosen, rest, sinks), -1).softmax(-1)
-        out = out * torch.sigmoid(found.total - sinks)[..., None]
-        fixed = (out - found.chosen_out).mul_(share[..., :1]).addcmul_(share[..., 2:], out)
-    mean = found.rest_sum / found.rest_count.clamp_(min=1)
+    masses = (found.chosen, rest) if sinks is None else (found.chosen, rest, sinks)
+    share = torch.stack(masses, -1).softmax(-1)
+    fixed = (out - found.chosen_out).mul_(share[..., :1])
+    if sinks is not None:
+        fixed.addcmul_(share[..., 2:], out)
+    mean = found.rest_sum.div(found.rest_count[..., None].clamp(min=1))[:, :, None]
     linear = (mean - out).mul_(share[..., 1:2])
     return torch.stack((fixed, linear)).mul_(linear).sum(-1).div_(out.square().sum(-1))

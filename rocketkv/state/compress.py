@@ -15,6 +15,7 @@ from torch import Tensor
 from ..budget import BudgetSplit, with_protected
 from ..config import RocketKVConfig
 from ..core.calibration import fitted_bias
+from ..core.causal import causal_attention
 from ..core.decode import DecodeBuffers
 from ..core.eviction import TORCH_OPS, EvictionOps, pooled, prompt_scores
 from ..core.index import index_of
@@ -78,6 +79,7 @@ def close_prompt(
     if valid is not None:
         _refuse_padded_ends(split, valid, counts.longest_padded_end)
         queries = queries.masked_fill(~valid[:, :1, -queries.shape[2] :, None], 0)
+    exact = _exact_outputs(queries, keys, values, valid, split, params)
     slots: Tensor | None = None
     restorable = store.restorable  # if this prompt evicts nothing, crops can return to the last eviction
     if split.kept_tokens is not None and longest > split.kept_tokens:
@@ -116,7 +118,7 @@ def close_prompt(
     )
     store.phase, store.restorable = decoding, restorable
     window = None if valid is None else valid[:, 0, -queries.shape[2] :]
-    _derive(store, decoding, queries, window, params, index_dtype, ops)
+    _derive(store, decoding, queries, exact, window, params, index_dtype, ops)
     if decode_capacity is not None:
         store.clock()
 
@@ -215,12 +217,21 @@ def _kept_slots(
     return ops.select_top(scores, kept)
 
 
+@torch.no_grad()  # a model's learned sinks are parameters
+def _exact_outputs(
+    queries: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, split: BudgetSplit, params: AttentionParams
+) -> Tensor | None:
+    """Return the window's outputs [B, W, H, Dv] of attention to all tokens, or None if the split is not calibrated."""
+    return causal_attention(queries, keys, values, params, valid=valid) if split.calibrated else None
+
+
 @torch.inference_mode(False)  # buffers may be written in a later call that is not in inference mode
 @torch.no_grad()  # a model's learned sinks are parameters
 def _derive(
     store: KVStore,
     decoding: DecodeTokens,
     queries: Tensor,
+    exact: Tensor | None,
     window: Tensor | None,
     params: AttentionParams,
     index_dtype: torch.dtype | None,
@@ -235,9 +246,9 @@ def _derive(
     if split.residual:
         missed = torch.full(queries.shape[:2], torch.nan, dtype=torch.float32, device=queries.device)
         buffers = buffers._replace(value_sum=sum_values(buffers.values, lens.longest, lengths), missed=missed)
-    if split.calibrated and index is not None:
-        counts = {"stored": lens.longest, "seen": lens.seen}
-        bias = fitted_bias(queries, buffers, index, params, split=split, valid=window, weigh=ops.weigh_chosen, **counts)
+    if exact is not None and index is not None:
+        counts = {"stored": lens.longest, "seen": lens.seen, "valid": window}
+        bias = fitted_bias(queries, exact, buffers, index, params, split=split, weigh=ops.weigh_chosen, **counts)
         buffers = buffers._replace(residual_bias=bias)
     decoding.buffers = buffers
 

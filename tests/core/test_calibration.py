@@ -33,15 +33,15 @@ WINDOW, SIZE = 5, 70
 
 def closed(
     heads: int, kv_heads: int, *, batch: int = 1, valid: Tensor | None = None, split: BudgetSplit = SPLIT, **extras: Any
-) -> tuple[KVStore, Tensor]:
-    """Return a store after a prompt, and its window's queries [B, H, W, D]."""
+) -> tuple[KVStore, Tensor, tuple[Tensor, Tensor]]:
+    """Return a store after a prompt, its window's queries [B, H, W, D], and all keys and values of the prompt."""
     query, key = torch.randn(batch, heads, SIZE, 16) * 2, torch.randn(batch, kv_heads, SIZE, 16)
     value = torch.randn(batch, kv_heads, SIZE, 11)
     store = KVStore()
     store.extend(key, value, valid, expected=SIZE)
     store.prompt.remember(query, WINDOW)
     close_prompt(store, split, AttentionParams(0.25, **extras), decode_reserve=8, kernel_size=3)
-    return store, query[:, :, -WINDOW:]
+    return store, query[:, :, -WINDOW:], (key, value)
 
 
 def bias_of(store: KVStore) -> Tensor:
@@ -51,13 +51,17 @@ def bias_of(store: KVStore) -> Tensor:
 
 
 def naive_terms(
-    query: Tensor, keys: Tensor, values: Tensor, estimates: Tensor, chosen: list[int], seen: list[int], **exact: Any
+    query: Tensor,
+    out: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    estimates: Tensor,
+    chosen: list[int],
+    seen: list[int],
+    **exact: Any,
 ) -> tuple[float, float]:
-    """Return the two products of one query [D], one KV head's keys and values, and the estimated logits [N]."""
-    sink = exact.pop("sink")
-    weights = softmax_weights(query, keys[seen], sink=sink, **exact)
-    out = weights @ values[seen].double()
-    cap = exact["softcap"]
+    """Return the two products of one query [D] with output [Dv], one KV head's stored tokens, and estimated logits."""
+    sink, cap = exact.pop("sink"), exact["softcap"]
     logits = (keys.double() @ query.double()) * exact["scaling"]
     logits = logits if cap is None else torch.tanh(logits / cap) * cap
     others = [token for token in seen if token not in chosen]
@@ -88,7 +92,7 @@ def test_the_factor_is_that_of_least_squares(heads: int, kv_heads: int, extras: 
     sinks = torch.randn(heads) if extras == "sinks" else None
     exact: dict[str, Any] = {"softcap": 3.0 if extras == "softcap" else None, "sinks": sinks}
     split = replace(SPLIT, by_largest=by_largest)
-    store, window = closed(heads, kv_heads, split=split, **exact)
+    store, window, (all_keys, all_values) = closed(heads, kv_heads, split=split, **exact)
     buffers, index, group, stored = store.decoding.buffers, index_of(split), heads // kv_heads, store.stored
     keys, values, positions, params = *buffers[:3], AttentionParams(0.25, exact["softcap"])
     assert index is not None
@@ -105,14 +109,15 @@ def test_the_factor_is_that_of_least_squares(heads: int, kv_heads: int, extras: 
                 weights.append(mass / (mass.sum() + (0.0 if sinks is None else float(sinks[h].exp()))))
             weight = torch.stack(weights)
             chosen = [seen[i] for i in top(weight.amax(0) if by_largest else weight.mean(0), 11)]
+            read = slice(SIZE - WINDOW + w + 1)
             for h in own:
-                sums[w % 2, :, h] += torch.tensor(
-                    naive_terms(
-                        query[0, h], keys[0, g, :stored], values[0, g, :stored], estimates[h],
-                        chosen, seen, scaling=0.25, softcap=exact["softcap"],
-                        sink=None if sinks is None else float(sinks[h]),
-                    )
-                )  # fmt: skip
+                settings = {"scaling": 0.25, "softcap": exact["softcap"]}
+                settings["sink"] = None if sinks is None else float(sinks[h])
+                out = softmax_weights(query[0, h], all_keys[0, g, read], **settings) @ all_values[0, g, read].double()
+                terms = naive_terms(
+                    query[0, h], out, keys[0, g, :stored], values[0, g, :stored], estimates[h], chosen, seen, **settings
+                )
+                sums[w % 2, :, h] += torch.tensor(terms)
     fitted = factor_of(*sums.sum(0))
     added = torch.zeros(heads, dtype=torch.float64)
     for half, (cross, square) in enumerate(sums):
@@ -128,7 +133,7 @@ def test_it_keeps_no_graph_of_a_models_parameters() -> None:
     sinks = torch.nn.Parameter(torch.randn(6))
     for context in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):
         with context:
-            store, _ = closed(6, 2, sinks=sinks)
+            store, *_ = closed(6, 2, sinks=sinks)
         assert not bias_of(store).requires_grad
         assert not bias_of(store).is_inference()
         copy.deepcopy(store)
@@ -146,8 +151,9 @@ def test_a_group_shares_its_keys(batch: int) -> None:
     )
     buffers, index = DecodeBuffers(keys, values, positions, lengths, sketch), index_of(SPLIT)
     assert index is not None
+    params, exact = AttentionParams(0.25), torch.randn(batch, 1, 8, 16)
     with Tracker([query, keys, values, *sketch]) as tracker:
-        calibration.fitted_bias(query, buffers, index, AttentionParams(0.25), split=SPLIT, stored=size, seen=size)
+        calibration.fitted_bias(query, exact, buffers, index, params, split=SPLIT, stored=size, seen=size)
     assert tracker.largest[0] < keys.nbytes + values.nbytes
 
 
@@ -159,11 +165,11 @@ def padded(*missing: int) -> Tensor:
 
 
 def test_rows_that_are_read_whole_have_none_and_padding_says_nothing() -> None:
-    store, _ = closed(6, 2, batch=3, valid=padded(0, SIZE - 20, SIZE - 2))
+    store, *_ = closed(6, 2, batch=3, valid=padded(0, SIZE - 20, SIZE - 2))
     assert (bias_of(store)[0] != 0).all()
     assert (bias_of(store)[1:] == 0).all()
     # Nothing is left out while all that is stored may be read.
-    store, _ = closed(6, 2, split=replace(SPLIT, kept_tokens=24))
+    store, *_ = closed(6, 2, split=replace(SPLIT, kept_tokens=24))
     assert (bias_of(store) == torch.zeros(1, 6)).all()
 
 
