@@ -20,6 +20,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models import huggingface
 from tqdm import tqdm
 
+from ..budget import DEFAULT_METHOD
 from ..config import RocketKVConfig
 from ..hf.cache import cache_stats
 from ..hf.loading import SMOLLM2, load_smollm2
@@ -45,7 +46,11 @@ class RocketKVLM(huggingface.HFLM):  # type: ignore[misc]  # lm-eval ships no ty
     """
 
     def __init__(
-        self, pretrained: Any, method: str | Method = "rocketkv", token_budget: int | str | None = None, **kwargs: Any
+        self,
+        pretrained: Any,
+        method: str | Method = DEFAULT_METHOD,
+        token_budget: int | str | None = None,
+        **kwargs: Any,
     ) -> None:
         names = {field.name for field in fields(RocketKVConfig)} & set(kwargs)
         settings = {name: kwargs.pop(name) for name in names}

@@ -385,6 +385,9 @@ _METHODS = {method.name: method for method in _TABLE}
 METHODS: Mapping[str, Method] = MappingProxyType(_METHODS)
 """Every method by name, read-only; `register_method` adds to it."""
 
+DEFAULT_METHOD = "rocketkv+"
+"""The method of `RocketKVConfig()` and of the commands."""
+
 
 def register_method(method: Method) -> None:
     """Add a method; `patch`, caches, plans and evaluations then accept its name.

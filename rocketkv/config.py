@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import Any
 
-from .budget import METHODS, BudgetSplit
+from .budget import DEFAULT_METHOD, METHODS, BudgetSplit
 
 LOSS_BOUND = 0.5  # by default
 INDEX_DTYPES = ("keys", "float8_e5m2")
@@ -90,7 +90,7 @@ class RocketKVConfig:
         ValueError: a field has an impossible value, fields contradict each other, or the budget is too small.
     """
 
-    method: str = "rocketkv"
+    method: str = DEFAULT_METHOD
     token_budget: int = 512
     decode_capacity: int | None = None
     max_error: float | None = None

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from .budget import METHODS
+from .budget import DEFAULT_METHOD, METHODS
 
 T = TypeVar("T")
 
@@ -113,6 +113,6 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
 def add_method_options(parser: argparse.ArgumentParser, *, budget: int) -> None:
     """Add --method and --budget, with `budget` tokens as its default."""
     names = f"{', '.join(METHODS)} (default %(default)s)"
-    parser.add_argument("--method", type=method_name, default="rocketkv", metavar="NAME", help=names)
+    parser.add_argument("--method", type=method_name, default=DEFAULT_METHOD, metavar="NAME", help=names)
     tokens = "token budget of a decode step (default %(default)s)"
     parser.add_argument("--budget", type=positive, default=budget, metavar="T", help=tokens)

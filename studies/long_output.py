@@ -151,7 +151,7 @@ def divergence(
 
 def speed(model: PreTrainedModel, prompts: Tensor, settings: Settings) -> dict[str, Any]:
     """Time every step of a greedy generation with re-eviction, in wall-clock and processor time."""
-    config = RocketKVConfig(token_budget=settings.budget, decode_capacity=settings.speed_capacity)
+    config = RocketKVConfig(method="rocketkv", token_budget=settings.budget, decode_capacity=settings.speed_capacity)
     loop = DecodeLoop(model=model, cache=new_cache(model, config, prompts.shape[1]))
     sizes = set()
     with patch(model, config), Progress("steps", total=settings.speed_tokens) as progress:

@@ -76,7 +76,7 @@ def study(
     preparation = Preparation(tokenizer=tokenizer, length=settings.context, count=1, seed=settings.seed)
     context = texts(preparation, None)[0].ids
     questions = questions_of(tokenizer, settings.questions)
-    config = RocketKVConfig(token_budget=settings.budget)
+    config = RocketKVConfig(method="rocketkv", token_budget=settings.budget)
     marks = [(time.perf_counter(), time.process_time())]
     with patch(model, config), Progress("one context", total=2 * len(questions)) as progress:
         cache = read(model, config, context)

@@ -18,15 +18,16 @@ from rocketkv.config import RocketKVConfig
 NUMBERS = ["token_budget", "decode_reserve", "window_size", "kernel_size"]
 
 
-def test_defaults_are_the_papers() -> None:
+def test_defaults() -> None:
     config = RocketKVConfig()
     assert (config.method, config.window_size, config.stage_1_kernel_size, config.decode_reserve) == (
-        "rocketkv",
+        "rocketkv+",
         32,
-        63,
+        13,
         128,
     )
     assert config.split is None
+    assert RocketKVConfig(method="rocketkv").stage_1_kernel_size == 63, "the paper's"
 
 
 def test_pools_are_the_methods_own_unless_given() -> None:
@@ -174,7 +175,7 @@ def test_integers_of_numpy_and_lists_are_stored_as_pythons_own() -> None:
         ({"protect": "system", "method": "streaming"}, ValueError, "rank tokens by attention; 'streaming' does not"),
         ({"skip_layers": 0}, TypeError, "skip_layers must be a list or tuple, got 0"),
         ({"skip_layers": [True]}, TypeError, "skip_layers must be an int, got True"),
-        ({"layer_budgets": {0: 1}}, ValueError, r"layer_budgets\[0\] must be at least 2 .*got 1"),
+        ({"layer_budgets": {0: 1}}, ValueError, r"layer_budgets\[0\] must be at least 35 .*got 1"),
         ({"skip_layers": [0], "decode_capacity": 64}, ValueError, "skip_layers is for caches that grow.*=64"),
         ({"layer_budgets": {0: "8"}}, TypeError, "layer_budgets must be an int, got '8'"),
         (

@@ -119,13 +119,13 @@ def rocketkv_plus(head: Head, attended: int = BUDGET // 2) -> Steps:
     for at in range(PROMPT - WINDOW, PROMPT) if len(kept) > BUDGET else ():
         stored = [i for i in kept if i <= at]
         own, mass, rest, mean_value = parted(at, stored)
-        full = head.attend(at, stored)
+        full = head.attend(at, list(range(at + 1)))
         fixed, linear = (own - mass * full) / (mass + rest), rest * (mean_value - full) / (mass + rest)
         terms = torch.stack((-(fixed * linear).sum(-1), linear.square().sum(-1))) / full.square().sum(-1)
         halves[(at - PROMPT + WINDOW) % 2] += terms[..., None]
 
     def fitted(cross: Tensor, square: Tensor) -> Tensor:
-        return ((cross + 0.25 * square + 1e-6) / (1.25 * square + 1e-6)).clamp(1e-4, 1.6)
+        return ((cross + 1e-6) / (square + 1e-6)).clamp(1e-4, 3)
 
     # None where what one half of the queries says makes the other half err more.
     crossed = [(fitted(*halves[1 - half]), *halves[half]) for half in (0, 1)]

@@ -75,7 +75,7 @@ def bench_attention(
     key, value = normal(1, kv_heads, context, head_dim), normal(1, kv_heads, context, head_dim)
     query, window = normal(1, heads, head_dim), normal(1, heads, 32, head_dim)
     new_key, new_value = normal(1, kv_heads, head_dim), normal(1, kv_heads, head_dim)
-    config = RocketKVConfig(token_budget=token_budget)
+    config = RocketKVConfig(method="rocketkv", token_budget=token_budget)
 
     def closed(settings: RocketKVConfig) -> KVStore:
         store = KVStore()

@@ -79,7 +79,7 @@ def bench_decode(
     room = (rounds + 1) * steps + ANSWER_TOKENS
     length = 8192 - room if context is None else context
     model, tokenizer = load_model(model_name, dtype)
-    settings = RocketKVConfig(token_budget=token_budget)
+    settings = RocketKVConfig(method="rocketkv", token_budget=token_budget)
     methods: dict[str, Method] = {
         "rocketkv": Compressed(settings),
         "rocketkv+": Compressed(RocketKVConfig(method="rocketkv+", token_budget=token_budget)),

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from ..._version import __version__
-from ...budget import METHODS
+from ...budget import DEFAULT_METHOD, METHODS
 from ...hf.loading import SMOLLM2
 from ...options import AUTO, DTYPES
 from ..measures.arms import COMPILED, find_arm, latency_alone
@@ -102,7 +102,7 @@ class Plan:
     device_map: str | Mapping[str, Any] | None = None
     tp: int = 1
     tasks: tuple[str, ...] = ("niah_single_1", "needle_grid")
-    methods: tuple[str, ...] = ("full", "rocketkv")
+    methods: tuple[str, ...] = (FULL, DEFAULT_METHOD)
     budgets: tuple[int, ...] = (512,)
     lengths: tuple[int, ...] = ()
     samples: int = 50

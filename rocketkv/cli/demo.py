@@ -10,6 +10,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ..budget import DEFAULT_METHOD
 from ..config import RocketKVConfig
 from ..options import add_model_options, comma_separated, loading, method_name, positive
 
@@ -34,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T,T",
         help="token budgets (default %(default)s)",
     )
-    parser.add_argument("--method", type=method_name, default="rocketkv", metavar="NAME", help="(default %(default)s)")
+    parser.add_argument(
+        "--method", type=method_name, default=DEFAULT_METHOD, metavar="NAME", help="(default %(default)s)"
+    )
     parser.add_argument(
         "--new-tokens", type=positive, default=16, metavar="N", help="tokens to generate (default %(default)s)"
     )

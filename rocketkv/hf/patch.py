@@ -191,13 +191,13 @@ def patch(
         torch.Size([1, 2005])
         >>> handle.stats().layers[0].tokens_seen
         2004
-        >>> handle.stats().layers[0].tokens_stored < 1000
+        >>> handle.stats().layers[0].tokens_stored < 1500
         True
         >>> rocketkv.unpatch(model)
 
         For a while, with other settings:
 
-        >>> with rocketkv.patch(model, method="rocketkv+", token_budget=128) as handle:
+        >>> with rocketkv.patch(model, token_budget=128) as handle:
         ...     tokens = model.generate(prompt, max_new_tokens=5)
     """
     outer = _outermost(model)

@@ -72,8 +72,8 @@ class Trace:
         ...     tokens = model.generate(torch.randint(3, 1000, (1, 2000)), max_new_tokens=4, do_sample=False)
         >>> [step.position for step in trace.steps]
         [2000, 2001, 2002]
-        >>> trace.steps[0].layers[1].positions.shape  # half of the budget
-        torch.Size([1, 4, 128])
+        >>> trace.steps[0].layers[1].positions.shape  # half of the budget, less one for two means
+        torch.Size([1, 4, 127])
 
         A figure, for `plotly.graph_objects.Figure`:
 

@@ -159,7 +159,7 @@ def test_plan_prints_the_plan(folder: Path, capsys: pytest.CaptureFixture[str]) 
     ("options", "message"),
     [
         (["--model", "no/such/model"], "no model configuration in 'no/such/model'"),
-        (["--budget", "40", "--reserve", "16"], "token_budget must be at least 49"),
+        (["--budget", "40", "--reserve", "16", "--method", "rocketkv"], "token_budget must be at least 49"),
     ],
 )
 def test_plan_refuses_in_one_line(

@@ -54,8 +54,8 @@ def expected(folder: Path, question: str, new_tokens: int) -> str:
     head = f"<user> {TEXT}" if chat else TEXT
     tail = f"{question} <end> <assistant>" if chat else question
     ids = [torch.tensor([tokenizer(part)["input_ids"]]) for part in (head, tail)]
-    with rocketkv.patch(model, token_budget=200), torch.no_grad():
-        cache = rocketkv.RocketKVCache(model.config, token_budget=200, prompt_length=ids[0].shape[1])
+    with rocketkv.patch(model, method="rocketkv", token_budget=200), torch.no_grad():
+        cache = rocketkv.RocketKVCache(model.config, method="rocketkv", token_budget=200, prompt_length=ids[0].shape[1])
         model(ids[0], **{CACHE_ARGUMENT: cache}, use_cache=True)
         cache.begin_turn()
         found = []

@@ -222,6 +222,7 @@ def test_a_generation_allocates_what_was_planned(method: str) -> None:
 def test_the_plan_says_which(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     build().config.save_pretrained(tmp_path)
     command = ["plan", "--model", str(tmp_path), "--context", "300", "--budget", "48", "--reserve", "40"]
+    command += ["--method", "rocketkv"]
     assert cli([*command, "--index-dtype", "float8_e5m2"]) == 0
     assert "bfloat16, index float8_e5m2\n" in capsys.readouterr().out
     assert cli([*command, "--index-dtype", "float8_e5m2", "--json"]) == 0
@@ -250,9 +251,9 @@ def test_a_model_generates_with_it(kernels: str) -> None:
 def test_an_unknown_name_is_refused_with_the_list() -> None:
     message = "index_dtype must be one of keys, float8_e5m2; got 'float8'"
     with pytest.raises(ValueError, match=re.escape(message)):
-        RocketKVConfig(index_dtype="float8")
+        RocketKVConfig(method="rocketkv", index_dtype="float8")
     assert index_dtype_of(RocketKVConfig().index_dtype) is None
-    assert index_dtype_of(RocketKVConfig(index_dtype="float8_e5m2").index_dtype) == FLOAT8
+    assert index_dtype_of(RocketKVConfig(method="rocketkv", index_dtype="float8_e5m2").index_dtype) == FLOAT8
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 3])

@@ -129,7 +129,7 @@ def test_a_stock_task_runs_by_a_method(folder: Path, evaluate: Any) -> None:
 
 def test_the_librarys_settings_are_model_arguments(folder: Path) -> None:
     lm = RocketKVLM(str(folder), token_budget="64", window_size=16, device="cpu")
-    assert (lm.method.name, lm.method.token_budget) == ("rocketkv", 64)
+    assert (lm.method.name, lm.method.token_budget) == ("rocketkv+", 64)
     assert lm.method.config.window_size == 16  # type: ignore[attr-defined]
     assert RocketKVLM(str(folder), device="cpu").method.token_budget is not None
     with pytest.raises(ValueError, match="takes neither a budget nor settings"):

@@ -396,7 +396,7 @@ def test_another_model(other: Callable[[], Any], message: str, saved: tuple[Any,
     ("fields", "message"),
     [
         ({**SMALL, "token_budget": 25}, "settings.token_budget is 24 in the file, 25 here"),
-        ({**SMALL, "method": "quest"}, "settings.method is 'rocketkv' in the file, 'quest' here"),
+        ({**SMALL, "method": "quest"}, "settings.method is 'rocketkv\\+' in the file, 'quest' here"),
         ({**SMALL, "index_dtype": "float8_e5m2"}, "settings.index_dtype is 'keys' in the file"),
         (LARGE, "settings.split is {.*} in the file, None here; settings.token_budget is 24 in the file, 4096"),
     ],

@@ -150,8 +150,8 @@ def test_snapshots_copies_crops_and_files(method: str, fields: dict[str, Any], t
 @pytest.mark.parametrize("rows", ["one", "padded"])
 def test_static_steps_with_budgets_by_layer(rows: str) -> None:
     model = build(num_hidden_layers=3)
-    fields: dict[str, Any] = {"split": None, "token_budget": 24, "layer_budgets": {1: 50}}
-    with rocketkv.patch(model, **TINY, decode_capacity=16, layer_budgets={1: 50}):
+    fields: dict[str, Any] = {"split": None, **TINY, "method": "rocketkv", "layer_budgets": {1: 50}}
+    with rocketkv.patch(model, **TINY, method="rocketkv", decode_capacity=16, layer_budgets={1: 50}):
         torch._dynamo.reset()
         growing, _, _ = own_loop(model, inputs_of(rows), model, 8, **fields, decode_capacity=None)
         static, _, cache = own_loop(model, inputs_of(rows), model, 8, **fields)

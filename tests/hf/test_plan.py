@@ -87,7 +87,7 @@ def test_the_example_holds() -> None:
 
 
 def test_llama_8b_by_hand() -> None:
-    made = plan(LLAMA_8B, context=131072, token_budget=512)
+    made = plan(LLAMA_8B, context=131072, token_budget=512, method="rocketkv")
     found = made.to_dict()
     attention = 4096 * (4096 + 1024 + 1024 + 4096)
     layer = attention + 3 * 4096 * 14336 + 2 * 4096

@@ -203,7 +203,7 @@ RULES = """1. Begin every answer with the word Certainly.
 4. Keep every answer under forty words.
 5. End every answer with the word Regards."""
 TEXT_TOKENS, NEW_TOKENS = 2048, 24
-FIELDS: dict[str, Any] = {"token_budget": 256}
+FIELDS: dict[str, Any] = {"method": "rocketkv", "token_budget": 256}
 
 
 def ruled_conversation(tokenizer: Any) -> Tensor:

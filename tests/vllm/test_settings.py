@@ -46,7 +46,7 @@ def test_settings_come_from_the_config_or_the_environment(monkeypatch: pytest.Mo
     found = settings_of(given)
     assert found is not None
     assert (found.config.method, found.config.token_budget, found.config.decode_capacity) == (
-        "rocketkv",
+        "rocketkv+",
         300,
         DECODE_CAPACITY,
     )
