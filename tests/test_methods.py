@@ -125,7 +125,7 @@ def rocketkv_plus(head: Head, attended: int = BUDGET // 2) -> Steps:
         halves[(at - PROMPT + WINDOW) % 2] += terms[..., None]
 
     def fitted(cross: Tensor, square: Tensor) -> Tensor:
-        return ((cross + 1e-6) / (square + 1e-6)).clamp(1e-4, 3)
+        return ((cross + 0.1 * square + 1e-6) / (1.1 * square + 1e-6)).clamp(1e-4, 3)
 
     # None where what one half of the queries says makes the other half err more.
     crossed = [(fitted(*halves[1 - half]), *halves[half]) for half in (0, 1)]

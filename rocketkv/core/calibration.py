@@ -25,9 +25,12 @@ from .params import AttentionParams
 from .residual import overestimate
 from .scratch import block_bytes
 from .token_index import TokenIndex
-from .topk import full_precision, select
+from .topk import full_precision, scalar, select
 
-# Keeps f near 1 where the squared relative errors of all queries sum to less than this; far above rounding errors.
+# Pseudo-count of the ridge prior at f = 1, in observation windows.
+PRIOR = 0.1
+
+# Squared relative errors that sum to less than this over all queries count as none; far above rounding errors.
 NEGLIGIBLE = 1e-6
 
 # Bounds of f.
@@ -148,7 +151,8 @@ def fitted_bias(
         terms.masked_fill_(~valid[:, None, :, None], 0)
     even, odd = terms[..., 0::2, :].sum(-2), terms[..., 1::2, :].sum(-2)
     cross, square = torch.stack((even, odd, even + odd), 1)
-    fits = cross.add(NEGLIGIBLE).div_(square.add(NEGLIGIBLE)).clamp_(LEAST, MOST)
+    fits = torch.add(cross, square, alpha=PRIOR).add_(NEGLIGIBLE)
+    fits.div_(torch.add(scalar(NEGLIGIBLE), square, alpha=1 + PRIOR)).clamp_(LEAST, MOST)
     # Increase of the squared error over that without a residual, with the factor of the other half.
     tried = fits[:2].flip(0)
     added = torch.sub(tried * square[:2], cross[:2], alpha=2).mul_(tried).sum(0)

@@ -75,8 +75,9 @@ def naive_terms(
 
 
 def factor_of(cross: Tensor, square: Tensor) -> Tensor:
-    least = calibration.NEGLIGIBLE
-    return ((cross + least) / (square + least)).clamp(calibration.LEAST, calibration.MOST)
+    prior, least = calibration.PRIOR, calibration.NEGLIGIBLE
+    found = (cross + prior * square + least) / ((1 + prior) * square + least)
+    return found.clamp(calibration.LEAST, calibration.MOST)
 
 
 @pytest.fixture(params=[1, 2**12, 2**22], ids=["query-by-query", "some", "at-once"])
