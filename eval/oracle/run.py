@@ -133,15 +133,15 @@ def layer_numbers(model: PreTrainedModel) -> list[int]:
 
 
 def feed(layer: RocketKVLayer, tensors: LayerTensors, start: int, stop: int) -> Tensor:
-    """Pass tokens `start` to `stop` to a layer as a model does; return [1, n, H, Dv]. A prompt's output is zeros."""
+    """Pass tokens `start` to `stop` to a layer as a model does; return [1, n, H, Dv], of a prompt the model's own."""
 
-    def unread(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
-        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+    def known(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
+        return tensors.out[:, start:stop]
 
     key = tensors.key[:, :, start:stop]
     layer.armed = True
     layer.update(key, tensors.value[:, :, start:stop])
-    return layer.attend(tensors.query[:, :, start:stop], None, tensors.params, fast=unread)
+    return layer.attend(tensors.query[:, :, start:stop], None, tensors.params, fast=known)
 
 
 class Stages(NamedTuple):

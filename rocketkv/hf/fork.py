@@ -141,7 +141,9 @@ def _begin(layer: RocketKVLayer, source: RocketKVLayer) -> None:
     prompt, params = _on_device(source.store.prompt), source.params
     if prompt.queries is None or params is None:
         raise ValueError("the prompt to begin after has not been read: run a forward over its cache first")
-    prompt.queries = prompt.queries[:, :, -layer.config.window_size :]
+    window = layer.config.window_size
+    prompt.queries = prompt.queries[:, :, -window:]
+    prompt.outputs = None if prompt.outputs is None else prompt.outputs[:, :, -window:]
     layer.store.phase, layer.store.lens = prompt, source.store.lens.copy()
     if layer.history is not None:
         prompt.copy_buffers()  # a history writes into them

@@ -24,6 +24,7 @@ from ..core.params import AttentionParams
 from ..core.residual import sum_values
 from ..core.topk import full_precision, gather_tokens, recent_positions, select_top
 from .decoding import DecodeTokens
+from .prompt import PromptTokens
 from .protection import RowMarks, message_numbers, protected_first, protected_slots, with_fair_shares
 from .queries import QueryRing, make_ring
 from .store import KVStore, decode_room
@@ -79,7 +80,7 @@ def close_prompt(
     if valid is not None:
         _refuse_padded_ends(split, valid, counts.longest_padded_end)
         queries = queries.masked_fill(~valid[:, :1, -queries.shape[2] :, None], 0)
-    exact = _exact_outputs(queries, keys, values, valid, split, params)
+    exact = window_outputs(prompt, queries, stored, params) if split.calibrated else None
     slots: Tensor | None = None
     restorable = store.restorable  # if this prompt evicts nothing, crops can return to the last eviction
     if split.kept_tokens is not None and longest > split.kept_tokens:
@@ -218,11 +219,19 @@ def _kept_slots(
 
 
 @torch.no_grad()  # a model's learned sinks are parameters
-def _exact_outputs(
-    queries: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, split: BudgetSplit, params: AttentionParams
-) -> Tensor | None:
-    """Return the window's outputs [B, W, H, Dv] of attention to all tokens, or None if the split is not calibrated."""
-    return causal_attention(queries, keys, values, params, valid=valid) if split.calibrated else None
+def window_outputs(prompt: PromptTokens, queries: Tensor, stored: int, params: AttentionParams) -> Tensor:
+    """Return the outputs [B, n, H, Dv] of an open prompt's last n <= W tokens, of attention to all tokens.
+
+    Args:
+        prompt: the prompt, which may know them.
+        queries: [B, H, n, D], of these tokens.
+        stored: tokens of the longest row.
+        params: the model's attention parameters.
+    """
+    if prompt.outputs is not None:
+        return prompt.outputs[:, :, prompt.outputs.shape[2] - queries.shape[2] :].transpose(1, 2)
+    keys, values, valid = prompt.keys[:, :, :stored], prompt.values[:, :, :stored], prompt.valid(stored)
+    return causal_attention(queries, keys, values, params, valid=valid)
 
 
 @torch.inference_mode(False)  # buffers may be written in a later call that is not in inference mode
@@ -247,8 +256,18 @@ def _derive(
         missed = torch.full(queries.shape[:2], torch.nan, dtype=torch.float32, device=queries.device)
         buffers = buffers._replace(value_sum=sum_values(buffers.values, lens.longest, lengths), missed=missed)
     if exact is not None and index is not None:
-        counts = {"stored": lens.longest, "seen": lens.seen, "valid": window}
-        bias = fitted_bias(queries, exact, buffers, index, params, split=split, weigh=ops.weigh_chosen, **counts)
+        bias = fitted_bias(
+            queries,
+            exact,
+            buffers,
+            index,
+            params,
+            split=split,
+            stored=lens.longest,
+            seen=lens.seen,
+            valid=window,
+            weigh=ops.weigh_chosen,
+        )
         buffers = buffers._replace(residual_bias=bias)
     decoding.buffers = buffers
 

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from ..budget import METHODS, BudgetSplit
 from ..config import RocketKVConfig
-from ..core.causal import causal_attention
 from ..core.eviction import TORCH_OPS, EvictionOps
 from ..core.index import index_of
 from ..core.pages import index_dtype_of
 from ..core.params import AttentionParams
 from ..core.verify import verify_step_torch
-from .compress import close_prompt
+from .compress import close_prompt, window_outputs
 from .protection import protected_count
 from .store import KVStore
 
@@ -256,11 +255,7 @@ def _steps(store: KVStore) -> int:
 @torch.no_grad()
 def _exact_outputs(store: KVStore, params: AttentionParams) -> Tensor:
     """Return the outputs [B, n, H, Dv] of attention to all tokens, for the tokens that are decoded again."""
-    prompt, stored = store.prompt, store.lens.longest
-    valid = prompt.valid(stored)
-    return causal_attention(
-        _last_queries(store), prompt.keys[:, :, :stored], prompt.values[:, :, :stored], params, valid=valid
-    )
+    return window_outputs(store.prompt, _last_queries(store), store.lens.longest, params)
 
 
 def _last_queries(store: KVStore) -> Tensor:
@@ -288,9 +283,9 @@ def _error_bound(
     begin = stored - count
     probe = KVStore()
     positions = None if prompt.positions is None else prompt.positions[:, :, :begin]
-    queries = None if prompt.queries is None else prompt.queries[:, :, :-count]
+    queries, outputs = (None if part is None else part[:, :, :-count] for part in (prompt.queries, prompt.outputs))
     keys, values = prompt.keys[:, :, :begin], prompt.values[:, :, :begin]
-    probe.phase = replace(prompt, keys=keys, values=values, positions=positions, queries=queries)
+    probe.phase = replace(prompt, keys=keys, values=values, positions=positions, queries=queries, outputs=outputs)
     probe.lens.longest = probe.lens.shortest = begin
     probe.lens.seen = store.lens.seen - count
     probe.marks = store.marks

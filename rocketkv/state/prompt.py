@@ -24,6 +24,7 @@ class PromptTokens:
         positions: [B, 1 or Hkv, capacity] int32, each slot's position in the sequence, -1 for padding; None if slot
             and position are the same.
         queries: [B, H, <= W, D], queries of the last tokens (the observation window), or None before the first ones.
+        outputs: [B, H, <= W, Dv], their attention outputs, or None where they are not known.
         start: slot of the prompt's first token.
         holes: whether some slots may have no token.
         aligned: whether slot and position in the sequence are the same for every token.
@@ -34,6 +35,7 @@ class PromptTokens:
     values: Tensor
     positions: Tensor | None = None
     queries: Tensor | None = None
+    outputs: Tensor | None = None
     start: int = 0
     holes: bool = False
     aligned: bool = True
@@ -41,8 +43,8 @@ class PromptTokens:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name."""
-        named = {"keys": self.keys, "values": self.values, "positions": self.positions, "queries": self.queries}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        names = ("keys", "values", "positions", "queries", "outputs")
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
 
     def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace tensors by name."""
@@ -61,8 +63,20 @@ class PromptTokens:
             return self.positions[:, :, :stored]
         return torch.arange(stored, device=self.keys.device).repeat(self.keys.shape[0], 1, 1)
 
-    def remember(self, query: Tensor, window_size: int) -> None:
-        """Keep the queries of the last W tokens of the prompt so far; `query` [B, H, n, D] has the newest."""
+    def remember(self, query: Tensor, window_size: int, out: Tensor | None = None) -> None:
+        """Keep the queries of the last W tokens of the prompt so far, and their outputs where all are known.
+
+        Args:
+            query: [B, H, n, D], the newest.
+            window_size: W.
+            out: [B, n, H, Dv], the attention outputs of the same tokens, or None.
+        """
+        if out is None or (self.queries is not None and self.outputs is None):
+            self.outputs = None
+        else:
+            # A copy: the model may write into its tensor.
+            newest = out[:, -window_size:].transpose(1, 2).clone()
+            self.outputs = last_queries(self.outputs, newest, window_size)
         self.queries = last_queries(self.queries, query, window_size)
 
     @torch.inference_mode(False)  # buffers may be written in a later call that is not in inference mode
@@ -90,8 +104,10 @@ class PromptTokens:
     def crop(self, lens: SeqLens, length: int) -> None:
         """Drop the tokens from position `length` on, and update the counts."""
         removed = lens.seen - length
-        if self.queries is not None:
-            self.queries = self.queries[:, :, : max(0, self.queries.shape[2] - removed)]
+        self.queries, self.outputs = (
+            None if tensor is None else tensor[:, :, : max(0, tensor.shape[2] - removed)]
+            for tensor in (self.queries, self.outputs)
+        )
         from_earlier_turns = removed > lens.longest - self.start
         together = not self.holes and (self.aligned or length >= self.earlier)
         lens.seen = length
