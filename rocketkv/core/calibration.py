@@ -200,10 +200,10 @@ def _terms(
     size = block_bytes(keys.device)
     row_count = max(1, size // (4 * stored * max(group * window, head_dim, values.shape[2])))
     query_count = max(1, min(window, size // (4 * stored * group)))
-    blocks = []
+    blocks, index_tensors = [], [tensor.flatten(0, 1)[:, None] for tensor in buffers.index_tensors]
     for first in range(0, rows, row_count):
         own = slice(first, first + row_count)
-        tensors = [tensor.flatten(0, 1)[own, None] for tensor in buffers.index_tensors]
+        tensors = [tensor[own] for tensor in index_tensors]
         own_keys, own_values = keys[own].float(), values[own].float()
         parts = []
         for start in range(0, window, query_count):

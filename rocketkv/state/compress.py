@@ -15,7 +15,6 @@ from torch import Tensor
 from ..budget import BudgetSplit, with_protected
 from ..config import RocketKVConfig
 from ..core.calibration import fitted_bias
-from ..core.causal import causal_attention
 from ..core.decode import DecodeBuffers
 from ..core.eviction import TORCH_OPS, EvictionOps, pooled, prompt_scores
 from ..core.index import index_of
@@ -23,6 +22,7 @@ from ..core.pages import index_dtype_of
 from ..core.params import AttentionParams
 from ..core.residual import sum_values
 from ..core.topk import full_precision, gather_tokens, recent_positions, select_top
+from ..core.window_attention import window_attention
 from .decoding import DecodeTokens
 from .prompt import PromptTokens
 from .protection import RowMarks, message_numbers, protected_first, protected_slots, with_fair_shares
@@ -218,7 +218,6 @@ def _kept_slots(
     return ops.select_top(scores, kept)
 
 
-@torch.no_grad()  # a model's learned sinks are parameters
 def window_outputs(prompt: PromptTokens, queries: Tensor, stored: int, params: AttentionParams) -> Tensor:
     """Return the outputs [B, n, H, Dv] of an open prompt's last n <= W tokens, of attention to all tokens.
 
@@ -231,7 +230,7 @@ def window_outputs(prompt: PromptTokens, queries: Tensor, stored: int, params: A
     if prompt.outputs is not None:
         return prompt.outputs[:, :, prompt.outputs.shape[2] - queries.shape[2] :].transpose(1, 2)
     keys, values, valid = prompt.keys[:, :, :stored], prompt.values[:, :, :stored], prompt.valid(stored)
-    return causal_attention(queries, keys, values, params, valid=valid)
+    return window_attention(queries, keys, values, params, valid=valid)
 
 
 @torch.inference_mode(False)  # buffers may be written in a later call that is not in inference mode

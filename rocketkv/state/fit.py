@@ -252,7 +252,6 @@ def _steps(store: KVStore) -> int:
     return 0 if queries is None else queries.shape[2] // 2
 
 
-@torch.no_grad()
 def _exact_outputs(store: KVStore, params: AttentionParams) -> Tensor:
     """Return the outputs [B, n, H, Dv] of attention to all tokens, for the tokens that are decoded again."""
     return window_outputs(store.prompt, _last_queries(store), store.lens.longest, params)
