@@ -230,7 +230,8 @@ def window_outputs(prompt: PromptTokens, queries: Tensor, stored: int, params: A
     if prompt.outputs is not None:
         return prompt.outputs[:, :, prompt.outputs.shape[2] - queries.shape[2] :].transpose(1, 2)
     keys, values, valid = prompt.keys[:, :, :stored], prompt.values[:, :, :stored], prompt.valid(stored)
-    return window_attention(queries, keys, values, params, valid=valid)
+    with full_precision(keys.device):
+        return window_attention(queries, keys, values, params, valid=valid)
 
 
 @torch.inference_mode(False)  # buffers may be written in a later call that is not in inference mode

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from causal_case import plain_attention
 from close import assert_near
 from naive import softmax_weights, top
 from rocketkv.budget import BudgetSplit
@@ -127,6 +128,26 @@ def test_the_factor_is_that_of_least_squares(heads: int, kv_heads: int, extras: 
     expected = torch.where(added > calibration.NEGLIGIBLE, calibration.LEAST, fitted)
     assert ((expected > calibration.LEAST) & (expected < calibration.MOST)).any()
     assert_near(bias_of(store)[0], expected.log())
+
+
+@pytest.mark.parametrize("chunks", [[SIZE], [30, 38, 2], [SIZE - 1, 1]])
+def test_outputs_that_the_prompt_knows_serve_as_well(chunks: list[int]) -> None:
+    query, key, value = torch.randn(1, 6, SIZE, 16) * 2, torch.randn(1, 2, SIZE, 16), torch.randn(1, 2, SIZE, 11)
+    params = AttentionParams(0.25)
+    out = plain_attention(query, key, value, params).float()
+    found = []
+    for known in (True, False):
+        store = KVStore()
+        store.extend(key, value, expected=SIZE)
+        start = 0
+        for count in chunks:
+            own = slice(start, start + count)
+            store.prompt.remember(query[:, :, own], WINDOW, out[:, own] if known else None)
+            start += count
+        assert (store.prompt.outputs is not None) == known
+        close_prompt(store, SPLIT, params, decode_reserve=8, kernel_size=3)
+        found.append(bias_of(store))
+    assert_near(*found)
 
 
 def test_it_keeps_no_graph_of_a_models_parameters() -> None:
