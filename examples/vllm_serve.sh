@@ -6,7 +6,7 @@ set -euo pipefail
 model=${1:?usage: examples/vllm_serve.sh MODEL [arguments of vllm serve]}
 shift
 port=${PORT:-8000}
-export ROCKETKV_VLLM=${ROCKETKV_VLLM:-'{"method": "rocketkv+", "token_budget": 512}'}
+export ROCKETKV_VLLM=${ROCKETKV_VLLM:-'{"token_budget": 512}'}
 # Scheduler and workers write their metrics here; the server reads them.
 PROMETHEUS_MULTIPROC_DIR=$(mktemp -d)
 export PROMETHEUS_MULTIPROC_DIR

@@ -386,7 +386,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(_METHODS)
 """Every method by name, read-only; `register_method` adds to it."""
 
 DEFAULT_METHOD = "rocketkv+"
-"""The method of `RocketKVConfig()` and of the commands."""
+"""The method of `RocketKVConfig()`, and of every command but `serve`."""
 
 
 def register_method(method: Method) -> None:

@@ -70,8 +70,8 @@ class RocketKVConfig:
         when_full: `evict`: when the static buffer is full, stage 1 re-evicts generated tokens, ranked by their last W
             queries. Half of them stay, and so do the kept prompt tokens, so memory and time per step stay the same for
             any length. `raise`: an error, as for methods without a stage 1 and for a decode_capacity under 2W.
-        index_dtype: dtype of the page bounds: `keys`, the keys' own, or `float8_e5m2`, a half to a quarter of the
-            bytes. Budgets are counted for 16 bits in both.
+        index_dtype: dtype of the page bounds, of methods with pages, such as `rocketkv`: `keys`, the keys' own, or
+            `float8_e5m2`, a half to a quarter of the bytes. Budgets are counted for 16 bits in both.
         history_device: device that holds the history of `rocketkv-mt` and `rocketkv-mt+` between prompts, for instance
             `cpu` (pinned if there is a GPU). None: the device of each layer.
 
@@ -178,7 +178,7 @@ class RocketKVConfig:
         if self.index_dtype != "keys" and split.sketch_bits is not None:
             raise ValueError(
                 f"index_dtype={self.index_dtype!r} is for the bounds of pages, but method {self.method!r} scores a "
-                "sketch of every key. Leave it 'keys'."
+                "sketch of every key. Leave it 'keys', or choose a method with pages, such as 'rocketkv'."
             )
         if self.marks_prompts and not split.ranked:
             raise ValueError(

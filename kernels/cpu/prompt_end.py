@@ -191,7 +191,7 @@ def weigh_chosen(
     sums = estimates.new_empty(pairs, count, group + 1, dim)
     counts = estimates.new_empty(pairs, count)
     padded = -(-stored // LANES) * LANES
-    local_bytes = -(-4 * ((group + 3) * padded + LANES + 3 * k) // _LINE) * _LINE
+    local_bytes = -(-4 * ((group + 2) * padded + LANES + 3 * k) // _LINE) * _LINE
     local = torch.empty(threads * local_bytes, dtype=torch.uint8)
     counters = torch.zeros(2, dtype=torch.int64)
     operands = WeighOperands(

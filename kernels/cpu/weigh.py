@@ -24,7 +24,7 @@ class WeighOperands(NamedTuple):
     """The integers and addresses of `weigh_chosen`."""
 
     counters: int  # int64: next task, threads that came
-    local: int  # of each thread: float32 [G + 3, padded N], [128], [2, k], int32 [k]
+    local: int  # of each thread: float32 [G + 2, padded N], [128], [2, k], int32 [k]
     local_bytes: int
     queries: int  # p n
     window: int  # n
@@ -68,7 +68,7 @@ def _choose(ints, query, local, tiles, lanes, chosen):
     """Write the chosen tokens of a query, and its heads' estimated masses of these and the rest."""
     stored, group, k = ints[_W.stored], ints[_W.group], ints[_W.top_k]
     step = 4 * tiles * LANES
-    shared, taken, scores = array(local, tiles * LANES, np.float32), local + step, local + 3 * step
+    shared, taken, scores = array(local, tiles * LANES, np.float32), local + step, local + 2 * step
     numbers = array(ints[_W.numbers] + 4 * NUMBERS * query * group, NUMBERS * group, np.float32)
     for g in range(group):
         own, place = scores + g * step, ints[_W.estimates] + 4 * (query * group + g) * stored
@@ -139,7 +139,7 @@ def weigh_chosen(fingerprint: str, cache: bool) -> Any:
         ints = carray(block, (len(_W),))
         local = ints[_W.local] + add_and_fetch(ints[_W.counters] + 8, 1) * ints[_W.local_bytes]
         tiles, k = -(-ints[_W.stored] // LANES), ints[_W.top_k]
-        end = local + 4 * (ints[_W.group] + 3) * tiles * LANES
+        end = local + 4 * (ints[_W.group] + 2) * tiles * LANES
         lanes, end = array(end, LANES, np.float32), end + 4 * LANES
         weights, ones = array(end, k, np.float32), array(end + 4 * k, k, np.float32)
         chosen = array(end + 8 * k, k, np.int32)

@@ -25,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, default="bfloat16", help="of keys, values and weights (default %(default)s)"
     )
     parser.add_argument(
-        "--index-dtype", choices=INDEX_DTYPES, default="keys", help="of page bounds (default %(default)s)"
+        "--index-dtype",
+        choices=INDEX_DTYPES,
+        default="keys",
+        help="of page bounds, which rocketkv has (default %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
 

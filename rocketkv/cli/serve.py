@@ -10,7 +10,7 @@ from ..options import add_placement_options, comma_separated, loading, method_na
 
 MEBI = 2**20
 # It keeps all tokens: what a document is asked later is not known when it is compressed (docs/serve.md).
-DEFAULT_METHOD = "rocketkv-mt+"
+SERVED_METHOD = "rocketkv-mt+"
 KEY_VARIABLE = "ROCKETKV_API_KEY"
 _GRACE = 5  # seconds in which an answer may end after SIGTERM
 _EXTRA = "pip install 'rocketkv[serve]'"
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compression = parser.add_argument_group("compression")
     compression.add_argument("--config", type=Path, metavar="FILE", help="file of `rocketkv tune`, for this model")
     compression.add_argument(
-        "--method", type=method_name, metavar="NAME", help=f"in place of the file's (default: {DEFAULT_METHOD})"
+        "--method", type=method_name, metavar="NAME", help=f"in place of the file's (default: {SERVED_METHOD})"
     )
     compression.add_argument(
         "--budget", type=positive, metavar="T", help="token budget of a decode step, in place of the file's max_error"
@@ -129,7 +129,7 @@ def _fields(args: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of the settings that options set."""
     fields: dict[str, Any] = {}
     if args.method is not None or args.config is None:
-        fields["method"] = args.method or DEFAULT_METHOD
+        fields["method"] = args.method or SERVED_METHOD
     if args.budget is not None:
         fields |= {"token_budget": args.budget, "max_error": None}
     if args.protect_system:

@@ -4,8 +4,9 @@ Beyond the paper. The residual adds the mean value of the tokens that a step doe
 estimated weights. The estimates are noisy, and the plain mean differs from the weighted mean. So in some heads a
 smaller weight, or none, comes closer to exact attention. The fit treats each query of the window as a decode step and
 multiplies the residual's weight by a factor f. The softmax total hardly depends on f; if it is taken as constant, the
-output is linear in f, and the least-squares f has a closed form. The error is that to attention to the whole prompt: so
-the residual also stands for the tokens that stage 1 evicts, as far as their mean value is like that of the others.
+output is linear in f, and the least-squares f has a closed form. Errors are measured against exact attention to the
+whole prompt. So the residual also stands in for evicted tokens, as far as their mean value is close to that of the
+stored tokens that a step leaves out.
 
 The fit is cross-validated: f is fitted on every other query and evaluated on the rest, and the reverse. If this
 increases a head's error over that without a residual, the head's factor is `LEAST`.
@@ -27,13 +28,14 @@ from .scratch import block_bytes
 from .token_index import TokenIndex
 from .topk import full_precision, scalar, select
 
-# Pseudo-count of the ridge prior at f = 1, in observation windows.
+# Pseudo-count of the ridge prior at f = 1, in observation windows. Less fits the outputs of later steps no better; more
+# is worse with few evicted tokens (studies/records/beyond.md).
 PRIOR = 0.1
 
-# Squared relative errors that sum to less than this over all queries count as none; far above rounding errors.
+# Squared relative errors that sum to less than this over all queries count as none; far above float32's rounding.
 NEGLIGIBLE = 1e-6
 
-# Bounds of f.
+# Bounds of f. With small budgets, factors above 1 make up for evicted tokens; beyond 3 the gain is small.
 LEAST, MOST = 1e-4, 3.0
 
 
@@ -151,12 +153,14 @@ def fitted_bias(
         terms.masked_fill_(~valid[:, None, :, None], 0)
     even, odd = terms[..., 0::2, :].sum(-2), terms[..., 1::2, :].sum(-2)
     cross, square = torch.stack((even, odd, even + odd), 1)
-    fits = torch.add(cross, square, alpha=PRIOR).add_(NEGLIGIBLE)
-    fits.div_(torch.add(scalar(NEGLIGIBLE), square, alpha=1 + PRIOR)).clamp_(LEAST, MOST)
+    # Outputs in 16 bits have rounding errors: the squares of theirs over the window count as none, too.
+    negligible = max(NEGLIGIBLE, query.shape[2] * torch.finfo(exact.dtype).eps ** 2 / 24)
+    fits = torch.add(cross, square, alpha=PRIOR).add_(negligible)
+    fits.div_(torch.add(scalar(negligible), square, alpha=1 + PRIOR)).clamp_(LEAST, MOST)
     # Increase of the squared error over that without a residual, with the factor of the other half.
     tried = fits[:2].flip(0)
     added = torch.sub(tried * square[:2], cross[:2], alpha=2).mul_(tried).sum(0)
-    factor = fits[2].masked_fill_(added > NEGLIGIBLE, LEAST)
+    factor = fits[2].masked_fill_(added > negligible, LEAST)
     factor.masked_fill_((buffers.seq_lens <= split.token_budget)[..., None], 1.0)
     return factor.log().flatten(1)  # a tensor of its own, without the storage of `fits`
 

@@ -31,7 +31,7 @@ def window_attention(
     batch, heads, window, head_dim = query.shape
     kv_heads, size = key.shape[1], key.shape[2]
     rows = query.float().reshape(batch, kv_heads, -1, head_dim) * params.scaling
-    own = torch.arange(size - window, size, device=key.device).repeat(heads // kv_heads)[:, None]
+    query_slot = torch.arange(size - window, size, device=key.device).repeat(heads // kv_heads)[:, None]
     lowest = torch.finfo(torch.float32).min  # a finite maximum keeps the exponentials of unseen tokens at zero
     peak = rows.new_full((*rows.shape[:3], 1), lowest)
     if params.sinks is not None:
@@ -45,7 +45,7 @@ def window_attention(
         if params.softcap is not None:
             logits.div_(params.softcap).tanh_().mul_(params.softcap)
         if stop > size - window:
-            logits.masked_fill_(torch.arange(start, stop, device=key.device) > own, -torch.inf)
+            logits.masked_fill_(torch.arange(start, stop, device=key.device) > query_slot, -torch.inf)
         if valid is not None:
             logits.masked_fill_(~valid[:, :, None, start:stop], -torch.inf)
         higher = torch.maximum(peak, logits.amax(-1, keepdim=True))
@@ -57,5 +57,5 @@ def window_attention(
             values = values.masked_fill(~valid[:, :, start:stop, None], 0)  # values at padding are arbitrary
         out = out.mul_(shrunk).add_(weights @ values)
         peak = higher
-    out = torch.where(mass > 0, out / mass, 0)
+    out = torch.where(mass == 0, 0, out / mass)
     return out.view(batch, heads, window, -1).transpose(1, 2)

@@ -1,7 +1,7 @@
 """One prefill for several caches: read a prompt once, and begin a cache of any settings after it.
 
 Every method of the library attends densely to a prompt, and compresses when it ends. So a prompt that is still open
-(all keys and values, and the last queries) determines the state of every method after it.
+(all keys and values, the last queries and their outputs) determines the state of every method after it.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim, S tokens of the prompt, W observation window.
 """

@@ -349,10 +349,12 @@ class RocketKVLayer(CacheLayerMixin):
         valid = None if valid is None else valid.to(key.device)
         self._reopen(length)
         store.extend(key, value, valid, expected=self.prompt_end or 0)
+        outputs, window = store.prompt.outputs, self.config.window_size
+        store.prompt.remember(query, window)
         self.prompt_tokens = store.seen if mask is None else mask.longest_row(store.seen)
         settings: dict[str, Any] = {"backend": self.config.backend, "workspaces": self.workspaces}
         out = attend_prompt(store, query, key, value, mask, fast, params, **settings)
-        store.prompt.remember(query, self.config.window_size, out)
+        store.prompt.remember_outputs(outputs, out, window)
         return out
 
     def end_prompt(self, params: AttentionParams) -> None:

@@ -80,7 +80,8 @@ def close_prompt(
     if valid is not None:
         _refuse_padded_ends(split, valid, counts.longest_padded_end)
         queries = queries.masked_fill(~valid[:, :1, -queries.shape[2] :, None], 0)
-    exact = window_outputs(prompt, queries, stored, params) if split.calibrated else None
+    calibrated = split.calibrated and longest > split.token_budget
+    exact = window_outputs(prompt, queries, stored, params) if calibrated else None
     slots: Tensor | None = None
     restorable = store.restorable  # if this prompt evicts nothing, crops can return to the last eviction
     if split.kept_tokens is not None and longest > split.kept_tokens:
@@ -255,19 +256,21 @@ def _derive(
     if split.residual:
         missed = torch.full(queries.shape[:2], torch.nan, dtype=torch.float32, device=queries.device)
         buffers = buffers._replace(value_sum=sum_values(buffers.values, lens.longest, lengths), missed=missed)
-    if exact is not None and index is not None:
-        bias = fitted_bias(
-            queries,
-            exact,
-            buffers,
-            index,
-            params,
-            split=split,
-            stored=lens.longest,
-            seen=lens.seen,
-            valid=window,
-            weigh=ops.weigh_chosen,
-        )
+    if split.calibrated and index is not None:
+        bias = torch.zeros(queries.shape[:2], dtype=torch.float32, device=queries.device)
+        if exact is not None:
+            bias = fitted_bias(
+                queries,
+                exact,
+                buffers,
+                index,
+                params,
+                split=split,
+                stored=lens.longest,
+                seen=lens.seen,
+                valid=window,
+                weigh=ops.weigh_chosen,
+            )
         buffers = buffers._replace(residual_bias=bias)
     decoding.buffers = buffers
 

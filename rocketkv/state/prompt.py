@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .lens import SeqLens
-from .queries import last_queries
+from .queries import last_of_window
 
 
 @dataclass(eq=False, kw_only=True)
@@ -63,21 +63,25 @@ class PromptTokens:
             return self.positions[:, :, :stored]
         return torch.arange(stored, device=self.keys.device).repeat(self.keys.shape[0], 1, 1)
 
-    def remember(self, query: Tensor, window_size: int, out: Tensor | None = None) -> None:
-        """Keep the queries of the last W tokens of the prompt so far, and their outputs where all are known.
+    def remember(self, query: Tensor, window_size: int) -> None:
+        """Keep the queries of the last W tokens of the prompt so far; `query` [B, H, n, D] has the newest.
+
+        Their outputs are unknown until `remember_outputs`.
+        """
+        self.queries, self.outputs = last_of_window(self.queries, query, window_size), None
+
+    def remember_outputs(self, before: Tensor | None, out: Tensor, window_size: int) -> None:
+        """Keep the outputs of the tokens whose queries are kept.
 
         Args:
-            query: [B, H, n, D], the newest.
+            before: `outputs` before the last `remember`.
+            out: [B, n, H, Dv], the attention outputs of the newest tokens.
             window_size: W.
-            out: [B, n, H, Dv], the attention outputs of the same tokens, or None.
         """
-        if out is None or (self.queries is not None and self.outputs is None):
-            self.outputs = None
-        else:
-            # A copy: the model may write into its tensor.
-            newest = out[:, -window_size:].transpose(1, 2).clone()
-            self.outputs = last_queries(self.outputs, newest, window_size)
-        self.queries = last_queries(self.queries, query, window_size)
+        newest = out[:, -window_size:].transpose(1, 2).clone()  # a copy: the model may write into its tensor
+        found = last_of_window(before, newest, window_size)
+        # None once any chunk came without outputs.
+        self.outputs = found if self.queries is not None and found.shape[2] == self.queries.shape[2] else None
 
     @torch.inference_mode(False)  # buffers may be written in a later call that is not in inference mode
     def write_positions(self, start: int, stop: int, seen: int, valid: Tensor | None) -> None:

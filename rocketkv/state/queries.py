@@ -74,19 +74,19 @@ class QueryRing:
         self.start = saved.start
 
 
-def last_queries(before: Tensor | None, query: Tensor, size: int) -> Tensor:
-    """Return the queries [B, H, <= size, D] of the last tokens of a prompt that is read in chunks.
+def last_of_window(before: Tensor | None, newest: Tensor, size: int) -> Tensor:
+    """Return the queries, or outputs, [B, H, <= size, D] of the last tokens of a prompt that is read in chunks.
 
     Args:
-        before: the last queries of earlier chunks, or None.
-        query: [B, H, n, D], of the newest chunk.
-        size: number of queries to keep.
+        before: those of earlier chunks, or None.
+        newest: [B, H, n, D], of the newest chunk.
+        size: number of tokens to keep.
     """
-    recent = query[:, :, -size:].detach()
+    recent = newest[:, :, -size:].detach()
     if before is not None and recent.shape[2] < size:
         recent = torch.cat((before, recent), dim=2)[:, :, -size:]
-    # A copy: a slice would keep the queries of the whole prompt alive.
-    return recent.clone() if recent.shape[2] < query.shape[2] else recent
+    # A copy: a slice would keep those of the whole prompt alive.
+    return recent.clone() if recent.shape[2] < newest.shape[2] else recent
 
 
 @torch.inference_mode(False)  # a ring may be written in a later call that is not in inference mode

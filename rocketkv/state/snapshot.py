@@ -23,8 +23,8 @@ from .prompt import PromptTokens
 from .protection import RowMarks
 
 # Tensors that are written slot by slot, or reordered with the rows. Small tensors are always copied: seq_lens, the
-# query ring and, in static buffers, the residual's bias. A prompt's queries are replaced, never written; the sum of
-# values is recomputed.
+# query ring and, in static buffers, the residual's bias. A prompt's queries and outputs are replaced, never written;
+# the sum of values is recomputed.
 GUARDED = ("keys", "values", "bounds", "codes", "scales", "mean", "balance", "positions")
 
 

@@ -28,8 +28,8 @@ class LayerStats:
         key_bytes: bytes of the key buffers, spare room included.
         value_bytes: bytes of the value buffers, spare room included.
         index_bytes: bytes of stage 2's index, and of the residual's value sums and calibration.
-        other_bytes: bytes of everything else: positions, seq_lens, window queries, the query ring and what a verify
-            step saved of it, missed mass, the clock, and the output buffer of a static step.
+        other_bytes: bytes of everything else: positions, seq_lens, window queries and their outputs, the query ring and
+            what a verify step saved of it, missed mass, the clock, and the output buffer of a static step.
         history_bytes: bytes of a multi-turn method's history.
         token_budget: t, of the present turn; None in prompts, and where all tokens are kept and read.
         expected_error: with `max_error`, the estimated upper bound of the outputs' mean relative error; else None.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..state.queries import last_queries
+from ..state.queries import last_of_window
 from ..state.store import KVStore
 
 
@@ -58,7 +58,7 @@ class OpenPrompt:
     def remember(self, layer: str, query: Tensor, window_size: int) -> None:
         """Keep the queries of the last W tokens; `query` [n, H, D] has the newest."""
         newest = query.transpose(0, 1).unsqueeze(0)
-        self.queries[layer] = last_queries(self.queries.get(layer), newest, window_size)
+        self.queries[layer] = last_of_window(self.queries.get(layer), newest, window_size)
 
 
 @dataclass(eq=False)

@@ -142,12 +142,28 @@ def test_outputs_that_the_prompt_knows_serve_as_well(chunks: list[int]) -> None:
         start = 0
         for count in chunks:
             own = slice(start, start + count)
-            store.prompt.remember(query[:, :, own], WINDOW, out[:, own] if known else None)
+            before = store.prompt.outputs
+            store.prompt.remember(query[:, :, own], WINDOW)
+            if known:
+                store.prompt.remember_outputs(before, out[:, own], WINDOW)
             start += count
         assert (store.prompt.outputs is not None) == known
         close_prompt(store, SPLIT, params, decode_reserve=8, kernel_size=3)
         found.append(bias_of(store))
     assert_near(*found)
+
+
+def test_a_chunk_whose_attention_failed_leaves_no_outputs_of_other_tokens() -> None:
+    query, out = torch.randn(1, 6, SIZE, 16), torch.randn(1, SIZE, 6, 11)
+    store = KVStore()
+    store.extend(torch.randn(1, 2, SIZE, 16), torch.randn(1, 2, SIZE, 11), expected=SIZE)
+    store.prompt.remember(query[:, :, :-2], WINDOW)
+    store.prompt.remember_outputs(None, out[:, :-2], WINDOW)
+    store.prompt.remember(query[:, :, -2:], WINDOW)
+    store.prompt.crop(store.lens, SIZE - 2)
+    assert store.prompt.queries is not None
+    assert store.prompt.queries.equal(query[:, :, SIZE - WINDOW : SIZE - 2])
+    assert store.prompt.outputs is None
 
 
 def test_it_keeps_no_graph_of_a_models_parameters() -> None:

@@ -141,7 +141,8 @@ def end_prompt(
     store.extend(key, torch.empty_like(key), valid, expected=size)
     # Models compute queries and outputs token by token.
     query, out = torch.empty(2, batch, size, heads, head_dim, **bfloat16)
-    store.prompt.remember(query.transpose(1, 2), 32, out)
+    store.prompt.remember(query.transpose(1, 2), 32)
+    store.prompt.remember_outputs(None, out, 32)
     store.marks = None if marks is None else (marks,) * batch
     sinks = torch.empty(heads, **bfloat16) if with_sinks else None
     given: dict[str, Any] = {
