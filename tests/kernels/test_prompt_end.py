@@ -191,7 +191,7 @@ def test_operators_of_a_layer_are_few(
         operators.restart()
         count = end_prompt(operators, monkeypatch, method, size, batch, shape)
         # An operator on a full block takes a GPU longer than a launch.
-        further = operators.allocated / 2**28 if method == "rocketkv+" and batch > 1 else 0
+        further = operators.allocated // 2**28 if method == "rocketkv+" and batch > 1 else 0
         found.append((size, count, further))
         assert operators.launches <= 20
     assert not [each for each in found if each[1] > most + 20 * each[2]]
