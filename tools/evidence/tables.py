@@ -73,7 +73,7 @@ def summary(evidence: Evidence) -> str:
     ]
     for task, name in TASK_TITLES.items():
         part = evidence[task]["lengths"][str(SHORT)]
-        rows.append(row(f"{name}: right answers of {part['prompts']}; 4K", *_full_and(part, arms)))
+        rows.append(row(f"{name}: right answers, % of {part['prompts']} prompts; 4K", *_full_and(part, arms)))
     rows.append(row("KL to the full cache, in nats; 4K", "0", [f"{mean[arm]:.3f}" for arm in arms]))
     return table([f"{title(evidence)}", *map(arm_title, SUMMARY)], rows)
 
