@@ -26,7 +26,7 @@ from .params import AttentionParams
 from .residual import overestimate
 from .scratch import block_bytes
 from .token_index import TokenIndex
-from .topk import full_precision, scalar, select_unordered
+from .topk import full_precision, scalar, select
 
 # Pseudo-count of the ridge prior at f = 1, in observation windows. Less fits the outputs of later steps no better; more
 # is worse with few evicted tokens (studies/records/beyond.md).
@@ -82,7 +82,7 @@ def weigh_chosen(
     """
     pairs, count, group, stored = estimates.shape
     # The selection treats each query as a separate row of a batch, with one KV head.
-    places, _ = select_unordered(
+    places, _ = select(
         estimates.flatten(0, 1),
         k,
         stored=stored,
@@ -92,8 +92,9 @@ def weigh_chosen(
         sinks=None if sinks is None else sinks.flatten(0, 1),
         protected=protected,
         by_largest=by_largest,
+        ordered=False,
     )
-    places = places.view(pairs, count, k)
+    places = places.long().view(pairs, count, k)
     by_head = places[:, :, None].expand(-1, -1, group, -1)
     chosen_estimate = estimates.gather(3, by_head).logsumexp(-1)
     rest_estimate = estimates.scatter(3, by_head, -torch.inf).logsumexp(-1)

@@ -145,33 +145,6 @@ def select(
         fill up. And the estimated weight of one token of each unit, [B, H, U] float32; its sum over the chosen tokens
         is the estimated attention mass.
     """
-    positions, weight = select_unordered(
-        logits,
-        k,
-        stored=stored,
-        lengths=lengths,
-        kv_heads=kv_heads,
-        unit_size=unit_size,
-        sinks=sinks,
-        protected=protected,
-        by_largest=by_largest,
-    )
-    return (positions.sort(-1).values if ordered else positions).int(), weight
-
-
-def select_unordered(
-    logits: Tensor,
-    k: int,
-    *,
-    stored: int,
-    lengths: Tensor | None,
-    kv_heads: int,
-    unit_size: int,
-    sinks: Tensor | None = None,
-    protected: int = 0,
-    by_largest: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Choose as `select`; the positions are int64, as `gather` takes them, and in no order."""
     batch, heads, units = logits.shape
     group = heads // kv_heads
     # Equal logits must give equal weights, bit for bit: a softmax over units, divided by the total over tokens.
@@ -197,7 +170,8 @@ def select_unordered(
     shared = by_head.amax(2) if by_largest else by_head.sum(2)  # the sum ranks as the average does
     if protected:
         shared[..., : -(-protected // unit_size)] = torch.inf
-    return ranked(shared, k, stored, unit_size, lengths), weight
+    positions = ranked(shared, k, stored, unit_size, lengths)
+    return (positions.sort(-1).values if ordered else positions).int(), weight
 
 
 def ranked(weight: Tensor, k: int, stored: int, unit_size: int, lengths: Tensor | None = None) -> Tensor:

@@ -20,7 +20,8 @@ from ..state.monitor import Monitor
 from ..state.snapshot import object_state, set_object_state
 from ..state.stats import CacheStats, LayerStats, live_bytes
 from .chat import ChatMarks, row_marks
-from .layer import LayerSnapshot, RocketKVLayer, rocketkv_layers
+from .layer import RocketKVLayer, rocketkv_layers
+from .layer_state import LayerSnapshot
 from .masks import LazyMask
 from .turns import check_prompt_length
 

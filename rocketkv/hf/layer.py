@@ -7,35 +7,26 @@ Letters: B batch, H query heads, Hkv KV heads, D head dim, n tokens of a forward
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from ..backend import backend_name
 from ..config import RocketKVConfig
 from ..core.params import AttentionParams
-from ..core.residual import subtract_last
-from ..dispatch import Workspaces, decode_step, eviction_ops, value_subtraction, warm_up
-from ..state.compress import close_prompt_by, evict_generated, kept_when_full
-from ..state.fit import prompt_split
-from ..state.history import History, HistorySnapshot
+from ..dispatch import Workspaces, decode_step, warm_up
+from ..state.history import History
 from ..state.monitor import Monitor
-from ..state.protection import warn_unprotected
-from ..state.snapshot import StoreSnapshot
-from ..state.stats import LayerStats, live_bytes, store_stats
+from ..state.stats import LayerStats
 from ..state.store import KVStore
 from ..static_step import StaticStep, static_step
-from ..verify import verify_step
+from .layer_prompt import end_prompt, prefill
+from .layer_state import LayerSnapshot, crop_layer, layer_stats, map_rows, restore_layer, snapshot_of
+from .layer_steps import ensure_room, step_statically, verify
 from .masks import LazyMask
-from .prefill import FastAttention, attend_prompt
-from .turns import check_prompt_length, check_queries, prompt_part
-
-# Fields of a layer that its snapshot has, in addition to the store's snapshot.
-_SNAPPED = ("prompt_end", "prompt_tokens", "prompt_ids", "turn_begins", "speculative", "step", "backend", "params")
+from .prefill import FastAttention
+from .turns import check_prompt_length, prompt_part
 
 VERIFIES = (
     "RocketKV: after a prompt has ended, a forward of several tokens verifies a draft, and evicts nothing. If "
@@ -44,26 +35,6 @@ VERIFIES = (
 
 # Attribute of a key tensor that refers to its layer.
 _MARK = "rocketkv_layer"
-
-
-@dataclass(frozen=True, eq=False)
-class LayerSnapshot:
-    """The state of one layer at one time: of its store, of its history, and its fields by name."""
-
-    store: StoreSnapshot
-    history: HistorySnapshot | None
-    fields: dict[str, Any]
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Iterate over the tensors that the snapshot keeps alive."""
-        yield from self.store.tensors.values()
-        yield from self.store.copies.values()
-        yield from (part for _, part in self.store.saved.values())
-        if self.history is not None:
-            yield from self.history.tensors.values()
-        step = self.fields["step"]
-        if step is not None:
-            yield step.out
 
 
 def layer_of(key: Tensor) -> "RocketKVLayer | None":
@@ -201,10 +172,10 @@ class RocketKVLayer(CacheLayerMixin):
         if self.store.closed and key.shape[2] == 1:
             self.store.append(key[:, :, 0], value[:, :, 0])
         else:
-            self._reopen(key.shape[2])
+            self.reopen(key.shape[2])
             self.store.extend(key, value)
 
-    def _reopen(self, given: int) -> None:
+    def reopen(self, given: int) -> None:
         """Prepare for a prompt, or a chunk of one, of `given` tokens."""
         self.step, self.turn_begins = None, False
         if self.history is not None and self.store.closed:
@@ -255,7 +226,7 @@ class RocketKVLayer(CacheLayerMixin):
         self.pending = None
         given = query.shape[2]
         if self.decodes(given) and (self.step is not None or self.config.decode_capacity is None):
-            return self._decode(query, key, value, params)
+            return self.decode(query, key, value, params)
         prompt = self.prompt_part(given)
         if self.params is None:
             # Re-eviction may run outside of a forward. Learned sinks are parameters: detach them from the autograd
@@ -264,7 +235,7 @@ class RocketKVLayer(CacheLayerMixin):
         parts = []
         if prompt:
             query_part, key_part, value_part = (tensor[:, :, :prompt] for tensor in (query, key, value))
-            parts.append(self._prefill(query_part, key_part, value_part, mask, fast, params))
+            parts.append(prefill(self, query_part, key_part, value_part, mask, fast, params))
             if self.prompt_end is not None and self.store.seen >= self.prompt_end:
                 self.end_prompt(params)
         elif not self.store.closed:
@@ -278,19 +249,20 @@ class RocketKVLayer(CacheLayerMixin):
             self.workspaces.warn(VERIFIES)
         if prompt < given:
             query, key, value = (tensor[:, :, prompt:] for tensor in (query, key, value))
-            step = self._decode if given - prompt == 1 else self._verify
-            parts.append(step(query, key, value, params))
+            one = given - prompt == 1
+            out = self.decode(query, key, value, params) if one else verify(self, query, key, value, params)
+            parts.append(out)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def decodes(self, given: int) -> bool:
         """Whether a forward of `given` tokens is a decode step, of a static or a growing cache."""
         return given == 1 and self.prompt_end is None and not self.turn_begins and self.store.closed
 
-    def _decode(self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """Run one decode step for queries [B, H, 1, D] and return [B, 1, H, Dv]."""
         if self.step is not None:
             if torch.compiler.is_dynamo_compiling() or (query.is_cuda and torch.cuda.is_current_stream_capturing()):
-                return self._step_statically(self.step, query, key, value, params)
+                return step_statically(self, self.step, query, key, value, params)
             if self.store.lens.uncounted or self.store.lens.longest >= self.step.capacity:
                 self.ensure_room()
         store, monitor = self.store, self.monitor
@@ -301,88 +273,13 @@ class RocketKVLayer(CacheLayerMixin):
             step = monitor.watch(self.number, store, self.history, new, step, params)
         return step[:, None]
 
-    def _verify(self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-        """Run a verify step for queries [B, H, n, D] and return [B, n, H, Dv]."""
-        store, monitor, count = self.store, self.monitor, query.shape[2]
-        # Room is made first, so that none of the draft's tokens is evicted and a crop can remove them.
-        self.ensure_room(count)
-        ring, tensor = store.decoding.ring, store.decoding.buffers.query_ring
-        if ring is not None and tensor is not None:
-            ring.save(tensor, query, store.lens.seen)
-        if self._captured() or (monitor is not None and monitor.asks(self.number, store, count)):
-            each = [slice(i, i + 1) for i in range(count)]
-            singles = [self._decode(query[:, :, i], key[:, :, i], value[:, :, i], params) for i in each]
-            return torch.cat(singles, dim=1)
-        backend, shared, room = self.backend, self.workspaces, self.ensure_room
-        return verify_step(query, key, value, store, params, backend=backend, workspaces=shared, make_room=room)
-
-    def _step_statically(
-        self, step: StaticStep, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
-    ) -> Tensor:
-        """Run a step that is traced or captured, and return [B, 1, H, Dv].
-
-        Raises:
-            ValueError: the query requires gradients.
-        """
-        if torch.is_grad_enabled() and query.requires_grad:
-            raise ValueError("a compiled decode step has no gradients: run it under torch.inference_mode()")
-        out = step(query[:, :, 0], key[:, :, 0], value[:, :, 0], params)
-        # Host reads become constants under tracing; host writes are repeated after each run of a compiled forward.
-        if not torch.compiler.is_dynamo_compiling():
-            self.store.note_captured()
-        self.store.lens.uncounted = True
-        return out[:, None]
-
-    def _prefill(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: LazyMask | None,
-        fast: FastAttention,
-        params: AttentionParams,
-    ) -> Tensor:
-        """Append a prompt's tokens and attend from them to all stored tokens and, causally, to themselves."""
-        store = self.store
-        start, length = store.seen, query.shape[2]
-        valid = None if mask is None else mask.valid_tokens(start, start + length)
-        valid = None if valid is None else valid.to(key.device)
-        self._reopen(length)
-        store.extend(key, value, valid, expected=self.prompt_end or 0)
-        outputs, window = store.prompt.outputs, self.config.window_size
-        store.prompt.remember(query, window)
-        self.prompt_tokens = store.seen if mask is None else mask.longest_row(store.seen)
-        settings: dict[str, Any] = {"backend": self.config.backend, "workspaces": self.workspaces}
-        out = attend_prompt(store, query, key, value, mask, fast, params, **settings)
-        store.prompt.remember_outputs(outputs, out, window)
-        return out
-
     def end_prompt(self, params: AttentionParams) -> None:
         """Run stage 1 at the end of a prompt.
 
         Raises:
             ValueError: there is no prompt, or a crop has removed all queries of its observation window.
         """
-        store, config = self.store, self.config
-        prompt = store.prompt
-        ops = eviction_ops(prompt.keys, backend=config.backend, workspaces=self.workspaces)
-        split, expected_error = prompt_split(store, config, self.prompt_tokens, params, self.workspaces.warn, ops)
-        queries = 0 if prompt.queries is None else prompt.queries.shape[2]
-        if split.ranks(self.prompt_tokens):
-            check_queries(queries, min(config.window_size, store.open_tokens))
-        self.backend = backend_name(prompt.keys.device, config.backend)
-        if self.history is not None:
-            self.history.keep(store)
-        close_prompt_by(store, config, split, params, ops)
-        store.decoding.expected_error = expected_error
-        if self.history is not None:
-            store.allow_crops()
-        whole = self.prompt_ids is not None and self.prompt_ids.shape[1] == store.seen  # the first prompt's
-        if whole and config.protect == "system" and store.marks is not None:
-            warn_unprotected(store.marks)
-        self.prompt_end = self.prompt_ids = None
-        if self.monitor is not None:
-            self.monitor.begin(self.number)
+        end_prompt(self, params)
 
     def ensure_room(self, count: int = 1) -> None:
         """Make room for the next tokens: re-evict generated tokens if the buffer is full and the settings allow it.
@@ -393,22 +290,7 @@ class RocketKVLayer(CacheLayerMixin):
         Raises:
             ValueError: there is no room for a single token, and the settings do not allow re-eviction.
         """
-        store, decoding = self.store, self.store.decoding
-        capacity = decoding.buffers.keys.shape[2]
-        if store.lens.longest + count <= capacity and not store.lens.uncounted:
-            return
-        kept, ring, tensor = kept_when_full(self.config, decoding.split), decoding.ring, decoding.buffers.query_ring
-        ranks = ring is not None and tensor is not None and ring.count(tensor, store.seen) > 0
-        if kept is not None and ranks and store.stored + count > capacity and store.generated > kept and self.params:
-            if self.history is not None:
-                self.history.absorb(store)
-            self._evict_generated(kept, self.params)
-        store.next_fill()
-
-    def _evict_generated(self, kept: int, params: AttentionParams) -> None:
-        """Re-evict generated tokens, and keep `kept` of them."""
-        ops = eviction_ops(self.store.decoding.keys, backend=self.backend, workspaces=self.workspaces)
-        evict_generated(self.store, kept, params, kernel_size=self.config.stage_1_kernel_size, ops=ops)
+        ensure_room(self, count)
 
     @property
     def re_evicts(self) -> bool:
@@ -427,13 +309,13 @@ class RocketKVLayer(CacheLayerMixin):
         tensor, as in transformers' static cache.
         """
         if self.step is not None and (
-            torch.compiler.is_dynamo_compiling() or self.store.lens.uncounted or self._captured()
+            torch.compiler.is_dynamo_compiling() or self.store.lens.uncounted or self.captured()
         ):
             seen: Any = self.static_clock()[0]
             return seen  # type: ignore[no-any-return]  # transformers itself declares an int
         return self.tokens_seen
 
-    def _captured(self) -> bool:
+    def captured(self) -> bool:
         """Whether a CUDA graph of this forward is being captured."""
         return self.step is not None and self.step.out.is_cuda and torch.cuda.is_current_stream_capturing()
 
@@ -465,32 +347,12 @@ class RocketKVLayer(CacheLayerMixin):
             ValueError: the crop needs tokens that stage 1 evicted, or removes more tokens than the sequence has.
         """
         self._settle()
-        seen = self.store.seen
-        length = seen + max_length if max_length <= 0 else max_length
-        if length < 0:
-            raise ValueError(f"cannot remove {-max_length} tokens: the sequence has {seen}; remove at most those")
-        if length == 0:
-            self.reset()
-            return
-        if self.history is not None and not self.store.closed:
-            self.history.guard(self.store, length)
-        if not self.store.closed and length < seen:
-            self.prompt_tokens = max(0, self.prompt_tokens - (seen - length))
-        values = self.store.values
-        subtract = subtract_last if values is None else value_subtraction(values, self.backend)
-        self.store.crop(length, subtract)
-        if self.history is not None:
-            self.history.crop(length)
-        if self.prompt_ids is not None and length < seen:
-            self.prompt_ids = self.prompt_ids[:, : length - seen]
-        if not self.store.closed:
-            self.step = None
+        crop_layer(self, max_length)
 
     def snapshot(self) -> LayerSnapshot:
         """Return the present state, for `restore`."""
         self._settle()
-        history = None if self.history is None else self.history.snapshot(self.store)
-        return LayerSnapshot(self.store.snapshot(), history, {name: getattr(self, name) for name in _SNAPPED})
+        return snapshot_of(self)
 
     def restore(self, snapshot: LayerSnapshot) -> None:
         """Return to a snapshot.
@@ -498,17 +360,7 @@ class RocketKVLayer(CacheLayerMixin):
         Raises:
             ValueError: it is of another layer, or was taken before this one was reset.
         """
-        step = self.step
-        self.store.restore(snapshot.store)
-        if self.history is not None and snapshot.history is not None:
-            self.history.restore(snapshot.history)
-            if not self.store.closed:
-                self.history.guard(self.store, self.store.stored)
-        self.pending, self.armed = None, False
-        for name, value in snapshot.fields.items():
-            setattr(self, name, value)
-        if step is not None and self.store.closed and step.decoding.keys is self.store.keys:
-            self.step = step  # forwards compiled or captured since then refer to it
+        restore_layer(self, snapshot)
 
     def reset(self) -> None:
         """Drop everything."""
@@ -521,43 +373,23 @@ class RocketKVLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search by `beam_idx` [rows], integers; a row may occur several times."""
         self._settle()
-        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        map_rows(self, lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         self._settle()
         self.step = None
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        map_rows(self, lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows of `indices` [rows], integers or a mask."""
         self._settle()
         self.step = None
-        self._map(lambda tensor: tensor[indices.to(tensor.device)])
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor by a function of it, which reorders or selects rows."""
-        if self.store.closed and self.store.decoding.ring is not None:
-            self.store.decoding.ring.saved = None
-        self.store.map(function)
-        if self.history is not None:
-            self.history.map(function)
-        if self.store.marks is not None:
-            rows = function(torch.arange(len(self.store.marks))).tolist()
-            self.store.marks = tuple(self.store.marks[row] for row in rows)
-        if self.prompt_ids is not None:
-            self.prompt_ids = function(self.prompt_ids)
+        map_rows(self, lambda tensor: tensor[indices.to(tensor.device)])
 
     def stats(self) -> LayerStats:
         """Return the tokens and bytes of this layer."""
-        stats = store_stats(self.store)
-        if self.step is not None:
-            stats = replace(stats, other_bytes=stats.other_bytes + live_bytes(self.step.out))
-        held = {} if self.history is None else self.history.tensors()
-        if held:
-            size = sum(live_bytes(tensor) for tensor in held.values())
-            stats = replace(stats, history_bytes=size, history_device=str(held["keys"].device))
-        return stats
+        return layer_stats(self)
 
 
 def rocketkv_layers(cache: Any) -> list[RocketKVLayer]:

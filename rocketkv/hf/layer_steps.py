@@ -1,0 +1,67 @@
+"""Steps of a layer other than a decode step run eagerly: verify steps, captured steps, and room for new tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..core.params import AttentionParams
+from ..dispatch import eviction_ops
+from ..state.compress import evict_generated, kept_when_full
+from ..static_step import StaticStep
+from ..verify import verify_step
+
+if TYPE_CHECKING:
+    from .layer import RocketKVLayer
+
+
+def verify(layer: RocketKVLayer, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
+    """Run a verify step for queries [B, H, n, D] and return [B, n, H, Dv]."""
+    store, monitor, count = layer.store, layer.monitor, query.shape[2]
+    # Room is made first, so that none of the draft's tokens is evicted and a crop can remove them.
+    layer.ensure_room(count)
+    ring, tensor = store.decoding.ring, store.decoding.buffers.query_ring
+    if ring is not None and tensor is not None:
+        ring.save(tensor, query, store.lens.seen)
+    if layer.captured() or (monitor is not None and monitor.asks(layer.number, store, count)):
+        each = [slice(i, i + 1) for i in range(count)]
+        singles = [layer.decode(query[:, :, i], key[:, :, i], value[:, :, i], params) for i in each]
+        return torch.cat(singles, dim=1)
+    backend, shared, room = layer.backend, layer.workspaces, layer.ensure_room
+    return verify_step(query, key, value, store, params, backend=backend, workspaces=shared, make_room=room)
+
+
+def step_statically(
+    layer: RocketKVLayer, step: StaticStep, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+) -> Tensor:
+    """Run a step that is traced or captured, and return [B, 1, H, Dv].
+
+    Raises:
+        ValueError: the query requires gradients.
+    """
+    if torch.is_grad_enabled() and query.requires_grad:
+        raise ValueError("a compiled decode step has no gradients: run it under torch.inference_mode()")
+    out = step(query[:, :, 0], key[:, :, 0], value[:, :, 0], params)
+    # Host reads become constants under tracing; host writes are repeated after each run of a compiled forward.
+    if not torch.compiler.is_dynamo_compiling():
+        layer.store.note_captured()
+    layer.store.lens.uncounted = True
+    return out[:, None]
+
+
+def ensure_room(layer: RocketKVLayer, count: int) -> None:
+    """Make room for `count` tokens, as `RocketKVLayer.ensure_room`."""
+    store, decoding = layer.store, layer.store.decoding
+    capacity = decoding.buffers.keys.shape[2]
+    if store.lens.longest + count <= capacity and not store.lens.uncounted:
+        return
+    kept, ring, tensor = kept_when_full(layer.config, decoding.split), decoding.ring, decoding.buffers.query_ring
+    ranks = ring is not None and tensor is not None and ring.count(tensor, store.seen) > 0
+    if kept is not None and ranks and store.stored + count > capacity and store.generated > kept and layer.params:
+        if layer.history is not None:
+            layer.history.absorb(store)
+        ops = eviction_ops(decoding.keys, backend=layer.backend, workspaces=layer.workspaces)
+        evict_generated(store, kept, layer.params, kernel_size=layer.config.stage_1_kernel_size, ops=ops)
+    store.next_fill()
