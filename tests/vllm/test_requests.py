@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +11,6 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample import logits_processor as runner_1
 from vllm.v1.worker.gpu.sample.logits_processor import build_custom_logits_processors_params_validator as runner_2
-from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as Runner2Processor
 
 from rocketkv.vllm.requests import RequestCheck
 
@@ -28,18 +25,6 @@ def test_each_model_runner_loads_the_check_by_its_entry_point() -> None:
         check(SamplingParams())
         with pytest.raises(VLLMValidationError, match="leave 'rocketkv' out of extra_args"):
             check(SamplingParams(extra_args={"rocketkv": {"token_budget": 64}}))
-
-
-def test_a_vllm_without_the_second_interface_loads_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where nothing is configured: vLLM starts no engine if an entry point fails to load."""
-    monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu.sample.logits_processor.interface", None)
-    spec = importlib.util.find_spec("rocketkv.vllm.requests")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert issubclass(module.RequestCheck, runner_1.LogitsProcessor)
-    assert not issubclass(module.RequestCheck, Runner2Processor)
 
 
 def test_it_changes_nothing() -> None:

@@ -25,6 +25,7 @@ def engine(**changed: Any) -> SimpleNamespace:
         scheduler_config=SimpleNamespace(max_num_seqs=8, scheduler_reserve_full_isl=True),
         speculative_config=None,
         kv_transfer_config=None,
+        use_v2_model_runner=False,
     )
     for path, value in changed.items():
         *parts, name = path.split("__")
