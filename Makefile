@@ -44,7 +44,7 @@ export TOKENIZERS_PARALLELISM := false
 ifndef SIDE_BY_SIDE
 .NOTPARALLEL:
 endif
-.PHONY: help demo test lint test-newest test-oldest test-canary test-vllm format docs wheel lock evidence \
+.PHONY: help demo test lint test-newest test-oldest test-canary test-vllm test-vllm-newest format docs wheel lock evidence \
 	kernels-report gpu hooks clean distclean
 
 help:
@@ -52,6 +52,7 @@ help:
 	@echo "make test       what CI checks on one Python: lint, tests, parts of them on the oldest transformers and Triton"
 	@echo "make test-canary  the same on the newest of everything, in an environment of its own"
 	@echo "make test-vllm  the vLLM plugin in a real engine on the CPU, in an environment of its own (3.4 GB)"
+	@echo "make test-vllm-newest  the entry points under the newest vLLM's own loaders"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make docs       build the documentation into site/; a broken link or anchor is an error"
@@ -85,11 +86,19 @@ test-oldest: $(VENV)/.dev $(OVERLAYS)
 
 test-canary:
 	$(MAKE) VENV=.venv-canary NEWEST=1 test
+	$(MAKE) VENV=.venv-canary NEWEST=1 test-vllm-newest
 	.venv-canary/bin/rocketkv env
 
 # vLLM warns about much on import; the tests of its plugin do not turn warnings into errors.
 test-vllm: $(VLLM_VENV)/.vllm
 	$(VLLM_VENV)/bin/pytest -W default tests/vllm
+
+# The newest vLLM has no build for CPUs: its loaders run out of its wheel.
+test-vllm-newest: $(VENV)/.dev
+	rm -rf build/vllm-newest
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest build/vllm-newest vllm
+	cd build/vllm-newest && $(abspath $(BIN))/python -m zipfile -e vllm-*.whl . && rm vllm-*.whl
+	ROCKETKV_VLLM_NEWEST=$(CURDIR)/build/vllm-newest $(BIN)/pytest tests/vllm/test_versions.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
