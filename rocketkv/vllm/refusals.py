@@ -32,10 +32,10 @@ def refuse(vllm_config: Any, settings: VllmSettings) -> None:
             "use tensor parallel (--tensor-parallel-size) alone",
         ),
         "prefill context parallel": (
-            getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+            parallel.prefill_context_parallel_size > 1,
             "use tensor parallel (--tensor-parallel-size) alone",
         ),
-        "dual batch overlap": (getattr(parallel, "enable_dbo", False), "leave out --enable-dbo"),
+        "dual batch overlap": (parallel.enable_dbo, "leave out --enable-dbo"),
         "quantised KV caches": (
             cache.cache_dtype not in _PLAIN,
             f"leave out --kv-cache-dtype {cache.cache_dtype}",

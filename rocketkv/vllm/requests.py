@@ -1,48 +1,48 @@
 """Refuse requests that carry settings: vLLM passes them to no attention backend, so they would have no effect.
 
-A logits processor is the one public class that sees a request before the engine admits it. vLLM loads this one through
-the entry point `vllm.logits_processors`, whatever its settings, and starts no engine if that fails. So the class
-derives from the interface that the loader itself uses, in any version, and nothing of vLLM is imported. It changes no
-logits.
+A logits processor is the one public class that sees a request before the engine admits it. vLLM loads `RequestCheck`
+through the entry point `vllm.logits_processors`, under either model runner, and starts no engine if that fails or if
+the class is not a subclass of the runner's interface. It changes no logits.
 """
 
-import functools
 import sys
 from typing import Any
 
 from .settings import KEY, settings_of
-from .versions import refuse_other_versions
+from .versions import check_version
 
 
 def __getattr__(name: str) -> Any:
-    """Return `RequestCheck`, a subclass of the interfaces of logits processors that vLLM has loaded by now."""
+    """Return `RequestCheck`, a subclass of vLLM's interfaces, which other versions keep in other modules."""
     if name != "RequestCheck":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    loaded = [module for key, module in list(sys.modules.items()) if key.startswith("vllm.")]
-    found = dict.fromkeys(vars(module).get("LogitsProcessor") for module in loaded)
-    return _request_check(tuple(each for each in found if isinstance(each, type) and hasattr(each, "validate_params")))
-
-
-@functools.cache
-def _request_check(interfaces: tuple[type, ...]) -> type:
-    check = type("RequestCheck", (_RequestCheck, *interfaces), {"__module__": __name__})
-    # What the interface of another version declares beyond these is never called: `add_request` returns False.
-    check.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]  # of classes of an ABC
+    check = type(name, (_RequestCheck, *_interfaces()), {"__module__": __name__})
+    # An abstract method that only a newer vLLM has must not keep its engines from starting.
+    check.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
     return check
 
 
-class _RequestCheck:
-    """Refuses requests whose `extra_args` have settings, and models without attention."""
+def _interfaces() -> list[type]:
+    """Return vLLM's imported interfaces of logits processors: the loader that asks has imported its own."""
+    modules = [module for name, module in sorted(sys.modules.items()) if name.startswith("vllm.")]
+    named = dict.fromkeys(getattr(module, "__dict__", {}).get("LogitsProcessor") for module in modules)
+    # A layer of models has the same name.
+    found = [kind for kind in named if isinstance(kind, type) and hasattr(kind, "validate_params")]
+    return [kind for kind in found if not any(issubclass(other, kind) for other in found if other is not kind)]
 
-    def __init__(self, vllm_config: Any, *args: Any) -> None:
-        """Check the engine; of the backends that refuse other models, one without attention has none.
+
+class _RequestCheck:
+    """Refuses requests whose `extra_args` have settings; with settings, also versions and models without support."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        """Check version and model: where a model has no attention, no backend refuses it.
 
         Raises:
-            ValueError: there are settings, but the model has no attention, or the plugin does not support this vLLM.
+            ValueError: there are settings, but this vLLM is not supported or the model has no attention.
         """
         if settings_of(vllm_config) is None:
             return
-        refuse_other_versions()
+        check_version()
         if vllm_config.model_config.is_attention_free:
             raise ValueError("rocketkv does not support models without attention: serve the model without rocketkv")
 

@@ -1,28 +1,28 @@
-"""The vLLM versions that the plugin supports; the only place that names them."""
+"""The versions of vLLM that the plugin supports. On others, engines with settings are refused."""
 
-import sys
-
-SUPPORTED = ("0.32", "0.33")
+SUPPORTED = ("0.32", "0.33")  # as in the extra `vllm` of pyproject.toml
 
 
-def vllm_version() -> str:
-    """Return the version of the vLLM that loads the plugin, or "unknown"."""
-    return getattr(sys.modules.get("vllm"), "__version__", "unknown")
+def installed() -> str:
+    """Return the version of the installed vLLM, under whatever name its package has."""
+    import vllm
+
+    return str(getattr(vllm, "__version__", "an unknown version"))
 
 
-def supported() -> bool:
-    """Whether the plugin supports this vLLM."""
-    return ".".join(vllm_version().split(".")[:2]) in SUPPORTED
+def is_supported() -> bool:
+    """Return whether the plugin supports the installed vLLM."""
+    return ".".join(installed().split(".")[:2]) in SUPPORTED
 
 
-def refuse_other_versions() -> None:
-    """Refuse to run with settings under a vLLM that the plugin does not support.
+def check_version() -> None:
+    """Refuse an engine that has settings, where its vLLM is not supported.
 
     Raises:
-        ValueError: it does not support this version.
+        ValueError: the installed vLLM is not supported.
     """
-    if not supported():
+    if not is_supported():
         raise ValueError(
-            f"rocketkv supports vLLM {' and '.join(SUPPORTED)}, and this is {vllm_version()}: install one of those, or "
-            "remove rocketkv's settings (--additional-config, ROCKETKV_VLLM)"
+            f"rocketkv supports vLLM {' and '.join(SUPPORTED)}, got {installed()}: install one of those (pip install "
+            "'rocketkv[vllm]'), or leave rocketkv's settings out of --additional-config and ROCKETKV_VLLM"
         )

@@ -1,7 +1,6 @@
-"""Without settings the plugin is inert under any vLLM; with settings, one that it does not support is refused at start.
+"""On a vLLM that the plugin does not support, its entry points change nothing; an engine with settings does not start.
 
-The newest release has no build for CPUs. Its own loaders run out of its wheel, which `make test-vllm-newest` unpacks
-into the folder that ROCKETKV_VLLM_NEWEST names; only `vllm/__init__.py`, which loads a GPU's libraries, is left out.
+Also on another vLLM, whose sources ROCKETKV_VLLM_SOURCES names, such as the newest (`make test-vllm-newest`).
 """
 
 from __future__ import annotations
@@ -11,93 +10,87 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import vllm
+from vllm.v1.attention.backends import cpu_attn
 
-NEWEST = os.environ.get("ROCKETKV_VLLM_NEWEST")
-# A vLLM that shares nothing with those that are known, but for the place from which it is loaded.
-STRANGE = {
-    "vllm/__init__.py": "__version__ = '9.1.0'\n",
-    "vllm/loader.py": """
-import abc
-from importlib.metadata import entry_points
-
-class LogitsProcessor(abc.ABC):
-    @classmethod
-    def validate_params(cls, params): ...
-    @abc.abstractmethod
-    def surprise(self): ...
-
-def load():
-    (entry,) = (found for found in entry_points(group="vllm.logits_processors") if found.name == "rocketkv")
-    found = entry.load()
-    assert issubclass(found, LogitsProcessor)
-    return found
-""",
-}
-PROGRAM = """
-import importlib, json, sys, types
-from types import SimpleNamespace
-root, version, loader, call, additional = sys.argv[1:]
-package = types.ModuleType("vllm")
-package.__path__, package.__version__ = [root + "/vllm"], version
-sys.modules["vllm"] = package
-found = getattr(importlib.import_module(loader), call)()
-check = found[-1] if isinstance(found, list) else found
-ours = [name for name in sys.modules if name.startswith("rocketkv.vllm.")]
+import tiny
+import vllm_case
 from rocketkv.vllm.plugin import register
-register(), register()
+
+UNKNOWN = "0.99.0"
+REFUSED = "rocketkv supports vLLM 0.32 and 0.33, got "
+
+# Through vLLM's own loaders: what an engine asks of the plugin when it starts, and when a request comes.
+DOORS = """
+import json, sys
+from types import SimpleNamespace
+from unittest import mock
+import vllm
+from vllm import plugins
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.worker.gpu.sample.logits_processor import loader
+from rocketkv.vllm import choice, versions
+if sys.argv[1] != "{}" and versions.is_supported():
+    vllm.__version__ = sys.argv[2]
 model = SimpleNamespace(is_attention_free=False)
-config = SimpleNamespace(additional_config=json.loads(additional), model_config=model)
-own = check(config, object())
-logits = object()
-assert own.apply(logits, object()) is logits and not own.add_request(0, None)
-check.validate_params(SimpleNamespace(extra_args=None))
-print(json.dumps(sorted(ours)))
+config = SimpleNamespace(model_config=model, additional_config=json.loads(sys.argv[1]))
+choice.get_current_vllm_config_or_none = lambda: config
+params = SimpleNamespace(extra_args=None)
+doors = {
+    "plugin": plugins.load_general_plugins,
+    "backends": lambda: [backend.get_class() for backend in AttentionBackendEnum if backend.is_overridden()],
+    "request": lambda: loader.build_custom_logits_processors_params_validator(None)(params),
+    "worker": lambda: loader.build_custom_logits_processors(config, mock.Mock(), False),
+}
+for name, door in doors.items():
+    try:
+        found = door()
+        print(json.dumps([name, [getattr(kind, "__module__", "") for kind in found or ()]]))
+    except Exception as error:
+        print(json.dumps([name, str(error)]))
 """
-LOADER = ("vllm.v1.worker.gpu.sample.logits_processor.loader", "_load_v2_logitsprocs_plugins")
-KNOWN_BY_PATH = ["rocketkv.vllm.requests", "rocketkv.vllm.settings", "rocketkv.vllm.versions"]
 
 
-@pytest.fixture(params=["strange", "newest"])
-def release(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, ...]:
-    """Return the folder of a vLLM, its version, and the module and function that load logits processors."""
-    if request.param == "newest":
-        if NEWEST is None:
-            pytest.skip("needs the newest vLLM's wheel: make test-vllm-newest")
-        (info,) = Path(NEWEST).glob("vllm-*.dist-info")
-        return NEWEST, info.name.removesuffix(".dist-info").removeprefix("vllm-"), *LOADER
-    for name, text in STRANGE.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    return str(tmp_path), "9.1.0", "vllm.loader", "load"
+def doors(root: Path, additional_config: str, **environment: str) -> dict[str, Any]:
+    """Return the modules of the classes that each loader of a vLLM finds, or its error."""
+    path = os.pathsep.join(filter(None, [str(root.parent), os.environ.get("PYTHONPATH")]))
+    variables = {**os.environ, **vllm_case.environment(), "PYTHONPATH": path, **environment}
+    command = [sys.executable, "-P", "-c", DOORS, additional_config, UNKNOWN]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith('["'))
 
 
-def start(release: tuple[str, ...], additional: dict[str, object], **environment: str) -> tuple[int, str, str]:
-    env = {name: value for name, value in os.environ.items() if name != "ROCKETKV_VLLM"} | environment
-    command = [sys.executable, "-P", "-c", PROGRAM, *release, json.dumps(additional)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout, done.stderr
+@pytest.mark.parametrize("root", vllm_case.sources(), ids=lambda path: path.parent.name)
+def test_entry_points(root: Path) -> None:
+    found = doors(root, "{}")
+    assert found["plugin"] == found["request"] == []
+    assert found["worker"] == ["rocketkv.vllm.requests"]
+    assert found["backends"]
+    assert all(module.startswith("vllm.") for module in found["backends"])
+    found = doors(root, '{"rocketkv": {}}')
+    assert found["plugin"] == found["request"] == []
+    assert all(found[name].startswith(REFUSED) for name in ("backends", "worker"))
+    found = doors(root, '{"another": 1}', ROCKETKV_VLLM="{}")
+    assert found["plugin"].startswith(REFUSED)
 
 
-def test_without_settings_nothing_happens(release: tuple[str, ...]) -> None:
-    code, out, err = start(release, {})
-    assert code == 0, err
-    assert json.loads(out.splitlines()[-1]) == KNOWN_BY_PATH
+def test_engines_of_an_unknown_version(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = vllm_case.saved("llama", models)
+    monkeypatch.setattr(vllm, "__version__", UNKNOWN)
+    with vllm_case.serve(folder, None) as engine:
+        assert type(engine.builder) is cpu_attn.CPUAttentionMetadataBuilder
+        assert len(engine.generate([tiny.prompt(200, seed=5)[0].tolist()], 4)[0]) == 4
+    with pytest.raises(ValueError, match=f"{REFUSED}{UNKNOWN}: install"), vllm_case.serve(folder, vllm_case.SETTINGS):
+        pass
 
 
-@pytest.mark.parametrize(
-    ("additional", "environment"),
-    [({"rocketkv": {"token_budget": 512}}, {}), ({}, {"ROCKETKV_VLLM": '{"token_budget": 512}'})],
-    ids=["--additional-config", "ROCKETKV_VLLM"],
-)
-def test_with_settings_it_is_refused_in_a_sentence(
-    release: tuple[str, ...], additional: dict[str, object], environment: dict[str, str]
-) -> None:
-    code, _, err = start(release, additional, **environment)
-    assert code == 1
-    last = err.strip().splitlines()[-1]
-    assert last == (
-        f"ValueError: rocketkv supports vLLM 0.32 and 0.33, and this is {release[1]}: install one of those, or remove "
-        "rocketkv's settings (--additional-config, ROCKETKV_VLLM)"
-    )
+def test_a_registry_that_is_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.registry", None)
+    with pytest.raises(ImportError):
+        register()
+    monkeypatch.setattr(vllm, "__version__", UNKNOWN)
+    register()
