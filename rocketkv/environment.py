@@ -3,9 +3,11 @@
 import importlib.metadata
 import os
 import platform
+from importlib.resources import files
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement
 
 from ._version import __version__
 from .backend import backend_name
@@ -25,8 +27,21 @@ def environment() -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "rocm": torch.version.hip,
         },
+        "differs_from_lock": differs_from_lock(),
         "devices": [_cpu(), *_cuda(), *_mps(), *_xpu()],
     }
+
+
+def differs_from_lock() -> dict[str, dict[str, str]]:
+    """Return the installed packages that are not of the version tested with this release, and both versions."""
+    found = {}
+    for line in files(__package__).joinpath("locked.txt").read_text(encoding="utf-8").splitlines():
+        locked = Requirement(line)
+        version = _version(locked.name)
+        applies = locked.marker is None or locked.marker.evaluate()
+        if version is not None and applies and not locked.specifier.contains(version, prereleases=True):
+            found[locked.name] = {"installed": version, "locked": str(locked.specifier).removeprefix("==")}
+    return found
 
 
 def _version(package: str) -> str | None:

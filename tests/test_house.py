@@ -2,7 +2,9 @@
 
 import ast
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -96,7 +98,22 @@ def test_no_folder_of_the_root_is_importable_by_its_name() -> None:
     for name in ("eval", "kernels"):  # pytest itself makes a module `tests`
         spec = importlib.util.find_spec(name)
         found = [] if spec is None else [spec.origin or "", *(spec.submodule_search_locations or [])]
-        assert not [place for place in found if place.startswith(str(ROOT))], name
+        assert not [place for place in found if Path(place).is_relative_to(ROOT / name)], name
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside the checkout", "inside"])
+def test_the_package_kernels_of_the_same_name_stays_importable(inside: bool, tmp_path: Path) -> None:
+    """Hugging Face's `kernels`, which transformers imports where it is installed, and ours are two packages."""
+    namesake = pytest.importorskip("kernels").__file__
+    code = "import kernels, rocketkv.kernels.decode as ours; print(kernels.__file__, ours.__file__, sep='\\n')"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}  # as a user's shell
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=ROOT if inside else tmp_path, env=env, capture_output=True, text=True, check=True
+    )
+    theirs, ours = done.stdout.split()
+    assert theirs == namesake
+    assert Path(ours).resolve() == ROOT / "kernels" / "decode.py"
 
 
 @pytest.mark.parametrize("path", [*sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("*.md"))], ids=lambda p: p.name)

@@ -61,8 +61,7 @@ print("transformers" in sys.modules)
 
 def run(code: str) -> str:
     # Isolated from the folder that this happens to run in, as an installed package is.
-    flags = ["-P"] if sys.version_info >= (3, 11) else []
-    done = subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import sys
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import rocketkv
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pytest needs it there
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,6 +44,34 @@ def test_a_tag_is_built_checked_and_published_without_a_secret() -> None:
     assert publish["permissions"] == {"id-token": "write"}
     assert publish["steps"][-1]["uses"].startswith("pypa/gh-action-pypi-publish@")
     assert "secrets." not in text
+
+
+def test_the_lock_files_pin_and_hash_every_package_and_have_the_extras() -> None:
+    entry = re.compile(r"^([a-z0-9][\w.-]*)(?:\[.+?\])?==\S+", re.MULTILINE)
+    locked = {}
+    for path in sorted((ROOT / "locks").glob("*.txt")):
+        blocks = path.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+        lines = [line for line in blocks if line and not line.startswith("#")]
+        assert all(entry.match(line) and "--hash=sha256:" in line for line in lines), path.name
+        locked[path.stem] = {entry.match(line)[1] for line in lines}  # type: ignore[index]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for lock, extras in {"test": ("demo", "eval", "serve", "dev"), "demo": ("demo",), "docs": ("docs",)}.items():
+        asked = project["dependencies"] + [each for extra in extras for each in project["optional-dependencies"][extra]]
+        names = {canonicalize_name(Requirement(each).name) for each in asked}
+        assert names <= locked[lock], lock
+    slim = (ROOT / "rocketkv" / "locked.txt").read_text(encoding="utf-8")
+    assert {match[1] for match in entry.finditer(slim)} == locked["test"]
+
+
+def test_the_canary_runs_weekly_and_opens_an_issue() -> None:
+    workflow = read(".github/workflows/canary.yml")
+    assert workflow["on"]["schedule"][0]["cron"].split()[-1] != "*"
+    job = workflow["jobs"]["canary"]
+    assert "make PYTHON=python test-canary" in [step.get("run") for step in job["steps"]]
+    report = job["steps"][-1]
+    assert report["if"] == "failure()"
+    assert "gh issue create" in report["run"]
+    assert workflow["permissions"]["issues"] == "write"
 
 
 @pytest.mark.parametrize("name", ["bug", "feature"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import subprocess
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def provenance(model: PreTrainedModel) -> ProvenanceDict:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     versions = environment()["versions"]
     return {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "rocketkv": __version__,
         "git_hash": git_hash(),
         "versions": {name: found for name, found in versions.items() if found is not None and name != "platform"},

@@ -42,14 +42,16 @@ def choose_channels(queries, group, head_dim, channels, sizes, chosen):
         middle = (low + high) >> 1
         count = 0
         for c in range(head_dim):
-            count += np.int64(bits_of(sizes[c])) >= middle
+            if np.int64(bits_of(sizes[c])) >= middle:
+                count += 1
         if count >= channels:
             low = middle
         else:
             high = middle
     above = 0
     for c in range(head_dim):
-        above += np.int64(bits_of(sizes[c])) > low
+        if np.int64(bits_of(sizes[c])) > low:
+            above += 1
     ties, n = channels - above, 0
     for c in range(head_dim):
         bits = np.int64(bits_of(sizes[c]))

@@ -41,4 +41,6 @@ def _text(found: dict[str, Any]) -> str:
                 f"{device['torch_threads']})"
             )
         lines.append(f"{device['device']:13} {'; '.join(details)}; decode steps run on {device['backend']!r}")
+    others = [f"{name} {one['installed']} ({one['locked']})" for name, one in found["differs_from_lock"].items()]
+    lines.append(f"{'other than':13} tested (the locked version in brackets): {', '.join(others) or 'none'}")
     return "\n".join(lines)

@@ -66,7 +66,7 @@ class Guard:
             return
         try:
             body = await asyncio.wait_for(self._read(receive), self._body_seconds)
-        except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
+        except TimeoutError:
             await _refuse(send, 408, f"the request did not arrive within {self._body_seconds:g} seconds", "too_slow")
             return
         if body is None:

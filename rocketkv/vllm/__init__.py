@@ -1,1 +1,1 @@
-"""RocketKV in vLLM: a plugin of the stock engine (docs/vllm.md). Only `settings` imports without vLLM."""
+"""RocketKV in vLLM: a plugin of the stock engine (docs/vllm.md). Without settings it changes nothing."""

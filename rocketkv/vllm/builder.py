@@ -130,7 +130,7 @@ class RocketKVBuilder:
             return support
         layers = vllm_config.compilation_config.static_forward_context.values()
         impls = [layer.impl for layer in layers if getattr(getattr(layer, "impl", None), "slab", None)]
-        if not getattr(vllm_config, "use_v2_model_runner", False) or not all(
+        if not vllm_config.use_v2_model_runner or not all(
             backend_name(impl.slab.keys.device, impl.config.backend) == "triton"
             and impl.slab.workspace(impl.config, 1, Workspaces()) is not None
             for impl in impls

@@ -3,33 +3,29 @@
 Without settings nothing else of the plugin is imported.
 """
 
-import importlib
+import pkgutil
 from typing import Any
 
-from .settings import settings_of
+from vllm.config import get_current_vllm_config_or_none
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-# With settings, the backends of MLA are refused.
-_PARENTS = {
-    "CPU": "cpu_attn.CPUAttentionBackend",
-    "CPU_MLA": "mla.cpu_mla.CPUMLABackend",
-    "AMX_MLA": "mla.amx_mla.AMXMLABackend",
-    "FLASH": "flash_attn.FlashAttentionBackend",
-    "TRITON": "triton_attn.TritonAttentionBackend",
-}
+from .settings import settings_of
+from .versions import check_version
 
 
 def __getattr__(name: str) -> Any:
-    """Return the backend class that a name stands for under the current vLLM config."""
-    if name not in _PARENTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from vllm.config import get_current_vllm_config_or_none
+    """Return the class for one of vLLM's backends under the current vLLM config.
 
-    module, parent = _PARENTS[name].rsplit(".", 1)
-    parent_class = getattr(importlib.import_module(f"vllm.v1.attention.backends.{module}"), parent)
+    With settings, the backends of MLA are refused.
+    """
+    if name not in AttentionBackendEnum.__members__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    parent_class = pkgutil.resolve_name(AttentionBackendEnum[name].value)  # a member's value is vLLM's own class
     vllm_config = get_current_vllm_config_or_none()
     settings = None if vllm_config is None else settings_of(vllm_config)
     if vllm_config is None or settings is None:
         return parent_class
+    check_version()
     from .backend import backend_for
 
     return backend_for(parent_class, vllm_config, settings)

@@ -32,10 +32,10 @@ def refuse(vllm_config: Any, settings: VllmSettings) -> None:
             "use tensor parallel (--tensor-parallel-size) alone",
         ),
         "prefill context parallel": (
-            getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+            parallel.prefill_context_parallel_size > 1,
             "use tensor parallel (--tensor-parallel-size) alone",
         ),
-        "dual batch overlap": (getattr(parallel, "enable_dbo", False), "leave out --enable-dbo"),
+        "dual batch overlap": (parallel.enable_dbo, "leave out --enable-dbo"),
         "quantised KV caches": (
             cache.cache_dtype not in _PLAIN,
             f"leave out --kv-cache-dtype {cache.cache_dtype}",
@@ -60,7 +60,7 @@ def refuse(vllm_config: Any, settings: VllmSettings) -> None:
             f"rocketkv: when_full='raise' needs a decode_capacity of max_model_len={length}, because an engine cannot "
             f"stop one request; got {capacity}. Raise it, or leave when_full at 'evict'"
         )
-    if rows < scheduler.max_num_seqs and getattr(vllm_config, "use_v2_model_runner", False):
+    if rows < scheduler.max_num_seqs and vllm_config.use_v2_model_runner:
         raise ValueError(
             f"rocketkv: model runner V2 needs a row for each of max_num_seqs={scheduler.max_num_seqs} requests, got "
             f"max_sequences={rows}; set --max-num-seqs {rows} instead"

@@ -1,31 +1,49 @@
 """Refuse requests that carry settings: vLLM passes them to no attention backend, so they would have no effect.
 
-A logits processor is the one public class that sees a request before the engine admits it. vLLM loads this one through
-the entry point `vllm.logits_processors`, under either model runner. It changes no logits.
+A logits processor is the one public class that sees a request before the engine admits it. vLLM loads `RequestCheck`
+through the entry point `vllm.logits_processors`, under either model runner, and starts no engine if that fails or if
+the class is not a subclass of the runner's interface. It changes no logits.
 """
 
+import sys
 from typing import Any
 
-from vllm.v1.sample.logits_processor.interface import LogitsProcessor as Runner1Processor
-
 from .settings import KEY, settings_of
-
-try:
-    from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as Runner2Processor
-except ImportError:  # a vLLM older than the supported ones: its engines would not start if this module failed to load
-    Runner2Processor = object
+from .versions import check_version
 
 
-class RequestCheck(Runner1Processor, Runner2Processor):
-    """Refuses requests whose `extra_args` have settings, and models without attention."""
+def __getattr__(name: str) -> Any:
+    """Return `RequestCheck`, a subclass of vLLM's interfaces, which other versions keep in other modules."""
+    if name != "RequestCheck":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    check = type(name, (_RequestCheck, *_interfaces()), {"__module__": __name__})
+    # An abstract method that only a newer vLLM has must not keep its engines from starting.
+    check.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
+    return check
 
-    def __init__(self, vllm_config: Any, *args: Any) -> None:
-        """Check the model; of the backends that refuse other models, such a one has none.
+
+def _interfaces() -> list[type]:
+    """Return vLLM's imported interfaces of logits processors: the loader that asks has imported its own."""
+    modules = [module for name, module in sorted(sys.modules.items()) if name.startswith("vllm.")]
+    named = dict.fromkeys(getattr(module, "__dict__", {}).get("LogitsProcessor") for module in modules)
+    # A layer of models has the same name.
+    found = [kind for kind in named if isinstance(kind, type) and hasattr(kind, "validate_params")]
+    return [kind for kind in found if not any(issubclass(other, kind) for other in found if other is not kind)]
+
+
+class _RequestCheck:
+    """Refuses requests whose `extra_args` have settings; with settings, also versions and models without support."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        """Check version and model: where a model has no attention, no backend refuses it.
 
         Raises:
-            ValueError: there are settings, but the model has no attention.
+            ValueError: there are settings, but this vLLM is not supported or the model has no attention.
         """
-        if vllm_config.model_config.is_attention_free and settings_of(vllm_config) is not None:
+        if settings_of(vllm_config) is None:
+            return
+        check_version()
+        if vllm_config.model_config.is_attention_free:
             raise ValueError("rocketkv does not support models without attention: serve the model without rocketkv")
 
     @classmethod
@@ -35,7 +53,7 @@ class RequestCheck(Runner1Processor, Runner2Processor):
         Raises:
             ValueError: it carries settings.
         """
-        if KEY in (sampling_params.extra_args or {}):
+        if KEY in (getattr(sampling_params, "extra_args", None) or {}):
             raise ValueError(
                 f"a request cannot carry settings of its own: leave {KEY!r} out of extra_args (vllm_xargs), and set "
                 "them for the engine, by --additional-config or ROCKETKV_VLLM"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import platform
@@ -196,6 +197,18 @@ def test_plan_refuses_a_broken_configuration(text: str, tmp_path: Path, capsys: 
     assert main(["plan", "--model", str(tmp_path), "--context", "5000"]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert str(tmp_path) in line
+
+
+def test_env_lists_what_differs_from_the_lock_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1" if name == "tqdm" else real(name))
+    assert main(["env", "--json"]) == 0
+    differs = json.loads(capsys.readouterr().out)["differs_from_lock"]
+    assert differs["tqdm"]["installed"] == "0.1"
+    assert main(["env"]) == 0
+    assert f"tqdm 0.1 ({differs['tqdm']['locked']})" in capsys.readouterr().out
 
 
 def test_env_reports_versions_and_devices(capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,20 @@ _SINCE: dict[str, dict[tuple[int, int], Loop]] = {
 }
 
 
+# Bytes that main configurations store and load as spilled registers, where a version of Triton spills any.
+_SPILLS = {
+    ((3, 7), "sm_100"): {
+        "append_sketch_kernel, llama-3.1-8b-32k-sketch": (12, 12),
+        "prefill_kernel, gpt-oss-20b-chunk-8k": (12, 20),
+    },
+}
+
+
+def expected_spills(version: tuple[int, int], target: str) -> dict[str, tuple[int, int]]:
+    """Return the spills of main configurations, compiled by this version of Triton: bytes stored and loaded."""
+    return _SPILLS.get((version, target), {})
+
+
 def expected_loops(version: tuple[int, int]) -> dict[str, Loop]:
     """Return the loop that each kernel must have when compiled by this version of Triton."""
     return {

@@ -150,6 +150,14 @@ def serve(folder: Path, settings: dict[str, Any] | None, **arguments: Any) -> It
         cleanup_dist_env_and_memory()
 
 
+def sources() -> list[Path]:
+    """Return the folders of the installed vLLM and of another one, such as the newest wheel's, unpacked."""
+    import vllm
+
+    other = os.environ.get("ROCKETKV_VLLM_SOURCES")
+    return [Path(vllm.__file__).parent, *([Path(other)] if other else [])]
+
+
 def environment() -> dict[str, str]:
     """Return the environment of an engine on a CPU without network."""
     return {

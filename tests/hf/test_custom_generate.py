@@ -9,6 +9,7 @@ import pytest
 from transformers import dynamic_module_utils
 
 import rocketkv
+from rocketkv.hf.models import CACHE_ARGUMENT
 from rocketkv.hf.patch_state import state_of
 from tiny import SMALL, build, left_padded, prompt
 
@@ -33,7 +34,7 @@ def test_it_gives_the_tokens_of_a_patched_model(custom: dict[str, Any]) -> None:
     found = model.generate(**inputs, **SETTINGS, **custom, **SMALL, return_dict_in_generate=True)
     assert found.sequences.equal(expected)
     assert not expected.equal(stock)
-    stats = found.past_key_values.stats()
+    stats = found[CACHE_ARGUMENT].stats()
     assert stats.layers[0].tokens_stored < 90
     assert state_of(model) is None
     assert model.generate(**inputs, **SETTINGS).equal(stock)

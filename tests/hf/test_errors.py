@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 import rocketkv
+from own_attention import OwnForCausalLM
 from rocketkv.hf.attention import rocketkv_attention
 from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.models import CACHE_ARGUMENT
-from tiny import COMMON, LARGE, SMALL, TRANSFORMERS, build, config, greedy, left_padded, prompt
+from tiny import COMMON, LARGE, SMALL, build, config, greedy, left_padded, prompt
 
 pytestmark = pytest.mark.integration
 
@@ -29,7 +30,6 @@ MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim
 SHARED = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
           "intermediate_size": 96, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96, "laurel_rank": 4,
           "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4, "query_pre_attn_scalar": 16}  # fmt: skip
-NO_INTERFACE = "it does not use transformers' attention interface"
 
 # Class, fields and the reason.
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -38,12 +38,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
                                       "encoder_attention_heads": 2, "decoder_attention_heads": 2},
      "it is an encoder-decoder"),
     ("MambaForCausalLM", {"state_size": 8}, "no causal attention layers"),
-    ("BloomForCausalLM", {"n_head": 4, "n_layer": 2}, NO_INTERFACE),
-    ("FalconForCausalLM", {}, NO_INTERFACE),
+    ("OwnForCausalLM", {}, "it does not use transformers' attention interface"),
     ("DeepseekV3ForCausalLM", MLA, "latent"),
     ("Gemma3nForCausalLM", SHARED, "its layers share keys and values"),
     ("DogeForCausalLM", {}, "it reads the attention mask as a tensor"),
-    ("DiffLlamaForCausalLM", {}, "twice" if TRANSFORMERS >= (5,) else NO_INTERFACE),
+    ("DiffLlamaForCausalLM", {}, "twice|attention interface"),
     ("DoryForCausalLM", {"n_input_layers": 1, "n_output_layers": 0}, "it runs its layers in loops"),
     ("MiniMaxForCausalLM", {"num_local_experts": 2, "num_experts_per_tok": 2,
                             "layer_types": ["linear_attention", "full_attention"]}, "it keeps a cache of its own"),
@@ -51,14 +50,17 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 def refused(name: str, fields: dict[str, Any]) -> Any:
-    kind = getattr(transformers, name)
-    common = {key: value for key, value in COMMON.items() if name != "FalconForCausalLM" or key != "head_dim"}
+    kind = class_named(name)
     settings = transformers.Gemma3nTextConfig if name == "Gemma3nForCausalLM" else kind.config_class
-    return kind(settings(**{**common, **fields})).eval()
+    return kind(settings(**{**COMMON, **fields})).eval()
+
+
+def class_named(name: str) -> Any:
+    return OwnForCausalLM if name == "OwnForCausalLM" else getattr(transformers, name, None)
 
 
 # Not every version has every model.
-REFUSED = [entry for entry in REFUSED if hasattr(transformers, entry[0])]
+REFUSED = [entry for entry in REFUSED if class_named(entry[0]) is not None]
 
 
 @pytest.mark.parametrize(("name", "fields", "reason"), REFUSED, ids=[entry[0] for entry in REFUSED])

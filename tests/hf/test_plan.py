@@ -11,9 +11,11 @@ import pytest
 import torch
 import transformers
 from transformers import LlamaConfig, Qwen3NextConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import rocketkv
 import rocketkv.hf.plan
+from own_attention import OwnConfig, OwnForCausalLM
 from rocketkv.hf.plan import Plan, plan
 from rocketkv.options import DTYPES
 from rocketkv.state.stats import LayerStats
@@ -241,10 +243,12 @@ def test_impossible_figures_are_refused(fields: dict[str, Any], error: type[Exce
     ("kind", "message"),
     [
         ("T5Config", "T5Config is not the configuration of a causal language model"),
-        ("FalconConfig", "FalconForCausalLM cannot be patched: it does not use transformers' attention interface"),
+        ("OwnConfig", "OwnForCausalLM cannot be patched: it does not use transformers' attention interface"),
         ("DeepseekV3Config", "DeepseekV3ForCausalLM cannot be patched: .*latent"),
     ],
 )
-def test_models_that_cannot_be_compressed_are_refused(kind: str, message: str) -> None:
+def test_models_that_cannot_be_compressed_are_refused(kind: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING._extra_content, OwnConfig, OwnForCausalLM)
+    settings = OwnConfig if kind == "OwnConfig" else getattr(transformers, kind)
     with pytest.raises(ValueError, match=message):
-        plan(getattr(transformers, kind)(num_hidden_layers=2), context=100, token_budget=48)
+        plan(settings(num_hidden_layers=2), context=100, token_budget=48)

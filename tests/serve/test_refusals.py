@@ -260,8 +260,7 @@ def test_sigterm_ends_the_command(tmp_path: Path) -> None:
         "--budget",
         "256",
     ]
-    if sys.version_info >= (3, 11):
-        command.insert(1, "-P")
+    command.insert(1, "-P")
     said: list[str] = []
     with subprocess.Popen(
         command,

@@ -71,7 +71,9 @@ def test_without_settings_an_engine_is_one_without_the_plugin(models: Path) -> N
         printed.append([json.loads(line) for line in out.splitlines()[-2:]])
     assert printed[0][0] == printed[1][0]
     light = {"", *("._version", ".budget", ".config", ".vllm")}
-    assert set(printed[0][1]) == light | {f".vllm.{name}" for name in ("choice", "plugin", "requests", "settings")}
+    assert set(printed[0][1]) == light | {
+        f".vllm.{name}" for name in ("choice", "plugin", "requests", "settings", "versions")
+    }
     assert not printed[1][1]
 
 

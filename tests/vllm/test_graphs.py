@@ -188,3 +188,6 @@ def test_what_may_be_captured() -> None:
     assert reference.builder.get_cudagraph_support(reference.config, reference.spec) == AttentionCGSupport.NEVER
     engine.config.use_v2_model_runner = False
     assert ask(engine.config, engine.spec) == AttentionCGSupport.NEVER
+    del engine.config.use_v2_model_runner
+    with pytest.raises(AttributeError):
+        ask(engine.config, engine.spec)

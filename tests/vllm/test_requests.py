@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
+from abc import abstractmethod
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,14 +15,15 @@ from vllm.v1.sample import logits_processor as runner_1
 from vllm.v1.worker.gpu.sample.logits_processor import build_custom_logits_processors_params_validator as runner_2
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as Runner2Processor
 
-from rocketkv.vllm.requests import RequestCheck
+from rocketkv.vllm import requests
 
 
 def test_each_model_runner_loads_the_check_by_its_entry_point() -> None:
     def of_runner_1(params: SamplingParams) -> None:
         runner_1.validate_logits_processors_parameters(None, params)
 
-    assert RequestCheck in runner_1._load_custom_logitsprocs(None)
+    (loaded,) = runner_1._load_custom_logitsprocs(None)
+    assert issubclass(loaded, runner_1.LogitsProcessor)
     for check in (of_runner_1, runner_2(None)):
         check(SamplingParams(extra_args={"kv_transfer_params": {}}))
         check(SamplingParams())
@@ -30,22 +31,30 @@ def test_each_model_runner_loads_the_check_by_its_entry_point() -> None:
             check(SamplingParams(extra_args={"rocketkv": {"token_budget": 64}}))
 
 
-def test_a_vllm_without_the_second_interface_loads_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+class NewerInterface(Runner2Processor):
+    """An interface that vLLM may have one day."""
+
+    @abstractmethod
+    def unheard_of(self) -> None: ...
+
+
+def test_the_check_has_the_interfaces_of_the_installed_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where nothing is configured: vLLM starts no engine if an entry point fails to load."""
-    monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu.sample.logits_processor.interface", None)
-    spec = importlib.util.find_spec("rocketkv.vllm.requests")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert issubclass(module.RequestCheck, runner_1.LogitsProcessor)
-    assert not issubclass(module.RequestCheck, Runner2Processor)
+    monkeypatch.setitem(sys.modules, "vllm.newer", SimpleNamespace(LogitsProcessor=NewerInterface))
+    newer = requests.RequestCheck
+    assert issubclass(newer, NewerInterface)
+    newer(SimpleNamespace(additional_config={}), object(), unheard_of=True)
+    for name, module in list(sys.modules.items()):
+        if getattr(module, "__dict__", {}).get("LogitsProcessor") is runner_1.LogitsProcessor:
+            monkeypatch.setitem(sys.modules, name, None)
+    assert issubclass(requests.RequestCheck, NewerInterface)
+    assert not issubclass(requests.RequestCheck, runner_1.LogitsProcessor)
 
 
 def test_it_changes_nothing() -> None:
     model: Any = SimpleNamespace(is_attention_free=False)
     for arguments in ((torch.device("cpu"), False), (object(),)):  # of runner 1 and 2
-        own = RequestCheck(SimpleNamespace(model_config=model, additional_config={}), *arguments)
+        own = requests.RequestCheck(SimpleNamespace(model_config=model, additional_config={}), *arguments)
         assert own.is_argmax_invariant()
         assert not own.add_request(0, SamplingParams())
         logits = torch.randn(2, 8)
@@ -55,7 +64,7 @@ def test_it_changes_nothing() -> None:
 def test_models_without_attention_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ROCKETKV_VLLM", raising=False)
     config: Any = SimpleNamespace(model_config=SimpleNamespace(is_attention_free=True), additional_config={})
-    RequestCheck(config)
+    requests.RequestCheck(config)
     config.additional_config = {"rocketkv": {"token_budget": 64}}
     with pytest.raises(ValueError, match="does not support models without attention"):
-        RequestCheck(config)
+        requests.RequestCheck(config)

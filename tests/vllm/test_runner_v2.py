@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ast
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import vllm
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+import vllm_case
 from rocketkv.core.params import AttentionParams
 from rocketkv.dispatch import Workspaces
 from rocketkv.vllm.blocks import plain_order, read_packed
@@ -204,9 +203,6 @@ FIELDS = {
     },
     ("v1/core/kv_cache_utils.py", "KVCacheBlock"): {"block_id", "is_null", "ref_cnt"},
 }
-# Unpacked sources of another vLLM, such as the newest wheel's, in addition to the installed one.
-OTHER = os.environ.get("ROCKETKV_VLLM_SOURCES")
-SOURCES = [Path(vllm.__file__).parent, *([Path(OTHER)] if OTHER else [])]
 
 
 def class_of(root: Path, file: str, name: str) -> ast.ClassDef:
@@ -214,7 +210,7 @@ def class_of(root: Path, file: str, name: str) -> ast.ClassDef:
     return next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
 
 
-@pytest.mark.parametrize("root", SOURCES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("root", vllm_case.sources(), ids=lambda path: path.parent.name)
 def test_signatures(root: Path) -> None:
     for file, kind, method, wanted in USED:
         body: list[Any] = class_of(root, file, kind).body

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from rocketkv.vllm.markers import FIRST_MARKER, LAST_MARKER, marker, most_rows, read_marker
 from rocketkv.vllm.refusals import by_layer, refuse
 from rocketkv.vllm.settings import DECODE_CAPACITY, VARIABLE, parse, settings_of
+from rocketkv.vllm.versions import SUPPORTED
 
 
 def engine(**changed: Any) -> SimpleNamespace:
@@ -21,10 +23,13 @@ def engine(**changed: Any) -> SimpleNamespace:
         additional_config={},
         model_config=model,
         cache_config=SimpleNamespace(cache_dtype="auto"),
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, enable_dbo=False
+        ),
         scheduler_config=SimpleNamespace(max_num_seqs=8, scheduler_reserve_full_isl=True),
         speculative_config=None,
         kv_transfer_config=None,
+        use_v2_model_runner=False,
     )
     for path, value in changed.items():
         *parts, name = path.split("__")
@@ -109,6 +114,17 @@ def test_model_runner_v2_has_a_row_for_each_request() -> None:
     refuse(engine(), parse({"max_sequences": 4}))
     with pytest.raises(ValueError, match="set --max-num-seqs 4 instead"):
         refuse(engine(use_v2_model_runner=True), parse({"max_sequences": 4}))
+    unknown = engine()
+    del unknown.use_v2_model_runner
+    with pytest.raises(AttributeError):
+        refuse(unknown, parse({"max_sequences": 4}))
+
+
+def test_the_extra_and_the_docs_name_the_supported_versions() -> None:
+    root = Path(__file__).parents[2]
+    major, minor = SUPPORTED[-1].split(".")
+    assert f'"vllm>={SUPPORTED[0]},<{major}.{int(minor) + 1}"' in (root / "pyproject.toml").read_text(encoding="utf-8")
+    assert f"({' and '.join(SUPPORTED)})" in (root / "docs" / "vllm.md").read_text(encoding="utf-8")
 
 
 def test_rooms_that_cannot_be_full() -> None:
