@@ -162,7 +162,7 @@ def imports_of(body: list[ast.stmt]) -> list[ast.ImportFrom]:
     for node in body:
         if isinstance(node, ast.ImportFrom) and node.level:
             found.append(node)
-        elif isinstance(node, (ast.If, ast.Try)):
+        elif isinstance(node, ast.Try) or (isinstance(node, ast.If) and ast.unparse(node.test) != "TYPE_CHECKING"):
             found += imports_of([*node.body, *node.orelse])
     return found
 

@@ -21,17 +21,12 @@ from ..state.monitor import Monitor
 from ..state.stats import LayerStats
 from ..state.store import KVStore
 from ..static_step import StaticStep, static_step
-from .layer_prompt import end_prompt, prefill
+from ..verify import verify_step
 from .layer_state import LayerSnapshot, crop_layer, layer_stats, map_rows, restore_layer, snapshot_of
-from .layer_steps import ensure_room, step_statically, verify
+from .layer_static import ensure_room, step_statically
 from .masks import LazyMask
-from .prefill import FastAttention
-from .turns import check_prompt_length, prompt_part
-
-VERIFIES = (
-    "RocketKV: after a prompt has ended, a forward of several tokens verifies a draft, and evicts nothing. If "
-    "it is the prompt of a new turn, call begin_turn() of its RocketKVCache before it"
-)
+from .prefill import FastAttention, end_prompt, prefill, settle
+from .turns import VERIFIES, check_prompt_length, prompt_part
 
 # Attribute of a key tensor that refers to its layer.
 _MARK = "rocketkv_layer"
@@ -158,29 +153,10 @@ class RocketKVLayer(CacheLayerMixin):
             )
         self.armed = False
         if self.pending is not None:
-            self._settle()
+            settle(self)
         self.pending = (key_states, value_states)
         setattr(key_states, _MARK, self)
         return key_states, value_states
-
-    def _settle(self) -> None:
-        """Append the pending tokens of an interrupted forward."""
-        if self.pending is None:
-            return
-        key, value = self.pending
-        self.pending = None
-        if self.store.closed and key.shape[2] == 1:
-            self.store.append(key[:, :, 0], value[:, :, 0])
-        else:
-            self.reopen(key.shape[2])
-            self.store.extend(key, value)
-
-    def reopen(self, given: int) -> None:
-        """Prepare for a prompt, or a chunk of one, of `given` tokens."""
-        self.step, self.turn_begins = None, False
-        if self.history is not None and self.store.closed:
-            rest = 0 if self.prompt_end is None else self.prompt_end - self.store.seen
-            self.history.resume(self.store, max(given, rest))
 
     def prompt_part(self, given: int) -> int:
         """Return how many of the next forward's `given` tokens belong to a prompt."""
@@ -197,7 +173,7 @@ class RocketKVLayer(CacheLayerMixin):
         """
         if prompt_length is not None:
             check_prompt_length(prompt_length)
-        self._settle()
+        settle(self)
         self.turn_begins = True
         self.prompt_end = None if prompt_length is None else self.store.seen + prompt_length
 
@@ -250,7 +226,7 @@ class RocketKVLayer(CacheLayerMixin):
         if prompt < given:
             query, key, value = (tensor[:, :, prompt:] for tensor in (query, key, value))
             one = given - prompt == 1
-            out = self.decode(query, key, value, params) if one else verify(self, query, key, value, params)
+            out = self.decode(query, key, value, params) if one else self._verify(query, key, value, params)
             parts.append(out)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -272,6 +248,21 @@ class RocketKVLayer(CacheLayerMixin):
         if monitor is not None and watched:
             step = monitor.watch(self.number, store, self.history, new, step, params)
         return step[:, None]
+
+    def _verify(self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
+        """Run a verify step for queries [B, H, n, D] and return [B, n, H, Dv]."""
+        store, monitor, count = self.store, self.monitor, query.shape[2]
+        # Room is made first, so that none of the draft's tokens is evicted and a crop can remove them.
+        self.ensure_room(count)
+        ring, tensor = store.decoding.ring, store.decoding.buffers.query_ring
+        if ring is not None and tensor is not None:
+            ring.save(tensor, query, store.lens.seen)
+        if self.captured() or (monitor is not None and monitor.asks(self.number, store, count)):
+            each = [slice(i, i + 1) for i in range(count)]
+            singles = [self.decode(query[:, :, i], key[:, :, i], value[:, :, i], params) for i in each]
+            return torch.cat(singles, dim=1)
+        backend, shared, room = self.backend, self.workspaces, self.ensure_room
+        return verify_step(query, key, value, store, params, backend=backend, workspaces=shared, make_room=room)
 
     def end_prompt(self, params: AttentionParams) -> None:
         """Run stage 1 at the end of a prompt.
@@ -346,12 +337,12 @@ class RocketKVLayer(CacheLayerMixin):
         Raises:
             ValueError: the crop needs tokens that stage 1 evicted, or removes more tokens than the sequence has.
         """
-        self._settle()
+        settle(self)
         crop_layer(self, max_length)
 
     def snapshot(self) -> LayerSnapshot:
         """Return the present state, for `restore`."""
-        self._settle()
+        settle(self)
         return snapshot_of(self)
 
     def restore(self, snapshot: LayerSnapshot) -> None:
@@ -372,18 +363,18 @@ class RocketKVLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search by `beam_idx` [rows], integers; a row may occur several times."""
-        self._settle()
+        settle(self)
         map_rows(self, lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        self._settle()
+        settle(self)
         self.step = None
         map_rows(self, lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows of `indices` [rows], integers or a mask."""
-        self._settle()
+        settle(self)
         self.step = None
         map_rows(self, lambda tensor: tensor[indices.to(tensor.device)])
 

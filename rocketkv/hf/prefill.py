@@ -1,19 +1,27 @@
-"""Attention of a prompt's tokens to all stored tokens and, causally, to themselves.
+"""A prompt of a layer: its tokens are stored and attend to the stored ones and, causally, to themselves; its end.
 
 Letters: B batch, H query heads, Hkv KV heads, D head dim, n tokens of a forward, N stored tokens, S keys.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..backend import backend_name
 from ..core.causal import causal_attention, fused
 from ..core.dense import VisibleBlock, dense_attention
 from ..core.params import AttentionParams
-from ..dispatch import Workspaces, prefill_attention
+from ..dispatch import Workspaces, eviction_ops, prefill_attention
+from ..state.compress import close_prompt_by
+from ..state.fit import prompt_split
+from ..state.protection import warn_unprotected
 from ..state.store import KVStore
 from .masks import LazyMask
+from .turns import check_queries
+
+if TYPE_CHECKING:
+    from .layer import RocketKVLayer
 
 # The model's own attention for causal queries at the end of the keys: maps (query, key, value, padding) to
 # [B, n, H, Dv], or to None if it does not support the shapes.
@@ -118,3 +126,73 @@ def attend_prompt(
         return VisibleBlock(0, stored, mask.block_at(first, last, positions))
 
     return dense_attention(query, keys, values, params, visible, mask_heads=keys.shape[1])
+
+
+def prefill(
+    layer: "RocketKVLayer",
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: LazyMask | None,
+    fast: FastAttention,
+    params: AttentionParams,
+) -> Tensor:
+    """Append a prompt's tokens and attend from them to all stored tokens and, causally, to themselves."""
+    store = layer.store
+    start, length = store.seen, query.shape[2]
+    valid = None if mask is None else mask.valid_tokens(start, start + length)
+    valid = None if valid is None else valid.to(key.device)
+    reopen(layer, length)
+    store.extend(key, value, valid, expected=layer.prompt_end or 0)
+    outputs, window = store.prompt.outputs, layer.config.window_size
+    store.prompt.remember(query, window)
+    layer.prompt_tokens = store.seen if mask is None else mask.longest_row(store.seen)
+    settings: dict[str, Any] = {"backend": layer.config.backend, "workspaces": layer.workspaces}
+    out = attend_prompt(store, query, key, value, mask, fast, params, **settings)
+    store.prompt.remember_outputs(outputs, out, window)
+    return out
+
+
+def end_prompt(layer: "RocketKVLayer", params: AttentionParams) -> None:
+    """Run stage 1 at the end of a prompt, as `RocketKVLayer.end_prompt`."""
+    store, config = layer.store, layer.config
+    prompt = store.prompt
+    ops = eviction_ops(prompt.keys, backend=config.backend, workspaces=layer.workspaces)
+    split, expected_error = prompt_split(store, config, layer.prompt_tokens, params, layer.workspaces.warn, ops)
+    queries = 0 if prompt.queries is None else prompt.queries.shape[2]
+    if split.ranks(layer.prompt_tokens):
+        check_queries(queries, min(config.window_size, store.open_tokens))
+    layer.backend = backend_name(prompt.keys.device, config.backend)
+    if layer.history is not None:
+        layer.history.keep(store)
+    close_prompt_by(store, config, split, params, ops)
+    store.decoding.expected_error = expected_error
+    if layer.history is not None:
+        store.allow_crops()
+    whole = layer.prompt_ids is not None and layer.prompt_ids.shape[1] == store.seen  # the first prompt's
+    if whole and config.protect == "system" and store.marks is not None:
+        warn_unprotected(store.marks)
+    layer.prompt_end = layer.prompt_ids = None
+    if layer.monitor is not None:
+        layer.monitor.begin(layer.number)
+
+
+def settle(layer: "RocketKVLayer") -> None:
+    """Append the pending tokens of an interrupted forward."""
+    if layer.pending is None:
+        return
+    key, value = layer.pending
+    layer.pending = None
+    if layer.store.closed and key.shape[2] == 1:
+        layer.store.append(key[:, :, 0], value[:, :, 0])
+    else:
+        reopen(layer, key.shape[2])
+        layer.store.extend(key, value)
+
+
+def reopen(layer: "RocketKVLayer", given: int) -> None:
+    """Prepare for a prompt, or a chunk of one, of `given` tokens."""
+    layer.step, layer.turn_begins = None, False
+    if layer.history is not None and layer.store.closed:
+        rest = 0 if layer.prompt_end is None else layer.prompt_end - layer.store.seen
+        layer.history.resume(layer.store, max(given, rest))

@@ -2,6 +2,11 @@
 
 import warnings
 
+VERIFIES = (
+    "RocketKV: after a prompt has ended, a forward of several tokens verifies a draft, and evicts nothing. If "
+    "it is the prompt of a new turn, call begin_turn() of its RocketKVCache before it"
+)
+
 
 def prompt_part(
     seen: int, given: int, prompt_end: int | None, *, closed: bool, begins: bool = False, verifies: bool = False

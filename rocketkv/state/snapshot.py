@@ -11,7 +11,7 @@ Letters: B batch, Hkv KV heads, N slots, P page size.
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from .decoding import DecodeTokens
 from .lens import SeqLens
 from .prompt import PromptTokens
 from .protection import RowMarks
+
+if TYPE_CHECKING:
+    from .store import KVStore
 
 # Tensors that are written slot by slot, or reordered with the rows. Small tensors are always copied: seq_lens, the
 # query ring and, in static buffers, the residual's bias. A prompt's queries and outputs are replaced, never written;
@@ -170,6 +173,51 @@ class Snapshots:
         for taken in self.living():
             if taken is not but and taken.lens.seen > common:
                 taken.save(start, common, ids)
+
+
+@torch.inference_mode(False)
+def take_snapshot(store: "KVStore") -> StoreSnapshot:
+    """Return the present state of a store; see `KVStore.snapshot`."""
+    lens = store.settled()
+    copies = {}
+    if isinstance(store.phase, DecodeTokens):
+        names = ("seq_lens", "query_ring", "residual_bias") if store.in_place else ("seq_lens", "query_ring")
+        copies = {name: tensor.clone() for name, tensor in store.tensors().items() if name in names}
+    taken = StoreSnapshot(
+        life=store.snapshots.life,
+        phase=copy_phase(store.phase),
+        tensors=store.tensors(),
+        copies=copies,
+        lens=lens.copy(),
+        marks=store.marks,
+        complete=store.complete,
+        restorable=store.restorable,
+    )
+    store.snapshots.add(taken)
+    return taken
+
+
+def restore_snapshot(store: "KVStore", snapshot: StoreSnapshot) -> None:
+    """Return a store to a snapshot; see `KVStore.restore`."""
+    if snapshot.life is not store.snapshots.life:
+        raise ValueError("this snapshot is of another store, or of this one before it was cleared")
+    held, now = snapshot.tensors, store.tensors()
+    start, common = snapshot.changes()
+    used = store.lens.longest
+    store.snapshots.save_before_write(start, common, held.values(), used=used, but=snapshot)
+    same = all(held.get(name) is now.get(name) for name in ("keys", "values", "positions"))
+    behind = max(store.snapshots.used, snapshot.lens.longest) if same and not store.lens.uncounted else None
+    store.phase = snapshot.restored_phase()
+    store.lens = snapshot.lens.copy()
+    store.lens.uncounted = store.lens.captured
+    store.marks, store.complete, store.restorable = snapshot.marks, snapshot.complete, snapshot.restorable
+    if isinstance(store.phase, DecodeTokens):
+        buffers = store.phase.buffers
+        if buffers.clock is not None:
+            buffers.clock.fill_(store.lens.seen)
+        store.phase.empty_behind(store.lens, behind)
+        store.phase.sum_values(store.lens)
+        store.snapshots.used = 0
 
 
 def object_state(owner: Any, *, written: bool) -> dict[str, Any]:

@@ -4,15 +4,17 @@ Letters: B batch, Hkv KV heads, D head dim, S tokens seen, N tokens stored, P pa
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..budget import BudgetSplit
 from ..core.index import index_of
-from .missed import Audit
 from .store import KVStore
+
+if TYPE_CHECKING:
+    from .missed import Audit
 
 NOMINAL_ITEMSIZE = 2  # budgets count 16-bit keys and values
 
@@ -82,7 +84,7 @@ class CacheStats:
     layers: tuple[LayerStats, ...]
     workspace_bytes: int = 0
     missed: tuple[Tensor | None, ...] = field(default=(), compare=False)
-    audits: tuple[Audit, ...] = ()
+    audits: "tuple[Audit, ...]" = ()
 
     @property
     def tokens_seen(self) -> int:

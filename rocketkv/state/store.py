@@ -20,7 +20,7 @@ from .decoding import DecodeTokens, grown_capacity
 from .lens import SeqLens
 from .prompt import PromptTokens
 from .protection import RowMarks
-from .snapshot import Snapshots, StoreSnapshot, copy_phase
+from .snapshot import Snapshots, StoreSnapshot, restore_snapshot, take_snapshot
 
 # Least room of a rolling store. It drops half of its room when it rolls, so that rejected drafts can be cropped.
 ROLLING_ROOM = 64
@@ -175,7 +175,7 @@ class KVStore:
         """Replace every tensor by a function of it, for instance to reorder rows (their first dimension)."""
         if self.phase is None:
             return
-        in_place = self._in_place
+        in_place = self.in_place
         if in_place:
             self._save_before_write(0, 0)
         new = {}
@@ -188,7 +188,7 @@ class KVStore:
         self.phase.set_tensors(new)
 
     @property
-    def _in_place(self) -> bool:
+    def in_place(self) -> bool:
         """Whether rows are reordered in place: static buffers keep their addresses."""
         return isinstance(self.phase, DecodeTokens) and self.phase.decode_capacity is not None
 
@@ -358,7 +358,6 @@ class KVStore:
         elif self.phase is not None:
             self.phase.crop(lens, length)
 
-    @torch.inference_mode(False)
     def snapshot(self) -> StoreSnapshot:
         """Return the present state, for `restore`.
 
@@ -367,23 +366,7 @@ class KVStore:
         Raises:
             ValueError: the device ran more steps than static buffers have room for.
         """
-        lens = self.settled()
-        copies = {}
-        if isinstance(self.phase, DecodeTokens):
-            names = ("seq_lens", "query_ring", "residual_bias") if self._in_place else ("seq_lens", "query_ring")
-            copies = {name: tensor.clone() for name, tensor in self.tensors().items() if name in names}
-        taken = StoreSnapshot(
-            life=self.snapshots.life,
-            phase=copy_phase(self.phase),
-            tensors=self.tensors(),
-            copies=copies,
-            lens=lens.copy(),
-            marks=self.marks,
-            complete=self.complete,
-            restorable=self.restorable,
-        )
-        self.snapshots.add(taken)
-        return taken
+        return take_snapshot(self)
 
     def restore(self, snapshot: StoreSnapshot) -> None:
         """Return to a snapshot exactly, any number of times, without recomputing keys or values.
@@ -391,25 +374,7 @@ class KVStore:
         Raises:
             ValueError: the snapshot is of another store, or was taken before this one was cleared.
         """
-        if snapshot.life is not self.snapshots.life:
-            raise ValueError("this snapshot is of another store, or of this one before it was cleared")
-        held, now = snapshot.tensors, self.tensors()
-        start, common = snapshot.changes()
-        used = self.lens.longest
-        self.snapshots.save_before_write(start, common, held.values(), used=used, but=snapshot)
-        same = all(held.get(name) is now.get(name) for name in ("keys", "values", "positions"))
-        behind = max(self.snapshots.used, snapshot.lens.longest) if same and not self.lens.uncounted else None
-        self.phase = snapshot.restored_phase()
-        self.lens = snapshot.lens.copy()
-        self.lens.uncounted = self.lens.captured
-        self.marks, self.complete, self.restorable = snapshot.marks, snapshot.complete, snapshot.restorable
-        if isinstance(self.phase, DecodeTokens):
-            buffers = self.phase.buffers
-            if buffers.clock is not None:
-                buffers.clock.fill_(self.lens.seen)
-            self.phase.empty_behind(self.lens, behind)
-            self.phase.sum_values(self.lens)
-            self.snapshots.used = 0
+        restore_snapshot(self, snapshot)
 
     def _save_before_write(self, start: int, common: int) -> None:
         """Make every snapshot copy the slots from `start` on before they are overwritten; see `Snapshots`."""

@@ -1,4 +1,4 @@
-"""Steps of a layer other than a decode step run eagerly: verify steps, captured steps, and room for new tokens."""
+"""Static buffers of a layer: steps that are traced or captured, and room for new tokens."""
 
 from __future__ import annotations
 
@@ -10,27 +10,10 @@ from torch import Tensor
 from ..core.params import AttentionParams
 from ..dispatch import eviction_ops
 from ..state.compress import evict_generated, kept_when_full
-from ..static_step import StaticStep
-from ..verify import verify_step
 
 if TYPE_CHECKING:
+    from ..static_step import StaticStep
     from .layer import RocketKVLayer
-
-
-def verify(layer: RocketKVLayer, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-    """Run a verify step for queries [B, H, n, D] and return [B, n, H, Dv]."""
-    store, monitor, count = layer.store, layer.monitor, query.shape[2]
-    # Room is made first, so that none of the draft's tokens is evicted and a crop can remove them.
-    layer.ensure_room(count)
-    ring, tensor = store.decoding.ring, store.decoding.buffers.query_ring
-    if ring is not None and tensor is not None:
-        ring.save(tensor, query, store.lens.seen)
-    if layer.captured() or (monitor is not None and monitor.asks(layer.number, store, count)):
-        each = [slice(i, i + 1) for i in range(count)]
-        singles = [layer.decode(query[:, :, i], key[:, :, i], value[:, :, i], params) for i in each]
-        return torch.cat(singles, dim=1)
-    backend, shared, room = layer.backend, layer.workspaces, layer.ensure_room
-    return verify_step(query, key, value, store, params, backend=backend, workspaces=shared, make_room=room)
 
 
 def step_statically(
