@@ -29,8 +29,8 @@ from ..config import RocketKVConfig
 from ..core.index import index_of
 from ..core.pages import index_dtype_of
 from ..options import DTYPES
+from ..state.decoding import decode_room
 from ..state.stats import NOMINAL_ITEMSIZE, CacheStats, LayerStats, budget_of, step_bytes
-from ..state.store import decode_room
 from .models import find_decoder, refuse_unsupported
 
 INTEGER = torch.int32.itemsize  # bytes of a position or a length

@@ -7,7 +7,7 @@ Letters: B batch, H query heads, Hkv KV heads, D head dim, N stored tokens, W ob
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +23,13 @@ from ..core.params import AttentionParams
 from ..core.residual import sum_values
 from ..core.topk import full_precision, gather_tokens, recent_positions, select_top
 from ..core.window_attention import window_attention
-from .decoding import DecodeTokens
+from .decoding import DecodeTokens, decode_room
 from .prompt import PromptTokens
 from .protection import RowMarks, message_numbers, protected_first, protected_slots, with_fair_shares
 from .queries import QueryRing, make_ring
-from .store import KVStore, decode_room
+
+if TYPE_CHECKING:
+    from .store import KVStore
 
 # Share of the room for generated tokens that re-eviction keeps.
 KEPT_SHARE = 0.5
@@ -38,7 +40,7 @@ WIDEST_POOL = 5
 
 
 def close_prompt(
-    store: KVStore,
+    store: "KVStore",
     split: BudgetSplit,
     params: AttentionParams,
     *,
@@ -238,7 +240,7 @@ def window_outputs(prompt: PromptTokens, queries: Tensor, stored: int, params: A
 @torch.inference_mode(False)  # buffers may be written in a later call that is not in inference mode
 @torch.no_grad()  # a model's learned sinks are parameters
 def _derive(
-    store: KVStore,
+    store: "KVStore",
     decoding: DecodeTokens,
     queries: Tensor,
     exact: Tensor | None,
@@ -301,7 +303,7 @@ def kept_when_full(config: RocketKVConfig, split: BudgetSplit) -> int | None:
 
 
 def close_prompt_by(
-    store: KVStore, config: RocketKVConfig, split: BudgetSplit, params: AttentionParams, ops: EvictionOps = TORCH_OPS
+    store: "KVStore", config: RocketKVConfig, split: BudgetSplit, params: AttentionParams, ops: EvictionOps = TORCH_OPS
 ) -> None:
     """End a store's prompt as `close_prompt`, by the settings of a config."""
     close_prompt(
@@ -320,7 +322,7 @@ def close_prompt_by(
 @torch.inference_mode(False)  # buffers may be written in a later call that is not in inference mode
 @torch.no_grad()
 def evict_generated(
-    store: KVStore, kept: int, params: AttentionParams, *, kernel_size: int, ops: EvictionOps = TORCH_OPS
+    store: "KVStore", kept: int, params: AttentionParams, *, kernel_size: int, ops: EvictionOps = TORCH_OPS
 ) -> None:
     """Re-evict generated tokens: keep the highest-ranked ones of every row, in place.
 
@@ -356,7 +358,7 @@ def evict_generated(
     _move(store, lengths - count, torch.cat((chosen, last), dim=-1), count)
 
 
-def _move(store: KVStore, first: Tensor, chosen: Tensor, count: int) -> None:
+def _move(store: "KVStore", first: Tensor, chosen: Tensor, count: int) -> None:
     """Move the `chosen` of each row's last `count` tokens to the front of these, and clear the slots behind."""
     decoding = store.decoding
     keys, values, positions, seq_lens = decoding.buffers[:4]

@@ -18,8 +18,16 @@ from .lens import SeqLens
 from .prompt import larger
 from .queries import QueryRing
 
+# Least room of a rolling store. It drops half of its room when it rolls, so that rejected drafts can be cropped.
+ROLLING_ROOM = 64
+
 # Least slots by which buffers grow.
 LEAST_GROWTH = 256
+
+
+def decode_room(split: BudgetSplit, decode_reserve: int) -> int:
+    """Return the slots for generated tokens that a store allocates when its prompt ends."""
+    return max(decode_reserve, ROLLING_ROOM) if split.rolling else decode_reserve
 
 
 def grown_capacity(stored: int) -> int:

@@ -22,14 +22,6 @@ from .prompt import PromptTokens
 from .protection import RowMarks
 from .snapshot import Snapshots, StoreSnapshot, restore_snapshot, take_snapshot
 
-# Least room of a rolling store. It drops half of its room when it rolls, so that rejected drafts can be cropped.
-ROLLING_ROOM = 64
-
-
-def decode_room(split: BudgetSplit, decode_reserve: int) -> int:
-    """Return the slots for generated tokens that a store allocates when its prompt ends."""
-    return max(decode_reserve, ROLLING_ROOM) if split.rolling else decode_reserve
-
 
 def alone(tensor: Tensor) -> Tensor:
     """Return the tensor, or a copy if its storage is larger than the tensor."""

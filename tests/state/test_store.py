@@ -15,8 +15,8 @@ from close import assert_near
 from naive import attention
 from pairs import pairs
 from rocketkv.budget import METHODS
-from rocketkv.state.decoding import grown_capacity
-from rocketkv.state.store import KVStore, decode_room
+from rocketkv.state.decoding import decode_room, grown_capacity
+from rocketkv.state.store import KVStore
 from turns import (
     BUDGET,
     DV,
