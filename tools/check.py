@@ -2,8 +2,9 @@
 
 What changed is what git has not committed, or else the last commit's files; `--since REVISION` names another start.
 Tests come in this order: changed test files and those named after a changed file; tests that import one, themselves or
-through tests/helpers, those of the same folder first; the rest of that folder. A test that would begin later than
-`SECONDS` after the start is left out, and the summary says how many of which file. mypy runs beside the tests.
+through tests/helpers, those of the same folder first; the rest of that folder; and last of these the files that take
+long, as tests/conftest.py lists them. A test that would begin later than `SECONDS` after the start is left out, and the
+summary says how many of which file. mypy runs beside the tests.
 
 This file is also the plugin by which each of pytest's processes keeps that order and that time.
 """
@@ -22,11 +23,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 65
+SECONDS = 55
 END = "ROCKETKV_CHECK_END"  # of the tests, in seconds since the epoch
 # What no folder of tests mirrors.
 ALSO = {"docs": "tests/test_docs.py", "examples": "tests/test_examples.py", "README.md": "tests/test_readme.py"}
 HOUSE = "tests/test_house.py"
+LEFT_OUT = "no time left: "
 
 
 def git(*arguments: str) -> list[str]:
@@ -83,6 +85,8 @@ def rank(test: str, name: str, found: set[str]) -> int | None:
     mirrored = Path(test).parent == folder
     if test in (name, ALSO.get(name.split("/")[0])):
         return 0
+    if test == HOUSE:  # of any file
+        return 2
     if not name.endswith(".py"):
         return None
     if mirrored and Path(test).name.startswith(f"test_{Path(name).stem}"):
@@ -94,11 +98,17 @@ def rank(test: str, name: str, found: set[str]) -> int | None:
 
 def tests_of(names: list[str]) -> list[str]:
     """Return the files of tests of changed files, the nearest first."""
-    near: list[tuple[int, str]] = []
+    conftest = ast.parse((ROOT / "tests" / "conftest.py").read_text(encoding="utf-8"))
+    [longest] = [
+        {f"tests/{path}" for path in ast.literal_eval(node.value)}
+        for node in conftest.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LONGEST"
+    ]
+    near: list[tuple[bool, int, str]] = []
     for test, found in imports().items():
         ranks = [rank(test, name, found) for name in names]
-        near += sorted((at, test) for at in ranks if at is not None)[:1]
-    return list(dict.fromkeys([*(test for _, test in sorted(near)), *([HOUSE] if near else [])]))
+        near += sorted((at > 0 and test in longest, at, test) for at in ranks if at is not None)[:1]
+    return [test for *_, test in sorted(near)]
 
 
 @pytest.hookimpl(trylast=True)
@@ -112,7 +122,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Leave out a test that would begin too late."""
     if time.time() > float(os.environ[END]):
-        pytest.skip(f"no time left: {item.path.relative_to(ROOT)}")
+        pytest.skip(f"{LEFT_OUT}{item.path.relative_to(ROOT)}")
+
+
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """Print no letter for what was left out: the summary counts it."""
+    left_out = report.skipped and isinstance(report.longrepr, tuple) and LEFT_OUT in report.longrepr[-1]
+    return ("skipped", "", "") if left_out else None
 
 
 def main() -> int:
