@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,14 +23,6 @@ LENGTH = 900
 PROMPT = prompt(LENGTH)
 PADDED = left_padded([PROMPT, prompt(700, seed=2)])
 EVICTING = ["rocketkv", "snapkv", "streaming", "stored-topk"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_collections() -> Iterator[None]:
-    """Leave what the imports made out of each collection, which takes a third of a second else."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def during_prefill(model: Any, run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[bool]]]:
