@@ -49,18 +49,6 @@ LONGEST = [
     "state/test_golden.py",
     "hf/test_cache_mt.py",
     "kernels/test_generate.py",
-    "eval/test_tensor_parallel_run.py",
-    "kernels/test_edges.py",
-    "hf/test_layers.py",
-    "state/test_decode_step.py",
-    "eval/test_mathematics.py",
-    "cli/test_demo.py",
-    "hf/test_snapshot_cache.py",
-    "hf/test_files.py",
-    "hf/test_tensor_parallel.py",
-    "test_docs.py",
-    "state/test_store.py",
-    "kernels/test_sketch.py",
 ]
 
 # Models differ in more ways on other versions of transformers: these files go through many of them.
