@@ -44,13 +44,14 @@ export TOKENIZERS_PARALLELISM := false
 ifndef SIDE_BY_SIDE
 .NOTPARALLEL:
 endif
-.PHONY: help demo test lint test-newest test-oldest test-canary test-vllm test-vllm-newest format docs wheel lock evidence \
+.PHONY: help demo test check lint test-newest test-oldest test-canary test-vllm test-vllm-newest format docs wheel lock evidence \
 	kernels-report gpu hooks clean distclean
 
 help:
 	@echo "make demo       a real model answers from a long context, full cache beside compressed (under 4 minutes)"
 	@echo "make test       what CI checks on one Python: lint, tests, parts of them on the oldest transformers and Triton"
 	@echo "make test-canary  the same on the newest of everything, in an environment of its own"
+	@echo "make check      in a minute: ruff, mypy and the tests nearest to what changed; what was left out is said"
 	@echo "make test-vllm  the vLLM plugin in a real engine on the CPU, in an environment of its own (3.4 GB)"
 	@echo "make test-vllm-newest  the entry points under the newest vLLM's own loaders"
 	@echo "make lint       ruff and mypy"
@@ -71,6 +72,9 @@ demo: $(VENV)/.demo
 test:
 	$(MAKE) --jobs=3 SIDE_BY_SIDE=1 lint test-newest $(OVERLAYS)
 	$(MAKE) test-oldest
+
+check: $(VENV)/.dev
+	$(BIN)/python tools/check.py $(if $(SINCE),--since $(SINCE))
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

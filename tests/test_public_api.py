@@ -30,32 +30,32 @@ METHODS = {
 }
 IMPORTING = """
 import json, sys
-import torch, transformers
-from transformers import AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+import torch
 
-functions = dict(ALL_ATTENTION_FUNCTIONS.items())
-masks = dict(AttentionMaskInterface().items())
 modules, threads, generator = set(sys.modules), torch.get_num_threads(), torch.get_rng_state()
-import rocketkv
-for name in dir(rocketkv):
-    getattr(rocketkv, name)
-print(json.dumps({
-    "modules": sorted(set(sys.modules) - modules),
-    "functions": functions == dict(ALL_ATTENTION_FUNCTIONS.items()) and "rocketkv" not in functions,
-    "masks": masks == dict(AttentionMaskInterface().items()) and "rocketkv" not in masks,
-    "threads": threads == torch.get_num_threads(),
-    "generator": bool(torch.equal(generator, torch.get_rng_state())),
-}))
-"""
-PARTS = """
-import sys
 import rocketkv
 parts = "budget config core.attention core.eviction core.pages dispatch state.snapshot state.stats state.store"
 for part in parts.split():
     __import__("rocketkv." + part)
 assert rocketkv.BudgetSplit(token_budget=1) and rocketkv.METHODS and rocketkv.RocketKVConfig()
-print("transformers" in sys.modules)
+own = set(sys.modules) - modules
+import transformers
+from transformers import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+functions = dict(ALL_ATTENTION_FUNCTIONS.items())
+masks = dict(AttentionMaskInterface().items())
+modules = set(sys.modules)
+for name in dir(rocketkv):
+    getattr(rocketkv, name)
+print(json.dumps({
+    "parts": sorted(own),
+    "modules": sorted(own | (set(sys.modules) - modules)),
+    "functions": functions == dict(ALL_ATTENTION_FUNCTIONS.items()) and "rocketkv" not in functions,
+    "masks": masks == dict(AttentionMaskInterface().items()) and "rocketkv" not in masks,
+    "threads": threads == torch.get_num_threads(),
+    "generator": bool(torch.equal(generator, torch.get_rng_state())),
+}))
 """
 
 
@@ -76,8 +76,10 @@ def test_exports() -> None:
         rocketkv.patches  # noqa: B018  # asking is the test
 
 
-def test_importing_does_nothing_else() -> None:
+def test_importing_does_nothing_else_and_parts_do_not_need_transformers() -> None:
     found = json.loads(run(IMPORTING))
+    assert "rocketkv.state.store" in found["parts"]
+    assert "transformers" not in found["parts"]
     assert found["functions"]
     assert found["masks"]
     assert found["threads"]
@@ -86,7 +88,3 @@ def test_importing_does_nothing_else() -> None:
     tops = {name.partition(".")[0] for name in found["modules"]}
     assert tops.isdisjoint({"kernels", "eval", "tests", "triton", "peft", "accelerate", "gguf"})
     assert not [name for name in found["modules"] if name.startswith("rocketkv.eval")]
-
-
-def test_parts_do_not_need_transformers() -> None:
-    assert run(PARTS) == "False"

@@ -5,7 +5,6 @@ No test asks for a time: what is checked is that each is taken of the right work
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,14 +42,6 @@ CPU = torch.device("cpu")
 MEGA = 10**6
 TOKEN = 2 * 2 * 2 * 16 * 4  # bytes of a token in the tiny model's full cache: layers, K and V, heads, width, float32
 counts_peaks = pytest.mark.skipif(reset_peak(CPU) is None, reason="this system does not tell a peak of memory")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_collections() -> Iterator[None]:
-    """Leave what the imports made out of the collection before each repeat, which takes a third of a second else."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def ours(**fields: Any) -> Compressed:
@@ -323,7 +314,6 @@ def test_a_child_measures_what_it_is_told(tmp_path: Path) -> None:
     [
         ("killed", OutOfMemory, r"killed at 40 tokens: the system killed .*SIGKILL", True),
         ("exits", RuntimeError, r"exits at 40 tokens failed with exit code 3", False),
-        ("out_of_memory", RuntimeError, "DefaultCPUAllocator: can't allocate memory: 9 bytes", True),
         ("broken", ValueError, "it broke", False),
     ],
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +30,6 @@ EAGER = {"backend": "eager"}
 compiles = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7), reason="older PyTorch does not trace these models"
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_collections() -> Iterator[None]:
-    """Leave what the imports made out of the collection before each repeat."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def arm(name: str, new_tokens: int = 6) -> Any:

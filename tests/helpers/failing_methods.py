@@ -16,9 +16,5 @@ def exits(token_budget: int) -> NoReturn:
     os._exit(3)
 
 
-def out_of_memory(token_budget: int) -> NoReturn:
-    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")
-
-
 def broken(token_budget: int) -> NoReturn:
     raise ValueError("it broke")

@@ -66,7 +66,7 @@ def said(run: Callable[[], Any]) -> list[str]:
 @pytest.mark.integration
 @pytest.mark.parametrize("way", ["generate", "loop", "compiled generate", "compiled loop"])
 def test_the_end_names_the_field_to_raise(way: str) -> None:
-    model = build()
+    model = build(num_hidden_layers=1)
     handle = rocketkv.patch(model, **{**STATIC, "decode_capacity": 5})
     step = handle.compile_step(backend="eager") if way == "compiled loop" else model
 
@@ -85,7 +85,7 @@ def test_the_end_names_the_field_to_raise(way: str) -> None:
 @traced
 @pytest.mark.integration
 def test_a_compiled_generate_ends_at_once() -> None:
-    model = build()
+    model = build(num_hidden_layers=1)
     rocketkv.patch(model, **{**STATIC, "decode_capacity": 5})
     lengths: list[int] = []
 
@@ -101,7 +101,7 @@ def test_a_compiled_generate_ends_at_once() -> None:
 
 @pytest.mark.integration
 def test_a_compiled_generate_keeps_processors_of_ones_own() -> None:
-    model = build()
+    model = build(num_hidden_layers=1)
     rocketkv.patch(model, **STATIC)
     expected = greedy(model, PROMPT)[0]
     eos = int(expected[0, 3])
@@ -147,7 +147,7 @@ def test_a_compiled_loop(family: str, rows: str, split: BudgetSplit, backend: st
 @pytest.mark.integration
 @pytest.mark.parametrize(("rows", "backend"), [("one", "eager"), ("padded", "aot_eager")])
 def test_a_compiled_generate(rows: str, backend: str) -> None:
-    model = build()
+    model = build(num_hidden_layers=1)
     handle = rocketkv.patch(model, **STATIC)
     expected, expected_logits, _ = greedy(model, inputs_of(rows))
     expected_stats = handle.stats()
@@ -162,7 +162,7 @@ def test_a_compiled_generate(rows: str, backend: str) -> None:
 @traced
 @pytest.mark.integration
 def test_the_helper_takes_a_whole_loop() -> None:
-    model = build()
+    model = build(num_hidden_layers=1)
     handle = rocketkv.patch(model, **STATIC)
     expected, expected_logits, _ = hand_written(model, PADDED["input_ids"], mask=PADDED["attention_mask"])
     step = handle.compile_step(backend="eager")
@@ -206,13 +206,21 @@ def test_a_compiled_step_on_the_kernels() -> None:
     assert_near(logits, expected_logits, 1e-4)
 
 
+@pytest.fixture(scope="module")
+def decoded() -> Iterator[tuple[Any, Tensor, RocketKVCache, RocketKVCache]]:
+    """A patched model, tokens, the cache whose steps of them were compiled, and one that grew."""
+    model = build()
+    with rocketkv.patch(model, **STATIC):
+        found, cache = uncounted(model)
+        yield model, found, cache, own_loop(model, inputs_of("one"), model, 8, decode_capacity=None)[2]
+
+
 @traced
 @pytest.mark.integration
-def test_crop() -> None:
-    model = build()
-    rocketkv.patch(model, **STATIC)
-    found, cache = uncounted(model)
-    *_, growing = own_loop(model, inputs_of("one"), model, 8, decode_capacity=None)
+def test_crop(decoded: tuple[Any, Tensor, RocketKVCache, RocketKVCache]) -> None:
+    model, found, *caches = decoded
+    cache, growing = map(copy.deepcopy, caches)
+    assert rocketkv_layers(cache)[0].store.lens.uncounted
     before = places(cache)
     for stale in (cache, growing):
         stale.crop(-3 if TRANSFORMERS >= (5, 16) else 90 + 4)
@@ -229,12 +237,11 @@ def test_crop() -> None:
 
 @traced
 @pytest.mark.integration
-def test_a_second_turn() -> None:
-    model = build()
-    rocketkv.patch(model, **STATIC)
+def test_a_second_turn(decoded: tuple[Any, Tensor, RocketKVCache, RocketKVCache]) -> None:
+    model, _, *caches = decoded
+    cache, growing = map(copy.deepcopy, caches)
+    assert rocketkv_layers(cache)[0].store.lens.uncounted
     second = prompt(30, seed=7)
-    _, cache = uncounted(model)
-    *_, growing = own_loop(model, inputs_of("one"), model, 8, decode_capacity=None)
     for each in (cache, growing):
         each.begin_turn()
     assert_near(later(model, cache, second), later(model, growing, second), 1e-4)
@@ -251,7 +258,7 @@ def test_a_second_turn() -> None:
 
 @pytest.mark.integration
 def test_turns_of_generate() -> None:
-    model = build()
+    model = build(num_hidden_layers=1)
     results = []
     for fields in (SMALL, STATIC):
         with rocketkv.patch(model, **fields):
@@ -281,12 +288,10 @@ def test_deepcopy() -> None:
 
 @traced
 @pytest.mark.integration
-def test_stats_count_the_same_bytes_but_for_the_room() -> None:
-    model = build()
-    rocketkv.patch(model, **STATIC)
-    _, cache = uncounted(model)
-    *_, growing = own_loop(model, inputs_of("one"), model, 8, decode_capacity=None)
-    static, dynamic = cache_stats(cache).to_dict(), cache_stats(growing).to_dict()
+def test_stats_count_the_same_bytes_but_for_the_room(
+    decoded: tuple[Any, Tensor, RocketKVCache, RocketKVCache],
+) -> None:
+    static, dynamic = (cache_stats(copy.deepcopy(cache)).to_dict() for cache in decoded[2:])
     for name in ("tokens_seen", "full_bytes", "step_bytes", "nominal_step_bytes"):
         assert static[name] == dynamic[name]
     assert static["key_bytes"] == 2 * HKV * (40 + ROOM) * 16 * 4
