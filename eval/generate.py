@@ -193,29 +193,6 @@ class Generation:
         return 1.0 / median(self.step_seconds)
 
 
-def measured_generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    config: RocketKVConfig | None,
-    *,
-    new_tokens: int = 16,
-) -> Generation:
-    """Generate greedily after one prompt and measure it.
-
-    Args:
-        model: a model that is not patched; it is not patched afterwards either.
-        tokenizer: its tokenizer.
-        prompt: plain text.
-        config: how to compress; None for the stock model and its own cache.
-        new_tokens: tokens to generate, at least 2; an end token does not end the generation.
-
-    Raises:
-        ValueError: `new_tokens` is less than 2.
-    """
-    return alternating_generate(model, tokenizer, prompt, {"": config}, new_tokens=new_tokens)[""]
-
-
 def alternating_generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

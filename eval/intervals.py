@@ -59,14 +59,6 @@ def paired_interval(values: Sequence[float], reference: Sequence[float]) -> Inte
     return mean_of_means_interval([[a - b for a, b in zip(values, reference, strict=True)]])
 
 
-def ratio_interval(values: Sequence[float], reference: Sequence[float]) -> Interval | None:
-    """Return the interval of `mean(values) / mean(reference)`; arguments, result and errors as `paired_interval`."""
-    _check_pairs(values, reference)
-    if len(values) < 2:
-        return None
-    return _bootstrap([values, reference], lambda a, b, axis: a.mean(axis) / b.mean(axis), paired=True)
-
-
 def mean_of_means_interval(groups: Sequence[Sequence[float]]) -> Interval | None:
     """Return the interval of the mean over groups of their means; each group is resampled independently.
 
@@ -117,11 +109,9 @@ def at_least(right: int, count: int) -> float:
     return float(test.proportion_ci(confidence_level=0.95, method="exact").low)
 
 
-def _bootstrap(data: Sequence[Sequence[float]], statistic: Callable[..., Any], *, paired: bool = False) -> Interval:
+def _bootstrap(data: Sequence[Sequence[float]], statistic: Callable[..., Any]) -> Interval:
     rng = np.random.default_rng(0)
-    result = optional("scipy.stats").bootstrap(
-        data, statistic, paired=paired, method="percentile", batch=BATCH, rng=rng
-    )
+    result = optional("scipy.stats").bootstrap(data, statistic, method="percentile", batch=BATCH, rng=rng)
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 

@@ -62,7 +62,7 @@ class Settings(StudySettings):
 class _RandomEviction(RocketKVLayer):
     """The control: a layer that ranks generated tokens by chance when its buffer is full."""
 
-    def _evict_generated(self, kept: int, params: AttentionParams) -> None:
+    def evict_generated(self, kept: int, params: AttentionParams) -> None:
         ops = TORCH_OPS._replace(window_scores=functools.partial(_random_scores, self.store))
         evict_generated(self.store, kept, params, kernel_size=1, ops=ops)
 

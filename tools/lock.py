@@ -1,4 +1,4 @@
-"""`make lock`: write the lock files of `locks/` anew, and `rocketkv/locked.txt`, which `rocketkv env` compares with.
+"""`make lock`: write the lock files of `locks/` anew, and the versions that `rocketkv env` compares with.
 
 Each file lists every package of one environment with hashes, for Python 3.11 to 3.14 on Linux and macOS (`vllm`: Python
 3.11 on Linux x86-64), so that `pip install --require-hashes -r FILE` needs nothing else. uv resolves them.
@@ -29,7 +29,7 @@ def main() -> None:
     """Resolve all environments; the demo's and the docs' take the versions of the tests'."""
     test = _compile("test", "pyproject.toml", extras=EXTRAS["test"], constraint=LOCKS / "torch.in")
     slim = "\n".join(re.findall(r"^[a-z][^\\\n\[]*?(?= *\\?$)", test.read_text(encoding="utf-8"), re.MULTILINE))
-    (ROOT / "rocketkv" / "locked.txt").write_text(slim + "\n", encoding="utf-8")
+    (LOCKS / "test.versions").write_text(slim + "\n", encoding="utf-8")
     for name in ("demo", "docs"):
         _compile(name, "pyproject.toml", extras=EXTRAS[name], constraint=test)
     _compile("vllm", "-", "--python-platform=x86_64-unknown-linux-gnu", universal=False, given=VLLM)

@@ -15,7 +15,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..config import RocketKVConfig
 from ..core.params import AttentionParams
-from ..dispatch import Workspaces, decode_step, warm_up
+from ..dispatch import Workspaces, decode_step, eviction_ops, warm_up
+from ..state.compress import evict_generated
 from ..state.history import History
 from ..state.monitor import Monitor
 from ..state.stats import LayerStats
@@ -282,6 +283,11 @@ class RocketKVLayer(CacheLayerMixin):
             ValueError: there is no room for a single token, and the settings do not allow re-eviction.
         """
         ensure_room(self, count)
+
+    def evict_generated(self, kept: int, params: AttentionParams) -> None:
+        """Re-evict generated tokens in place, down to `kept`."""
+        ops = eviction_ops(self.store.decoding.keys, backend=self.backend, workspaces=self.workspaces)
+        evict_generated(self.store, kept, params, kernel_size=self.config.stage_1_kernel_size, ops=ops)
 
     @property
     def re_evicts(self) -> bool:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.params import AttentionParams
-from ..dispatch import eviction_ops
-from ..state.compress import evict_generated, kept_when_full
+from ..state.compress import kept_when_full
 
 if TYPE_CHECKING:
     from ..static_step import StaticStep
@@ -45,6 +44,5 @@ def ensure_room(layer: RocketKVLayer, count: int) -> None:
     if kept is not None and ranks and store.stored + count > capacity and store.generated > kept and layer.params:
         if layer.history is not None:
             layer.history.absorb(store)
-        ops = eviction_ops(decoding.keys, backend=layer.backend, workspaces=layer.workspaces)
-        evict_generated(store, kept, layer.params, kernel_size=layer.config.stage_1_kernel_size, ops=ops)
+        layer.evict_generated(kept, layer.params)
     store.next_fill()

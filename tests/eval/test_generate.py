@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rocketkv
-from rocketkv.eval.generate import DecodeLoop, measured_generate
+from rocketkv.eval.generate import DecodeLoop, alternating_generate
 from rocketkv.eval.methods import Compressed, Full, Method
 from rocketkv.eval.prefill import read_prompt, start
 from tiny import SMALL, build, greedy, prompt
@@ -59,4 +59,4 @@ def test_padded_rows_are_each_row_alone(name: str) -> None:
 
 def test_a_generation_needs_a_step_to_time() -> None:
     with pytest.raises(ValueError, match=r"new_tokens must be at least 2, .* got 1"):
-        measured_generate(build(), None, "", None, new_tokens=1)  # type: ignore[arg-type]  # it is not read
+        alternating_generate(build(), None, "", {}, new_tokens=1)  # type: ignore[arg-type]  # it is not read

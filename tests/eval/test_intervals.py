@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rocketkv.eval.intervals import mean_interval, mean_of_means_interval, paired_interval, ratio_interval, wilson
+from rocketkv.eval.intervals import mean_interval, mean_of_means_interval, paired_interval, wilson
 
 HALF = [0.0, 100.0] * 5
 
@@ -72,8 +72,7 @@ def test_one_value_has_no_interval_unless_it_is_right_or_wrong() -> None:
 
 
 @pytest.mark.parametrize("call", [lambda: mean_interval([]), lambda: mean_interval([math.nan]),
-                                  lambda: wilson(3, 2), lambda: mean_of_means_interval([]),
-                                  lambda: ratio_interval([], [])])  # fmt: skip
+                                  lambda: wilson(3, 2), lambda: mean_of_means_interval([])])  # fmt: skip
 def test_intervals_refuse_what_has_no_mean(call: Any) -> None:
     with pytest.raises(ValueError, match="must"):
         call()
@@ -82,12 +81,6 @@ def test_intervals_refuse_what_has_no_mean(call: Any) -> None:
 def test_pairs_are_of_the_same_samples() -> None:
     with pytest.raises(ValueError, match="same samples"):
         paired_interval([1.0], [])
-
-
-def test_a_ratio_resamples_both_means_from_the_same_samples() -> None:
-    assert ratio_interval([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == pytest.approx((2, 2))
-    assert ratio_interval([1.0, 1.0], [1.0, 3.0]) == pytest.approx((1 / 3, 1))
-    assert ratio_interval([1.0], [2.0]) is None
 
 
 def test_without_scipy_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
