@@ -94,7 +94,7 @@ def weigh_chosen(
         by_largest=by_largest,
         ordered=False,
     )
-    places = places.long().view(pairs, count, k)
+    places = places.view(pairs, count, k)
     by_head = places[:, :, None].expand(-1, -1, group, -1)
     chosen_estimate = estimates.gather(3, by_head).logsumexp(-1)
     rest_estimate = estimates.scatter(3, by_head, -torch.inf).logsumexp(-1)

@@ -141,9 +141,9 @@ def select(
         ordered: whether positions must ascend; attention does not need it.
 
     Returns:
-        Positions [B, M, k] int32, ascending if `ordered`; in a row of fewer than k tokens, positions without a token
-        fill up. And the estimated weight of one token of each unit, [B, H, U] float32; its sum over the chosen tokens
-        is the estimated attention mass.
+        Positions [B, M, k], ascending int32 if `ordered`, else int64 in no order, as `gather` takes them; in a row of
+        fewer than k tokens, positions without a token fill up. And the estimated weight of one token of each unit,
+        [B, H, U] float32; its sum over the chosen tokens is the estimated attention mass.
     """
     batch, heads, units = logits.shape
     group = heads // kv_heads
@@ -171,7 +171,7 @@ def select(
     if protected:
         shared[..., : -(-protected // unit_size)] = torch.inf
     positions = ranked(shared, k, stored, unit_size, lengths)
-    return (positions.sort(-1).values if ordered else positions).int(), weight
+    return positions.sort(-1).values.int() if ordered else positions, weight
 
 
 def ranked(weight: Tensor, k: int, stored: int, unit_size: int, lengths: Tensor | None = None) -> Tensor:

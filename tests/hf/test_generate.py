@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import rocketkv
-from rocketkv.hf import layer as layer_module
+from rocketkv.hf import prefill as prefill_module
 from rocketkv.hf.layer import rocketkv_layers
 from rocketkv.hf.models import CACHE_ARGUMENT
 from rocketkv.state.store import KVStore
@@ -122,13 +122,13 @@ def test_verify_steps_give_plain_tokens_and_evict_nothing(
             rocketkv.patch(assistant, **SMALL)
         expected, expected_logits, plain = greedy(model, REPEATING, 24)
         evictions = []
-        close_prompt = layer_module.close_prompt_by
+        close_prompt = prefill_module.close_prompt_by
 
         def counted(store: KVStore, *args: Any, **kwargs: Any) -> None:
             evictions.append(store)
             close_prompt(store, *args, **kwargs)
 
-        monkeypatch.setattr(layer_module, "close_prompt_by", counted)
+        monkeypatch.setattr(prefill_module, "close_prompt_by", counted)
         forwards: list[int] = []
         model.model.register_forward_pre_hook(
             lambda module, args, kwargs: forwards.append(kwargs["input_ids"].shape[1]), with_kwargs=True

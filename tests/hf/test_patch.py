@@ -77,7 +77,7 @@ def test_warming_up_runs_both_stages_and_leaves_no_trace(monkeypatch: pytest.Mon
     handle = rocketkv.patch(model, **SMALL)
     expected = greedy(model, PADDED)[1]
     stats, ran = handle.stats(), []
-    for name in ("end_prompt", "_decode"):
+    for name in ("end_prompt", "decode"):
         method = getattr(RocketKVLayer, name)
 
         def noted(layer: RocketKVLayer, *args: Any, name: str = name, method: Any = method) -> Any:
@@ -88,7 +88,7 @@ def test_warming_up_runs_both_stages_and_leaves_no_trace(monkeypatch: pytest.Mon
         monkeypatch.setattr(RocketKVLayer, name, noted)
     state = torch.get_rng_state()
     handle.warm_up(200, batch_size=2)
-    assert ran == [(name, i, 200 + n, True) for n, name in enumerate(("end_prompt", "_decode")) for i in range(2)]
+    assert ran == [(name, i, 200 + n, True) for n, name in enumerate(("end_prompt", "decode")) for i in range(2)]
     assert torch.equal(torch.get_rng_state(), state)
     assert handle.stats() is stats
     assert greedy(model, PADDED)[1].equal(expected)
