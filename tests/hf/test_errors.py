@@ -37,7 +37,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("BartForConditionalGeneration", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
                                       "encoder_attention_heads": 2, "decoder_attention_heads": 2},
      "it is an encoder-decoder"),
-    ("MambaForCausalLM", {"state_size": 8}, "no causal attention layers"),
+    ("RwkvForCausalLM", {"context_length": 32}, "no causal attention layers"),
     ("OwnForCausalLM", {}, "it does not use transformers' attention interface"),
     ("DeepseekV3ForCausalLM", MLA, "latent"),
     ("Gemma3nForCausalLM", SHARED, "its layers share keys and values"),
